@@ -1,0 +1,373 @@
+//! The product without a network: what a block memory does, in process (`memory::LocalMemory`) and remote
+//! (`client::RemoteMemory`) alike. Both give identical answers, bit for bit.
+//!
+//! All calls block. Positions are never absolute: a query says how far it is from the start of its local window,
+//! and the memory places retrieved blocks in slots just before that window (see [`AttendRequest`]).
+
+use bytes::Bytes;
+
+use crate::shape::{CollectionSpec, Fingerprint, InvalidShape};
+use crate::types::{BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Granularity, Normalisation};
+
+/// A tensor as raw little-endian numbers in row-major order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// f32, f16 or bf16; never int8.
+    pub dtype: DType,
+    pub shape: Vec<u32>,
+    /// Exactly `shape` numbers of `dtype`.
+    pub data: Bytes,
+}
+
+/// A collection that exists.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CollectionInfo {
+    pub id: CollectionId,
+    pub spec: CollectionSpec,
+    pub fingerprint: Fingerprint,
+    pub documents: u64,
+}
+
+/// A document that exists, as of its last acknowledged append.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DocumentInfo {
+    pub id: DocumentId,
+    pub collection: CollectionId,
+    pub name: String,
+    /// Sealed documents take no more appends.
+    pub sealed: bool,
+    /// Full blocks: they can be looked up.
+    pub blocks: u32,
+    /// Tokens after the last full block, 0 to B - 1. They can be fetched as block index `blocks`, not looked up.
+    pub tail_tokens: u32,
+    /// `blocks * B + tail_tokens`
+    pub tokens: u64,
+    /// Bytes of source text that the tokens cover.
+    pub text_bytes: u64,
+    /// Bytes on disk: payload, keys, text and headers.
+    pub stored_bytes: u64,
+}
+
+/// The source text of one block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockText {
+    /// Where the block begins in the document's source text, in bytes.
+    pub start: u64,
+    /// The source text. A block may begin or end inside a UTF-8 sequence.
+    pub bytes: Vec<u8>,
+    /// Where each token begins in `bytes`: one per token, not decreasing.
+    pub offsets: Vec<u32>,
+}
+
+/// One block to append, or, with fewer than B tokens and last in its request, the document's new tail.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewBlock {
+    /// Position in the document, counted in blocks.
+    pub index: u32,
+    /// One per token.
+    pub token_ids: Vec<u32>,
+    pub text: BlockText,
+    /// `(L, Hkv, tokens, D)`, each key rotated by its offset inside the block only.
+    pub k: Tensor,
+    /// `(L, Hkv, tokens, D)`
+    pub v: Tensor,
+}
+
+/// Appends consecutive blocks. Idempotent: blocks that are already durable are skipped if their token ids agree
+/// and refused ([`MemoryError::Conflict`]) if not. A tail is replaced by whatever later comes at its index.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AppendRequest {
+    pub document: DocumentId,
+    pub blocks: Vec<NewBlock>,
+}
+
+/// Where the local window begins and what may be retrieved for it. See [`AttendRequest`] for the geometry.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LookupRequest {
+    pub collection: CollectionId,
+    pub layer: u32,
+    /// `(T, Hq, D)`, before RoPE.
+    pub queries: Vec<f32>,
+    /// `(T)`: tokens from the start of the local window to each query, 0 for the window's first token.
+    pub distances: Vec<u32>,
+    /// The eligible blocks, in document order: outside the local window and not the sink. The last entry is the
+    /// document that the local window continues; its last blocks lie just before the window. Empty ranges are fine.
+    pub scope: Vec<BlockRange>,
+    /// k; fewer eligible blocks give fewer hits.
+    pub top_k: u32,
+    pub block_score: BlockScore,
+    pub granularity: Granularity,
+}
+
+/// Partial attention over the retrieved blocks.
+///
+/// Geometry (the paper's stingy position mapping). Let `n` be the number of eligible blocks, `k = min(top_k, n)`, and
+/// "recent" the last `min(k, blocks of the last scope entry)` eligible blocks. Just before the window lie
+/// `slots = n` slots of B positions if every eligible block is recent, else `slots = k + 1`. Slot `s` begins
+/// `(slots - s) * B` tokens before the window. With older blocks present they are scored in slot 0; the recent
+/// block that is `j`-th from the end (j = 1 is the last) is scored in slot `slots - j`, where it really is. The
+/// blocks retrieved for one row, in document order, fill the slots: rank `i` takes slot `i`, or `i + 1` when the
+/// block is recent and older blocks exist. So with all blocks retrieved everything is at its true position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttendRequest {
+    pub lookup: LookupRequest,
+    pub normalisation: Normalisation,
+}
+
+/// The chosen blocks.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Hits {
+    /// Rows of choices, as [`Granularity::rows`] says.
+    pub rows: u32,
+    /// Blocks per row: `min(top_k, eligible)`.
+    pub k: u32,
+    /// `(rows, k)`, each row in document order (the order of the scope).
+    pub blocks: Vec<BlockId>,
+    /// `(rows, k)`: natural log of the block's share in the softmax over the eligible blocks, after aggregation.
+    /// Sums over heads may exceed 0.
+    pub scores: Vec<f32>,
+}
+
+/// What attention over the retrieved blocks gave.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Attended {
+    /// `(T, Hq, D)`: softmax-weighted values; zeros where nothing was eligible.
+    pub out: Vec<f32>,
+    /// `(T, Hq)`: natural log of the softmax denominator (of scores times `softmax_scale`); -inf where nothing was
+    /// eligible. Merges with the local window's part.
+    pub lse: Vec<f32>,
+    pub hits: Hits,
+}
+
+/// Reads stored blocks. Index `blocks` of a document is its tail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FetchRequest {
+    pub document: DocumentId,
+    /// Block indices, any order, repeats allowed; answered in this order.
+    pub blocks: Vec<u32>,
+    /// f32, f16 or bf16: what K and V are converted to.
+    pub dtype: DType,
+}
+
+/// One block read back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredBlock {
+    pub id: BlockId,
+    pub token_ids: Vec<u32>,
+    pub text: BlockText,
+    /// `(L, Hkv, tokens, D)`, rotated by the offset inside the block.
+    pub k: Tensor,
+    /// `(L, Hkv, tokens, D)`
+    pub v: Tensor,
+}
+
+/// A block without its payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockInfo {
+    pub id: BlockId,
+    pub token_ids: Vec<u32>,
+    pub text: BlockText,
+    pub stored_bytes: u64,
+}
+
+/// Totals of one data directory.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Stats {
+    pub collections: u64,
+    pub documents: u64,
+    pub blocks: u64,
+    pub tokens: u64,
+    /// Bytes of records that documents refer to.
+    pub live_bytes: u64,
+    /// Bytes of all segment files.
+    pub segment_bytes: u64,
+    pub segments: u64,
+    /// Bytes of the catalog on disk.
+    pub catalog_bytes: u64,
+    /// Bytes of landmark keys held in memory now.
+    pub index_bytes: u64,
+    pub lookups: u64,
+    pub attends: u64,
+    pub appended_blocks: u64,
+    pub fetched_blocks: u64,
+}
+
+/// One thing that verification found wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub document: Option<DocumentId>,
+    pub block: Option<BlockId>,
+    /// For people.
+    pub problem: String,
+}
+
+/// What a verification read, and found.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct VerifyReport {
+    pub documents: u64,
+    pub blocks: u64,
+    pub bytes: u64,
+    pub faults: Vec<Fault>,
+}
+
+/// What a deletion gave back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Deleted {
+    pub blocks: u32,
+    /// Bytes by which the segment files shrank, compaction included.
+    pub freed_bytes: u64,
+}
+
+/// What kind of thing a name or id was looked for among.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entity {
+    Collection,
+    Document,
+    Block,
+}
+
+/// Why a call on a block memory failed. Nothing acknowledged is ever lost by a failed call.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum MemoryError {
+    #[error("no {entity} {id}: list what exists with `landmarkdb ls`")]
+    NotFound { entity: Entity, id: String },
+    #[error("a request without {field}")]
+    Missing { field: String },
+    #[error("{field}: expected {expected}, found {found}")]
+    Invalid { field: String, expected: String, found: String },
+    #[error(
+        "collection {collection:?} belongs to the model with fingerprint {stored:#}, this one has {offered:#}: use the model, \
+         key rule and dtypes it was made with, or another collection"
+    )]
+    FingerprintMismatch { collection: String, stored: Fingerprint, offered: Fingerprint },
+    #[error(
+        "document {document} already holds other tokens at block {index}: append what it holds, or use another name"
+    )]
+    Conflict { document: DocumentId, index: u32 },
+    #[error("document {document} is sealed: appends need a new document")]
+    Sealed { document: DocumentId },
+    #[error(
+        "document {document} has {expected} full blocks, the append begins at {found}: send block {expected} first"
+    )]
+    OutOfOrder { document: DocumentId, expected: u32, found: u32 },
+    #[error("{what}: at most {limit} are allowed, found {found}")]
+    LimitExceeded { what: String, limit: u64, found: u64 },
+    #[error("stored data is damaged{}: {detail}; run `landmarkdb verify`", in_block(.block))]
+    DataLoss { block: Option<BlockId>, detail: String },
+    /// The store stopped taking writes after a failed flush, or the disk refused.
+    #[error("storage failed: {detail}")]
+    Storage { detail: String },
+    #[error("the data directory {path} is in use by another process: connect to it with --connect, or stop it")]
+    Locked { path: String },
+    #[error("{target} cannot be reached: {detail}")]
+    Unavailable { target: String, detail: String },
+    #[error("no answer within {ms} ms")]
+    DeadlineExceeded { ms: u64 },
+    /// A bug: the message says where.
+    #[error("internal error: {detail}")]
+    Internal { detail: String },
+}
+
+pub type Result<T> = std::result::Result<T, MemoryError>;
+
+/// A block memory. Shared between threads; writers to different documents do not wait for each other's encoding.
+pub trait BlockMemory: Send + Sync {
+    /// Creates the collection, or opens the one of that name if its fingerprint agrees.
+    fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo>;
+
+    fn collections(&self) -> Result<Vec<CollectionInfo>>;
+
+    /// Creates an empty open document, or gives the one of that name.
+    fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo>;
+
+    /// All documents of a collection, by name.
+    fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>>;
+
+    fn document(&self, document: DocumentId) -> Result<DocumentInfo>;
+
+    /// Durable when it returns.
+    fn append(&self, request: AppendRequest) -> Result<DocumentInfo>;
+
+    /// Takes no more appends from now on. Sealing a sealed document changes nothing.
+    fn seal(&self, document: DocumentId) -> Result<DocumentInfo>;
+
+    fn lookup(&self, request: &LookupRequest) -> Result<Hits>;
+
+    fn attend(&self, request: &AttendRequest) -> Result<Attended>;
+
+    fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>>;
+
+    /// Blocks of a range without payload; the tail counts as index `blocks`. A range past the end is cut.
+    fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>>;
+
+    /// Deletes and gives the space back (see `limits::SPACE_PERCENT_MAX`).
+    fn delete(&self, document: DocumentId) -> Result<Deleted>;
+
+    fn stats(&self) -> Result<Stats>;
+
+    /// Reads everything that a document (or all) refers to and checks it. `progress` is told the bytes read so far
+    /// and in all.
+    fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
+}
+
+fn in_block(block: &Option<BlockId>) -> String {
+    block.map(|block| format!(" in block {block}")).unwrap_or_default()
+}
+
+impl std::fmt::Display for Entity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Entity::Collection => "collection",
+            Entity::Document => "document",
+            Entity::Block => "block",
+        })
+    }
+}
+
+impl From<InvalidShape> for MemoryError {
+    fn from(error: InvalidShape) -> Self {
+        MemoryError::Invalid { field: error.field.into(), expected: error.expected, found: error.found }
+    }
+}
+
+impl Tensor {
+    /// Wraps f32 numbers. `shape` must have `numbers.len()` elements.
+    pub fn from_f32(shape: Vec<u32>, numbers: &[f32]) -> Self {
+        debug_assert_eq!(shape.iter().map(|&n| n as usize).product::<usize>(), numbers.len());
+        let data = numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+        Tensor { dtype: DType::F32, shape, data: data.into() }
+    }
+
+    /// The numbers widened to f32.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let pairs = || self.data.chunks_exact(2).map(|b| [b[0], b[1]]);
+        Ok(match self.dtype {
+            DType::F32 => self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::F16 => pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+            DType::BF16 => pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+            DType::Int8 => {
+                return Err(MemoryError::Invalid {
+                    field: "dtype".into(),
+                    expected: "f32, f16 or bf16".into(),
+                    found: "int8".into(),
+                });
+            }
+        })
+    }
+
+    /// Checks that dtype, shape and byte count agree with each other and with `shape`.
+    pub fn check(&self, field: &str, shape: &[u32]) -> Result<()> {
+        let invalid = |expected: String, found: String| MemoryError::Invalid { field: field.into(), expected, found };
+        if self.dtype == DType::Int8 {
+            return Err(invalid("f32, f16 or bf16".into(), "int8".into()));
+        }
+        if self.shape != shape {
+            return Err(invalid(format!("shape {shape:?}"), format!("{:?}", self.shape)));
+        }
+        let bytes = shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.size_bytes() as u64;
+        if self.data.len() as u64 != bytes {
+            return Err(invalid(format!("{bytes} bytes"), format!("{} bytes", self.data.len())));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,41 @@
+//! landmarkdb: a database for the block memory of language models.
+//!
+//! A model cuts its past into blocks. Each block has landmark keys per layer and KV head; every query scores them,
+//! takes the top-k blocks, and attends to the tokens inside those together with its local window. landmarkdb keeps
+//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process or over gRPC.
+//!
+//! Invariants
+//! - Nothing is acknowledged before it is durable. After a failed flush the store is poisoned until reopened.
+//! - Every payload and record carries a checksum; a mismatch is an error that names the block, never a wrong answer.
+//! - A collection is bound to a model fingerprint; another model is refused with both fingerprints in the message.
+//! - Readers hold a snapshot; a writer publishes the next one. No lock is held across I/O on the lookup path.
+//! - Every size that arrives from outside is checked against `limits` before memory is allocated for it.
+//!
+//! In reading order:
+
+// Values that every layer speaks.
+pub mod limits;
+pub mod numeric;
+pub mod shape;
+pub mod types;
+
+// The product without a network.
+pub mod api;
+
+// Ground state, derived state, and the memory that owns both.
+pub mod index;
+pub mod memory;
+pub mod store;
+
+// The same product over a network.
+pub mod client;
+pub mod server;
+pub mod wire;
+
+// Models that remember.
+pub mod attention;
+pub mod eval;
+pub mod model;
+
+// What a person types.
+pub mod cli;

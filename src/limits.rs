@@ -1,0 +1,53 @@
+//! Every bound of the product, each with its reason. Sizes that arrive from outside are checked against these
+//! before memory is allocated for them.
+
+/// Longest name of a collection or document: fits a catalog key and a table column.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// Layers of a model: the deepest open models have 126; a piece index stays well inside u32.
+pub const LAYERS_MAX: u32 = 1024;
+
+/// Heads of one layer, query or KV.
+pub const HEADS_MAX: u32 = 1024;
+
+/// Head dim: 64 to 256 in the field. Bounds the stack buffers of the kernels.
+pub const HEAD_DIM_MAX: u32 = 1024;
+
+/// Tokens of one block: the paper uses 50, the field 16 to 128.
+pub const BLOCK_TOKENS_MAX: u32 = 1024;
+
+/// Blocks of one document: 2^24 blocks of 64 are a billion tokens.
+pub const DOCUMENT_BLOCKS_MAX: u32 = 1 << 24;
+
+/// Stored bytes of one block over all layers and heads: a 126-layer model with 64-token blocks stays under it.
+pub const BLOCK_BYTES_MAX: u64 = 1 << 30;
+
+/// Source text of one block: tokens rarely span more than a few dozen bytes, but nothing forbids a long one.
+pub const BLOCK_TEXT_BYTES_MAX: usize = 1 << 20;
+
+/// Blocks of one append request: one durable flush is spread over at most this many.
+pub const APPEND_BLOCKS_MAX: usize = 1024;
+
+/// Query tokens of one lookup or attend: a prefill chunk.
+pub const QUERY_TOKENS_MAX: u32 = 4096;
+
+/// Documents attached to one lookup.
+pub const SCOPE_DOCUMENTS_MAX: usize = 1024;
+
+/// Blocks retrieved per row.
+pub const TOP_K_MAX: u32 = 1024;
+
+/// Bytes of scores that one lookup may need (rows x eligible blocks x 4): bounds its working memory.
+pub const LOOKUP_SCORES_BYTES_MAX: u64 = 4 << 30;
+
+/// Blocks of one fetch request.
+pub const FETCH_BLOCKS_MAX: usize = 4096;
+
+/// One message on the wire: an append of one large block, or a fetch reply of one.
+pub const MESSAGE_BYTES_MAX: usize = 1 << 30;
+
+/// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
+pub const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// Compaction runs until stored bytes are at most this many hundredths of the live ones.
+pub const SPACE_PERCENT_MAX: u64 = 110;

@@ -1,0 +1,295 @@
+//! Small numeric loops that several layers share, each compiled for the instruction sets a machine may have and
+//! chosen at run time.
+//!
+//! A loop is written once, over arrays of [`LANES`] accumulators that the compiler keeps in vector registers;
+//! [`simd!`] compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
+//! than left to right, and may differ in the last bits between machines.
+
+/// Accumulators that a reduction keeps apart: two AVX-512 registers' worth, to hide the latency of an addition.
+pub const LANES: usize = 32;
+
+/// Compiles a function for several instruction sets. Inside the body, `fma::<FMA>(a, b, c)` is `a * b + c`, fused
+/// where the machine can.
+macro_rules! simd {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<const FMA: bool>($($arg: $type),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+                fn avx512($($arg: $type),*) $(-> $ret)? {
+                    body::<true>($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $type),*) $(-> $ret)? {
+                    body::<true>($($arg),*)
+                }
+                match $crate::numeric::level() {
+                    // SAFETY: `level` found these instruction sets on this machine.
+                    $crate::numeric::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::numeric::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::numeric::Level::Portable => {}
+                }
+            }
+            body::<false>($($arg),*)
+        }
+    };
+}
+pub(crate) use simd;
+
+/// The widest instruction set that [`simd!`] functions use here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+/// What this machine has; found once.
+#[inline]
+pub fn level() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("f16c") {
+            return Level::Avx512;
+        }
+        if has!("avx2") && has!("fma") && has!("f16c") {
+            return Level::Avx2;
+        }
+    }
+    Level::Portable
+}
+
+/// `a * b + c`.
+#[inline(always)]
+pub(crate) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    // Without the instruction `mul_add` is a slow library call.
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// `e^x` within 2 units in the last place for `x` in -87 to 88; 0 below (there the true value is under 1.7e-38),
+/// clamped above. A polynomial that vectorises, after Cephes `expf`.
+#[inline(always)]
+pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, so that `x - n ln 2` loses nothing.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    const SMALLEST: f32 = -87.0;
+    const LARGEST: f32 = 88.0;
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
+    const ROUND: f32 = 12_582_912.0;
+
+    let clamped = if x < SMALLEST { SMALLEST } else { x };
+    let clamped = if clamped > LARGEST { LARGEST } else { clamped };
+    let n = fma::<FMA>(clamped, LOG2_E, ROUND) - ROUND;
+    let r = fma::<FMA>(n, -LN2_HIGH, clamped);
+    let r = fma::<FMA>(n, -LN2_LOW, r);
+    let mut p = 1.987_569_1e-4;
+    p = fma::<FMA>(p, r, 1.398_199_9e-3);
+    p = fma::<FMA>(p, r, 8.333_452e-3);
+    p = fma::<FMA>(p, r, 4.166_579_6e-2);
+    p = fma::<FMA>(p, r, 0.166_666_65);
+    p = fma::<FMA>(p, r, 0.5);
+    let e = fma::<FMA>(p, r * r, r) + 1.0;
+    // SAFETY: `n` lies in -126 to 127 by the clamps, so it fits.
+    let power = f32::from_bits(((unsafe { n.to_int_unchecked::<i32>() } + 127) << 23) as u32);
+    let value = e * power;
+    if x < SMALLEST { 0.0 } else { value }
+}
+
+/// Widens one half float. Vectorises, which a call per number does not. Infinities become large numbers; callers
+/// check for them where numbers come in.
+#[inline(always)]
+pub(crate) fn widen<const FMA: bool>(bits: u16) -> f32 {
+    let bits = bits as u32;
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000); // 2^112
+    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+}
+
+simd! {
+    /// `sum(a[i] * b[i])`. Slices of equal length.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        debug_assert_eq!(a.len(), b.len());
+        let mut sums = [0f32; LANES];
+        let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let (a_rest, b_rest) = (a_blocks.remainder(), b_blocks.remainder());
+        for (a, b) in a_blocks.zip(b_blocks) {
+            for lane in 0..LANES {
+                sums[lane] = fma::<FMA>(a[lane], b[lane], sums[lane]);
+            }
+        }
+        for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+            *sum = fma::<FMA>(*a, *b, *sum);
+        }
+        sums.iter().sum()
+    }
+}
+
+simd! {
+    /// `out[i] += factor * x[i]`. Slices of equal length.
+    pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+        debug_assert_eq!(out.len(), x.len());
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = fma::<FMA>(factor, *x, *out);
+        }
+    }
+}
+
+simd! {
+    /// The largest number; -inf for none.
+    pub fn max(numbers: &[f32]) -> f32 {
+        let mut tops = [f32::NEG_INFINITY; LANES];
+        let blocks = numbers.chunks_exact(LANES);
+        let rest = blocks.remainder();
+        for block in blocks {
+            for lane in 0..LANES {
+                tops[lane] = if block[lane] > tops[lane] { block[lane] } else { tops[lane] };
+            }
+        }
+        tops.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &number| if number > top { number } else { top })
+    }
+}
+
+simd! {
+    /// Replaces each `x` by `e^(x - shift)` and returns their sum. `-inf` becomes 0.
+    pub fn exp_sum(numbers: &mut [f32], shift: f32) -> f32 {
+        let mut sums = [0f32; LANES];
+        let mut blocks = numbers.chunks_exact_mut(LANES);
+        for block in &mut blocks {
+            for lane in 0..LANES {
+                block[lane] = exp::<FMA>(block[lane] - shift);
+                sums[lane] += block[lane];
+            }
+        }
+        for (sum, number) in sums.iter_mut().zip(blocks.into_remainder()) {
+            *number = exp::<FMA>(*number - shift);
+            *sum += *number;
+        }
+        sums.iter().sum()
+    }
+}
+
+simd! {
+    /// `log(sum(e^x))`; -inf for none.
+    pub fn log_sum_exp(numbers: &[f32]) -> f32 {
+        let top = max(numbers);
+        if top == f32::NEG_INFINITY {
+            return top;
+        }
+        let mut sums = [0f32; LANES];
+        let blocks = numbers.chunks_exact(LANES);
+        let rest = blocks.remainder();
+        for block in blocks {
+            for lane in 0..LANES {
+                sums[lane] += exp::<FMA>(block[lane] - top);
+            }
+        }
+        for (sum, number) in sums.iter_mut().zip(rest) {
+            *sum += exp::<FMA>(*number - top);
+        }
+        top + sums.iter().sum::<f32>().ln()
+    }
+}
+
+simd! {
+    /// Half floats to single. Slices of equal length.
+    pub fn widen_f16(halves: &[half::f16], out: &mut [f32]) {
+        debug_assert_eq!(halves.len(), out.len());
+        for (out, half) in out.iter_mut().zip(halves) {
+            *out = widen::<FMA>(half.to_bits());
+        }
+    }
+}
+
+simd! {
+    /// Signed bytes to single, times one scale. Slices of equal length.
+    pub fn widen_int8(bytes: &[i8], scale: f32, out: &mut [f32]) {
+        debug_assert_eq!(bytes.len(), out.len());
+        for (out, byte) in out.iter_mut().zip(bytes) {
+            *out = *byte as f32 * scale;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+
+    fn numbers(count: usize, spread: f32, seed: u64) -> Vec<f32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        (0..count).map(|_| rng.random_range(-spread..spread)).collect()
+    }
+
+    const SIZES: [usize; 9] = [0, 1, 7, 31, 32, 33, 64, 100, 1025];
+
+    #[test]
+    fn reductions_agree_with_double_precision_at_every_remainder() {
+        for size in SIZES {
+            let (a, b) = (numbers(size, 2.0, 1), numbers(size, 2.0, 2));
+            let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
+            assert!((dot(&a, &b) as f64 - want).abs() < 1e-4, "dot of {size}");
+
+            let mut out = b.clone();
+            add_scaled(&mut out, 0.5, &a);
+            assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| (o - (0.5 * a + b)).abs() < 1e-6));
+
+            assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max), "max of {size}");
+
+            let want = a.iter().map(|x| (*x as f64).exp()).sum::<f64>().ln();
+            let got = log_sum_exp(&a) as f64;
+            assert!(got == want || (got - want).abs() < 1e-5, "log_sum_exp of {size}: {got} {want}");
+
+            let mut weights = a.clone();
+            let sum = exp_sum(&mut weights, 0.25) as f64;
+            let want: f64 = a.iter().map(|x| (*x as f64 - 0.25).exp()).sum();
+            assert!((sum - want).abs() <= 1e-5 * want.max(1.0), "exp_sum of {size}");
+        }
+    }
+
+    #[test]
+    fn exponential_is_within_two_units_in_the_last_place() {
+        for x in numbers(100_000, 87.0, 3) {
+            let want = (x as f64).exp();
+            let (fused, plain) = (exp::<true>(x) as f64, exp::<false>(x) as f64);
+            assert!((fused / want - 1.0).abs() < 2.4e-7, "e^{x}: {fused} {want}");
+            assert!((plain / want - 1.0).abs() < 2.4e-7, "e^{x}: {plain} {want}");
+        }
+        for none in [-87.1, -1000.0, f32::NEG_INFINITY] {
+            assert_eq!(exp::<true>(none), 0.0);
+        }
+        assert_eq!(exp::<true>(0.0), 1.0);
+    }
+
+    #[test]
+    fn sums_of_nothing_but_minus_infinity() {
+        let mut masked = vec![f32::NEG_INFINITY; 40];
+        assert_eq!(log_sum_exp(&masked), f32::NEG_INFINITY);
+        assert_eq!(exp_sum(&mut masked, 0.0), 0.0);
+        assert!(masked.iter().all(|&x| x == 0.0));
+    }
+
+    #[test]
+    fn every_finite_half_float_widens_exactly() {
+        let halves: Vec<half::f16> = (0..=u16::MAX).map(half::f16::from_bits).filter(|h| h.is_finite()).collect();
+        let mut wide = vec![0f32; halves.len()];
+        widen_f16(&halves, &mut wide);
+        for (half, wide) in halves.iter().zip(&wide) {
+            assert_eq!(half.to_f32().to_bits(), wide.to_bits(), "{half:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_widen_with_their_scale() {
+        let bytes: Vec<i8> = (-128..=127).collect();
+        let mut wide = vec![0f32; 256];
+        widen_int8(&bytes, 0.5, &mut wide);
+        assert!(bytes.iter().zip(&wide).all(|(b, w)| *b as f32 * 0.5 == *w));
+    }
+}

@@ -1,0 +1,181 @@
+//! Ids and small values that every layer speaks.
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// A collection, unique within one data directory and never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CollectionId(pub u32);
+
+/// A document, unique within one data directory (over all collections) and never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DocumentId(pub u64);
+
+/// One block of a document. Ordered by document, then by position in it; ties between equally scored blocks
+/// go to the lower `BlockId`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BlockId {
+    pub document: DocumentId,
+    /// Position in the document, counted in blocks from 0.
+    pub index: u32,
+}
+
+/// One KV head of one layer: the unit that a landmark key and a payload piece belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayerHead {
+    pub layer: u32,
+    pub kv_head: u32,
+}
+
+/// Consecutive blocks of one document.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BlockRange {
+    pub document: DocumentId,
+    pub blocks: Range<u32>,
+}
+
+/// How numbers are laid out, in memory, on the wire (floats only) and on disk. Always little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+    /// Signed 8 bit with scales beside the numbers; where they lie is said by whoever stores it.
+    Int8,
+}
+
+/// What stands for a block in the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyRule {
+    /// m = 1: the key of the block's last token, which landmark training made its representative.
+    Landmark,
+    /// m = B: every token key of the block. What a model without landmark training needs.
+    Tokens,
+    /// m = 1: the mean of the block's token keys. Cheap and weak.
+    Mean,
+}
+
+/// How the scores of a block's m keys become one score.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockScore {
+    Max,
+    LogSumExp,
+}
+
+/// For whom one choice of blocks is made. Scores are aggregated after a softmax over the eligible blocks,
+/// which each query token and query head computes for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Granularity {
+    /// One choice per query token and query head: rows (T, Hq).
+    TokenHead,
+    /// One choice per query head, the maximum over tokens: rows (Hq).
+    Head,
+    /// One choice per query token, the maximum over query heads: rows (T).
+    Token,
+    /// One choice per query token and KV head, the sum over its G query heads: rows (T, Hkv).
+    KvGroup,
+    /// One choice for all, the maximum over tokens and query heads: rows (1).
+    Shared,
+}
+
+/// How attention inside retrieved blocks is normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Normalisation {
+    /// All tokens of all retrieved blocks compete in one softmax: ordinary models.
+    Plain,
+    /// Softmax inside each block, weighted by the block's landmark (its last token), which competes in its
+    /// block's stead and has no value of its own: landmark-trained models (Mohtashami and Jaggi 2023, section 3.1).
+    Grouped,
+}
+
+impl DType {
+    /// Bytes of one number, without scales.
+    pub fn size_bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+            DType::Int8 => 1,
+        }
+    }
+}
+
+impl Granularity {
+    /// Rows of choices that `tokens` query tokens make.
+    pub fn rows(self, tokens: usize, query_heads: usize, kv_heads: usize) -> usize {
+        match self {
+            Granularity::TokenHead => tokens * query_heads,
+            Granularity::Head => query_heads,
+            Granularity::Token => tokens,
+            Granularity::KvGroup => tokens * kv_heads,
+            Granularity::Shared => 1,
+        }
+    }
+
+    /// The row that the query of `token` and `query_head` reads its blocks from.
+    pub fn row(self, token: usize, query_head: usize, query_heads: usize, kv_heads: usize) -> usize {
+        match self {
+            Granularity::TokenHead => token * query_heads + query_head,
+            Granularity::Head => query_head,
+            Granularity::Token => token,
+            Granularity::KvGroup => token * kv_heads + query_head / (query_heads / kv_heads),
+            Granularity::Shared => 0,
+        }
+    }
+}
+
+impl fmt::Display for CollectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Display for DocumentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Display for BlockId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.document, self.index)
+    }
+}
+
+/// The word a person types and reads for each variant; `FromStr` takes it back.
+macro_rules! words {
+    ($type:ident, $($word:literal => $variant:ident),+ $(,)?) => {
+        impl $type {
+            pub const WORDS: &'static [&'static str] = &[$($word),+];
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(match self { $($type::$variant => $word),+ })
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+
+            fn from_str(word: &str) -> Result<Self, Self::Err> {
+                match word {
+                    $($word => Ok($type::$variant),)+
+                    _ => Err(format!("expected one of {}, found {word:?}", Self::WORDS.join(", "))),
+                }
+            }
+        }
+    };
+}
+
+words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
+words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
+words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);
+words!(Granularity, "token-head" => TokenHead, "head" => Head, "token" => Token, "kv-group" => KvGroup, "shared" => Shared);
+words!(Normalisation, "plain" => Plain, "grouped" => Grouped);
