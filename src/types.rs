@@ -155,8 +155,8 @@ macro_rules! words {
             pub const WORDS: &'static [&'static str] = &[$($word),+];
         }
 
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.pad(match self { $($type::$variant => $word),+ })
             }
         }
@@ -173,6 +173,7 @@ macro_rules! words {
         }
     };
 }
+pub(crate) use words;
 
 words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);

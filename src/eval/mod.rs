@@ -1,1 +1,11 @@
+//! Does the memory work? The paper's passkey test, and perplexity against full attention and against a window alone.
 //!
+//! Everything runs through the product: documents are encoded into a real memory, in process or remote, and read back.
+
+mod haystack;
+mod passkey;
+mod perplexity;
+
+pub use haystack::{BOOK, Haystack, Needle};
+pub use passkey::{PasskeyCase, PasskeySettings, passkey};
+pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity};

@@ -1,0 +1,259 @@
+//! `landmarkdb ask`: questions about documents.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
+use crate::attention::BlockReads;
+use crate::model::{self, Answer, GenerateOptions, Sampling};
+use crate::types::BlockRange;
+
+use super::Context;
+use super::error::CliError;
+use super::output::{Report, excerpt, table, write_table};
+use super::settings::{ModelArgs, RetrievalArgs, WindowArgs};
+use super::target::DocumentName;
+
+/// Characters of a block's text that a table row shows.
+const EXCERPT_CHARS: usize = 72;
+
+/// Ask a question about documents, answered from their blocks.
+///
+/// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
+/// blocks it attends to from all documents. Under the answer stand the blocks that were read.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  landmarkdb ask 'Who is Anne Elliot?' --doc persuasion
+  landmarkdb ask 'What is the pass key? The pass key is' --doc notes --doc letters --raw
+  landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --json | jq '.blocks[0]'
+")]
+pub(super) struct Args {
+    /// The question.
+    question: String,
+
+    /// A document: NAME, or COLLECTION/NAME; repeat for several. All must be of one collection.
+    #[arg(long = "doc", value_name = "DOC", required = true)]
+    docs: Vec<String>,
+
+    /// Take the question as the words that the model continues, without a frame around it.
+    #[arg(long)]
+    raw: bool,
+
+    /// Blocks that each KV head reads per token.
+    #[arg(long, value_name = "K", default_value_t = 4)]
+    top_k: u32,
+
+    /// Longest answer, in tokens.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    max_tokens: usize,
+
+    /// Sample with this temperature; 0 is greedy.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
+    /// Sample from the likeliest tokens that make up this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+
+    /// Blocks that the table shows.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
+    show: usize,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    window: WindowArgs,
+
+    #[command(flatten)]
+    retrieval: RetrievalArgs,
+}
+
+/// An answer and the blocks it was read from.
+#[derive(Debug, Serialize)]
+pub(super) struct Answered {
+    question: String,
+    pub(super) answer: String,
+    prompt_tokens: usize,
+    answer_tokens: usize,
+    /// From the question to the first piece of the answer, with the model loaded.
+    pub(super) first_token_s: f64,
+    total_s: f64,
+    /// Heaviest first.
+    pub(super) blocks: Vec<BlockRead>,
+    /// How many of them the table shows.
+    #[serde(skip)]
+    shown: usize,
+    /// Layers times KV heads of the model.
+    #[serde(skip)]
+    heads_count: usize,
+}
+
+/// One block that was read.
+#[derive(Debug, Serialize)]
+pub(super) struct BlockRead {
+    pub(super) document: String,
+    pub(super) block: u32,
+    /// Estimated share of the attention that went to retrieved blocks.
+    share: f64,
+    /// Which layers and KV heads chose the block, and for how many query tokens times query heads.
+    heads: Vec<HeadRead>,
+    text_start_bytes: u64,
+    pub(super) text: String,
+}
+
+#[derive(Debug, Serialize)]
+struct HeadRead {
+    layer: u32,
+    kv_head: u32,
+    choices: u64,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    let memory = context.memory()?;
+    let mut found = Vec::new();
+    for doc in &args.docs {
+        found.push(DocumentName::new(doc, &context.config).find(memory.as_ref())?);
+    }
+    let (collection, _) = found[0].clone();
+    if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
+        let (first, second) = (collection.spec.name, other.spec.name.clone());
+        return Err(CliError::SeveralCollections { first, second });
+    }
+    let documents: Vec<DocumentInfo> = found.into_iter().map(|(_, document)| document).collect();
+    let model = args.model.load(context)?;
+    model::check_model(&model, &collection)?;
+
+    let prompt = if args.raw { args.question.clone() } else { frame(&args.question) };
+    let options = GenerateOptions {
+        max_tokens: args.max_tokens,
+        stop: vec!["\n".into()],
+        sampling: match args.temperature {
+            0.0 => Sampling::Greedy,
+            temperature => Sampling::Random { temperature, top_p: args.top_p, seed: args.seed },
+        },
+        ..GenerateOptions::default()
+    };
+    let answer = model::ask(
+        &model,
+        &memory,
+        &collection,
+        &documents,
+        &prompt,
+        args.window.window(),
+        args.retrieval.retrieval(args.top_k),
+        &options,
+        &mut |piece| context.output.stream(piece),
+    )?;
+    context.output.stream_end();
+    let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
+    context.output.print(&answered)
+}
+
+/// What the model continues to answer a question.
+pub(super) fn frame(question: &str) -> String {
+    format!("\n\nQuestion: {}\nAnswer:", question.trim())
+}
+
+impl Answered {
+    /// Looks up the text of every block that was read.
+    pub(super) fn new(
+        question: &str,
+        answer: &Answer,
+        memory: &dyn BlockMemory,
+        collection: &CollectionInfo,
+        documents: &[DocumentInfo],
+        shown: usize,
+    ) -> Result<Self, CliError> {
+        let shape = &collection.spec.shape;
+        let mass: f64 = answer.reads.iter().map(|read| read.mass).sum();
+        let blocks = answer.reads.iter().map(|read| BlockRead::new(read, mass, memory, documents));
+        Ok(Answered {
+            question: question.into(),
+            answer: answer.generated.text.trim().into(),
+            prompt_tokens: answer.prompt_tokens,
+            answer_tokens: answer.generated.ids.len(),
+            first_token_s: answer.first_token.as_secs_f64(),
+            total_s: answer.total.as_secs_f64(),
+            blocks: blocks.collect::<Result<_, _>>()?,
+            shown,
+            heads_count: shape.pieces(),
+        })
+    }
+}
+
+impl BlockRead {
+    fn new(
+        read: &BlockReads,
+        mass: f64,
+        memory: &dyn BlockMemory,
+        documents: &[DocumentInfo],
+    ) -> Result<Self, CliError> {
+        let range = BlockRange { document: read.block.document, blocks: read.block.index..read.block.index + 1 };
+        let info = memory.blocks(&range)?.into_iter().next();
+        let name = documents.iter().find(|document| document.id == read.block.document);
+        let heads = read.heads.iter().map(|head| HeadRead {
+            layer: head.layer,
+            kv_head: head.kv_head,
+            choices: head.choices,
+        });
+        Ok(BlockRead {
+            document: name.map(|document| document.name.clone()).unwrap_or_default(),
+            block: read.block.index,
+            share: read.mass / mass.max(f64::MIN_POSITIVE),
+            heads: heads.collect(),
+            text_start_bytes: info.as_ref().map_or(0, |info| info.text.start),
+            text: info.map(|info| String::from_utf8_lossy(&info.text.bytes).into_owned()).unwrap_or_default(),
+        })
+    }
+
+    /// `12 of 90 heads, layers 3-29`
+    fn choosers(&self, heads_count: usize) -> String {
+        let layers: BTreeSet<u32> = self.heads.iter().map(|head| head.layer).collect();
+        let span = match (layers.first(), layers.last()) {
+            (Some(first), Some(last)) if first < last => format!("layers {first}-{last}"),
+            (Some(only), _) => format!("layer {only}"),
+            _ => "no layer".into(),
+        };
+        format!("{} of {heads_count} heads, {span}", self.heads.len())
+    }
+}
+
+impl Report for Answered {
+    /// The answer itself was streamed.
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        writeln!(to)?;
+        if self.blocks.is_empty() {
+            writeln!(to, "read from the local window only: the documents fit in it")?;
+        } else {
+            let mut rows = table(["DOCUMENT", "BLOCK>", "SHARE>", "CHOSEN BY", "TEXT"]);
+            for block in self.blocks.iter().take(self.shown) {
+                rows.add_row([
+                    block.document.clone(),
+                    block.block.to_string(),
+                    format!("{:.1} %", 100.0 * block.share),
+                    block.choosers(self.heads_count),
+                    excerpt(block.text.as_bytes(), EXCERPT_CHARS),
+                ]);
+            }
+            write_table(to, &rows)?;
+            let rest = self.blocks.len().saturating_sub(self.shown);
+            if rest > 0 {
+                writeln!(to, "and {rest} blocks that weighed less")?;
+            }
+        }
+        writeln!(to)?;
+        writeln!(
+            to,
+            "first token after {:.2} s, {} tokens in {:.2} s",
+            self.first_token_s, self.answer_tokens, self.total_s
+        )
+    }
+}

@@ -1,0 +1,29 @@
+//! `landmarkdb bench`: how fast is it here?
+
+mod decode;
+mod lookup;
+
+use crate::cli::Context;
+use crate::cli::error::CliError;
+
+/// Measure this machine. Shapes are named, inputs random by seed, and times quoted as percentiles.
+#[derive(clap::Subcommand, Debug)]
+pub(super) enum Command {
+    Lookup(lookup::Args),
+    Decode(decode::Args),
+}
+
+pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
+    match command {
+        Command::Lookup(args) => lookup::run(args, context),
+        Command::Decode(args) => decode::run(args, context),
+    }
+}
+
+/// The value below which a share of the sorted times lies.
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    match sorted.len() {
+        0 => f64::NAN,
+        count => sorted[((count - 1) as f64 * share).round() as usize],
+    }
+}

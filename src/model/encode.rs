@@ -1,0 +1,138 @@
+//! From a text to a sealed document in a memory: prefill once, keep the blocks, read them back in any later session.
+
+use std::sync::Arc;
+
+use super::error::RememberError;
+use super::llama::Logits;
+use super::{LoadedModel, PREFILL_TOKENS};
+use crate::api::{BlockMemory, CollectionInfo, DocumentInfo, MemoryError};
+use crate::attention::{BlockAttention, NewTokens, Window};
+use crate::types::BlockRange;
+
+/// Blocks that are compared in one call when a document is resumed.
+const COMPARED_BLOCKS: u32 = 256;
+
+/// How far an encoding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodeProgress {
+    /// Tokens that were in the memory before: an interrupted encoding is resumed.
+    pub resumed_tokens: u64,
+    /// Tokens that the memory has, those included.
+    pub done_tokens: u64,
+    pub total_tokens: u64,
+}
+
+/// Encodes `text` into the document `name` and seals it. The model sees its window and the sink only, so the cost per
+/// token does not grow with the text.
+///
+/// A document that holds the beginning of the same text, from an interrupted encoding, is continued after its last
+/// durable block; one that is whole and sealed is left as it is.
+///
+/// # Errors
+/// [`MemoryError::Conflict`] when the document holds another text, and whatever the model or the memory report.
+/// What was acknowledged before an error stays durable.
+pub fn encode(
+    model: &LoadedModel,
+    memory: &Arc<dyn BlockMemory>,
+    collection: &CollectionInfo,
+    name: &str,
+    text: &str,
+    window: Window,
+    progress: &mut dyn FnMut(EncodeProgress),
+) -> Result<DocumentInfo, RememberError> {
+    let encoded = model.tokenizer.encode(text)?;
+    let prefix = model.tokenizer.prefix();
+    let ids = [prefix, &encoded.ids].concat();
+    let offsets: Vec<usize> = prefix.iter().map(|_| 0).chain(encoded.offsets.iter().copied()).collect();
+
+    let document = memory.open_document(collection.id, name)?;
+    check_beginning(memory.as_ref(), &document, &ids)?;
+    let resumed_tokens = document.tokens;
+    let mut tell = |done_tokens| {
+        progress(EncodeProgress { resumed_tokens, done_tokens, total_tokens: ids.len() as u64 });
+    };
+    tell(resumed_tokens);
+    if document.sealed {
+        return Ok(document);
+    }
+    let mut session = BlockAttention::write(memory.clone(), collection, &document, window, None)?;
+    let mut from = session.position();
+    while from < ids.len() {
+        let to = (from + PREFILL_TOKENS.min(window.tokens)).min(ids.len());
+        model.llama.forward(&ids[from..to], &mut session, Logits::None)?;
+        let end = offsets.get(to).copied().unwrap_or(text.len());
+        let text_from = offsets[from];
+        let in_text: Vec<u32> = offsets[from..to].iter().map(|offset| (offset - text_from) as u32).collect();
+        session.commit(NewTokens { ids: &ids[from..to], text: &text.as_bytes()[text_from..end], offsets: &in_text })?;
+        from = to;
+        tell(from as u64);
+    }
+    session.flush()?;
+    Ok(memory.seal(document.id)?)
+}
+
+/// Refuses a document that holds something else than the beginning of `ids`, or, when sealed, than all of it.
+fn check_beginning(memory: &dyn BlockMemory, document: &DocumentInfo, ids: &[u32]) -> Result<(), MemoryError> {
+    let conflict = |index| MemoryError::Conflict { document: document.id, index };
+    let mut expected = ids;
+    let end = document.blocks + (document.tail_tokens > 0) as u32;
+    let mut next = 0;
+    while next < end {
+        let page = next..end.min(next + COMPARED_BLOCKS);
+        next = page.end;
+        for block in memory.blocks(&BlockRange { document: document.id, blocks: page })? {
+            expected = expected.strip_prefix(&block.token_ids[..]).ok_or(conflict(block.id.index))?;
+        }
+    }
+    if document.sealed && !expected.is_empty() {
+        return Err(conflict(end));
+    }
+    Ok(())
+}
+
+/// Copies a sealed document into another collection of the same model, as `name`: other dtypes without encoding again.
+///
+/// # Errors
+/// Those of the memory.
+pub fn copy_document(
+    memory: &dyn BlockMemory,
+    from: &DocumentInfo,
+    to: &CollectionInfo,
+    name: &str,
+) -> Result<DocumentInfo, MemoryError> {
+    let copy = memory.open_document(to.id, name)?;
+    let end = from.blocks + (from.tail_tokens > 0) as u32;
+    for index in copy.blocks..end {
+        let request =
+            crate::api::FetchRequest { document: from.id, blocks: vec![index], dtype: crate::types::DType::F32 };
+        let blocks = memory.fetch(&request)?.into_iter().map(|block| crate::api::NewBlock {
+            index,
+            token_ids: block.token_ids,
+            text: block.text,
+            k: block.k,
+            v: block.v,
+        });
+        memory.append(crate::api::AppendRequest { document: copy.id, blocks: blocks.collect() })?;
+    }
+    memory.seal(copy.id)
+}
+
+/// Whether `model` is the one that a collection was made with.
+///
+/// # Errors
+/// [`MemoryError::FingerprintMismatch`] with both fingerprints.
+pub fn check_model(model: &LoadedModel, collection: &CollectionInfo) -> Result<(), RememberError> {
+    let mut offered = collection.spec.clone();
+    offered.shape = model.shape(offered.shape.block_tokens).map_err(MemoryError::from)?;
+    offered.model_digest = model.model_digest;
+    offered.tokenizer_digest = model.tokenizer_digest();
+    if offered.fingerprint() != collection.fingerprint {
+        return Err(MemoryError::FingerprintMismatch {
+            collection: collection.spec.name.clone(),
+            stored: collection.fingerprint,
+            offered: offered.fingerprint(),
+        }
+        .into());
+    }
+    Ok(())
+}
