@@ -1,1 +1,81 @@
+//! What a person types, and what is printed back.
 //!
+//! Two stages: `args` is what was typed, `config` is what it means once the configuration file and the environment
+//! had their say. Each command is one file here: its arguments, what it answers (a serde struct that is the manual
+//! of its `--json`), and `run`. Adding a command is one such file and one variant of [`args::Command`].
+
+mod args;
+mod config;
+mod error;
+mod logging;
+mod output;
+mod report;
+mod target;
+
+// The commands.
+mod blocks;
+mod completions;
+mod ls;
+mod model;
+mod rm;
+mod serve;
+mod show;
+mod stats;
+mod verify;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use args::Cli;
+use config::Config;
+use error::{CliError, Exit};
+use output::Output;
+
+/// What every command is given.
+struct Context {
+    config: Config,
+    output: Output,
+}
+
+/// Runs one command line, program name first, and says how it went.
+pub fn main(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let typed: Vec<OsString> = typed.into_iter().collect();
+    let cli = match Cli::try_parse_from(&typed) {
+        Ok(cli) => cli,
+        Err(error) => return misunderstood(&error, &typed).into(),
+    };
+    let output = Output::new(&cli.global);
+    match run(cli, output) {
+        Ok(()) => Exit::Ok,
+        Err(error) if error.is_broken_pipe() => Exit::Ok,
+        Err(error) => {
+            output.error(&error.to_string(), error.exit());
+            error.exit()
+        }
+    }
+    .into()
+}
+
+fn run(cli: Cli, output: Output) -> Result<(), CliError> {
+    logging::start(&cli.global, &cli.command)?;
+    let config = Config::load(&cli.global)?;
+    cli.command.run(&Context { config, output })
+}
+
+/// Help and version are answers, not errors. Anything else is a usage error, in JSON where JSON was asked for.
+fn misunderstood(error: &clap::Error, typed: &[OsString]) -> Exit {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        // A reader that went away wants no more help.
+        let _ = error.print();
+        return Exit::Ok;
+    }
+    if typed.iter().any(|word| word == "--json") {
+        Output::json().error(error.to_string().trim_end(), Exit::Usage);
+    } else {
+        let _ = error.print();
+    }
+    Exit::Usage
+}

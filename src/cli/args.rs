@@ -1,0 +1,128 @@
+//! What was typed. What it means, together with the configuration file and the environment, is said by `config`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::error::{CliError, Exit};
+use super::{Context, blocks, completions, ls, model, rm, serve, show, stats, verify};
+
+const EXAMPLES: &str = "\
+Examples:
+  landmarkdb ls                                  what the data directory holds
+  landmarkdb --data ./books serve                serve a data directory on 127.0.0.1:7601
+  landmarkdb --connect http://127.0.0.1:7601 ls  the same question, asked of the service
+  landmarkdb verify                              read everything and check it
+";
+
+/// The block memory of language models: landmark keys in an index, KV blocks on disk.
+///
+/// Every command works on a data directory (--data) or on a running service (--connect). Settings come from the
+/// configuration file, then from LANDMARKDB__SECTION__KEY variables, then from flags; the later one wins.
+#[derive(Debug, Parser)]
+#[command(name = "landmarkdb", version, arg_required_else_help = true)]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{}", Exit::help()))]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub(super) global: Global,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Global options")]
+pub(super) struct Global {
+    /// Work on this data directory [default: landmarkdb in the user's data folder].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(super) data: Option<PathBuf>,
+
+    /// Work on a running service: http://HOST:PORT or unix:/PATH. Excludes --data.
+    #[arg(long, global = true, value_name = "TARGET")]
+    pub(super) connect: Option<String>,
+
+    /// The collection that documents are looked for in [default: default].
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(super) collection: Option<String>,
+
+    /// Read settings from this file [default: landmarkdb.toml here, else in the user's configuration folder].
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(super) config: Option<PathBuf>,
+
+    /// Answer with JSON on standard output, and report errors as JSON on standard error.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+
+    /// No progress bars.
+    #[arg(short, long, global = true)]
+    pub(super) quiet: bool,
+
+    /// Log more to standard error; twice for everything. RUST_LOG overrides.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(super) verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    Serve(serve::Args),
+    #[command(subcommand)]
+    Model(model::Command),
+    Ls(ls::Args),
+    Show(show::Args),
+    Blocks(blocks::Args),
+    Stats(stats::Args),
+    Verify(verify::Args),
+    Rm(rm::Args),
+    Completions(completions::Args),
+}
+
+impl Command {
+    pub(super) fn run(self, context: &Context) -> Result<(), CliError> {
+        match self {
+            Command::Serve(args) => serve::run(&args, context),
+            Command::Model(command) => model::run(&command, context),
+            Command::Ls(args) => ls::run(&args, context),
+            Command::Show(args) => show::run(&args, context),
+            Command::Blocks(args) => blocks::run(&args, context),
+            Command::Stats(args) => stats::run(&args, context),
+            Command::Verify(args) => verify::run(&args, context),
+            Command::Rm(args) => rm::run(&args, context),
+            Command::Completions(args) => completions::run(&args, context),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_table_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            if command.has_subcommands() {
+                command.get_subcommands().for_each(|sub| check(sub, &format!("{path} {}", sub.get_name())));
+            } else {
+                let help = command.get_after_help().map(|help| help.to_string()).unwrap_or_default();
+                assert!(help.contains(path), "the after_help of `{path}` has no example of it: {help:?}");
+                assert!(command.get_about().is_some(), "{path} does not say what it does");
+            }
+        }
+        check(&Cli::command(), "landmarkdb");
+    }
+
+    #[test]
+    fn global_flags_may_follow_the_command() {
+        let cli = Cli::try_parse_from(["landmarkdb", "--json", "ls", "--data", "d", "--collection", "books", "-vv"]);
+        let global = cli.unwrap().global;
+        assert!(global.json);
+        assert_eq!(global.data, Some("d".into()));
+        assert_eq!(global.collection.as_deref(), Some("books"));
+        assert_eq!(global.verbose, 2);
+    }
+}

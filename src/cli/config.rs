@@ -1,0 +1,252 @@
+//! What the command line means: the configuration file, then the environment, then flags; the later one wins.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use config::{Environment, File, FileFormat};
+use serde::Deserialize;
+
+use super::args::Global;
+use super::target::Target;
+
+const FILE_NAME: &str = "landmarkdb.toml";
+const FOLDER_NAME: &str = "landmarkdb";
+const ENVIRONMENT_PREFIX: &str = "LANDMARKDB";
+const ENVIRONMENT_SEPARATOR: &str = "__";
+
+/// What all sources together say.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Config {
+    /// Where `--data` or `--connect` point; absent where neither is set and the platform has no data folder.
+    target: Option<Target>,
+    /// The collection of documents that are named without one.
+    pub(super) collection: String,
+    /// Whether `--collection` was typed, and not merely a default.
+    pub(super) collection_typed: bool,
+    /// How long one call to a service may take; the client's own default where absent.
+    pub(super) deadline: Option<Duration>,
+    /// Address that `serve` listens on.
+    pub(super) listen: Option<SocketAddr>,
+    /// Socket path that `serve` listens on.
+    pub(super) unix: Option<PathBuf>,
+    /// Whether `serve` may listen where other machines reach it.
+    pub(super) allow_remote: bool,
+}
+
+/// Why the settings make no sense.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConfigError {
+    #[error("the configuration file {path} cannot be read: {source}")]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("{origin}: {detail}; docs/cli.md lists the settings")]
+    Invalid { origin: String, detail: String },
+    #[error("{origin}: a data directory ({data}) and a service ({connect}) are both named: keep one", data = .data.display())]
+    TwoTargets { origin: String, data: PathBuf, connect: String },
+    #[error("RUST_LOG: expected a log filter such as info or landmarkdb=debug, found {found:?}: {detail}")]
+    LogFilter { found: String, detail: String },
+    #[error("this platform names no data folder for the user: give --data DIR or --connect TARGET")]
+    NoDataFolder,
+}
+
+/// What one source says: the keys of the configuration file are these field names.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct Layer {
+    /// Data directory; in the file, relative to the file's folder.
+    data: Option<PathBuf>,
+    /// `http://host:port` or `unix:/path`.
+    connect: Option<String>,
+    collection: Option<String>,
+    client: ClientLayer,
+    server: ServerLayer,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct ClientLayer {
+    /// How long one call to a service may take.
+    deadline_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct ServerLayer {
+    /// `ip:port`; port 0 takes a free one.
+    listen: Option<SocketAddr>,
+    /// Path of a Unix socket; in the file, relative to the file's folder.
+    unix: Option<PathBuf>,
+    /// Allows an address that other machines can reach.
+    allow_remote: Option<bool>,
+}
+
+impl Config {
+    /// Reads the file and the environment and puts the flags on top.
+    pub(super) fn load(global: &Global) -> Result<Config, ConfigError> {
+        let file = match file_path(global.config.as_deref()) {
+            Some(path) => Layer::from_file(&path)?,
+            None => Layer::default(),
+        };
+        let environment = Layer::from_environment(None)?;
+        let layer = Layer::from_flags(global)?.over(environment).over(file);
+        Ok(layer.settle(global.collection.is_some(), dirs::data_dir()))
+    }
+
+    /// Where the command works.
+    pub(super) fn target(&self) -> Result<&Target, ConfigError> {
+        self.target.as_ref().ok_or(ConfigError::NoDataFolder)
+    }
+}
+
+impl Layer {
+    fn from_file(path: &Path) -> Result<Layer, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.to_path_buf(), source })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Layer::from_toml(&text, &path.display().to_string(), folder)
+    }
+
+    /// Paths in the file are relative to `folder`, so that a file means the same from everywhere.
+    fn from_toml(text: &str, origin: &str, folder: &Path) -> Result<Layer, ConfigError> {
+        let mut layer = Layer::read(File::from_str(text, FileFormat::Toml), origin)?;
+        for path in [&mut layer.data, &mut layer.server.unix].into_iter().flatten() {
+            *path = folder.join(&path);
+        }
+        Ok(layer)
+    }
+
+    /// `variables` stands in for the process environment in tests.
+    fn from_environment(variables: Option<HashMap<String, String>>) -> Result<Layer, ConfigError> {
+        let source = Environment::with_prefix(ENVIRONMENT_PREFIX)
+            .prefix_separator(ENVIRONMENT_SEPARATOR)
+            .separator(ENVIRONMENT_SEPARATOR)
+            .source(variables.map(|variables| variables.into_iter().collect()));
+        Layer::read(source, "LANDMARKDB__ environment variables")
+    }
+
+    fn from_flags(global: &Global) -> Result<Layer, ConfigError> {
+        let Global { data, connect, collection, .. } = global.clone();
+        Layer { data, connect, collection, ..Layer::default() }.checked("the command line")
+    }
+
+    fn read(source: impl config::Source + Send + Sync + 'static, origin: &str) -> Result<Layer, ConfigError> {
+        let invalid =
+            |error: config::ConfigError| ConfigError::Invalid { origin: origin.into(), detail: error.to_string() };
+        let settings = config::Config::builder().add_source(source).build().map_err(invalid)?;
+        settings.try_deserialize::<Layer>().map_err(invalid)?.checked(origin)
+    }
+
+    fn checked(self, origin: &str) -> Result<Layer, ConfigError> {
+        match (self.data, self.connect) {
+            (Some(data), Some(connect)) => Err(ConfigError::TwoTargets { origin: origin.into(), data, connect }),
+            (data, connect) => Ok(Layer { data, connect, ..self }),
+        }
+    }
+
+    /// This layer's settings, and `below`'s where it has none. `data` and `connect` are one setting: where to work.
+    fn over(self, below: Layer) -> Layer {
+        let (data, connect) = match (self.data, self.connect) {
+            (None, None) => (below.data, below.connect),
+            own => own,
+        };
+        Layer {
+            data,
+            connect,
+            collection: self.collection.or(below.collection),
+            client: ClientLayer { deadline_ms: self.client.deadline_ms.or(below.client.deadline_ms) },
+            server: ServerLayer {
+                listen: self.server.listen.or(below.server.listen),
+                unix: self.server.unix.or(below.server.unix),
+                allow_remote: self.server.allow_remote.or(below.server.allow_remote),
+            },
+        }
+    }
+
+    fn settle(self, collection_typed: bool, data_folder: Option<PathBuf>) -> Config {
+        let target = match (self.connect, self.data) {
+            (Some(connect), _) => Some(Target::Connect(connect)),
+            (None, Some(data)) => Some(Target::Data(data)),
+            (None, None) => data_folder.map(|folder| Target::Data(folder.join(FOLDER_NAME))),
+        };
+        Config {
+            target,
+            collection: self.collection.unwrap_or_else(|| "default".into()),
+            collection_typed,
+            deadline: self.client.deadline_ms.map(Duration::from_millis),
+            listen: self.server.listen,
+            unix: self.server.unix,
+            allow_remote: self.server.allow_remote.unwrap_or(false),
+        }
+    }
+}
+
+/// The file that was asked for, which must exist, or the first default one that does.
+fn file_path(asked: Option<&Path>) -> Option<PathBuf> {
+    if let Some(path) = asked {
+        return Some(path.to_path_buf());
+    }
+    let in_user_folder = dirs::config_dir().map(|folder| folder.join(FOLDER_NAME).join(FILE_NAME));
+    [Some(PathBuf::from(FILE_NAME)), in_user_folder].into_iter().flatten().find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> Result<Layer, ConfigError> {
+        Layer::from_toml(text, "landmarkdb.toml", Path::new("/etc/landmarkdb"))
+    }
+
+    fn environment(variables: &[(&str, &str)]) -> Result<Layer, ConfigError> {
+        Layer::from_environment(Some(variables.iter().map(|&(key, value)| (key.into(), value.into())).collect()))
+    }
+
+    fn settle(layer: Layer) -> Config {
+        layer.settle(false, Some("/home/user/data".into()))
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let file = file("data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[server]\nlisten = '127.0.0.1:1'");
+        let environment = environment(&[
+            ("LANDMARKDB__COLLECTION", "2"),
+            ("LANDMARKDB__CLIENT__DEADLINE_MS", "2"),
+            ("LANDMARKDB_CACHE", "not ours: one underscore"),
+        ]);
+        let flags = Layer::from_flags(&Global { collection: Some("c".into()), ..Global::default() });
+        let config = settle(flags.unwrap().over(environment.unwrap()).over(file.unwrap()));
+        assert_eq!(config.collection, "c");
+        assert_eq!(config.deadline, Some(Duration::from_millis(2)));
+        assert_eq!(config.listen, Some("127.0.0.1:1".parse().unwrap()));
+        assert_eq!(config.target().unwrap(), &Target::Data("/etc/landmarkdb/a".into()));
+    }
+
+    #[test]
+    fn the_target_of_a_higher_layer_replaces_either_kind_below() {
+        let connect = Layer { connect: Some("unix:/s".into()), ..Layer::default() };
+        let data = Layer { data: Some("d".into()), ..Layer::default() };
+        let target = |layer: Layer| settle(layer).target().unwrap().clone();
+        assert_eq!(target(connect.clone().over(data.clone())), Target::Connect("unix:/s".into()));
+        assert_eq!(target(data.over(connect)), Target::Data("d".into()));
+        assert_eq!(target(Layer::default()), Target::Data("/home/user/data/landmarkdb".into()));
+        assert!(matches!(Layer::default().settle(false, None).target(), Err(ConfigError::NoDataFolder)));
+    }
+
+    #[test]
+    fn a_wrong_setting_is_refused_by_its_name_and_place() {
+        let cases = [
+            (file("colection = 'a'"), ["landmarkdb.toml", "colection"]),
+            (file("[server]\nport = 1"), ["landmarkdb.toml", "port"]),
+            (file("[server]\nlisten = 'here'"), ["landmarkdb.toml", "server.listen"]),
+            (file("[client]\ndeadline_ms = 'soon'"), ["landmarkdb.toml", "client.deadline_ms"]),
+            (file("data = 'a'\nconnect = 'b'"), ["landmarkdb.toml", "keep one"]),
+            (file("data = "), ["landmarkdb.toml", "1"]),
+            (environment(&[("LANDMARKDB__SERVER__PORT", "1")]), ["LANDMARKDB__", "port"]),
+        ];
+        for (layer, words) in cases {
+            let message = layer.unwrap_err().to_string();
+            assert!(words.iter().all(|word| message.contains(word)), "{words:?} in {message}");
+        }
+    }
+}

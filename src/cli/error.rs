@@ -1,0 +1,167 @@
+//! Why a command failed, and the exit code that tells a script.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use crate::api::MemoryError;
+use crate::model::PullError;
+use crate::server::{ListenError, ServeError};
+
+use super::config::ConfigError;
+
+/// How a command ended. The numbers are part of the interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Exit {
+    Ok = 0,
+    Failure = 1,
+    Usage = 2,
+    NotFound = 3,
+    Unavailable = 4,
+    Damaged = 5,
+    FingerprintMismatch = 6,
+    Interrupted = 130,
+}
+
+/// Every exit code, the word that `--json` errors give for it, and its meaning.
+const EXITS: [(Exit, &str, &str); 8] = [
+    (Exit::Ok, "ok", "success"),
+    (Exit::Failure, "failure", "the command failed: the message says why"),
+    (Exit::Usage, "usage", "the command line or the configuration makes no sense"),
+    (Exit::NotFound, "not_found", "no such data directory, collection, document or model"),
+    (Exit::Unavailable, "unavailable", "the service cannot be reached, or another process holds the data directory"),
+    (Exit::Damaged, "damaged", "stored data is damaged"),
+    (Exit::FingerprintMismatch, "fingerprint_mismatch", "the collection belongs to another model"),
+    (Exit::Interrupted, "interrupted", "interrupted by a signal"),
+];
+
+impl Exit {
+    /// The stable word of this exit in `--json` errors.
+    pub(super) fn word(self) -> &'static str {
+        EXITS.iter().find(|(exit, ..)| *exit == self).map_or("failure", |(_, word, _)| word)
+    }
+
+    /// The section of `--help` that lists all exit codes.
+    pub(super) fn help() -> String {
+        let lines = EXITS.iter().map(|(exit, _, meaning)| format!("  {:>3}  {meaning}\n", *exit as u8));
+        format!("Exit codes:\n{}", lines.collect::<String>())
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Model(#[from] PullError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
+    NoDataDirectory { path: PathBuf },
+    #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
+    ServeNeedsData { connect: String },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("{faults} faults in stored data: restore the damaged documents, or delete them and encode them again")]
+    Faults { faults: usize },
+    #[error("not deleting {document} without being asked on a terminal: give --yes")]
+    NeedsYes { document: String },
+    #[error("{document} was not deleted")]
+    NotConfirmed { document: String },
+    #[error("{what}: {source}")]
+    Io { what: &'static str, source: io::Error },
+}
+
+impl CliError {
+    /// The exit code for this failure.
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            CliError::Memory(error) => memory_exit(error),
+            CliError::Config(_) | CliError::ServeNeedsData { .. } | CliError::NeedsYes { .. } => Exit::Usage,
+            CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
+            CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
+            CliError::NoDataDirectory { .. } => Exit::NotFound,
+            CliError::Faults { .. } => Exit::Damaged,
+            CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
+            CliError::Listen(_) => Exit::Unavailable,
+            CliError::Model(_) | CliError::Serve(_) | CliError::NotConfirmed { .. } | CliError::Io { .. } => {
+                Exit::Failure
+            }
+        }
+    }
+
+    /// Whether the reader of our output went away, as `| head` does: it has what it wanted.
+    pub(super) fn is_broken_pipe(&self) -> bool {
+        matches!(self, CliError::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+fn memory_exit(error: &MemoryError) -> Exit {
+    match error {
+        MemoryError::NotFound { .. } => Exit::NotFound,
+        MemoryError::Locked { .. } | MemoryError::Unavailable { .. } | MemoryError::DeadlineExceeded { .. } => {
+            Exit::Unavailable
+        }
+        MemoryError::DataLoss { .. } => Exit::Damaged,
+        MemoryError::FingerprintMismatch { .. } => Exit::FingerprintMismatch,
+        MemoryError::Missing { .. }
+        | MemoryError::Invalid { .. }
+        | MemoryError::Conflict { .. }
+        | MemoryError::Sealed { .. }
+        | MemoryError::OutOfOrder { .. }
+        | MemoryError::LimitExceeded { .. }
+        | MemoryError::Storage { .. }
+        | MemoryError::Internal { .. } => Exit::Failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shape::Fingerprint;
+
+    #[test]
+    fn each_failure_a_script_can_react_to_has_its_own_code() {
+        let fingerprint = Fingerprint([0; 32]);
+        let cases = [
+            (MemoryError::Locked { path: "d".into() }, 4, "unavailable"),
+            (MemoryError::Unavailable { target: "t".into(), detail: "refused".into() }, 4, "unavailable"),
+            (MemoryError::DataLoss { block: None, detail: "checksum".into() }, 5, "damaged"),
+            (
+                MemoryError::FingerprintMismatch { collection: "c".into(), stored: fingerprint, offered: fingerprint },
+                6,
+                "fingerprint_mismatch",
+            ),
+            (MemoryError::Internal { detail: "bug".into() }, 1, "failure"),
+        ];
+        for (error, code, word) in cases {
+            let exit = CliError::from(error.clone()).exit();
+            assert_eq!((exit as u8, exit.word()), (code, word), "{error}");
+        }
+    }
+
+    #[test]
+    fn help_lists_every_code() {
+        let help = Exit::help();
+        for code in ["0", "1", "2", "3", "4", "5", "6", "130"] {
+            assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{code}  "))), "{code} in {help}");
+        }
+    }
+
+    #[test]
+    fn a_reader_that_left_is_no_failure() {
+        let pipe = CliError::Io { what: "standard output", source: io::ErrorKind::BrokenPipe.into() };
+        let disk = CliError::Io { what: "standard output", source: io::ErrorKind::StorageFull.into() };
+        assert!(pipe.is_broken_pipe() && !disk.is_broken_pipe());
+    }
+}

@@ -1,0 +1,221 @@
+//! What is printed: answers on standard output, as tables for people or JSON for programs; everything else on
+//! standard error.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+
+use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use super::args::Global;
+use super::error::{CliError, Exit};
+
+/// What a command answers. Its fields are the `--json` of the command: names are stable, sizes carry their unit.
+pub(super) trait Report: Serialize {
+    /// The same for people.
+    fn people(&self, to: &mut dyn Write) -> io::Result<()>;
+}
+
+/// How to speak to whoever typed the command.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    json: bool,
+    quiet: bool,
+}
+
+/// The `--json` form of an error, on standard error.
+#[derive(Serialize)]
+struct ErrorReport<'a> {
+    error: ErrorBody<'a>,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    /// One word per exit code: see docs/cli.md.
+    kind: &'a str,
+    exit_code: u8,
+    /// For people.
+    message: &'a str,
+}
+
+impl Output {
+    pub(super) fn new(global: &Global) -> Self {
+        Output { json: global.json, quiet: global.quiet }
+    }
+
+    /// For errors found before the command line could be read.
+    pub(super) fn json() -> Self {
+        Output { json: true, quiet: true }
+    }
+
+    /// Prints an answer: one line of JSON, or what people read.
+    pub(super) fn print(&self, report: &impl Report) -> Result<(), CliError> {
+        let mut to = io::BufWriter::new(io::stdout().lock());
+        let written = if self.json {
+            serde_json::to_writer(&mut to, report).map_err(io::Error::from).and_then(|()| writeln!(to))
+        } else {
+            report.people(&mut to)
+        };
+        written.and_then(|()| to.flush()).map_err(|source| CliError::Io { what: "standard output", source })
+    }
+
+    /// Says what went wrong. A standard error that is closed leaves the exit code to tell.
+    pub(super) fn error(&self, message: &str, exit: Exit) {
+        if self.json {
+            let body = ErrorBody { kind: exit.word(), exit_code: exit as u8, message };
+            let _ = serde_json::to_writer(io::stderr(), &ErrorReport { error: body });
+            let _ = writeln!(io::stderr());
+        } else {
+            let _ = writeln!(io::stderr(), "error: {message}");
+        }
+    }
+
+    /// Asks on standard error and reads one line. `None` where nobody can be asked.
+    pub(super) fn confirm(&self, question: &str) -> Option<bool> {
+        if self.json || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+            return None;
+        }
+        let mut answer = String::new();
+        write!(io::stderr(), "{question} [y/N] ").ok()?;
+        io::stdin().read_line(&mut answer).ok()?;
+        Some(matches!(answer.trim().to_lowercase().as_str(), "y" | "yes"))
+    }
+
+    /// A bar that counts bytes, on standard error; hidden with `--quiet`, with `--json`, and where no terminal is.
+    pub(super) fn bytes_bar(&self, what: &str) -> ProgressBar {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {binary_bytes} of {binary_total_bytes} {eta:>4}");
+        self.bar(what, style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    }
+
+    /// A bar of the given style, hidden like every bar here.
+    pub(super) fn bar(&self, what: &str, style: ProgressStyle) -> ProgressBar {
+        let target = if self.quiet || self.json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        ProgressBar::with_draw_target(None, target).with_style(style).with_message(what.to_string())
+    }
+}
+
+/// A table without lines, so that columns can be cut out of it. A heading that ends in `>` aligns its column right.
+pub(super) fn table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
+    let bold = styled();
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(headings.map(|heading| {
+        let cell = Cell::new(heading.trim_end_matches('>'));
+        if bold { cell.add_attribute(Attribute::Bold) } else { cell }
+    }));
+    for (column, heading) in table.column_iter_mut().zip(headings) {
+        column.set_padding((0, 2));
+        if heading.ends_with('>') {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// Writes a table and a line end.
+pub(super) fn write_table(to: &mut dyn Write, table: &Table) -> io::Result<()> {
+    writeln!(to, "{}", table.trim_fmt())
+}
+
+/// Writes names and values one a line, values below each other.
+pub(super) fn write_facts(to: &mut dyn Write, facts: &[(&str, String)]) -> io::Result<()> {
+    let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
+    facts.iter().try_for_each(|(name, value)| writeln!(to, "{name:width$}  {value}"))
+}
+
+/// `1,234,567`
+pub(super) fn count(number: impl Into<u64>) -> String {
+    let digits = number.into().to_string();
+    let mut grouped = String::with_capacity(digits.len() * 4 / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// `1 document`, `2 documents`
+pub(super) fn plural(number: u64, noun: &str) -> String {
+    format!("{} {noun}{}", count(number), if number == 1 { "" } else { "s" })
+}
+
+/// `512 B`, `1.5 KiB`
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    // Rounding to one decimal may reach the next unit: 1023.96 KiB is 1.0 MiB.
+    let mut number = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while number >= 1023.95 && unit + 1 < UNITS.len() {
+        number /= 1024.0;
+        unit += 1;
+    }
+    format!("{number:.1} {}", UNITS[unit])
+}
+
+/// The first `chars_max` characters of a source text on one line. The text may begin or end inside a character.
+pub(super) fn excerpt(text: &[u8], chars_max: usize) -> String {
+    let text = String::from_utf8_lossy(text);
+    let words = text.split_whitespace().map(|word| word.trim_matches(char::REPLACEMENT_CHARACTER));
+    let line = words.collect::<Vec<_>>().join(" ").replace(char::is_control, " ");
+    if line.chars().count() <= chars_max {
+        return line;
+    }
+    let kept: String = line.chars().take(chars_max.saturating_sub(1)).collect();
+    format!("{}…", kept.trim_end())
+}
+
+fn styled() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// A value shown by its `Display`, for JSON fields whose words are the ones typed on the command line.
+pub(super) fn word(value: impl Display) -> String {
+    value.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_people() {
+        let counts = [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")];
+        counts.iter().for_each(|&(number, text)| assert_eq!(count(number as u64), text));
+        let sizes = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (1_048_575, "1.0 MiB"),
+            (u64::MAX, "16.0 EiB"),
+        ];
+        sizes.iter().for_each(|&(bytes, text)| assert_eq!(size(bytes), text));
+        assert_eq!((plural(1, "block"), plural(2, "block")), ("1 block".into(), "2 blocks".into()));
+    }
+
+    #[test]
+    fn an_excerpt_is_one_line_of_whole_characters() {
+        assert_eq!(excerpt(b"one\n\n two\tthree", 60), "one two three");
+        assert_eq!(excerpt(b"one two three", 8), "one two…");
+        assert_eq!(excerpt("né à".as_bytes(), 3), "né…");
+        assert_eq!(excerpt(&"é-end".as_bytes()[1..], 60), "-end", "begins inside a character");
+        assert_eq!(excerpt(b"a\x1b[31mb", 60), "a [31mb", "no escape reaches the terminal");
+        assert_eq!(excerpt(b"", 60), "");
+    }
+
+    #[test]
+    fn a_table_is_plain_columns() {
+        let mut table = table(["name", "tokens>"]);
+        table.add_row(["emma", "7"]).add_row(["persuasion", "123,456"]);
+        let mut text = Vec::new();
+        write_table(&mut text, &table).unwrap();
+        let expected = "name         tokens\nemma              7\npersuasion  123,456\n";
+        assert_eq!(String::from_utf8(text).unwrap(), expected);
+    }
+}

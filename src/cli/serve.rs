@@ -1,0 +1,122 @@
+//! `landmarkdb serve`: a data directory behind gRPC.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::memory::LocalMemory;
+use crate::server::{self, ListenOptions, Listeners, ServeOptions};
+
+use super::Context;
+use super::config::Config;
+use super::error::{CliError, Exit};
+use super::output::Report;
+use super::target::Target;
+
+/// Serve a data directory over gRPC until interrupted.
+///
+/// Listens on 127.0.0.1:7601 unless --listen or --unix say otherwise. Prints one line when ready. SIGINT or SIGTERM
+/// finishes what was begun and stops; a second one stops at once.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  landmarkdb --data ./books serve
+  landmarkdb --data ./books serve --listen 127.0.0.1:0 --json
+  landmarkdb --data ./books serve --unix ./books.sock
+")]
+pub(super) struct Args {
+    /// Listen on this address; port 0 takes a free port.
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<SocketAddr>,
+
+    /// Listen on a Unix socket at this path; on no TCP port unless --listen is given too.
+    #[arg(long, value_name = "PATH")]
+    unix: Option<PathBuf>,
+
+    /// Allow an address that other machines can reach: they can read and delete everything, for there is no login.
+    #[arg(long)]
+    allow_remote: bool,
+}
+
+/// Printed once, when connections are accepted.
+#[derive(Debug, Serialize)]
+struct Ready {
+    /// What `--connect` takes, one per listener.
+    listening: Vec<String>,
+    /// The data directory.
+    data: String,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    let data = match context.config.target()? {
+        Target::Data(data) => data,
+        Target::Connect(connect) => return Err(CliError::ServeNeedsData { connect: connect.clone() }),
+    };
+    let memory = Arc::new(LocalMemory::open(data)?);
+    let runtime = tokio::runtime::Runtime::new()
+        .map_err(|source| CliError::Io { what: "starting the service's threads", source })?;
+    runtime.block_on(async {
+        // Before the ready line, so that a signal sent because of it is not missed.
+        let signals = Signals::listen()?;
+        let options = listen_options(args, &context.config);
+        let listeners = Listeners::bind(&options).await?;
+        let tcp = listeners.tcp_address().map(|address| format!("http://{address}"));
+        let unix = options.unix.map(|path| format!("unix:{}", path.display()));
+        let listening = tcp.into_iter().chain(unix).collect();
+        context.output.print(&Ready { listening, data: data.display().to_string() })?;
+        server::serve(memory, listeners, ServeOptions::default(), signals.shutdown()).await?;
+        tracing::info!("stopped");
+        Ok(())
+    })
+}
+
+/// A Unix socket alone means no TCP port.
+fn listen_options(args: &Args, config: &Config) -> ListenOptions {
+    let unix = args.unix.clone().or_else(|| config.unix.clone());
+    let default = if unix.is_some() { None } else { ListenOptions::default().tcp };
+    ListenOptions {
+        tcp: args.listen.or(config.listen).or(default),
+        unix,
+        allow_remote: args.allow_remote || config.allow_remote,
+    }
+}
+
+/// The two ways of asking a service to stop.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, CliError> {
+        let listen = |kind| signal(kind).map_err(|source| CliError::Io { what: "listening for signals", source });
+        Ok(Signals { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    /// Ready at the first signal. The second ends the process: all that was acknowledged is durable anyway.
+    async fn shutdown(mut self) {
+        self.next().await;
+        tracing::info!("stopping: finishing what was begun; a second signal stops at once");
+        tokio::spawn(async move {
+            self.next().await;
+            std::process::exit(Exit::Interrupted as i32);
+        });
+    }
+}
+
+impl Report for Ready {
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        writeln!(to, "serving {} on {}", self.data, self.listening.join(" and "))
+    }
+}

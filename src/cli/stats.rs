@@ -1,0 +1,84 @@
+//! `landmarkdb stats`: totals.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::Context;
+use super::error::CliError;
+use super::output::{Report, count, plural, size, write_facts};
+
+/// Show totals: documents, bytes on disk and in memory, calls answered.
+///
+/// Calls are counted since the memory was opened: of interest with --connect.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  landmarkdb stats
+  landmarkdb --connect http://127.0.0.1:7601 stats --json | jq .index_bytes
+")]
+pub(super) struct Args {}
+
+/// Totals of one data directory.
+#[derive(Debug, Serialize)]
+struct Totals {
+    collections: u64,
+    documents: u64,
+    blocks: u64,
+    tokens: u64,
+    /// Bytes of records that documents refer to.
+    live_bytes: u64,
+    /// Bytes of all segment files.
+    segment_bytes: u64,
+    segments: u64,
+    /// Bytes of the catalog on disk.
+    catalog_bytes: u64,
+    /// Bytes of landmark keys held in memory now.
+    index_bytes: u64,
+    lookups: u64,
+    attends: u64,
+    appended_blocks: u64,
+    fetched_blocks: u64,
+}
+
+pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
+    let stats = context.memory()?.stats()?;
+    context.output.print(&Totals {
+        collections: stats.collections,
+        documents: stats.documents,
+        blocks: stats.blocks,
+        tokens: stats.tokens,
+        live_bytes: stats.live_bytes,
+        segment_bytes: stats.segment_bytes,
+        segments: stats.segments,
+        catalog_bytes: stats.catalog_bytes,
+        index_bytes: stats.index_bytes,
+        lookups: stats.lookups,
+        attends: stats.attends,
+        appended_blocks: stats.appended_blocks,
+        fetched_blocks: stats.fetched_blocks,
+    })
+}
+
+impl Report for Totals {
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        let segments = format!("{} in {}", size(self.segment_bytes), plural(self.segments, "file"));
+        write_facts(
+            to,
+            &[
+                ("collections", count(self.collections)),
+                ("documents", count(self.documents)),
+                ("blocks", count(self.blocks)),
+                ("tokens", count(self.tokens)),
+                ("live data", size(self.live_bytes)),
+                ("segments", segments),
+                ("catalog", size(self.catalog_bytes)),
+                ("index in memory", size(self.index_bytes)),
+                ("lookups", count(self.lookups)),
+                ("attends", count(self.attends)),
+                ("blocks appended", count(self.appended_blocks)),
+                ("blocks fetched", count(self.fetched_blocks)),
+            ],
+        )
+    }
+}

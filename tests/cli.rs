@@ -1,0 +1,179 @@
+//! The command line end to end: the real binary, in a home folder of its own.
+
+#[path = "cli/sandbox.rs"]
+mod sandbox;
+
+use sandbox::{Sandbox, Service};
+
+#[test]
+fn help_says_what_there_is() {
+    let sandbox = Sandbox::new();
+    let help = sandbox.run(&["--help"]).exits(0).stdout;
+    for word in ["serve", "model", "ls", "show", "blocks", "stats", "verify", "rm", "completions", "Exit codes:"] {
+        assert!(help.contains(word), "{word} in\n{help}");
+    }
+    let help = sandbox.run(&["verify", "--help"]).exits(0).stdout;
+    assert!(help.contains("Examples:") && help.contains("landmarkdb verify"), "{help}");
+    sandbox.run(&["--version"]).exits(0);
+}
+
+#[test]
+fn what_makes_no_sense_is_a_usage_error() {
+    let sandbox = Sandbox::new();
+    let error = sandbox.run(&["lss"]).exits(2).stderr;
+    assert!(error.contains("lss"), "{error}");
+    assert_eq!(sandbox.run(&["lss", "--json"]).exits(2).error_kind(), "usage");
+    let error = sandbox.run(&["ls", "--data", "d", "--connect", "unix:s"]).exits(2).stderr;
+    assert!(error.starts_with("error: the command line: "), "{error}");
+    let error = sandbox.run(&["serve", "--connect", "unix:s"]).exits(2).stderr;
+    assert!(error.contains("--data DIR"), "{error}");
+}
+
+#[test]
+fn completions_know_the_commands_and_a_reader_may_leave_early() {
+    let sandbox = Sandbox::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = sandbox.run(&["completions", shell]).exits(0).stdout;
+        assert!(script.contains("verify"), "{shell}: {script}");
+    }
+    assert_eq!(sandbox.run_with_closed_stdout(&["completions", "bash"]), Some(0));
+}
+
+#[test]
+fn an_empty_memory_has_answers_too() {
+    let sandbox = Sandbox::new();
+    sandbox.make_folder("data");
+    let data = ["--data", "data"];
+    let listing = sandbox.run(&[&data[..], &["ls"]].concat()).exits(0).stdout;
+    assert!(listing.contains("no collections yet"), "{listing}");
+    let stats = sandbox.run(&[&data[..], &["stats", "--json"]].concat()).exits(0).json();
+    assert_eq!((&stats["documents"], &stats["live_bytes"].is_u64()), (&0.into(), &true));
+    let report = sandbox.run(&[&data[..], &["verify", "--json"]].concat()).exits(0).json();
+    assert_eq!(report["faults"], serde_json::json!([]));
+    assert_eq!(sandbox.run(&["model", "ls", "--json"]).exits(0).json()["models"], serde_json::json!([]));
+}
+
+#[test]
+fn a_mistyped_data_directory_is_not_created() {
+    let sandbox = Sandbox::new();
+    let answer = sandbox.run(&["--data", "nowhere", "ls", "--json"]).exits(3);
+    assert_eq!(answer.error_kind(), "not_found");
+    assert!(!sandbox.path("nowhere").exists());
+    // The default one does not exist either, in a new home.
+    sandbox.run(&["ls"]).exits(3);
+}
+
+#[test]
+fn unknown_documents_are_not_found() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    for command in ["show", "blocks", "verify", "rm"] {
+        for doc in ["books/persuasion", "letters/emma", "emma"] {
+            let answer = sandbox.run(&["--data", "data", command, doc, "--json"]).exits(3);
+            assert_eq!(answer.error_kind(), "not_found", "{command} {doc}");
+        }
+    }
+}
+
+#[test]
+fn a_document_is_listed_shown_and_removed() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    let run = |args: &[&str]| sandbox.run(&[&["--data", "data"], args].concat());
+
+    let listing = run(&["ls", "--json"]).exits(0).json();
+    assert_eq!(listing["collections"][0]["name"], "books");
+    let document = &listing["documents"][0];
+    assert_eq!(
+        (&document["name"], &document["blocks"], &document["tail_tokens"]),
+        (&"emma".into(), &2.into(), &1.into())
+    );
+    run(&["ls", "--collection", "letters"]).exits(3);
+    assert!(run(&["ls"]).exits(0).stdout.contains("books/emma"));
+
+    let shown = run(&["show", "emma", "--collection", "books", "--json"]).exits(0).json();
+    assert_eq!(shown["document"], *document);
+    assert_eq!(shown["collection"]["fingerprint"].as_str().map(str::len), Some(64));
+
+    let blocks = run(&["blocks", "books/emma", "--json"]).exits(0).json();
+    let text: String =
+        blocks["blocks"].as_array().unwrap().iter().map(|block| block["text"].as_str().unwrap()).collect();
+    assert_eq!(text, sandbox::TEXT);
+    assert_eq!(blocks["blocks"][2]["tail"], true);
+    let second = run(&["blocks", "books/emma", "--start", "1", "--count", "1", "--json"]).exits(0).json();
+    assert_eq!(second["blocks"], serde_json::json!([blocks["blocks"][1]]));
+    run(&["blocks", "books/emma", "--start", "7"]).exits(0);
+
+    assert!(run(&["verify", "books/emma"]).exits(0).stdout.contains("all is well"));
+    let error = run(&["rm", "books/emma"]).exits(2).stderr;
+    assert!(error.contains("--yes"), "{error}");
+    assert_eq!(run(&["rm", "books/emma", "--yes", "--json"]).exits(0).json()["blocks"], 2);
+    run(&["show", "books/emma"]).exits(3);
+}
+
+#[test]
+fn a_damaged_document_is_reported_and_named() {
+    let sandbox = Sandbox::new();
+    let id = sandbox.write_document("data", "books", "emma");
+    sandbox.damage_text("data");
+    let answer = sandbox.run(&["--data", "data", "verify", "--json"]).exits(5);
+    assert_eq!(answer.error_kind(), "damaged");
+    assert_eq!(answer.json()["faults"][0]["document"], id);
+}
+
+#[test]
+fn settings_come_from_the_file_then_the_environment_then_flags() {
+    let sandbox = Sandbox::new();
+    for folder in ["from-file", "from-environment", "from-flag"] {
+        sandbox.write_document(folder, folder, "emma");
+    }
+    let listed = |sandbox: &Sandbox, args: &[&str]| {
+        let listing = sandbox.run(&[args, &["ls", "--json"]].concat()).exits(0).json();
+        listing["collections"][0]["name"].as_str().unwrap().to_string()
+    };
+    sandbox.write_file("landmarkdb.toml", "data = 'from-file'\n");
+    assert_eq!(listed(&sandbox, &[]), "from-file");
+    let sandbox = sandbox.with_variable("LANDMARKDB__DATA", "from-environment");
+    assert_eq!(listed(&sandbox, &[]), "from-environment");
+    assert_eq!(listed(&sandbox, &["--data", "from-flag"]), "from-flag");
+
+    sandbox.write_file("other.toml", "colection = 'books'\n");
+    let error = sandbox.run(&["--config", "other.toml", "ls"]).exits(2).stderr;
+    assert!(error.contains("other.toml") && error.contains("colection"), "{error}");
+    sandbox.run(&["--config", "absent.toml", "ls"]).exits(2);
+}
+
+#[test]
+fn a_directory_has_one_owner_at_a_time_and_others_ask_the_service() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    let direct = sandbox.run(&["--data", "data", "ls", "--json"]).exits(0).json();
+    let service =
+        Service::start(&sandbox, &["--data", "data", "serve", "--listen", "127.0.0.1:0", "--unix", "s", "--json"]);
+    assert_eq!(service.listening.len(), 2);
+
+    let answer = sandbox.run(&["--data", "data", "ls", "--json"]).exits(4);
+    assert_eq!(answer.error_kind(), "unavailable");
+    sandbox.run(&["--data", "data", "serve", "--listen", "127.0.0.1:0"]).exits(4);
+    for target in &service.listening {
+        assert_eq!(sandbox.run(&["--connect", target, "ls", "--json"]).exits(0).json(), direct, "{target}");
+        sandbox.run(&["--connect", target, "show", "books/persuasion"]).exits(3);
+    }
+    sandbox.run(&["--connect", &service.listening[0], "rm", "books/emma", "--yes"]).exits(0);
+
+    let gone = service.listening[0].clone();
+    assert_eq!(service.terminate(), Some(0));
+    assert_eq!(sandbox.run(&["--connect", &gone, "ls", "--json"]).exits(4).error_kind(), "unavailable");
+    let after = sandbox.run(&["--data", "data", "ls", "--json"]).exits(0).json();
+    assert_eq!(after["documents"], serde_json::json!([]));
+}
+
+#[test]
+fn a_taken_port_is_unavailable() {
+    let sandbox = Sandbox::new();
+    let service = Service::start(&sandbox, &["--data", "one", "serve", "--listen", "127.0.0.1:0", "--json"]);
+    let address = service.listening[0].trim_start_matches("http://");
+    let error = sandbox.run(&["--data", "two", "serve", "--listen", address]).exits(4).stderr;
+    assert!(error.contains(address), "{error}");
+    assert_eq!(service.terminate(), Some(0));
+}

@@ -1,0 +1,201 @@
+//! A home folder for the binary, and what it answered.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, NewBlock, Tensor};
+use landmarkdb::memory::LocalMemory;
+use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
+use landmarkdb::types::{DType, KeyRule};
+
+/// The text of every document that tests write: one byte a token, 4 tokens a block, a tail of 1.
+pub const TEXT: &str = "abcdefghi";
+
+const BLOCK_TOKENS: usize = 4;
+const HEAD_DIM: usize = 8;
+
+/// Folders that no other test and no user shares.
+pub struct Sandbox {
+    home: tempfile::TempDir,
+    variables: Vec<(String, String)>,
+}
+
+/// What one run answered.
+pub struct Answer {
+    pub stdout: String,
+    pub stderr: String,
+    code: Option<i32>,
+    typed: String,
+}
+
+/// A service that is killed if a test fails.
+pub struct Service {
+    child: Child,
+    /// What `--connect` takes.
+    pub listening: Vec<String>,
+}
+
+impl Sandbox {
+    pub fn new() -> Self {
+        Sandbox { home: tempfile::tempdir().unwrap(), variables: Vec::new() }
+    }
+
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.into(), value.into()));
+        self
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    pub fn make_folder(&self, name: &str) {
+        std::fs::create_dir(self.path(name)).unwrap();
+    }
+
+    pub fn write_file(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_landmarkdb"));
+        let home = self.home.path();
+        command.args(args).current_dir(home).env_clear().stdin(Stdio::null());
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", home);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Answer {
+        let output = self.command(args).output().unwrap();
+        Answer {
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+            code: output.status.code(),
+            typed: args.join(" "),
+        }
+    }
+
+    /// Runs with a standard output whose reader has left already; gives the exit code.
+    pub fn run_with_closed_stdout(&self, args: &[&str]) -> Option<i32> {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        self.command(args).stdout(writer).status().unwrap().code()
+    }
+
+    /// Writes a document of [`TEXT`] into a data directory and gives its id.
+    pub fn write_document(&self, data: &str, collection: &str, name: &str) -> u64 {
+        let memory = LocalMemory::open(&self.path(data)).unwrap();
+        let collection = memory.open_collection(&spec(collection)).unwrap();
+        let document = memory.open_document(collection.id, name).unwrap();
+        let blocks = TEXT.as_bytes().chunks(BLOCK_TOKENS).enumerate().map(|(index, text)| block(index, text));
+        memory.append(AppendRequest { document: document.id, blocks: blocks.collect() }).unwrap();
+        document.id.0
+    }
+
+    /// Flips one bit of the first block's text in the segment file.
+    pub fn damage_text(&self, data: &str) {
+        let folder = self.path(data).join("segments");
+        let path = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        let text = &TEXT.as_bytes()[..BLOCK_TOKENS];
+        let at = bytes.windows(text.len()).position(|window| window == text).expect("the text lies in the segment");
+        bytes[at] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+impl Answer {
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        let Answer { stdout, stderr, typed, .. } = &self;
+        assert_eq!(self.code, Some(code), "landmarkdb {typed}\n--- stdout\n{stdout}\n--- stderr\n{stderr}");
+        self
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {:?}", self.stdout))
+    }
+
+    /// The kind of a `--json` error.
+    #[track_caller]
+    pub fn error_kind(&self) -> String {
+        let error: serde_json::Value =
+            serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {:?}", self.stderr));
+        error["error"]["kind"].as_str().unwrap().to_string()
+    }
+}
+
+impl Service {
+    /// Starts `serve --json` and waits for its ready line.
+    pub fn start(sandbox: &Sandbox, args: &[&str]) -> Self {
+        let mut child = sandbox.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let mut service = Service { child, listening: Vec::new() };
+        let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|error| {
+            let _ = service.child.kill();
+            let mut log = String::new();
+            service.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+            panic!("{error}: {line:?}\n{log}")
+        });
+        let targets = ready["listening"].as_array().unwrap().iter();
+        service.listening = targets.map(|target| target.as_str().unwrap().to_string()).collect();
+        service
+    }
+
+    /// Sends SIGTERM and gives the exit code.
+    pub fn terminate(mut self) -> Option<i32> {
+        let killed = Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
+        assert!(killed.success());
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // Already gone where the test went well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spec(name: &str) -> CollectionSpec {
+    CollectionSpec {
+        name: name.into(),
+        shape: ModelShape {
+            layers: 1,
+            query_heads: 2,
+            kv_heads: 1,
+            head_dim: HEAD_DIM as u32,
+            block_tokens: BLOCK_TOKENS as u32,
+            rope: Rope::from_base(10_000.0, HEAD_DIM),
+            softmax_scale: 0.5,
+        },
+        key_rule: KeyRule::Tokens,
+        payload_dtype: DType::F16,
+        key_dtype: DType::F16,
+        model_digest: Sha256Digest([1; 32]),
+        tokenizer_digest: Sha256Digest([2; 32]),
+        model_name: "test model".into(),
+    }
+}
+
+fn block(index: usize, text: &[u8]) -> NewBlock {
+    // (L, Hkv, tokens, D)
+    let shape = vec![1, 1, text.len() as u32, HEAD_DIM as u32];
+    let numbers = vec![1.0; text.len() * HEAD_DIM];
+    NewBlock {
+        index: index as u32,
+        token_ids: text.iter().map(|&byte| byte.into()).collect(),
+        text: BlockText {
+            start: (index * BLOCK_TOKENS) as u64,
+            bytes: text.to_vec(),
+            offsets: (0..text.len() as u32).collect(),
+        },
+        k: Tensor::from_f32(shape.clone(), &numbers),
+        v: Tensor::from_f32(shape, &numbers),
+    }
+}
