@@ -24,9 +24,9 @@ use super::target::Target;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  landmarkdb --data ./books serve
-  landmarkdb --data ./books serve --listen 127.0.0.1:0 --json
-  landmarkdb --data ./books serve --unix ./books.sock
+  landmarkdb serve --data ./books
+  landmarkdb serve --data ./books --listen 127.0.0.1:0 --json
+  landmarkdb serve --data ./books --unix ./books.sock
 ")]
 pub(super) struct Args {
     /// Listen on this address; port 0 takes a free port.
