@@ -324,6 +324,17 @@ impl std::fmt::Display for Entity {
     }
 }
 
+impl LookupRequest {
+    /// Slots between the sink and the local window; the geometry is told at [`AttendRequest`].
+    pub fn slots(&self) -> u32 {
+        let of = |range: &BlockRange| range.blocks.len() as u32;
+        let eligible: u32 = self.scope.iter().map(of).sum();
+        let k = self.top_k.min(eligible);
+        let recent = k.min(self.scope.last().map_or(0, of));
+        if recent == eligible { eligible } else { k + 1 }
+    }
+}
+
 impl From<InvalidShape> for MemoryError {
     fn from(error: InvalidShape) -> Self {
         MemoryError::Invalid { field: error.field.into(), expected: error.expected, found: error.found }

@@ -1,4 +1,24 @@
-//! One layer's attention with memory, for any model that hands over `q`, `k` and `v` before RoPE.
+//! Attention with memory, for any model that hands over `q`, `k` and `v` before RoPE.
+//!
+//! A [`BlockAttention`] is the attention of all layers of one sequence. It keeps a local window of recent tokens (and
+//! the sink, the first block of the text), asks a [`BlockMemory`](crate::api::BlockMemory) for the blocks that each
+//! query attends to, and merges both by log-sum-exp. Blocks of the sequence go to the memory as they fill.
+//!
+//! The memory may be in process or remote: this folder knows only the interface.
+
+mod local;
+mod session;
+mod settings;
+mod tensors;
+mod trace;
+mod window;
+mod writer;
+
+pub use session::BlockAttention;
+pub use settings::{Layers, Retrieval, Window};
+pub use tensors::attend_tensors;
+pub use trace::{BlockReads, HeadReads};
+pub use writer::NewTokens;
 
 use crate::api::MemoryError;
 

@@ -1,0 +1,156 @@
+//! Attention of a run of query tokens over keys at hand, for one KV head.
+//!
+//! `out = softmax(scale q k^T) v` and the log of the softmax denominator, with the score rows kept whole: a run is at
+//! most a few hundred rows, so its scores stay in the second-level cache.
+
+use std::cell::RefCell;
+
+use crate::numeric::{self, Matrix};
+
+/// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadKv<'a> {
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+}
+
+thread_local! {
+    /// Score rows, kept between calls so that decoding does not allocate per layer and head.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Attends with the queries `q (T, G, D)` of one KV head, turned to their positions and multiplied with the softmax
+/// scale, to `window`, of which the run's first token sees `visible` rows and each further token one more, and to all
+/// of `sink` with the same queries turned for it, `sink_q (T, G, D)`; both are empty where there is no sink.
+/// Writes `out (T, G, D)` and returns the log-sum-exp `(T, G)`.
+pub(crate) fn attend(
+    q: &[f32],
+    sink_q: &[f32],
+    group: usize,
+    head_dim: usize,
+    sink: HeadKv,
+    window: HeadKv,
+    visible: usize,
+    out: &mut [f32],
+) -> Vec<f32> {
+    let rows = q.len() / head_dim;
+    let sink_rows = sink.k.len() / head_dim;
+    let window_rows = visible + rows / group - 1;
+    let columns = sink_rows + window_rows;
+    let matrix = |numbers, rows| Matrix::new(numbers, rows, head_dim);
+
+    SCORES.with_borrow_mut(|scores| {
+        scores.resize(rows * columns, 0.0);
+        let scores = &mut scores[..rows * columns];
+        if sink_rows > 0 {
+            numeric::multiply_transposed(matrix(sink_q, rows), matrix(sink.k, sink_rows), scores, columns);
+        }
+        let seen = matrix(&window.k[..window_rows * head_dim], window_rows);
+        numeric::multiply_transposed(matrix(q, rows), seen, &mut scores[sink_rows..], columns);
+
+        let mut lse = Vec::with_capacity(rows);
+        let mut sums = Vec::with_capacity(rows);
+        for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
+            let (seen, future) = scores.split_at_mut(sink_rows + visible + row / group);
+            let top = numeric::max(seen);
+            let sum = numeric::exp_sum(seen, top);
+            future.fill(0.0);
+            sums.push(sum);
+            lse.push(top + sum.ln());
+        }
+
+        out.fill(0.0);
+        let weights = |numbers, columns_here| Matrix { numbers, rows, columns: columns_here, stride: columns };
+        numeric::multiply_add(weights(scores, sink_rows), matrix(sink.v, sink_rows), out, head_dim);
+        numeric::multiply_add(weights(&scores[sink_rows..], window_rows), matrix(window.v, window_rows), out, head_dim);
+        for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
+            out.iter_mut().for_each(|x| *x /= sum);
+        }
+        lse
+    })
+}
+
+/// Merges two parts of one attention `(R, D)` by their log-sum-exps `(R)`: `out` becomes attention over both.
+/// Returns each row's share of the second part.
+pub(crate) fn merge(out: &mut [f32], lse: &[f32], other: &[f32], other_lse: &[f32], head_dim: usize) -> Vec<f32> {
+    let rows = out.chunks_exact_mut(head_dim).zip(other.chunks_exact(head_dim));
+    rows.zip(lse.iter().zip(other_lse))
+        .map(|((out, other), (&lse, &other_lse))| {
+            // 1 / (1 + e^(lse - other)) is safe at both ends: the exponential may be 0 or infinite.
+            let share = 1.0 / (1.0 + (lse - other_lse).exp());
+            for (out, other) in out.iter_mut().zip(other) {
+                *out = *out * (1.0 - share) + other * share;
+            }
+            share
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    /// Softmax attention of one query over `(S, D)`, in double precision.
+    fn plain(q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f64>, f64) {
+        let d = q.len();
+        let scores: Vec<f64> = k.chunks(d).map(|k| q.iter().zip(k).map(|(a, b)| *a as f64 * *b as f64).sum()).collect();
+        let lse = scores.iter().map(|s| s.exp()).sum::<f64>().ln();
+        let mut out = vec![0.0; d];
+        for (s, v) in scores.iter().zip(v.chunks(d)) {
+            out.iter_mut().zip(v).for_each(|(o, v)| *o += (s - lse).exp() * *v as f64);
+        }
+        (out, lse)
+    }
+
+    #[test]
+    fn agrees_with_double_precision_at_every_edge() {
+        for (tokens, group, d, sink, visible) in
+            [(1, 1, 4, 0, 1), (1, 3, 64, 64, 512), (5, 3, 64, 16, 1), (64, 3, 8, 0, 65), (2, 2, 6, 3, 7)]
+        {
+            let q = numbers(tokens * group * d, 1);
+            let (sink_k, sink_v) = (numbers(sink * d, 2), numbers(sink * d, 3));
+            let rows = visible + tokens - 1;
+            let (k, v) = (numbers(rows * d, 4), numbers(rows * d, 5));
+            let mut out = vec![f32::NAN; q.len()];
+            let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
+            let lse = attend(&q, &q, group, d, sink_kv, HeadKv { k: &k, v: &v }, visible, &mut out);
+            for row in 0..tokens * group {
+                let seen = (visible + row / group) * d;
+                let (want, want_lse) =
+                    plain(&q[row * d..][..d], &[&sink_k, &k[..seen]].concat(), &[&sink_v, &v[..seen]].concat());
+                assert!((lse[row] as f64 - want_lse).abs() < 1e-5);
+                for (got, want) in out[row * d..][..d].iter().zip(want) {
+                    assert!((*got as f64 - want).abs() < 1e-5, "{tokens} {group} {d} {sink} {visible}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn merging_two_halves_is_attention_over_both() {
+        let d = 16;
+        let (q, k, v) = (numbers(d, 1), numbers(40 * d, 2), numbers(40 * d, 3));
+        let none = HeadKv { k: &[], v: &[] };
+        let part = |range: std::ops::Range<usize>| {
+            let mut out = vec![0.0; d];
+            let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
+            let lse = attend(&q, &[], 1, d, none, kv, range.len(), &mut out);
+            (out, lse)
+        };
+        let (mut out, lse) = part(0..13);
+        let (other, other_lse) = part(13..40);
+        merge(&mut out, &lse, &other, &other_lse, d);
+        for (got, want) in out.iter().zip(part(0..40).0) {
+            assert!((got - want).abs() < 1e-6);
+        }
+        let kept = out.clone();
+        let shares = merge(&mut out, &lse, &vec![0.0; d], &[f32::NEG_INFINITY], d);
+        assert_eq!((out, shares), (kept, vec![0.0]), "an empty part changes nothing");
+    }
+}

@@ -1,0 +1,525 @@
+//! The attention of one sequence over its window, its sink and a memory.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
+use crate::attention::local::{self, HeadKv};
+use crate::attention::settings::{Retrieval, Window};
+use crate::attention::trace::{BlockReads, Heads, Trace};
+use crate::attention::window::{LocalWindow, Sink};
+use crate::attention::writer::{NewTokens, Writer};
+use crate::attention::{AttentionError, SequenceAttention};
+use crate::shape::{ModelShape, Turn};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId};
+
+/// Attention of all layers of one sequence. What it does depends on how it was made:
+///
+/// | made by | window | memory |
+/// |---|---|---|
+/// | [`full`](Self::full) | everything | none |
+/// | [`window_only`](Self::window_only) | slides | none |
+/// | [`write`](Self::write) | slides | appends the sequence's blocks to a document; retrieves from it if asked to |
+/// | [`read`](Self::read) | begins with the end of the last document and grows | retrieves from the documents |
+///
+/// The window of a query is the block it is in and the full blocks before it, so it does not depend on how tokens
+/// are grouped into calls, and no token is ever neither in the window nor retrievable.
+pub struct BlockAttention {
+    shape: ModelShape,
+    window: LocalWindow,
+    /// Full blocks before a query's own block that it sees; `None`: everything from the window's base on.
+    sliding_blocks: Option<usize>,
+    sink: Option<Sink>,
+    link: Option<Link>,
+    writer: Option<Writer>,
+    /// Tokens that all layers have seen.
+    position: usize,
+    group: Group,
+    trace: Trace,
+}
+
+/// The memory that blocks are retrieved from.
+struct Link {
+    memory: Arc<dyn BlockMemory>,
+    collection: CollectionId,
+    retrieval: Retrieval,
+    /// Eligible blocks of the documents before the one that the window continues.
+    before: Vec<BlockRange>,
+    document: DocumentId,
+    /// First eligible block of that document.
+    first: u32,
+}
+
+/// The tokens that the layers are being called with.
+#[derive(Default)]
+struct Group {
+    tokens: usize,
+    /// `(T)`: rotation by each token's position.
+    turns: Vec<Turn>,
+    next_layer: usize,
+}
+
+/// Query tokens that share one window start: indices into the group.
+#[derive(Clone)]
+struct Run {
+    tokens: Range<usize>,
+    /// Position of the first visible token.
+    start: usize,
+}
+
+impl BlockAttention {
+    /// Plain causal attention over the whole sequence: the baseline.
+    pub fn full(shape: &ModelShape) -> Self {
+        Self::new(shape, 0, None, None)
+    }
+
+    /// A sliding window (and a sink) and nothing else.
+    pub fn window_only(shape: &ModelShape, window: Window) -> Self {
+        let sink = window.sink.then(|| Sink::empty(shape));
+        Self::new(shape, 0, Some(sliding_blocks(shape, window)), sink)
+    }
+
+    /// Appends to an open document, going on where it ends. With `retrieval`, each query also attends to blocks that
+    /// have left its window.
+    ///
+    /// # Errors
+    /// Those of reading the document's sink, window and tail back.
+    pub fn write(
+        memory: Arc<dyn BlockMemory>,
+        collection: &CollectionInfo,
+        document: &DocumentInfo,
+        window: Window,
+        retrieval: Option<Retrieval>,
+    ) -> Result<Self, AttentionError> {
+        let shape = &collection.spec.shape;
+        let sliding = sliding_blocks(shape, window);
+        let (mut session, tail) = Self::load(memory.as_ref(), shape, &[document], window, Some(sliding))?;
+        let tail = tail.as_ref().map(|tail| (&tail.token_ids[..], &tail.text));
+        session.writer = Some(Writer::resume(memory.clone(), document, tail));
+        session.link = retrieval.map(|retrieval| Link {
+            memory,
+            collection: collection.id,
+            retrieval,
+            before: Vec::new(),
+            document: document.id,
+            first: window.sink as u32,
+        });
+        Ok(session)
+    }
+
+    /// Goes on after the last of `documents` as if the text continued, retrieving from all of them. Nothing is
+    /// written. The sink is the first block of the first document.
+    ///
+    /// # Errors
+    /// Those of reading the sink and the last document's end back; no document.
+    pub fn read(
+        memory: Arc<dyn BlockMemory>,
+        collection: &CollectionInfo,
+        documents: &[DocumentInfo],
+        window: Window,
+        retrieval: Retrieval,
+    ) -> Result<Self, AttentionError> {
+        let shape = &collection.spec.shape;
+        let documents: Vec<&DocumentInfo> = documents.iter().collect();
+        let Some((last, earlier)) = documents.split_last() else {
+            return Err(AttentionError::Invalid {
+                field: "documents",
+                expected: "at least one".into(),
+                found: "none".into(),
+            });
+        };
+        let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
+        let taken = |index: usize| (window.sink && index == 0) as u32;
+        let before = earlier.iter().enumerate().map(|(index, document)| BlockRange {
+            document: document.id,
+            blocks: taken(index).min(document.blocks)..document.blocks,
+        });
+        session.link = Some(Link {
+            memory,
+            collection: collection.id,
+            retrieval,
+            before: before.collect(),
+            document: last.id,
+            first: taken(earlier.len()),
+        });
+        Ok(session)
+    }
+
+    fn new(shape: &ModelShape, base: usize, sliding_blocks: Option<usize>, sink: Option<Sink>) -> Self {
+        BlockAttention {
+            shape: shape.clone(),
+            window: LocalWindow::new(shape, base),
+            sliding_blocks,
+            sink,
+            link: None,
+            writer: None,
+            position: base,
+            group: Group::default(),
+            trace: Trace::default(),
+        }
+    }
+
+    /// Reads back what is at hand at the end of the last document: its window, its tail, and the sink.
+    fn load(
+        memory: &dyn BlockMemory,
+        shape: &ModelShape,
+        documents: &[&DocumentInfo],
+        window: Window,
+        sliding: Option<usize>,
+    ) -> Result<(Self, Option<StoredBlock>), AttentionError> {
+        let (first, last) = (documents[0], documents[documents.len() - 1]);
+        let block_tokens = shape.block_tokens as usize;
+        let from = (last.blocks as usize).saturating_sub(sliding_blocks(shape, window));
+        let mut session = Self::new(shape, from * block_tokens, sliding, None);
+
+        let fetch = |document, blocks| memory.fetch(&FetchRequest { document, blocks, dtype: DType::F32 });
+        let at_hand = from as u32..last.blocks + (last.tail_tokens > 0) as u32;
+        let mut tail = None;
+        for block in fetch(last.id, at_hand.collect())? {
+            let start = block.id.index as usize * block_tokens;
+            session.window.push_block(&block.k.to_f32()?, &block.v.to_f32()?, &shape.rope.turn(start as i64));
+            session.position = start + block.token_ids.len();
+            if block.token_ids.len() < block_tokens {
+                tail = Some(block);
+            }
+        }
+        if window.sink {
+            // A text that still begins in the window fills the sink itself as it grows.
+            let stored = (first.blocks > 0 && (from > 0 || first.id != last.id)).then(|| fetch(first.id, vec![0]));
+            session.sink = Some(match stored.transpose()?.as_deref() {
+                Some([block]) => Sink::from_block(shape, &block.k.to_f32()?, &block.v.to_f32()?),
+                _ => Sink::empty(shape),
+            });
+            for layer in 0..shape.layers as usize {
+                session.fill_sink(layer);
+            }
+        }
+        Ok((session, tail))
+    }
+
+    /// Tokens that all layers have seen, those of the document that the window continues included.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Says what the tokens of the last group were, and makes the blocks they fill durable. Every group of a
+    /// sequence that writes must be committed before the next.
+    pub fn commit(&mut self, tokens: NewTokens) -> Result<(), AttentionError> {
+        if let Some(writer) = &mut self.writer {
+            writer.commit(tokens, &self.window, &self.shape)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the tokens after the last full block durable too, as the document's tail.
+    pub fn flush(&mut self) -> Result<(), AttentionError> {
+        if let Some(writer) = &mut self.writer {
+            writer.flush(&self.window, &self.shape)?;
+        }
+        Ok(())
+    }
+
+    /// Which blocks were read since the last call, heaviest first.
+    pub fn take_reads(&mut self) -> Vec<BlockReads> {
+        self.trace.take()
+    }
+
+    /// Checks that layers come in order, and at the first one prepares for the group.
+    fn begin_layer(&mut self, layer: usize, tokens: usize, sizes: [usize; 3]) -> Result<(), AttentionError> {
+        let invalid = |field, expected: String, found: String| AttentionError::Invalid { field, expected, found };
+        let shape = &self.shape;
+        let row = |heads: u32| tokens * (heads * shape.head_dim) as usize;
+        let expected = [row(shape.query_heads), row(shape.kv_heads), row(shape.kv_heads)];
+        for ((field, expected), found) in ["q", "k", "v"].into_iter().zip(expected).zip(sizes) {
+            if expected != found {
+                return Err(invalid(field, format!("{expected} numbers"), found.to_string()));
+            }
+        }
+        if layer != self.group.next_layer || (layer > 0 && tokens != self.group.tokens) {
+            let (expected, tokens_expected) = (self.group.next_layer, self.group.tokens);
+            return Err(invalid(
+                "layer",
+                format!("layer {expected} of a group of {tokens_expected} tokens"),
+                format!("layer {layer} of {tokens}"),
+            ));
+        }
+        if layer == 0 {
+            self.begin_group(tokens)?;
+        }
+        self.group.next_layer = (layer + 1) % self.shape.layers as usize;
+        Ok(())
+    }
+
+    fn begin_group(&mut self, tokens: usize) -> Result<(), AttentionError> {
+        let invalid = |field, expected: String, found: String| AttentionError::Invalid { field, expected, found };
+        let block_tokens = self.shape.block_tokens as usize;
+        if let Some(writer) = &self.writer {
+            if writer.tokens(block_tokens) != self.position {
+                let expected = format!("a commit of the {} tokens before", self.position);
+                return Err(invalid("commit", expected, writer.tokens(block_tokens).to_string()));
+            }
+            // A larger group could push blocks out of the window that are not in the memory yet.
+            let most = self.sliding_blocks.unwrap_or(usize::MAX).saturating_mul(block_tokens);
+            if tokens > most {
+                return Err(invalid("tokens", format!("at most the window, {most}"), tokens.to_string()));
+            }
+        }
+        self.window.forget_before(self.window_start(self.position));
+        let positions = self.position..self.position + tokens;
+        self.group =
+            Group { tokens, turns: positions.map(|p| self.shape.rope.turn(p as i64)).collect(), next_layer: 0 };
+        Ok(())
+    }
+
+    /// Position of the first token that the query at `position` sees.
+    fn window_start(&self, position: usize) -> usize {
+        let block_tokens = self.shape.block_tokens as usize;
+        let sliding = self.sliding_blocks.map_or(0, |blocks| (position / block_tokens).saturating_sub(blocks));
+        (sliding * block_tokens).max(self.window.base())
+    }
+
+    /// The group's tokens, cut where the window start changes.
+    fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for token in 0..self.group.tokens {
+            let start = self.window_start(self.position + token);
+            match runs.last_mut() {
+                Some(run) if run.start == start => run.tokens.end = token + 1,
+                _ => runs.push(Run { tokens: token..token + 1, start }),
+            }
+        }
+        runs
+    }
+
+    fn fill_sink(&mut self, layer: usize) {
+        if let Some(sink) = &mut self.sink {
+            sink.fill(layer, &self.window, self.shape.block_tokens as usize);
+        }
+    }
+
+    /// What may be retrieved for the queries of a run; `None` if nothing or not in this layer.
+    fn request(&self, layer: usize, run: &Run, q: &[f32]) -> Option<AttendRequest> {
+        let link = self.link.as_ref().filter(|link| link.retrieval.layers.include(layer))?;
+        let mut blocks = (run.start / self.shape.block_tokens as usize) as u32;
+        if let Some(writer) = &self.writer {
+            blocks = blocks.min(writer.blocks() as u32);
+        }
+        let mut scope = link.before.clone();
+        scope.push(BlockRange { document: link.document, blocks: link.first.min(blocks)..blocks });
+        if scope.iter().all(|range| range.blocks.is_empty()) {
+            return None;
+        }
+        let row = (self.shape.query_heads * self.shape.head_dim) as usize;
+        Some(AttendRequest {
+            lookup: LookupRequest {
+                collection: link.collection,
+                layer: layer as u32,
+                queries: q[run.tokens.start * row..run.tokens.end * row].to_vec(),
+                distances: run.tokens.clone().map(|token| (self.position + token - run.start) as u32).collect(),
+                scope,
+                top_k: link.retrieval.top_k,
+                block_score: link.retrieval.block_score,
+                granularity: link.retrieval.granularity,
+            },
+            normalisation: link.retrieval.normalisation,
+        })
+    }
+
+    /// Attention of one run and KV head over window and sink: out `(T, G, D)`, lse `(T, G)`.
+    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let shape = &self.shape;
+        let (group, d, block_tokens) = (shape.group(), shape.head_dim as usize, shape.block_tokens as usize);
+        let row = shape.query_heads as usize * d;
+        let sink = match &self.sink {
+            // Until the window has left the first block of the text, the sink is in the window.
+            Some(sink) if run.start > 0 || self.has_earlier_documents() => {
+                sink.head(layer * shape.kv_heads as usize + kv_head)
+            }
+            _ => HeadKv { k: &[], v: &[] },
+        };
+        let mut queries = Vec::with_capacity(run.tokens.len() * group * d);
+        for token in run.tokens.clone() {
+            queries.extend(q[token * row + kv_head * group * d..][..group * d].iter().map(|x| x * shape.softmax_scale));
+        }
+        let mut sink_queries = if sink.k.is_empty() { Vec::new() } else { queries.clone() };
+        for (index, token) in run.tokens.clone().enumerate() {
+            let of_token = index * group * d..(index + 1) * group * d;
+            queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.turns[token].apply(head));
+            if !sink_queries.is_empty() {
+                let distance = self.position + token - run.start + (slots + 1) * block_tokens;
+                let turn = shape.rope.turn(distance as i64);
+                sink_queries[of_token].chunks_exact_mut(d).for_each(|head| turn.apply(head));
+            }
+        }
+        let visible = self.position + run.tokens.start - run.start + 1;
+        let window = self.window.rows_from(layer, kv_head, run.start);
+        let mut out = vec![0.0; queries.len()];
+        let lse = local::attend(&queries, &sink_queries, group, d, sink, window, visible, &mut out);
+        (out, lse)
+    }
+
+    fn has_earlier_documents(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| !link.before.is_empty())
+    }
+
+    /// Attention of all runs over window and sink: per run `out (T, Hq, D)` and `lse (T, Hq)`.
+    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<(Vec<f32>, Vec<f32>)> {
+        let (kv_heads, group) = (self.shape.kv_heads as usize, self.shape.group());
+        let (query_heads, d) = (kv_heads * group, self.shape.head_dim as usize);
+        let head = |task: usize| {
+            let run = task / kv_heads;
+            self.attend_head(layer, task % kv_heads, &runs[run], slots[run], q)
+        };
+        // One token is too little work to hand to other threads.
+        let heads: Vec<_> = match self.group.tokens {
+            1 => (0..runs.len() * kv_heads).map(head).collect(),
+            _ => (0..runs.len() * kv_heads).into_par_iter().map(head).collect(),
+        };
+        let join = |(run, heads): (&Run, &[(Vec<f32>, Vec<f32>)])| {
+            let mut out = vec![0.0; run.tokens.len() * query_heads * d];
+            let mut lse = vec![0.0; run.tokens.len() * query_heads];
+            for (kv_head, (head_out, head_lse)) in heads.iter().enumerate() {
+                for token in 0..run.tokens.len() {
+                    let first = token * query_heads + kv_head * group;
+                    let from = token * group..(token + 1) * group;
+                    out[first * d..(first + group) * d].copy_from_slice(&head_out[from.start * d..from.end * d]);
+                    lse[first..first + group].copy_from_slice(&head_lse[from]);
+                }
+            }
+            (out, lse)
+        };
+        runs.iter().zip(heads.chunks_exact(kv_heads)).map(join).collect()
+    }
+
+    /// Attention of the group over everything: `(T, Hq, D)`.
+    fn attend_group(&mut self, layer: usize, q: &[f32]) -> Result<Vec<f32>, AttentionError> {
+        let runs = self.runs();
+        let requests: Vec<_> = runs.iter().map(|run| self.request(layer, run, q)).collect();
+        let slots: Vec<usize> =
+            requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
+        let mut all = Vec::with_capacity(q.len());
+        for ((mut out, lse), request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
+            if let (Some(request), Some(link)) = (request, &self.link) {
+                let attended = link.memory.attend(&request)?;
+                let head_dim = self.shape.head_dim as usize;
+                let shares = local::merge(&mut out, &lse, &attended.out, &attended.lse, head_dim);
+                let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
+                self.trace.add(layer, &attended.hits, request.lookup.granularity, &shares, heads);
+            }
+            all.extend(out);
+        }
+        Ok(all)
+    }
+}
+
+impl SequenceAttention for BlockAttention {
+    fn attend(
+        &mut self,
+        layer: usize,
+        tokens: usize,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<Vec<f32>, AttentionError> {
+        self.begin_layer(layer, tokens, [q.len(), k.len(), v.len()])?;
+        self.window.push(layer, k, v, &self.group.turns);
+        self.fill_sink(layer);
+        let out = self.attend_group(layer, q)?;
+        if layer + 1 == self.shape.layers as usize {
+            self.position += tokens;
+        }
+        Ok(out)
+    }
+}
+
+fn sliding_blocks(shape: &ModelShape, window: Window) -> usize {
+    window.tokens.div_ceil(shape.block_tokens as usize).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shape::Rope;
+    use rand::{RngExt, SeedableRng};
+
+    const TOKENS: usize = 100;
+
+    fn shape() -> ModelShape {
+        ModelShape {
+            layers: 2,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            block_tokens: 8,
+            rope: Rope::from_base(10_000.0, 8),
+            softmax_scale: 8f32.powf(-0.5),
+        }
+    }
+
+    /// Runs `TOKENS` tokens with random q, k, v through all layers in groups of the given sizes: `(L, T, Hq, D)`.
+    fn run(mut session: BlockAttention, groups: &[usize]) -> Vec<Vec<f32>> {
+        let shape = shape();
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+        let mut numbers = |heads: u32| -> Vec<f32> {
+            (0..TOKENS * (heads * shape.head_dim) as usize).map(|_| rng.random_range(-2.0..2.0)).collect()
+        };
+        let layers: Vec<_> = (0..2).map(|_| (numbers(4), numbers(2), numbers(2))).collect();
+        let mut outs = vec![Vec::new(); 2];
+        let mut from = 0;
+        for &tokens in groups.iter().cycle() {
+            let to = (from + tokens).min(TOKENS);
+            for (layer, (q, k, v)) in layers.iter().enumerate() {
+                let part = |x: &[f32], heads: usize| x[from * heads * 8..to * heads * 8].to_vec();
+                let out = session.attend(layer, to - from, &part(q, 4), &part(k, 2), &part(v, 2)).unwrap();
+                outs[layer].extend(out);
+            }
+            from = to;
+            if from == TOKENS {
+                return outs;
+            }
+        }
+        outs
+    }
+
+    fn assert_close(a: &[Vec<f32>], b: &[Vec<f32>]) {
+        for (index, (a, b)) in a.concat().iter().zip(b.concat()).enumerate() {
+            assert!((a - b).abs() < 2e-5, "number {index}: {a} {b}");
+        }
+    }
+
+    #[test]
+    fn grouping_of_tokens_changes_nothing() {
+        for window in [Window { tokens: 16, sink: true }, Window { tokens: 24, sink: false }] {
+            let whole = run(BlockAttention::window_only(&shape(), window), &[TOKENS]);
+            for groups in [&[1][..], &[16], &[3, 7, 11]] {
+                assert_close(&whole, &run(BlockAttention::window_only(&shape(), window), groups));
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_that_holds_everything_is_full_attention() {
+        let window = Window { tokens: 128, sink: true };
+        let full = run(BlockAttention::full(&shape()), &[9]);
+        assert_close(&full, &run(BlockAttention::window_only(&shape(), window), &[9]));
+        let short = run(BlockAttention::window_only(&shape(), Window { tokens: 16, sink: true }), &[9]);
+        assert_eq!(full[0][..24 * 32], short[0][..24 * 32], "the first tokens see the same");
+        assert!(full[0][40 * 32..].iter().zip(&short[0][40 * 32..]).any(|(a, b)| (a - b).abs() > 1e-3));
+    }
+
+    #[test]
+    fn layers_out_of_order_and_wrong_sizes_are_refused() {
+        let mut session = BlockAttention::full(&shape());
+        let field = |result: Result<Vec<f32>, AttentionError>| match result {
+            Err(AttentionError::Invalid { field, .. }) => field,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(field(session.attend(1, 1, &[0.0; 32], &[0.0; 16], &[0.0; 16])), "layer");
+        assert_eq!(field(session.attend(0, 1, &[0.0; 31], &[0.0; 16], &[0.0; 16])), "q");
+        assert_eq!(field(session.attend(0, 1, &[0.0; 32], &[0.0; 16], &[0.0; 8])), "v");
+        session.attend(0, 1, &[0.0; 32], &[0.0; 16], &[0.0; 16]).unwrap();
+        assert_eq!(field(session.attend(1, 2, &[0.0; 64], &[0.0; 32], &[0.0; 32])), "layer");
+    }
+}
