@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         let options = listen_options(args, &context.config);
         let listeners = Listeners::bind(&options).await?;
         let tcp = listeners.tcp_address().map(|address| format!("http://{address}"));
-        let unix = options.unix.map(|path| format!("unix:{}", path.display()));
+        let unix = options.unix.map(|path| format!("unix:{}", std::path::absolute(&path).unwrap_or(path).display()));
         let listening = tcp.into_iter().chain(unix).collect();
         context.output.print(&Ready { listening, data: data.display().to_string() })?;
         server::serve(memory, listeners, ServeOptions::default(), signals.shutdown()).await?;
