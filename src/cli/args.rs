@@ -10,8 +10,8 @@ use super::{Context, blocks, completions, ls, model, rm, serve, show, stats, ver
 const EXAMPLES: &str = "\
 Examples:
   landmarkdb ls                                  what the data directory holds
-  landmarkdb --data ./books serve                serve a data directory on 127.0.0.1:7601
-  landmarkdb --connect http://127.0.0.1:7601 ls  the same question, asked of the service
+  landmarkdb serve --data ./books                serve a data directory on 127.0.0.1:7601
+  landmarkdb ls --connect http://127.0.0.1:7601  the same question, asked of the service
   landmarkdb verify                              read everything and check it
 ";
 

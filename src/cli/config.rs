@@ -203,7 +203,7 @@ mod tests {
     }
 
     fn settle(layer: Layer) -> Config {
-        layer.settle(false, Some("/home/user/data".into()))
+        layer.settle(false, Some("/user-data".into()))
     }
 
     #[test]
@@ -229,7 +229,7 @@ mod tests {
         let target = |layer: Layer| settle(layer).target().unwrap().clone();
         assert_eq!(target(connect.clone().over(data.clone())), Target::Connect("unix:/s".into()));
         assert_eq!(target(data.over(connect)), Target::Data("d".into()));
-        assert_eq!(target(Layer::default()), Target::Data("/home/user/data/landmarkdb".into()));
+        assert_eq!(target(Layer::default()), Target::Data("/user-data/landmarkdb".into()));
         assert!(matches!(Layer::default().settle(false, None).target(), Err(ConfigError::NoDataFolder)));
     }
 

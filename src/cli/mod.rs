@@ -73,7 +73,8 @@ fn misunderstood(error: &clap::Error, typed: &[OsString]) -> Exit {
         return Exit::Ok;
     }
     if typed.iter().any(|word| word == "--json") {
-        Output::json().error(error.to_string().trim_end(), Exit::Usage);
+        let message = error.to_string();
+        Output::json().error(message.trim_start_matches("error: ").trim_end(), Exit::Usage);
     } else {
         let _ = error.print();
     }

@@ -24,9 +24,9 @@ use super::target::Target;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  landmarkdb --data ./books serve
-  landmarkdb --data ./books serve --listen 127.0.0.1:0 --json
-  landmarkdb --data ./books serve --unix ./books.sock
+  landmarkdb serve --data ./books
+  landmarkdb serve --data ./books --listen 127.0.0.1:0 --json
+  landmarkdb serve --data ./books --unix ./books.sock
 ")]
 pub(super) struct Args {
     /// Listen on this address; port 0 takes a free port.
@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         let options = listen_options(args, &context.config);
         let listeners = Listeners::bind(&options).await?;
         let tcp = listeners.tcp_address().map(|address| format!("http://{address}"));
-        let unix = options.unix.map(|path| format!("unix:{}", path.display()));
+        let unix = options.unix.map(|path| format!("unix:{}", std::path::absolute(&path).unwrap_or(path).display()));
         let listening = tcp.into_iter().chain(unix).collect();
         context.output.print(&Ready { listening, data: data.display().to_string() })?;
         server::serve(memory, listeners, ServeOptions::default(), signals.shutdown()).await?;

@@ -15,7 +15,7 @@ use super::output::{Report, count, plural, size, write_facts};
 #[command(after_help = "\
 Examples:
   landmarkdb stats
-  landmarkdb --connect http://127.0.0.1:7601 stats --json | jq .index_bytes
+  landmarkdb stats --connect http://127.0.0.1:7601 --json | jq .index_bytes
 ")]
 pub(super) struct Args {}
 
