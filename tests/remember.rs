@@ -39,11 +39,11 @@ fn with_everything_retrieved_attention_is_full_attention() {
     let memory = local(folder.path());
     let text = Activations::random(TOKENS, 1);
     let full = text.feed(&mut BlockAttention::full(&shape()), 0, TOKENS, 16);
-    let all = [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
+    let all =
+        [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
     for granularity in all {
         for (payload, tolerance) in [(DType::F32, 2e-5), (DType::F16, 2e-3), (DType::Int8, 5e-2)] {
-            let mut session =
-                write(&memory, &granularity.to_string(), payload, Some(retrieval(1000, granularity)));
+            let mut session = write(&memory, &granularity.to_string(), payload, Some(retrieval(1000, granularity)));
             let with_memory = text.feed(&mut session, 0, TOKENS, 16);
             let off = difference(&full, &with_memory);
             assert!(off < tolerance, "{granularity}, {payload}: {off}");
@@ -117,14 +117,9 @@ fn a_reader_and_a_resumed_writer_go_on_as_the_writer_would_have() {
     let mut resumed = write(&memory, "part", DType::F32, Some(retrieval(3, Granularity::KvGroup)));
     assert_eq!(resumed.position(), stop);
     // A reader's window does not slide, so only the tokens of the block it begins in see what the writer sees.
-    let mut reader = BlockAttention::read(
-        memory.clone(),
-        &collection,
-        &[document],
-        WINDOW,
-        retrieval(3, Granularity::KvGroup),
-    )
-    .unwrap();
+    let mut reader =
+        BlockAttention::read(memory.clone(), &collection, &[document], WINDOW, retrieval(3, Granularity::KvGroup))
+            .unwrap();
     let read = text.feed(&mut reader, stop, 104, 2);
     let off = uninterrupted.iter().zip(&read).map(|(a, b)| a[..b.len()].to_vec()).collect::<Vec<_>>();
     assert!(difference(&off, &read) < 2e-5, "{}", difference(&off, &read));
@@ -147,8 +142,7 @@ fn answers_survive_a_restart_and_the_loss_of_the_catalog() {
         let collection = memory.open_collection(&spec("text-int8", DType::Int8)).unwrap();
         let document = memory.open_document(collection.id, "text").unwrap();
         let retrieval = retrieval(4, Granularity::KvGroup);
-        let mut session =
-            BlockAttention::read(memory.clone(), &collection, &[document], WINDOW, retrieval).unwrap();
+        let mut session = BlockAttention::read(memory.clone(), &collection, &[document], WINDOW, retrieval).unwrap();
         (text.feed(&mut session, 140, TOKENS, 10), session.take_reads())
     };
     let before = ask();
@@ -166,16 +160,14 @@ fn several_documents_are_read_together() {
     let documents: Vec<_> = ["a", "b", "c"]
         .map(|name| {
             let document = memory.open_document(collection.id, name).unwrap();
-            let mut session =
-                BlockAttention::write(memory.clone(), &collection, &document, WINDOW, None).unwrap();
+            let mut session = BlockAttention::write(memory.clone(), &collection, &document, WINDOW, None).unwrap();
             text.feed(&mut session, 0, 64, 16);
             memory.seal(document.id).unwrap()
         })
         .into();
     let ask = |documents: &[_]| {
         let retrieval = retrieval(3, Granularity::TokenHead);
-        let mut session =
-            BlockAttention::read(memory.clone(), &collection, documents, WINDOW, retrieval).unwrap();
+        let mut session = BlockAttention::read(memory.clone(), &collection, documents, WINDOW, retrieval).unwrap();
         let out = text.feed(&mut session, 64, 72, 8);
         (out, session.take_reads())
     };

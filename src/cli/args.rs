@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
-use super::{Context, blocks, completions, ls, model, rm, serve, show, stats, verify};
+use super::{Context, ask, bench, blocks, completions, demo, encode, eval, ls, model, rm, serve, show, stats, verify};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,21 +64,33 @@ pub(super) struct Global {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    Demo(demo::Args),
     Serve(serve::Args),
     #[command(subcommand)]
     Model(model::Command),
+    Encode(encode::Args),
+    Ask(ask::Args),
     Ls(ls::Args),
     Show(show::Args),
     Blocks(blocks::Args),
     Stats(stats::Args),
     Verify(verify::Args),
     Rm(rm::Args),
+    #[command(subcommand)]
+    Eval(eval::Command),
+    #[command(subcommand)]
+    Bench(bench::Command),
     Completions(completions::Args),
 }
 
 impl Command {
     pub(super) fn run(self, context: &Context) -> Result<(), CliError> {
         match self {
+            Command::Demo(args) => demo::run(&args, context),
+            Command::Encode(args) => encode::run(&args, context),
+            Command::Ask(args) => ask::run(&args, context),
+            Command::Eval(command) => eval::run(&command, context),
+            Command::Bench(command) => bench::run(&command, context),
             Command::Serve(args) => serve::run(&args, context),
             Command::Model(command) => model::run(&command, context),
             Command::Ls(args) => ls::run(&args, context),

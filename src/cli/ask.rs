@@ -137,7 +137,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         stop: vec!["\n".into()],
         sampling: match args.temperature {
             0.0 => Sampling::Greedy,
-            temperature => Sampling::Random { temperature, top_p: args.top_p, seed: args.seed },
+            temperature => Sampling::Nucleus { temperature, top_p: args.top_p, seed: args.seed },
         },
         ..GenerateOptions::default()
     };
@@ -199,11 +199,8 @@ impl BlockRead {
         let range = BlockRange { document: read.block.document, blocks: read.block.index..read.block.index + 1 };
         let info = memory.blocks(&range)?.into_iter().next();
         let name = documents.iter().find(|document| document.id == read.block.document);
-        let heads = read.heads.iter().map(|head| HeadRead {
-            layer: head.layer,
-            kv_head: head.kv_head,
-            choices: head.choices,
-        });
+        let heads =
+            read.heads.iter().map(|head| HeadRead { layer: head.layer, kv_head: head.kv_head, choices: head.choices });
         Ok(BlockRead {
             document: name.map(|document| document.name.clone()).unwrap_or_default(),
             block: read.block.index,

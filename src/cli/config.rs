@@ -21,6 +21,8 @@ const ENVIRONMENT_SEPARATOR: &str = "__";
 pub(super) struct Config {
     /// Where `--data` or `--connect` point; absent where neither is set and the platform has no data folder.
     target: Option<Target>,
+    /// Whether any source named the target, and it is not merely the default.
+    pub(super) target_typed: bool,
     /// The collection of documents that are named without one.
     pub(super) collection: String,
     /// Whether `--collection` was typed, and not merely a default.
@@ -164,6 +166,7 @@ impl Layer {
     }
 
     fn settle(self, collection_typed: bool, data_folder: Option<PathBuf>) -> Config {
+        let target_typed = self.connect.is_some() || self.data.is_some();
         let target = match (self.connect, self.data) {
             (Some(connect), _) => Some(Target::Connect(connect)),
             (None, Some(data)) => Some(Target::Data(data)),
@@ -171,6 +174,7 @@ impl Layer {
         };
         Config {
             target,
+            target_typed,
             collection: self.collection.unwrap_or_else(|| "default".into()),
             collection_typed,
             deadline: self.client.deadline_ms.map(Duration::from_millis),

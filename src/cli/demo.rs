@@ -108,8 +108,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let bar = token_bar(context, "        ");
     let encoding = Instant::now();
     let window = Window::default();
-    let document =
-        model::encode(&model, &memory, &collection, DOCUMENT, &text, window, &mut |step| bar.show(step))?;
+    let document = model::encode(&model, &memory, &collection, DOCUMENT, &text, window, &mut |step| bar.show(step))?;
     bar.finish();
     let encode_s = encoding.elapsed().as_secs_f64();
     let encode_tokens_per_s = document.tokens as f64 / encode_s;
@@ -135,9 +134,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let retrieval = Retrieval { top_k: args.top_k, ..Retrieval::default() };
     let documents = [document];
     context.output.stream("answer  ");
-    let answer = model::ask(&model, &memory, &collection, &documents, &prompt, window, retrieval, &options, &mut |piece| {
-        context.output.stream(piece);
-    })?;
+    let answer =
+        model::ask(&model, &memory, &collection, &documents, &prompt, window, retrieval, &options, &mut |piece| {
+            context.output.stream(piece);
+        })?;
     context.output.stream_end();
     let answer = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, 6)?;
     context.output.print(&Demo {
@@ -179,11 +179,7 @@ fn hide(args: &Args, model: &LoadedModel) -> Result<(String, usize), CliError> {
 }
 
 /// The block whose text holds byte `at` of the source text.
-fn block_at(
-    memory: &dyn BlockMemory,
-    document: &crate::api::DocumentInfo,
-    at: usize,
-) -> Result<u32, CliError> {
+fn block_at(memory: &dyn BlockMemory, document: &crate::api::DocumentInfo, at: usize) -> Result<u32, CliError> {
     let range = crate::types::BlockRange { document: document.id, blocks: 0..document.blocks };
     let blocks = memory.blocks(&range)?;
     let after = blocks.partition_point(|block| block.text.start <= at as u64);
@@ -220,7 +216,9 @@ impl Service {
             serde_json::from_str::<Ready>(&line).map_err(|error| io(io::Error::other(format!("{error}: {line:?}"))))
         });
         match ready {
-            Ok(Ready { listening }) => Ok(Service { process, address: listening.into_iter().next().unwrap_or_default() }),
+            Ok(Ready { listening }) => {
+                Ok(Service { process, address: listening.into_iter().next().unwrap_or_default() })
+            }
             Err(error) => {
                 drop(Service { process, address: String::new() });
                 Err(error)

@@ -67,11 +67,18 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let bar = token_bar(context, &name);
     let begin = Instant::now();
     let mut resumed_tokens = 0;
-    let document =
-        model::encode(&model, &memory, &collection, &name, &text, args.window.window(), &mut |step: EncodeProgress| {
+    let document = model::encode(
+        &model,
+        &memory,
+        &collection,
+        &name,
+        &text,
+        args.window.window(),
+        &mut |step: EncodeProgress| {
             resumed_tokens = step.resumed_tokens;
             bar.show(step);
-        })?;
+        },
+    )?;
     bar.finish();
     let encode_s = begin.elapsed().as_secs_f64();
     context.output.print(&Encoded {
@@ -116,6 +123,16 @@ impl TokenBar {
         } else {
             self.0.set_position(step.done_tokens);
         }
+    }
+
+    /// What the bar counts from now on.
+    pub(super) fn label(&self, what: &str) {
+        self.0.set_message(what.to_string());
+    }
+
+    /// Prints a line above the bar, on standard error.
+    pub(super) fn say(&self, line: &str) {
+        self.0.println(line);
     }
 
     pub(super) fn finish(self) {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::api::MemoryError;
-use crate::model::PullError;
+use crate::model::{LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
 
 use super::config::ConfigError;
@@ -65,6 +65,18 @@ pub(super) enum CliError {
     #[error(transparent)]
     Model(#[from] PullError),
     #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Remember(#[from] RememberError),
+    #[error("{}: {source}", .path.display())]
+    ReadText { path: PathBuf, source: io::Error },
+    #[error("{} is not UTF-8 text: byte {at} begins no character; convert it first", .path.display())]
+    NotUtf8 { path: PathBuf, at: usize },
+    #[error("a text from standard input needs a name: give --name NAME")]
+    NameNeeded,
+    #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
+    SeveralCollections { first: String, second: String },
+    #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
     NoDataDirectory { path: PathBuf },
@@ -87,14 +99,23 @@ impl CliError {
     pub(super) fn exit(&self) -> Exit {
         match self {
             CliError::Memory(error) => memory_exit(error),
-            CliError::Config(_) | CliError::ServeNeedsData { .. } | CliError::NeedsYes { .. } => Exit::Usage,
+            CliError::Remember(error) => error.memory().map_or(Exit::Failure, memory_exit),
+            CliError::Config(_)
+            | CliError::ServeNeedsData { .. }
+            | CliError::NameNeeded
+            | CliError::SeveralCollections { .. }
+            | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
             CliError::NoDataDirectory { .. } => Exit::NotFound,
             CliError::Faults { .. } => Exit::Damaged,
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
-            CliError::Model(_) | CliError::Serve(_) | CliError::NotConfirmed { .. } | CliError::Io { .. } => {
+            CliError::Model(_)
+            | CliError::Load(_)
+            | CliError::ReadText { .. }
+            | CliError::NotUtf8 { .. }
+            | CliError::Serve(_) | CliError::NotConfirmed { .. } | CliError::Io { .. } => {
                 Exit::Failure
             }
         }

@@ -319,13 +319,7 @@ impl PasskeyReport {
         }
         let mut cases: Vec<Case> = cases.iter().map(Case::new).collect();
         cases.sort_by_key(|case| case.correct);
-        PasskeyReport {
-            model: model.into(),
-            haystack: args.haystack.to_string(),
-            seed: args.seed,
-            results,
-            cases,
-        }
+        PasskeyReport { model: model.into(), haystack: args.haystack.to_string(), seed: args.seed, results, cases }
     }
 }
 
@@ -372,7 +366,8 @@ impl PerplexityResult {
 
 impl Report for PasskeyReport {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
-        let mut rows = table(["TOKENS>", "K>", "PAYLOAD", "CORRECT>", "BYTES/TOKEN>", "ENCODE TOKENS/S>", "FIRST TOKEN>"]);
+        let mut rows =
+            table(["TOKENS>", "K>", "PAYLOAD", "CORRECT>", "BYTES/TOKEN>", "ENCODE TOKENS/S>", "FIRST TOKEN>"]);
         for result in &self.results {
             rows.add_row([
                 count(result.tokens as u64),

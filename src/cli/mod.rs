@@ -10,11 +10,18 @@ mod error;
 mod logging;
 mod output;
 mod report;
+mod scratch;
+mod settings;
 mod target;
 
 // The commands.
+mod ask;
+mod bench;
 mod blocks;
 mod completions;
+mod demo;
+mod encode;
+mod eval;
 mod ls;
 mod model;
 mod rm;

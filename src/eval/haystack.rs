@@ -9,8 +9,7 @@ use crate::types::words;
 pub const BOOK: &str = include_str!("../../texts/persuasion.txt");
 
 /// The paper's garbage: one cycle (Mohtashami and Jaggi 2023, section 4.2).
-const GARBAGE: &str =
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ";
+const GARBAGE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ";
 
 const TASK: &str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I \
                     will quiz you about the important information there.\n";

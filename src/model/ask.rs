@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::LoadedModel;
 use super::error::RememberError;
 use super::generate::{GenerateOptions, Generated, generate};
-use super::LoadedModel;
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use crate::attention::{BlockAttention, BlockReads, Retrieval, Window};
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::api::MemoryError;
 use crate::attention::AttentionError;
 use crate::shape::{InvalidShape, Sha256Digest};
 
@@ -102,4 +103,36 @@ pub struct PipAttempt {
     pub command: String,
     /// For people: the end of what it printed.
     pub problem: String,
+}
+
+/// Why a text could not be encoded into a memory, or a question about it not be answered.
+#[derive(Debug, thiserror::Error)]
+pub enum RememberError {
+    #[error(transparent)]
+    Tokenize(#[from] TokenizeError),
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error(transparent)]
+    Attention(#[from] AttentionError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+impl RememberError {
+    /// The memory's own error, wherever it came up.
+    pub fn memory(&self) -> Option<&MemoryError> {
+        let attention = match self {
+            RememberError::Memory(error) => return Some(error),
+            RememberError::Attention(error) => error,
+            RememberError::Forward(ForwardError::Attention { source, .. })
+            | RememberError::Generate(GenerateError::Forward(ForwardError::Attention { source, .. })) => source,
+            _ => return None,
+        };
+        match attention {
+            AttentionError::Memory(error) => Some(error),
+            AttentionError::Invalid { .. } => None,
+        }
+    }
 }

@@ -8,8 +8,10 @@
 //! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
 //! `generate`.
 
+mod ask;
 mod cache;
 mod config;
+mod encode;
 mod error;
 mod generate;
 mod gguf;
@@ -17,6 +19,7 @@ mod huggingface;
 mod kernels;
 mod llama;
 mod pull;
+mod pulled;
 mod safetensors;
 mod sample;
 mod tokenizer;
@@ -30,12 +33,15 @@ mod tests;
 
 use std::path::Path;
 
+pub use ask::{Answer, ask};
 pub use cache::models_folder;
 pub use config::ModelConfig;
-pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, TokenizeError};
+pub use encode::{EncodeProgress, check_model, copy_document, encode};
+pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, TokenizeError};
 pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
 pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};
+pub use pulled::{PulledModel, pulled};
 pub use sample::Sampling;
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 

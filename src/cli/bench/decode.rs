@@ -92,16 +92,19 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
 
     let bar = token_bar(context, "encoding");
     let begin = Instant::now();
-    let document = model::encode(&model, &scratch.memory, collection, "bench", text, window, &mut |step| bar.show(step))?;
+    let document =
+        model::encode(&model, &scratch.memory, collection, "bench", text, window, &mut |step| bar.show(step))?;
     bar.finish();
     let encode = document.tokens as f64 / begin.elapsed().as_secs_f64();
 
     let retrieval = args.retrieval.retrieval(args.top_k);
     let documents = [document.clone()];
-    let mut with_memory = BlockAttention::read(scratch.memory.clone(), collection, &documents, window, retrieval)?;
+    let mut with_memory = BlockAttention::read(scratch.memory.clone(), collection, &documents, window, retrieval)
+        .map_err(RememberError::from)?;
     let mut window_only = BlockAttention::window_only(shape, window);
     let recent = &encoded.ids[tokens.saturating_sub(window.tokens)..tokens];
-    model::prefill(&model.llama, &mut window_only, recent, PREFILL_TOKENS, Logits::None).map_err(RememberError::from)?;
+    model::prefill(&model.llama, &mut window_only, recent, PREFILL_TOKENS, Logits::None)
+        .map_err(RememberError::from)?;
     let (mut memory_ms, mut window_ms) = (Vec::new(), Vec::new());
     // The first step of each loads what later steps find at hand; it is not counted.
     for step in 0..=args.steps {
