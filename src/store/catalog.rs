@@ -169,8 +169,10 @@ impl SledCatalog {
             let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
             match config.open() {
                 Ok(tree) => return Ok(SledCatalog { tree, path: path.to_owned() }),
+                // sled says no more precisely that its file is locked. We hold the data directory, so nobody stays.
                 Err(sled::Error::Io(error))
-                    if error.kind() == io::ErrorKind::WouldBlock && begun.elapsed() < REOPEN_PATIENCE =>
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Other)
+                        && begun.elapsed() < REOPEN_PATIENCE =>
                 {
                     std::thread::sleep(REOPEN_PAUSE);
                 }

@@ -4,15 +4,17 @@ use super::*;
 use crate::store::double::{Files, Table};
 use crate::store::record::RECORD_MAGIC;
 
-fn filled() -> (Disk, DocumentId) {
+/// Three documents of six blocks, each in a segment of its own. Returns the first and the last.
+fn filled() -> (Disk, DocumentId, DocumentId) {
     let disk = Disk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
-    let document = store.create_document(collection, "a").unwrap().id;
-    for index in 0..12 {
-        store.append(document, &blocks(index..index + 1, 1)).unwrap();
-    }
-    (disk, document)
+    let documents = ["a", "b", "c"].map(|name| {
+        let document = store.create_document(collection, name).unwrap().id;
+        store.append(document, &blocks(0..6, 1)).unwrap();
+        document
+    });
+    (disk, documents[0], documents[2])
 }
 
 fn names(error: &StoreError, block: BlockId) -> bool {
@@ -26,7 +28,7 @@ fn place(store: &Store, block: BlockId) -> Locator {
 
 #[test]
 fn a_flipped_bit_anywhere_in_a_block_names_the_block() {
-    let (disk, document) = filled();
+    let (disk, document, other) = filled();
     let id = BlockId { document, index: 1 };
     let locator = place(&open(&disk).unwrap(), id);
     for byte in 0..locator.bytes() {
@@ -40,17 +42,18 @@ fn a_flipped_bit_anywhere_in_a_block_names_the_block() {
             let error = read(&store, id).expect_err("a flipped bit in a part");
             assert!(names(&error, id), "byte {byte}: {error}");
         }
-        for index in [0, 2, 11] {
-            let other = read(&store, BlockId { document, index }).unwrap();
-            assert_eq!(other, block(index, 4, 1), "byte {byte}");
+        for untouched in
+            [BlockId { document, index: 0 }, BlockId { document, index: 2 }, BlockId { document: other, index: 1 }]
+        {
+            assert_eq!(read(&store, untouched).unwrap(), block(untouched.index, 4, 1), "byte {byte}");
         }
     }
 }
 
 #[test]
 fn a_flipped_bit_is_named_even_when_the_catalog_is_rebuilt() {
-    let (disk, document) = filled();
-    let before = contents(&open(&disk).unwrap());
+    let (disk, document, other) = filled();
+    let before = open(&disk).unwrap().manifest(document).unwrap();
     let id = BlockId { document, index: 1 };
     let locator = place(&open(&disk).unwrap(), id);
     assert!(locator.segment < *disk.segments().last().unwrap(), "the block lies in a closed segment");
@@ -58,21 +61,48 @@ fn a_flipped_bit_is_named_even_when_the_catalog_is_rebuilt() {
         let copy = disk.restart(Files::Written, Table::Deleted);
         copy.flip(locator.segment, locator.offset + byte);
         let store = open(&copy).unwrap();
-        assert_eq!(store.manifest(document).unwrap(), before[0].2[0].0, "byte {byte}");
+        assert_eq!(store.manifest(document).unwrap(), before, "byte {byte}");
         let report = store.verify(None, &mut |_, _| {}).unwrap();
         assert!(report.faults.iter().any(|fault| fault.block == Some(id)), "byte {byte}: {:?}", report.faults);
         let error = read(&store, id).expect_err("a flipped bit");
         assert!(names(&error, id), "byte {byte}: {error}");
         assert_eq!(read(&store, BlockId { document, index: 2 }).unwrap(), block(2, 4, 1), "byte {byte}");
-        // The damaged segment is left for repair, whatever is deleted around it.
-        store.delete(document).unwrap();
-        assert!(copy.segments().contains(&locator.segment), "byte {byte}");
+        store.delete(other).unwrap();
+        let error = read(&store, id).expect_err("a flipped bit");
+        assert!(names(&error, id), "byte {byte}, after compaction: {error}");
     }
 }
 
 #[test]
+fn compaction_leaves_a_damaged_segment_for_repair() {
+    let disk = Disk::default();
+    let store = open(&disk).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let [kept, doomed] = ["kept", "doomed"].map(|name| store.create_document(collection, name).unwrap().id);
+    for document in [kept, doomed] {
+        store.append(document, &blocks(0..2, 1)).unwrap();
+    }
+    let id = BlockId { document: kept, index: 0 };
+    let locator = place(&store, id);
+    disk.flip(locator.segment, locator.offset + 100);
+    store.delete(doomed).unwrap();
+    assert!(disk.segments().contains(&locator.segment));
+    assert_eq!(place(&store, id), locator);
+    assert_eq!(read(&store, BlockId { document: kept, index: 1 }).unwrap(), block(1, 4, 1));
+
+    disk.flip(locator.segment, locator.offset + 100);
+    drop(store);
+    let store = open(&disk).unwrap();
+    let next = store.create_document(collection, "next").unwrap().id;
+    store.delete(next).unwrap();
+    assert!(!disk.segments().contains(&locator.segment), "once repaired it is compacted");
+    assert_eq!(read(&store, id).unwrap(), block(0, 4, 1));
+    assert_clean(&store, "repaired");
+}
+
+#[test]
 fn a_flipped_bit_in_a_closed_segment_is_always_reported() {
-    let (disk, _) = filled();
+    let (disk, ..) = filled();
     let first = disk.segments()[0];
     for byte in 0..disk.bytes_of(first).len() as u64 {
         let copy = disk.restart(Files::Written, Table::Deleted);
@@ -85,7 +115,7 @@ fn a_flipped_bit_in_a_closed_segment_is_always_reported() {
 
 #[test]
 fn a_piece_in_the_wrong_place_is_caught() {
-    let (disk, document) = filled();
+    let (disk, document, _) = filled();
     let id = BlockId { document, index: 0 };
     let locator = place(&open(&disk).unwrap(), id);
     let mut bytes = disk.bytes_of(locator.segment);
@@ -105,7 +135,7 @@ fn a_piece_in_the_wrong_place_is_caught() {
 
 #[test]
 fn a_missing_segment_is_named_and_what_is_elsewhere_stays_readable() {
-    let (disk, document) = filled();
+    let (disk, document, other) = filled();
     let id = BlockId { document, index: 0 };
     let first = place(&open(&disk).unwrap(), id).segment;
     let bytes = disk.bytes_of(first);
@@ -113,7 +143,7 @@ fn a_missing_segment_is_named_and_what_is_elsewhere_stays_readable() {
     let store = open(&disk).unwrap();
     let error = read(&store, id).expect_err("no file");
     assert!(names(&error, id), "{error}");
-    assert_eq!(read(&store, BlockId { document, index: 11 }).unwrap(), block(11, 4, 1));
+    assert_eq!(read(&store, BlockId { document: other, index: 5 }).unwrap(), block(5, 4, 1));
     assert!(!store.verify(None, &mut |_, _| {}).unwrap().faults.is_empty());
     drop(store);
 
@@ -123,21 +153,21 @@ fn a_missing_segment_is_named_and_what_is_elsewhere_stays_readable() {
 
 #[test]
 fn a_last_segment_that_lost_acknowledged_bytes_is_not_written_over() {
-    let (disk, document) = filled();
+    let (disk, _, other) = filled();
     let last = *disk.segments().last().unwrap();
     let len = disk.bytes_of(last).len();
     disk.cut(last, len - 10);
     let store = open(&disk).unwrap();
     assert!(!store.verify(None, &mut |_, _| {}).unwrap().faults.is_empty());
-    store.append(document, &blocks(12..13, 1)).unwrap();
+    store.append(other, &blocks(6..7, 1)).unwrap();
     assert_eq!(disk.bytes_of(last).len(), len - 10);
-    assert_eq!(read(&store, BlockId { document, index: 12 }).unwrap(), block(12, 4, 1));
+    assert_eq!(read(&store, BlockId { document: other, index: 6 }).unwrap(), block(6, 4, 1));
 }
 
 #[test]
 fn an_old_segment_put_back_is_refused() {
-    let (disk, document) = filled();
-    let old = disk.segments()[0];
+    let (disk, document, _) = filled();
+    let old = place(&open(&disk).unwrap(), BlockId { document, index: 0 }).segment;
     let bytes = disk.bytes_of(old);
     let store = open(&disk).unwrap();
     store.delete(document).unwrap();
@@ -150,7 +180,7 @@ fn an_old_segment_put_back_is_refused() {
 
 #[test]
 fn a_segment_of_a_newer_build_is_refused() {
-    let (disk, _) = filled();
+    let (disk, ..) = filled();
     let last = *disk.segments().last().unwrap();
     let mut bytes = disk.bytes_of(last);
     let mut header = record::SegmentHeader::new(last, CollectionId(1), DocumentId(1));
