@@ -147,8 +147,7 @@ fn largest(dtype: DType) -> f32 {
 /// The numbers `(L, Hkv, tokens, D)` as f32, all of size `limit` or less.
 fn numbers(field: String, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
     let numbers = tensor.to_f32()?;
-    // Not a number fails the comparison too.
-    match numbers.iter().find(|number| !(number.abs() <= limit)) {
+    match numbers.iter().find(|number| !number.is_finite() || number.abs() > limit) {
         None => Ok(numbers),
         Some(bad) => Err(invalid(field, format!("finite numbers up to {limit:e}"), bad)),
     }

@@ -128,8 +128,8 @@ fn put(chunk: &mut Chunk, at: usize, collection: &Collection, block: BlockId, by
     let layout = collection.layout;
     let decoded = piece::decode_keys(layout.dtype, layout.keys_per_block, layout.head_dim, layout.pieces(), bytes)
         .map_err(|error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() })?;
-    for (piece, numbers) in decoded.iter().enumerate() {
-        let keys = match numbers {
+    for (piece, numbers) in decoded.enumerate() {
+        let keys = match &numbers {
             piece::KeyNumbers::F16(numbers) => Keys::F16(numbers),
             piece::KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
         };

@@ -227,7 +227,7 @@ impl BlockMemory for LocalMemory {
     }
 
     fn stats(&self) -> Result<Stats> {
-        let store = self.store.stats()?;
+        let store = self.store.stats();
         Ok(Stats {
             collections: self.store.collections()?.len() as u64,
             documents: store.documents,
