@@ -10,14 +10,15 @@ use rayon::prelude::*;
 
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
 use super::{Found, Query, kernel, select};
-use crate::numeric::{self, fma, simd};
+use crate::numeric::{self, exp, fma, simd};
 use crate::types::{BlockScore, Granularity};
 
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
 const PARALLEL_WORK_MIN: usize = 1 << 18;
 
-/// Query rows whose scores against a tile are kept at once: 64 x 2048 numbers stay in a core's own cache.
-const STRIP_ROWS: usize = 64;
+/// Query rows whose scores against a tile are kept at once: 64 x 2048 numbers stay in a core's own cache. A multiple of
+/// the rows that the kernel packs together.
+const STRIP_ROWS: usize = 16 * kernel::ROWS;
 
 /// Consecutive eligible blocks of one chunk that are scored with the same queries.
 struct Tile<'a> {
@@ -138,22 +139,25 @@ impl Search<'_> {
         scores
     }
 
-    /// One set of queries as `(Hkv, T * G, D)`, times the softmax scale.
+    /// One set of queries times the softmax scale, `(Hkv, T * G, D)`, packed for the kernel in strips.
     fn head_major(&self, set: usize) -> Vec<f32> {
         let query = self.query;
         let dim = query.layout.head_dim;
         let group = query.query_heads / query.layout.kv_heads;
-        let mut numbers = Vec::with_capacity(query.queries.len());
+        let mut packed = Vec::with_capacity(query.queries.len());
+        let mut numbers = Vec::with_capacity(self.head_rows * dim);
         for head in 0..query.layout.kv_heads {
+            numbers.clear();
             for token in query.query_set(set).chunks_exact(query.query_heads * dim) {
                 let rows = &token[head * group * dim..][..group * dim];
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
+            packed.extend(kernel::pack(&numbers, dim));
         }
-        numbers
+        packed
     }
 
-    /// Scores `(T * G, blocks of the tile)` of `queries (T * G, D)`.
+    /// Scores `(T * G, blocks of the tile)` of packed `queries (T * G, D)`.
     fn score_tile(&self, tile: &Tile<'_>, head: usize, queries: &[f32], scores: &mut [f32]) {
         let layout = self.query.layout;
         let (dim, per_block) = (layout.head_dim, layout.keys_per_block);
@@ -207,7 +211,11 @@ impl Search<'_> {
             part.fill(f32::NEG_INFINITY);
             for &(head, row) in &members {
                 let total = scores.totals[head * self.head_rows + row];
-                raise(part, self.tile_row(&scores.numbers, tile, head, row), total);
+                let scores = self.tile_row(&scores.numbers, tile, head, row);
+                match self.query.granularity {
+                    Granularity::KvGroup => add_shares(part, scores, total),
+                    _ => raise(part, scores, total),
+                }
             }
         };
         // One row that gathers from many would keep all other threads waiting.
@@ -219,8 +227,7 @@ impl Search<'_> {
         if self.query.granularity != Granularity::KvGroup {
             return select::top_k(rough, k, 0.0, |position| rough[position]);
         }
-        // A sum of G probabilities is at most G times the largest; the rest of the slack covers rounding.
-        let slack = (members.len() as f32).ln() + 1e-3;
+        let slack = ADD_SHARES_ERROR * members.len() as f32;
         select::top_k(rough, k, slack, |position| {
             let tile = &self.tiles[self.tiles.partition_point(|tile| tile.start <= position) - 1];
             members.iter().fold(f32::NEG_INFINITY, |sum, &(head, row)| {
@@ -273,11 +280,32 @@ fn add_logs(a: f32, b: f32) -> f32 {
     if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
 }
 
+/// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
+const ADD_SHARES_ERROR: f32 = 1e-4;
+
+simd! {
+    /// `sums[i] = log(e^sums[i] + e^(scores[i] - total))`, within [`ADD_SHARES_ERROR`].
+    fn add_shares(sums: &mut [f32], scores: &[f32], total: f32) {
+        for (sum, score) in sums.iter_mut().zip(scores) {
+            let share = *score - total;
+            let (low, high) = if share < *sum { (share, *sum) } else { (*sum, share) };
+            // log(1 + y) for y in 0 to 1, within 1e-5 (Abramowitz and Stegun 4.1.43).
+            let y = exp::<FMA>(low - high);
+            let mut p = 0.032_158_45;
+            p = fma::<FMA>(p, y, -0.136_062_75);
+            p = fma::<FMA>(p, y, 0.289_474_78);
+            p = fma::<FMA>(p, y, -0.491_908_96);
+            p = fma::<FMA>(p, y, 0.999_495_56);
+            *sum = fma::<FMA>(p, y, high);
+        }
+    }
+}
+
 simd! {
     /// `best[i] = max(best[i], scores[i] - total)`.
     fn raise(best: &mut [f32], scores: &[f32], total: f32) {
         for (best, score) in best.iter_mut().zip(scores) {
-            let share = fma::<FMA>(-1.0, total, *score);
+            let share = *score - total;
             *best = if share > *best { share } else { *best };
         }
     }

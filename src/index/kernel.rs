@@ -37,7 +37,7 @@ impl Number for i8 {
     }
 }
 
-/// Scores `(rows, panels * PANEL)` of `queries (rows, D)`. `wide` is scratch space.
+/// Scores `(rows, panels * PANEL)` of `rows` queries, packed by [`pack`]. `wide` is scratch space.
 pub(super) fn score(panels: Panels<'_>, dim: usize, queries: &[f32], wide: &mut Vec<f32>, scores: &mut [f32]) {
     let few = queries.len() <= ROWS * dim;
     match panels {
@@ -80,39 +80,48 @@ fn score_numbers<const FMA: bool, N: Number>(numbers: &[N], dim: usize, queries:
         for (group, rows) in queries.chunks(ROWS * dim).enumerate() {
             let into = &mut scores[group * ROWS * keys + panel * PANEL..];
             match rows.len() / dim {
-                4 => score_panel::<FMA, 4, N>(numbers, dim, rows, into, keys),
-                3 => score_panel::<FMA, 3, N>(numbers, dim, rows, into, keys),
-                2 => score_panel::<FMA, 2, N>(numbers, dim, rows, into, keys),
-                _ => score_panel::<FMA, 1, N>(numbers, dim, rows, into, keys),
+                4 => score_panel::<FMA, 4, N>(numbers, rows, into, keys),
+                3 => score_panel::<FMA, 3, N>(numbers, rows, into, keys),
+                2 => score_panel::<FMA, 2, N>(numbers, rows, into, keys),
+                _ => score_panel::<FMA, 1, N>(numbers, rows, into, keys),
             }
         }
     }
 }
 
-/// `R` rows against one panel `(D, PANEL)`; row r's scores begin at `scores[r * stride]`.
+/// `R` rows `(D, R)` against one panel `(D, PANEL)`; row r's scores begin at `scores[r * stride]`.
 #[inline(always)]
 fn score_panel<const FMA: bool, const R: usize, N: Number>(
     panel: &[N],
-    dim: usize,
     queries: &[f32],
     scores: &mut [f32],
     stride: usize,
 ) {
-    let rows: [&[f32]; R] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
     let mut sums = [[0f32; PANEL]; R];
-    for (d, numbers) in panel.chunks_exact(PANEL).enumerate() {
+    for (numbers, queries) in panel.chunks_exact(PANEL).zip(queries.chunks_exact(R)) {
         let mut keys = [0f32; PANEL];
         for lane in 0..PANEL {
             keys[lane] = numbers[lane].wide::<FMA>();
         }
         for row in 0..R {
-            let q = rows[row][d];
             for lane in 0..PANEL {
-                sums[row][lane] = fma::<FMA>(q, keys[lane], sums[row][lane]);
+                sums[row][lane] = fma::<FMA>(queries[row], keys[lane], sums[row][lane]);
             }
         }
     }
     for (row, sums) in sums.iter().enumerate() {
         scores[row * stride..][..PANEL].copy_from_slice(sums);
     }
+}
+
+/// Reorders query rows `(rows, D)` for [`score`]: every [`ROWS`] rows (fewer at the end) become `(D, ROWS)`, so that the
+/// numbers that meet one dimension of the keys lie together.
+pub(super) fn pack(queries: &[f32], dim: usize) -> Vec<f32> {
+    let mut packed = Vec::with_capacity(queries.len());
+    for rows in queries.chunks(ROWS * dim) {
+        for d in 0..dim {
+            packed.extend(rows[d..].iter().step_by(dim));
+        }
+    }
+    packed
 }
