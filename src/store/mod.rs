@@ -1,1 +1,372 @@
+//! Ground state: what is on disk, and nothing else knows how.
 //!
+//! Documents are sequences of blocks. Payloads, keys, text and manifests go to an append-only log of segment files,
+//! which is the truth; a catalog says where things lie in it and can be deleted at any time (opening rebuilds it).
+//! An append is acknowledged once its group of records is durable in the log and entered in the catalog.
+//!
+//! Not here: what keys mean, how they are searched, and what a payload is used for.
+//!
+//! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
+//! records), `ledger` (what a group means), `append` and `read`, `recovery`, `compaction`, `verify`; `piece` stands apart.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits;
+use crate::shape::{CollectionSpec, check_name};
+use crate::types::{CollectionId, DocumentId};
+
+mod append;
+mod catalog;
+mod compaction;
+mod error;
+mod ledger;
+mod log;
+pub mod piece;
+mod read;
+mod record;
+mod recovery;
+mod segment;
+mod verify;
+
+#[cfg(test)]
+mod double;
+#[cfg(test)]
+mod tests;
+
+pub use catalog::{Batch, Catalog, Pair, SledCatalog};
+pub use error::{Entity, StoreError};
+pub use segment::{SegmentFile, SegmentFolder, SegmentId, Segments};
+pub use verify::{Fault, VerifyReport};
+
+use ledger::Ledger;
+use log::GroupWriter;
+use record::{DocumentEntry, Locator, Tombstone};
+use segment::Handles;
+
+/// A document as of its last acknowledged change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub id: DocumentId,
+    pub collection: CollectionId,
+    pub name: String,
+    /// Takes no more appends.
+    pub sealed: bool,
+    /// Full blocks.
+    pub blocks: u32,
+    /// Tokens after the last full block, 0 to B - 1; stored as block index `blocks`.
+    pub tail_tokens: u32,
+    /// Bytes of source text that the tokens cover.
+    pub text_bytes: u64,
+    /// Bytes of this document's records, this manifest included.
+    pub stored_bytes: u64,
+}
+
+/// The tokens of one block and the text they came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockMeta {
+    pub token_ids: Vec<u32>,
+    /// Where the block begins in the document's source text, in bytes.
+    pub text_start: u64,
+    pub text: Vec<u8>,
+    /// Where each token begins in `text`: one per token.
+    pub text_offsets: Vec<u32>,
+}
+
+/// One block to store: full, or a tail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRecord {
+    /// Position in the document, counted in blocks.
+    pub index: u32,
+    pub meta: BlockMeta,
+    /// L * Hkv times what [`piece::encode_keys`] gives; empty for a tail.
+    pub keys: Vec<u8>,
+    /// L * Hkv times what [`piece::PieceLayout::encode`] gives, for the block's own number of tokens.
+    pub pieces: Vec<u8>,
+}
+
+/// What a deletion gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// Full blocks that the document had.
+    pub blocks: u32,
+    /// By how much the segment files shrank.
+    pub bytes: u64,
+}
+
+/// Totals of one data directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreStats {
+    pub documents: u64,
+    /// Full blocks.
+    pub blocks: u64,
+    pub tokens: u64,
+    /// Bytes that anything refers to.
+    pub live_bytes: u64,
+    /// Bytes of all segment files.
+    pub segment_bytes: u64,
+    pub segments: u64,
+    /// Bytes of the catalog on disk; 0 if they cannot be counted.
+    pub catalog_bytes: u64,
+}
+
+/// An open data directory. One process holds it at a time; its threads share it.
+pub struct Store {
+    handles: Handles,
+    catalog: Box<dyn Catalog>,
+    writer: Mutex<Writer>,
+    /// As of the last write; readers of it do not wait for one under way.
+    stats: Mutex<StoreStats>,
+    /// Released last.
+    _lock: Option<File>,
+}
+
+/// What only the one who writes may touch.
+struct Writer {
+    active: SegmentId,
+    file: Arc<dyn SegmentFile>,
+    /// Where the next group goes in the active segment.
+    end: u64,
+    ledger: Ledger,
+    /// Damaged segments, which compaction leaves alone.
+    unmovable: BTreeSet<SegmentId>,
+    segment_bytes: u64,
+    /// A write failed: what is on disk is not known any more.
+    failed: bool,
+}
+
+const LOCK_FILE: &str = "LOCK";
+const SEGMENTS_FOLDER: &str = "segments";
+const CATALOG_FOLDER: &str = "catalog";
+
+impl Store {
+    /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
+    pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        fs::create_dir_all(dir).map_err(StoreError::io("create the data directory"))?;
+        let lock = File::create(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(StoreError::Locked { path: dir.to_owned() }),
+            Err(TryLockError::Error(source)) => {
+                return Err(StoreError::Io { step: "lock the data directory", source });
+            }
+        }
+        let segments =
+            SegmentFolder::open(&dir.join(SEGMENTS_FOLDER)).map_err(StoreError::io("open the segment folder"))?;
+        let catalog = SledCatalog::open(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
+        let mut store = Store::open_on(Box::new(segments), Box::new(catalog))?;
+        store._lock = Some(lock);
+        Ok(store)
+    }
+
+    /// Opens what lies behind the two seams. The caller sees to it that nobody else has it open.
+    pub fn open_on(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>) -> Result<Store, StoreError> {
+        Store::open_sized(segments, catalog, limits::SEGMENT_BYTES)
+    }
+
+    fn open_sized(
+        segments: Box<dyn Segments>,
+        catalog: Box<dyn Catalog>,
+        segment_bytes: u64,
+    ) -> Result<Store, StoreError> {
+        let handles = Handles::new(segments);
+        let writer = recovery::recover(&handles, &*catalog, segment_bytes)?;
+        let stats = Mutex::new(writer.stats());
+        Ok(Store { handles, catalog, writer: Mutex::new(writer), stats, _lock: None })
+    }
+
+    /// Creates a collection. Names are unique among collections.
+    pub fn create_collection(&self, spec: &CollectionSpec) -> Result<CollectionId, StoreError> {
+        spec.check()?;
+        self.write(|writer| {
+            if self.catalog_get::<CollectionId>(&catalog::key::collection_name(&spec.name))?.is_some() {
+                return Err(StoreError::AlreadyExists { name: spec.name.clone() });
+            }
+            let id = writer.ledger.totals.next_collection;
+            self.make_room(writer, 0)?;
+            self.commit(writer, |group| group.collection(id, spec))?;
+            Ok(id)
+        })
+    }
+
+    /// All collections, by id.
+    pub fn collections(&self) -> Result<Vec<(CollectionId, CollectionSpec)>, StoreError> {
+        let mut collections = Vec::new();
+        for pair in catalog::scan::<(Locator, CollectionSpec)>(&*self.catalog, catalog::key::COLLECTIONS) {
+            let (key, (_, spec)) = pair?;
+            collections.push((catalog::key::collection_of(&key)?, spec));
+        }
+        Ok(collections)
+    }
+
+    pub fn collection(&self, id: CollectionId) -> Result<Option<CollectionSpec>, StoreError> {
+        let found = self.catalog_get::<(Locator, CollectionSpec)>(&catalog::key::collection(id))?;
+        Ok(found.map(|(_, spec)| spec))
+    }
+
+    /// Creates an empty open document. Names are unique within a collection.
+    pub fn create_document(&self, collection: CollectionId, name: &str) -> Result<Manifest, StoreError> {
+        check_name("name", name)?;
+        self.write(|writer| {
+            let spec =
+                self.collection(collection)?.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
+            if self.find_document(collection, name)?.is_some() {
+                return Err(StoreError::AlreadyExists { name: name.into() });
+            }
+            self.make_room(writer, 0)?;
+            let entry = writer.new_document(collection, name, spec.shape.block_tokens);
+            self.commit(writer, |group| group.document(entry.clone()))?;
+            Ok(entry.manifest)
+        })
+    }
+
+    pub fn find_document(&self, collection: CollectionId, name: &str) -> Result<Option<DocumentId>, StoreError> {
+        self.catalog_get(&catalog::key::document_name(collection, name))
+    }
+
+    pub fn manifest(&self, document: DocumentId) -> Result<Manifest, StoreError> {
+        Ok(self.entry(document)?.manifest)
+    }
+
+    /// All documents of a collection, by name.
+    pub fn manifests(&self, collection: CollectionId) -> Result<Vec<Manifest>, StoreError> {
+        let mut manifests = Vec::new();
+        for pair in catalog::scan::<DocumentId>(&*self.catalog, &catalog::key::document_name(collection, "")) {
+            match self.entry(pair?.1) {
+                Ok(entry) => manifests.push(entry.manifest),
+                // Deleted since the scan began.
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(manifests)
+    }
+
+    /// Takes no more appends from now on. Sealing a sealed document changes nothing.
+    pub fn seal(&self, document: DocumentId) -> Result<Manifest, StoreError> {
+        self.write(|writer| {
+            let mut entry = self.entry(document)?;
+            if !entry.manifest.sealed {
+                entry.manifest.sealed = true;
+                self.make_room(writer, 0)?;
+                self.commit(writer, |group| group.document(entry.clone()))?;
+            }
+            Ok(entry.manifest)
+        })
+    }
+
+    /// Deletes a document, durably, and gives its space back (see `limits::SPACE_PERCENT_MAX`). Blocks being read
+    /// meanwhile are read to their end.
+    pub fn delete(&self, document: DocumentId) -> Result<Freed, StoreError> {
+        self.write(|writer| {
+            let entry = self.entry(document)?;
+            let before = writer.ledger.bytes();
+            self.make_room(writer, 0)?;
+            let last_segment = writer.active;
+            let tombstone = Tombstone { document, first_segment: entry.first_segment, last_segment };
+            self.commit(writer, |group| group.tombstone(entry.manifest.collection, tombstone))?;
+            self.compact(writer)?;
+            let bytes = before.saturating_sub(writer.ledger.bytes());
+            Ok(Freed { blocks: entry.manifest.blocks, bytes })
+        })
+    }
+
+    pub fn stats(&self) -> StoreStats {
+        let stats = *self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let catalog_bytes = self.catalog.size_bytes().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the size of the catalog is not known");
+            0
+        });
+        StoreStats { catalog_bytes, ..stats }
+    }
+
+    /// Runs a change under the writer's lock. A failed write leaves the end of the log unknown, so it is the last.
+    fn write<T>(&self, change: impl FnOnce(&mut Writer) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
+        if writer.failed {
+            return Err(StoreError::Poisoned);
+        }
+        let result = change(&mut writer);
+        if let Err(error @ (StoreError::Io { .. } | StoreError::Catalog { .. })) = &result {
+            tracing::error!(%error, "the store takes no more writes until it is reopened");
+            writer.failed = true;
+        }
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = writer.stats();
+        result
+    }
+
+    /// Writes one group, makes it durable, and enters it in the catalog.
+    fn commit(
+        &self,
+        writer: &mut Writer,
+        fill: impl FnOnce(&mut GroupWriter<'_>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let file = writer.file.clone();
+        let mut group = GroupWriter::new(&*file, writer.active, writer.end);
+        fill(&mut group)?;
+        let group = group.finish()?;
+        writer.end = group.end;
+        writer.ledger.enter(&*self.catalog, &group)
+    }
+
+    fn entry(&self, document: DocumentId) -> Result<DocumentEntry, StoreError> {
+        match self.catalog_get::<(Locator, DocumentEntry)>(&catalog::key::document(document))? {
+            Some((_, entry)) => Ok(entry),
+            None => Err(StoreError::NotFound { entity: Entity::Document(document) }),
+        }
+    }
+
+    fn catalog_get<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
+        catalog::get(&*self.catalog, key)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = self.catalog.flush() {
+            tracing::warn!(%error, "the catalog was not flushed; the next opening reads more of the log");
+        }
+    }
+}
+
+impl Writer {
+    fn new_document(&self, collection: CollectionId, name: &str, block_tokens: u32) -> DocumentEntry {
+        let manifest = Manifest {
+            id: self.ledger.totals.next_document,
+            collection,
+            name: name.into(),
+            sealed: false,
+            blocks: 0,
+            tail_tokens: 0,
+            text_bytes: 0,
+            stored_bytes: 0,
+        };
+        let mut entry = DocumentEntry { manifest, first_segment: self.active, block_tokens };
+        entry.manifest.stored_bytes = entry.record_bytes();
+        entry
+    }
+
+    fn stats(&self) -> StoreStats {
+        let totals = &self.ledger.totals;
+        StoreStats {
+            documents: totals.documents,
+            blocks: totals.blocks,
+            tokens: totals.tokens,
+            live_bytes: self.ledger.live_bytes(),
+            segment_bytes: self.ledger.bytes(),
+            segments: self.ledger.segments.len() as u64,
+            catalog_bytes: 0,
+        }
+    }
+}
+
+impl Manifest {
+    /// Whether block `index` is one of its full blocks or its tail.
+    fn covers(&self, index: u32) -> bool {
+        index < self.blocks || index == self.blocks && self.tail_tokens > 0
+    }
+}

@@ -1,0 +1,141 @@
+//! Appending blocks to a document: what is checked, and what the document is afterwards.
+
+use super::catalog::{self, key};
+use super::error::{Entity, StoreError};
+use super::piece::{self, PieceLayout};
+use super::record::{DocumentEntry, Locator, Parts, meta_bytes};
+use super::{BlockRecord, Manifest, Store};
+use crate::limits;
+use crate::shape::CollectionSpec;
+use crate::types::{BlockId, DocumentId};
+
+impl Store {
+    /// Appends consecutive blocks; the last one, if it has fewer than B tokens, becomes the document's tail in place
+    /// of the one it had. All of them are durable and visible when this returns, or none.
+    ///
+    /// Blocks that the document already has are skipped if their token ids agree, and are a `Conflict` if not.
+    pub fn append(&self, document: DocumentId, blocks: &[BlockRecord]) -> Result<Manifest, StoreError> {
+        self.write(|writer| {
+            let mut entry = self.entry(document)?;
+            let new = self.skip_durable(&entry.manifest, blocks)?;
+            if new.is_empty() {
+                return Ok(entry.manifest);
+            }
+            if entry.manifest.sealed {
+                return Err(StoreError::Sealed);
+            }
+            let collection = entry.manifest.collection;
+            let spec =
+                self.collection(collection)?.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
+            let parts = check_blocks(&spec, entry.manifest.blocks, new)?;
+            let bytes: u64 = parts.iter().map(Parts::record_bytes).sum();
+            let old_tail_bytes = self.tail_bytes(&entry.manifest)?;
+            grow(&mut entry, new, bytes, old_tail_bytes)?;
+
+            self.make_room(writer, bytes)?;
+            self.commit(writer, |group| {
+                for (block, parts) in new.iter().zip(&parts) {
+                    group.block(collection, BlockId { document, index: block.index }, block, *parts)?;
+                }
+                group.document(entry.clone())
+            })?;
+            Ok(entry.manifest)
+        })
+    }
+
+    /// The blocks behind those that the document already has.
+    fn skip_durable<'a>(
+        &self,
+        manifest: &Manifest,
+        blocks: &'a [BlockRecord],
+    ) -> Result<&'a [BlockRecord], StoreError> {
+        let durable = blocks.iter().take_while(|block| block.index < manifest.blocks).count();
+        for block in &blocks[..durable] {
+            let (stored, _) = self.read_meta(BlockId { document: manifest.id, index: block.index })?;
+            if stored.token_ids != block.meta.token_ids {
+                return Err(StoreError::Conflict { document: manifest.id, index: block.index });
+            }
+        }
+        Ok(&blocks[durable..])
+    }
+
+    fn tail_bytes(&self, manifest: &Manifest) -> Result<u64, StoreError> {
+        if manifest.tail_tokens == 0 {
+            return Ok(0);
+        }
+        let tail = BlockId { document: manifest.id, index: manifest.blocks };
+        let locator = catalog::get::<Locator>(&*self.catalog, &key::block(tail))?;
+        Ok(locator.map_or(0, |locator| locator.bytes()))
+    }
+}
+
+/// What the document is once `new` blocks of `bytes` in all are in it.
+fn grow(entry: &mut DocumentEntry, new: &[BlockRecord], bytes: u64, old_tail_bytes: u64) -> Result<(), StoreError> {
+    let Some(last) = new.last() else { return Ok(()) };
+    let manifest = &mut entry.manifest;
+    let last_tokens = last.meta.token_ids.len() as u32;
+    let ends_full = last_tokens == entry.block_tokens;
+    manifest.blocks = last.index + ends_full as u32;
+    manifest.tail_tokens = if ends_full { 0 } else { last_tokens };
+    manifest.text_bytes =
+        last.meta.text_start.checked_add(last.meta.text.len() as u64).ok_or_else(|| StoreError::Invalid {
+            field: "text_start",
+            expected: "a position in a text".into(),
+            found: last.meta.text_start.to_string(),
+        })?;
+    manifest.stored_bytes = (manifest.stored_bytes + bytes).saturating_sub(old_tail_bytes);
+    Ok(())
+}
+
+/// Checks that blocks follow block `expected`, have the sizes of their collection, and only the last is short.
+fn check_blocks(spec: &CollectionSpec, expected: u32, blocks: &[BlockRecord]) -> Result<Vec<Parts>, StoreError> {
+    let block_tokens = spec.shape.block_tokens as usize;
+    let mut parts = Vec::with_capacity(blocks.len());
+    for (position, block) in blocks.iter().enumerate() {
+        let expected = expected as u64 + position as u64;
+        if block.index as u64 != expected || expected >= limits::DOCUMENT_BLOCKS_MAX as u64 {
+            let expected = expected.min(limits::DOCUMENT_BLOCKS_MAX as u64) as u32;
+            return Err(StoreError::OutOfOrder { expected, found: block.index });
+        }
+        let tokens = block.meta.token_ids.len();
+        let least = if position + 1 == blocks.len() { 1 } else { block_tokens };
+        exactly("tokens of a block", tokens.clamp(least, block_tokens), tokens)?;
+        parts.push(check_sizes(spec, block, tokens)?);
+    }
+    Ok(parts)
+}
+
+fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Result<Parts, StoreError> {
+    let shape = &spec.shape;
+    let head_dim = shape.head_dim as usize;
+    let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim };
+    let keys_bytes = if tokens == shape.block_tokens as usize {
+        shape.pieces() * piece::keys_bytes(spec.key_dtype, shape.keys_per_block(spec.key_rule), head_dim)
+    } else {
+        0
+    };
+    exactly("text_offsets of a block", tokens, block.meta.text_offsets.len())?;
+    exactly("bytes of keys of a block", keys_bytes, block.keys.len())?;
+    exactly("bytes of pieces of a block", shape.pieces() * layout.bytes(), block.pieces.len())?;
+    if block.meta.text.len() > limits::BLOCK_TEXT_BYTES_MAX {
+        return Err(StoreError::Invalid {
+            field: "text of a block",
+            expected: format!("at most {} bytes", limits::BLOCK_TEXT_BYTES_MAX),
+            found: format!("{} bytes", block.meta.text.len()),
+        });
+    }
+    // All of these are bounded by `limits`, far below 4 GiB.
+    Ok(Parts {
+        meta_bytes: meta_bytes(&block.meta) as u32,
+        keys_bytes: keys_bytes as u32,
+        piece_bytes: layout.bytes() as u32,
+        pieces: shape.pieces() as u32,
+    })
+}
+
+fn exactly(field: &'static str, expected: usize, found: usize) -> Result<(), StoreError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(StoreError::Invalid { field, expected: expected.to_string(), found: found.to_string() })
+}

@@ -1,0 +1,80 @@
+//! Why a call on the store failed.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::shape::InvalidShape;
+use crate::types::{BlockId, CollectionId, DocumentId};
+
+/// What was looked for and is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entity {
+    Collection(CollectionId),
+    Document(DocumentId),
+    Block(BlockId),
+}
+
+/// Why a call on the store failed. A failed call loses nothing that an earlier one acknowledged.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the data directory {} is in use by another process", path.display())]
+    Locked { path: PathBuf },
+    #[error("no {entity}")]
+    NotFound { entity: Entity },
+    #[error("{name:?} already exists")]
+    AlreadyExists { name: String },
+    #[error("{field}: expected {expected}, found {found}")]
+    Invalid { field: &'static str, expected: String, found: String },
+    /// An append that leaves a gap, or whose blocks are not consecutive.
+    #[error("expected block {expected} next, found block {found}")]
+    OutOfOrder { expected: u32, found: u32 },
+    #[error("the document is sealed")]
+    Sealed,
+    /// A durable block was offered again with other token ids.
+    #[error("document {document} already holds other tokens at block {index}")]
+    Conflict { document: DocumentId, index: u32 },
+    /// Bytes on disk are not what was written. Names the block where one is known.
+    #[error("stored data is damaged{}: {detail}", in_block(block))]
+    Damaged { block: Option<BlockId>, detail: String },
+    #[error("segment {segment} needs format {oldest} or newer, this build reads up to {ours}: use a newer build")]
+    UnsupportedFormat { segment: u32, oldest: u32, ours: u32 },
+    /// An earlier write or flush failed, so what is on disk is no longer known: reopen to find out.
+    #[error("writes are refused since an earlier one failed: reopen the store")]
+    Poisoned,
+    #[error("could not {step}: {source}")]
+    Io { step: &'static str, source: io::Error },
+    #[error("the catalog could not {step}: {source}; it can be deleted, opening rebuilds it")]
+    Catalog { step: &'static str, source: io::Error },
+}
+
+impl StoreError {
+    /// For `map_err`: an I/O error with what was being done.
+    pub(super) fn io(step: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+        move |source| StoreError::Io { step, source }
+    }
+
+    /// For `map_err`: a catalog error with what was being done.
+    pub(super) fn catalog(step: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+        move |source| StoreError::Catalog { step, source }
+    }
+}
+
+impl From<InvalidShape> for StoreError {
+    fn from(error: InvalidShape) -> Self {
+        StoreError::Invalid { field: error.field, expected: error.expected, found: error.found }
+    }
+}
+
+impl std::fmt::Display for Entity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Entity::Collection(id) => write!(f, "collection {id}"),
+            Entity::Document(id) => write!(f, "document {id}"),
+            Entity::Block(id) => write!(f, "block {id}"),
+        }
+    }
+}
+
+fn in_block(block: &Option<BlockId>) -> String {
+    block.map(|block| format!(" in block {block}")).unwrap_or_default()
+}

@@ -1,0 +1,154 @@
+//! Reading blocks: one positioned read per part, checked, without a lock across it.
+
+use std::io;
+
+use super::catalog::{self, key};
+use super::error::{Entity, StoreError};
+use super::record::{CRC_BYTES, DocumentEntry, Locator, Part, checked_part, decode_meta};
+use super::segment::SegmentFile;
+use super::{BlockMeta, Store};
+use crate::types::BlockId;
+
+impl Store {
+    /// Token ids and text of a block, and the bytes that its record takes on disk. Index `blocks` is the tail.
+    pub fn read_meta(&self, block: BlockId) -> Result<(BlockMeta, u64), StoreError> {
+        self.with_block(block, |file, locator| {
+            let mut bytes = Vec::new();
+            read_part(file, locator, block, Part::Meta, &mut bytes)?;
+            let meta =
+                decode_meta(locator.tokens, &bytes).ok_or_else(|| damaged(block, "its token list is too short"))?;
+            Ok((meta, locator.bytes()))
+        })
+    }
+
+    /// The landmark keys as they were appended; empty for a tail.
+    pub fn read_keys(&self, block: BlockId) -> Result<Vec<u8>, StoreError> {
+        self.with_block(block, |file, locator| {
+            let mut keys = Vec::new();
+            read_part(file, locator, block, Part::Keys, &mut keys)?;
+            Ok(keys)
+        })
+    }
+
+    /// Replaces `into` by one piece (`layer * Hkv + kv_head`), read with a single positioned read and checked.
+    pub fn read_piece(&self, block: BlockId, piece: usize, into: &mut Vec<u8>) -> Result<(), StoreError> {
+        self.with_block(block, |file, locator| {
+            let pieces = locator.parts.pieces;
+            let piece =
+                u32::try_from(piece).ok().filter(|&piece| piece < pieces).ok_or_else(|| StoreError::Invalid {
+                    field: "piece",
+                    expected: format!("less than {pieces}"),
+                    found: piece.to_string(),
+                })?;
+            read_part(file, locator, block, Part::Piece(piece), into)
+        })
+    }
+
+    /// Replaces `into` by all L * Hkv pieces, one behind the other, read with a single positioned read and checked.
+    pub fn read_pieces(&self, block: BlockId, into: &mut Vec<u8>) -> Result<(), StoreError> {
+        self.with_block(block, |file, locator| {
+            let (begin, piece_bytes) = locator.parts.span(Part::Piece(0));
+            into.clear();
+            into.resize((locator.bytes() - begin) as usize, 0);
+            read_exact(file, locator.offset + begin, block, into)?;
+            let stride = piece_bytes + CRC_BYTES;
+            for piece in 0..locator.parts.pieces as usize {
+                let part = Part::Piece(piece as u32);
+                let from = piece * stride;
+                checked_part(block, part, &into[from..from + stride]).ok_or_else(|| mismatch(block, part))?;
+                // The checksums in between go.
+                into.copy_within(from..from + piece_bytes, piece * piece_bytes);
+            }
+            into.truncate(locator.parts.pieces as usize * piece_bytes);
+            Ok(())
+        })
+    }
+
+    /// Runs `read` on the file and place of a block. Compaction may move the block and remove the file between the
+    /// two look-ups; then the catalog already knows the new place.
+    pub(super) fn with_block<T>(
+        &self,
+        block: BlockId,
+        mut read: impl FnMut(&dyn SegmentFile, &Locator) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut locator = self.locate(block)?;
+        loop {
+            match self.handles.get(locator.segment) {
+                Ok(file) => return read(&*file, &locator),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    let again = self.locate(block)?;
+                    if again.segment == locator.segment {
+                        return Err(damaged(block, &format!("segment {} is missing", locator.segment)));
+                    }
+                    locator = again;
+                }
+                Err(source) => return Err(StoreError::Io { step: "open a segment", source }),
+            }
+        }
+    }
+
+    /// Where a block lies. `Damaged` if its document has it and the catalog has lost it.
+    fn locate(&self, block: BlockId) -> Result<Locator, StoreError> {
+        let look_up = || catalog::get::<Locator>(&*self.catalog, &key::block(block));
+        if let Some(locator) = look_up()? {
+            return Ok(locator);
+        }
+        let not_found = StoreError::NotFound { entity: Entity::Block(block) };
+        if !self.covers(block)? {
+            return Err(not_found);
+        }
+        // It may have been appended, or deleted, since the first look.
+        match look_up()? {
+            Some(locator) => Ok(locator),
+            None if self.covers(block)? => Err(damaged(block, "no intact record of it was found in any segment")),
+            None => Err(not_found),
+        }
+    }
+
+    fn covers(&self, block: BlockId) -> Result<bool, StoreError> {
+        let entry = catalog::get::<(Locator, DocumentEntry)>(&*self.catalog, &key::document(block.document))?;
+        Ok(entry.is_some_and(|(_, entry)| entry.manifest.covers(block.index)))
+    }
+}
+
+fn read_part(
+    file: &dyn SegmentFile,
+    locator: &Locator,
+    block: BlockId,
+    part: Part,
+    into: &mut Vec<u8>,
+) -> Result<(), StoreError> {
+    let (begin, len) = locator.parts.span(part);
+    into.clear();
+    into.resize(len + CRC_BYTES, 0);
+    read_exact(file, locator.offset + begin, block, into)?;
+    checked_part(block, part, into).ok_or_else(|| mismatch(block, part))?;
+    into.truncate(len);
+    Ok(())
+}
+
+/// Reads bytes that belong to a block: a file that ends early is damage to it.
+pub(super) fn read_exact(
+    file: &dyn SegmentFile,
+    offset: u64,
+    block: BlockId,
+    into: &mut [u8],
+) -> Result<(), StoreError> {
+    file.read_at(offset, into).map_err(|source| match source.kind() {
+        io::ErrorKind::UnexpectedEof => damaged(block, "its segment file ends before it"),
+        _ => StoreError::Io { step: "read from a segment", source },
+    })
+}
+
+pub(super) fn mismatch(block: BlockId, part: Part) -> StoreError {
+    let part = match part {
+        Part::Meta => "its tokens and text".to_string(),
+        Part::Keys => "its landmark keys".to_string(),
+        Part::Piece(piece) => format!("its piece {piece}"),
+    };
+    damaged(block, &format!("the checksum of {part} does not agree"))
+}
+
+fn damaged(block: BlockId, detail: &str) -> StoreError {
+    StoreError::Damaged { block: Some(block), detail: detail.into() }
+}

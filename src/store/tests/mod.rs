@@ -1,0 +1,97 @@
+//! Tests of the store, and what they share: a tiny collection and blocks whose every byte depends on their place.
+
+use super::double::Disk;
+use super::piece::{PieceLayout, keys_bytes};
+use super::*;
+use crate::shape::{ModelShape, Rope, Sha256Digest};
+use crate::types::{BlockId, DType, KeyRule};
+
+mod crash;
+mod damage;
+mod pieces;
+mod whole;
+
+/// L = 1, Hkv = 2, D = 4, B = 4.
+fn spec(name: &str) -> CollectionSpec {
+    CollectionSpec {
+        name: name.into(),
+        shape: ModelShape {
+            layers: 1,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 4,
+            block_tokens: 4,
+            rope: Rope::from_base(10_000.0, 4),
+            softmax_scale: 0.5,
+        },
+        key_rule: KeyRule::Landmark,
+        payload_dtype: DType::F16,
+        key_dtype: DType::F16,
+        model_digest: Sha256Digest([1; 32]),
+        tokenizer_digest: Sha256Digest([2; 32]),
+        model_name: "model".into(),
+    }
+}
+
+/// A block with `tokens` tokens; `seed` tells versions of it apart.
+fn block(index: u32, tokens: u32, seed: u32) -> BlockRecord {
+    let bytes = |count: usize, salt: u32| -> Vec<u8> {
+        (0..count as u32).map(|i| (i * 7 + index * 31 + seed * 101 + salt * 13) as u8).collect()
+    };
+    let layout = PieceLayout { dtype: DType::F16, tokens: tokens as usize, head_dim: 4 };
+    BlockRecord {
+        index,
+        meta: BlockMeta {
+            token_ids: (0..tokens).map(|token| seed * 1000 + index * 10 + token).collect(),
+            text_start: index as u64 * 8,
+            text: bytes(tokens as usize * 2, 1),
+            text_offsets: (0..tokens).map(|token| token * 2).collect(),
+        },
+        keys: if tokens == 4 { bytes(2 * keys_bytes(DType::F16, 1, 4), 2) } else { Vec::new() },
+        pieces: bytes(2 * layout.bytes(), 3),
+    }
+}
+
+fn blocks(indices: std::ops::Range<u32>, seed: u32) -> Vec<BlockRecord> {
+    indices.map(|index| block(index, 4, seed)).collect()
+}
+
+/// Segments so small that a handful of blocks fills one.
+const SEGMENT_BYTES: u64 = 2000;
+
+fn open(disk: &Disk) -> Result<Store, StoreError> {
+    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), SEGMENT_BYTES)
+}
+
+/// Reads a block back as what was appended.
+fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
+    let (meta, _) = store.read_meta(id)?;
+    let keys = store.read_keys(id)?;
+    let mut pieces = Vec::new();
+    store.read_pieces(id, &mut pieces)?;
+    let mut one = Vec::new();
+    for (number, piece) in pieces.chunks_exact(pieces.len() / 2).enumerate() {
+        store.read_piece(id, number, &mut one)?;
+        assert_eq!(one, piece, "piece {number} of {id} read alone and with the others");
+    }
+    Ok(BlockRecord { index: id.index, meta, keys, pieces })
+}
+
+/// All that can be seen through the store's reading calls.
+type Contents = Vec<(CollectionId, CollectionSpec, Vec<(Manifest, Vec<BlockRecord>)>)>;
+
+fn contents(store: &Store) -> Contents {
+    let document = |manifest: Manifest| {
+        let count = manifest.blocks + (manifest.tail_tokens > 0) as u32;
+        let read = |index| read(store, BlockId { document: manifest.id, index }).unwrap();
+        let blocks = (0..count).map(read).collect();
+        (manifest, blocks)
+    };
+    let collections = store.collections().unwrap().into_iter();
+    collections.map(|(id, spec)| (id, spec, store.manifests(id).unwrap().into_iter().map(document).collect())).collect()
+}
+
+fn assert_clean(store: &Store, context: &str) {
+    let report = store.verify(None, &mut |_, _| {}).unwrap();
+    assert_eq!(report.faults, [], "{context}");
+}

@@ -1,0 +1,224 @@
+//! Verification: reads everything that is referred to and checks that it is what was written.
+
+use std::collections::BTreeMap;
+
+use super::Store;
+use super::catalog::{self, key};
+use super::error::StoreError;
+use super::ledger::{Damage, SegmentState};
+use super::log::{Item, Scan, Scanned, read_segment_header};
+use super::read::{mismatch, read_exact};
+use super::record::{Content, DocumentEntry, Kind, Locator, RECORD_HEADER_BYTES, RecordHeader, Tombstone};
+use super::segment::{SegmentFile, SegmentId};
+use crate::shape::CollectionSpec;
+use crate::types::{BlockId, DocumentId};
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub document: Option<DocumentId>,
+    pub block: Option<BlockId>,
+    /// For people.
+    pub problem: String,
+}
+
+/// What was read, and found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VerifyReport {
+    pub documents: u64,
+    /// Full blocks and tails.
+    pub blocks: u64,
+    pub bytes: u64,
+    pub faults: Vec<Fault>,
+}
+
+impl Store {
+    /// Reads every record of one document, or of all documents, in full: checksums, what the catalog says against
+    /// what the segments say, and that no block is missing. Without a document it also checks collections, segment
+    /// headers and the count of live bytes. `progress` is told the bytes read so far and in all.
+    ///
+    /// Damage is reported, not an error; an error means that reading itself failed.
+    pub fn verify(
+        &self,
+        document: Option<DocumentId>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<VerifyReport, StoreError> {
+        let mut report = VerifyReport::default();
+        let documents = match document {
+            Some(document) => vec![self.entry(document)?],
+            None => {
+                self.verify_accounting(&mut report)?;
+                self.verify_segments(&mut report)?;
+                self.verify_collections(&mut report)?;
+                let scan = catalog::scan::<(Locator, DocumentEntry)>(&*self.catalog, key::DOCUMENTS);
+                scan.map(|pair| Ok(pair?.1.1)).collect::<Result<_, StoreError>>()?
+            }
+        };
+        let total = documents.iter().map(|entry| entry.manifest.stored_bytes).sum();
+        progress(report.bytes, total);
+        for entry in documents {
+            self.verify_document(&entry, total, &mut report, progress)?;
+        }
+        Ok(report)
+    }
+
+    fn verify_document(
+        &self,
+        entry: &DocumentEntry,
+        total: u64,
+        report: &mut VerifyReport,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), StoreError> {
+        let manifest = &entry.manifest;
+        match self.verify_manifest(manifest.id) {
+            Ok(bytes) => report.bytes += bytes,
+            Err(StoreError::NotFound { .. }) => return Ok(()),
+            Err(StoreError::Damaged { detail, .. }) => report.fault(Some(manifest.id), None, detail),
+            Err(error) => return Err(error),
+        }
+        report.documents += 1;
+        for index in 0..manifest.blocks + (manifest.tail_tokens > 0) as u32 {
+            let block = BlockId { document: manifest.id, index };
+            match self.with_block(block, |file, locator| verify_block(file, locator, block, entry)) {
+                Ok(bytes) => {
+                    report.bytes += bytes;
+                    report.blocks += 1;
+                }
+                // Deleted, or its tail replaced by a block, since we began.
+                Err(StoreError::NotFound { .. }) => {}
+                Err(StoreError::Damaged { detail, .. }) => report.fault(Some(manifest.id), Some(block), detail),
+                Err(error) => return Err(error),
+            }
+            progress(report.bytes, total);
+        }
+        Ok(())
+    }
+
+    /// The manifest in the log is the one in the catalog.
+    fn verify_manifest(&self, document: DocumentId) -> Result<u64, StoreError> {
+        let look_up = || catalog::get::<(Locator, DocumentEntry)>(&*self.catalog, &key::document(document));
+        let Some((locator, entry)) = look_up()? else { return Ok(0) };
+        match self.read_small(&locator)? {
+            Some(Content::Document(found)) if found == entry => Ok(locator.bytes()),
+            // A later manifest may have made room for compaction meanwhile.
+            _ if look_up()?.is_none_or(|(now, _)| now != locator) => Ok(0),
+            _ => Err(StoreError::Damaged { block: None, detail: "its manifest in the log is not readable".into() }),
+        }
+    }
+
+    fn verify_collections(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
+        for pair in catalog::scan::<(Locator, CollectionSpec)>(&*self.catalog, key::COLLECTIONS) {
+            let (_, (locator, spec)) = pair?;
+            match self.read_small(&locator)? {
+                Some(Content::Collection(_, found)) if found == spec => {}
+                _ => report.fault(None, None, format!("the record of collection {:?} is not readable", spec.name)),
+            }
+        }
+        Ok(())
+    }
+
+    fn verify_segments(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
+        for id in self.handles.list().map_err(StoreError::io("list the segments"))? {
+            let Ok(file) = self.handles.get(id) else { continue };
+            if read_segment_header(&*file)?.is_none_or(|header| header.segment != id) {
+                report.fault(None, None, format!("the header of segment {id} is damaged"));
+            }
+        }
+        for pair in catalog::scan::<Damage>(&*self.catalog, key::DAMAGES) {
+            let damage = pair?.1;
+            let document = damage.document.filter(|&document| document != DocumentId(0));
+            let problem = format!(
+                "{} bytes of segment {} at {} could not be read when the catalog was brought up to date",
+                damage.bytes, damage.segment, damage.offset
+            );
+            report.fault(document, None, problem);
+        }
+        Ok(())
+    }
+
+    /// Live bytes per segment are what the catalog's locators add up to. Holds off writers for one pass over the
+    /// catalog, not over payloads.
+    fn verify_accounting(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
+        let Ok(writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
+        let catalog = &*self.catalog;
+        let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
+        let mut add = |locator: Locator| *live.entry(locator.segment).or_default() += locator.bytes();
+        for pair in catalog::scan::<(Locator, CollectionSpec)>(catalog, key::COLLECTIONS) {
+            add(pair?.1.0);
+        }
+        for pair in catalog::scan::<(Locator, DocumentEntry)>(catalog, key::DOCUMENTS) {
+            add(pair?.1.0);
+        }
+        for pair in catalog::scan::<(Locator, Tombstone)>(catalog, key::TOMBSTONES) {
+            add(pair?.1.0);
+        }
+        for pair in catalog::scan::<Locator>(catalog, key::BLOCKS) {
+            add(pair?.1);
+        }
+        for (id, state) in &writer.ledger.segments {
+            let found = live.remove(id).unwrap_or(0) + SegmentState::EMPTY.live_bytes;
+            if found != state.live_bytes {
+                let problem = format!("segment {id}: {} live bytes on the books, {found} found", state.live_bytes);
+                report.fault(None, None, problem);
+            }
+        }
+        for id in live.keys() {
+            report.fault(None, None, format!("the catalog refers to segment {id}, which it does not list"));
+        }
+        Ok(())
+    }
+
+    /// What a record other than a block says; `None` if it is damaged or its segment is gone.
+    fn read_small(&self, locator: &Locator) -> Result<Option<Content>, StoreError> {
+        let file = match self.handles.get(locator.segment) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(StoreError::Io { step: "open a segment", source }),
+        };
+        let end = locator.offset + locator.bytes();
+        if file.len_bytes().map_err(StoreError::io("measure a segment"))? < end {
+            return Ok(None);
+        }
+        match Scan::new(&*file, locator.offset, end).next().transpose()? {
+            Some(Item::Record(scanned)) => Ok(Scanned::content(&scanned)),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl VerifyReport {
+    fn fault(&mut self, document: Option<DocumentId>, block: Option<BlockId>, problem: String) {
+        self.faults.push(Fault { document, block, problem });
+    }
+}
+
+/// Reads one block's record in full. Returns its bytes.
+fn verify_block(
+    file: &dyn SegmentFile,
+    locator: &Locator,
+    block: BlockId,
+    entry: &DocumentEntry,
+) -> Result<u64, StoreError> {
+    let damaged = |detail: String| StoreError::Damaged { block: Some(block), detail };
+    let mut record = vec![0; locator.bytes() as usize];
+    read_exact(file, locator.offset, block, &mut record)?;
+    let mut header = [0; RECORD_HEADER_BYTES];
+    header.copy_from_slice(&record[..RECORD_HEADER_BYTES]);
+    let Some(header) = RecordHeader::check(&header) else {
+        return Err(damaged("its record header is damaged".into()));
+    };
+    let is_it = header.kind == Kind::Block
+        && header.block == block
+        && header.collection == entry.manifest.collection
+        && (header.tokens, header.parts) == (locator.tokens, locator.parts);
+    if !is_it {
+        return Err(damaged(format!("another record lies at byte {} of segment {}", locator.offset, locator.segment)));
+    }
+    if let Some(part) = header.damaged_part(&record) {
+        return Err(mismatch(block, part));
+    }
+    if block.index < entry.manifest.blocks && header.tokens != entry.block_tokens {
+        return Err(damaged(format!("it has {} tokens, expected {}", header.tokens, entry.block_tokens)));
+    }
+    Ok(locator.bytes())
+}
