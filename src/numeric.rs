@@ -82,12 +82,13 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const SMALLEST: f32 = -87.0;
     const LARGEST: f32 = 88.0;
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
+    // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
 
     let clamped = if x < SMALLEST { SMALLEST } else { x };
     let clamped = if clamped > LARGEST { LARGEST } else { clamped };
-    let n = fma::<FMA>(clamped, LOG2_E, ROUND) - ROUND;
+    let shifted = fma::<FMA>(clamped, LOG2_E, ROUND);
+    let n = shifted - ROUND;
     let r = fma::<FMA>(n, -LN2_HIGH, clamped);
     let r = fma::<FMA>(n, -LN2_LOW, r);
     let mut p = 1.987_569_1e-4;
@@ -97,8 +98,8 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     p = fma::<FMA>(p, r, 0.166_666_65);
     p = fma::<FMA>(p, r, 0.5);
     let e = fma::<FMA>(p, r * r, r) + 1.0;
-    // SAFETY: `n` lies in -126 to 127 by the clamps, so it fits.
-    let power = f32::from_bits(((unsafe { n.to_int_unchecked::<i32>() } + 127) << 23) as u32);
+    // `n` lies in -126 to 127 by the clamps, so this is its exponent; all bits above it are shifted out.
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     let value = e * power;
     if x < SMALLEST { 0.0 } else { value }
 }
@@ -340,6 +341,7 @@ mod tests {
             assert_eq!(exp::<true>(none), 0.0);
         }
         assert_eq!(exp::<true>(0.0), 1.0);
+        assert!(exp::<true>(f32::NAN).is_nan() && exp::<false>(f32::NAN).is_nan());
     }
 
     #[test]

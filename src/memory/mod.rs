@@ -1,1 +1,260 @@
+//! The block memory of one data directory: owns the store (ground state) and the index (derived from it).
 //!
+//! The only module that knows both. What is acknowledged lies in the store; deleting all that is kept in memory here
+//! changes no answer.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::api::{
+    AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
+    Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
+};
+use crate::index::KeyLayout;
+use crate::shape::{CollectionSpec, check_name};
+use crate::store::{Manifest, Store, StoreError};
+use crate::types::{BlockRange, CollectionId, DocumentId};
+
+mod attend;
+mod error;
+mod geometry;
+mod ingest;
+mod keys;
+mod lookup;
+mod product;
+mod read;
+#[cfg(test)]
+mod tests;
+
+/// A block memory over a data directory that no other process uses.
+pub struct LocalMemory {
+    store: Store,
+    /// Collections never change and are never deleted, so they are decoded once.
+    collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
+    documents: keys::Documents,
+    counters: Counters,
+}
+
+/// A collection's spec with what follows from it.
+struct Collection {
+    spec: CollectionSpec,
+    layout: KeyLayout,
+}
+
+/// Since the memory was opened.
+#[derive(Default)]
+struct Counters {
+    lookups: Counter,
+    attends: Counter,
+    appended_blocks: Counter,
+    fetched_blocks: Counter,
+}
+
+#[derive(Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, count: usize) {
+        self.0.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl LocalMemory {
+    /// Opens a data directory, creating it if absent. Reads no keys yet: each document's are loaded at its first lookup.
+    ///
+    /// # Errors
+    /// [`MemoryError::Locked`] when another process uses the directory, [`MemoryError::Storage`] when the disk refuses.
+    pub fn open(dir: &Path) -> Result<LocalMemory> {
+        Ok(LocalMemory::over(Store::open(dir)?))
+    }
+
+    /// A memory over a store that is already open.
+    pub fn over(store: Store) -> LocalMemory {
+        LocalMemory {
+            store,
+            collections: RwLock::default(),
+            documents: keys::Documents::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    fn collection_of(&self, id: CollectionId) -> Result<Arc<Collection>> {
+        if let Some(collection) = self.collections.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
+            return Ok(collection.clone());
+        }
+        let Some(spec) = self.store.collection(id)? else {
+            return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
+        };
+        let layout = KeyLayout {
+            layers: spec.shape.layers as usize,
+            kv_heads: spec.shape.kv_heads as usize,
+            head_dim: spec.shape.head_dim as usize,
+            keys_per_block: spec.shape.keys_per_block(spec.key_rule),
+            dtype: spec.key_dtype,
+        };
+        let collection = Arc::new(Collection { spec, layout });
+        self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(id, collection.clone());
+        Ok(collection)
+    }
+
+    fn find_collection(&self, spec: &CollectionSpec) -> Result<Option<CollectionInfo>> {
+        let found = self.store.collections()?.into_iter().find(|(_, stored)| stored.name == spec.name);
+        let Some((id, stored)) = found else { return Ok(None) };
+        let (stored_print, offered) = (stored.fingerprint(), spec.fingerprint());
+        if stored_print != offered {
+            let collection = stored.name;
+            return Err(MemoryError::FingerprintMismatch { collection, stored: stored_print, offered });
+        }
+        self.collection_info(id, stored).map(Some)
+    }
+
+    fn collection_info(&self, id: CollectionId, spec: CollectionSpec) -> Result<CollectionInfo> {
+        let documents = self.store.manifests(id)?.len() as u64;
+        Ok(CollectionInfo { id, fingerprint: spec.fingerprint(), spec, documents })
+    }
+
+    fn info(&self, collection: &Collection, manifest: Manifest) -> DocumentInfo {
+        let block_tokens = collection.spec.shape.block_tokens as u64;
+        DocumentInfo {
+            id: manifest.id,
+            collection: manifest.collection,
+            tokens: manifest.blocks as u64 * block_tokens + manifest.tail_tokens as u64,
+            name: manifest.name,
+            sealed: manifest.sealed,
+            blocks: manifest.blocks,
+            tail_tokens: manifest.tail_tokens,
+            text_bytes: manifest.text_bytes,
+            stored_bytes: manifest.stored_bytes,
+        }
+    }
+
+    fn document_info(&self, manifest: Manifest) -> Result<DocumentInfo> {
+        let collection = self.collection_of(manifest.collection)?;
+        Ok(self.info(&collection, manifest))
+    }
+}
+
+impl BlockMemory for LocalMemory {
+    fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo> {
+        spec.check()?;
+        if let Some(info) = self.find_collection(spec)? {
+            return Ok(info);
+        }
+        match self.store.create_collection(spec) {
+            Ok(id) => self.collection_info(id, spec.clone()),
+            // Another caller was faster.
+            Err(StoreError::AlreadyExists { name }) => {
+                let gone = MemoryError::NotFound { entity: Entity::Collection, id: name };
+                self.find_collection(spec)?.ok_or(gone)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn collections(&self) -> Result<Vec<CollectionInfo>> {
+        self.store.collections()?.into_iter().map(|(id, spec)| self.collection_info(id, spec)).collect()
+    }
+
+    fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
+        check_name("name", name)?;
+        self.collection_of(collection)?;
+        if let Some(document) = self.store.find_document(collection, name)? {
+            return self.document(document);
+        }
+        match self.store.create_document(collection, name) {
+            Ok(manifest) => self.document_info(manifest),
+            // Another caller was faster.
+            Err(StoreError::AlreadyExists { name }) => match self.store.find_document(collection, &name)? {
+                Some(document) => self.document(document),
+                None => Err(MemoryError::NotFound { entity: Entity::Document, id: name }),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>> {
+        let collection_known = self.collection_of(collection)?;
+        let manifests = self.store.manifests(collection)?;
+        Ok(manifests.into_iter().map(|manifest| self.info(&collection_known, manifest)).collect())
+    }
+
+    fn document(&self, document: DocumentId) -> Result<DocumentInfo> {
+        self.document_info(self.store.manifest(document)?)
+    }
+
+    fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
+        self.append_blocks(request)
+    }
+
+    fn seal(&self, document: DocumentId) -> Result<DocumentInfo> {
+        self.seal_document(document)
+    }
+
+    fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
+        let prepared = self.prepare(request)?;
+        let hits = prepared.hits(prepared.search(&prepared.scoring_turns()));
+        self.counters.lookups.add(1);
+        Ok(hits)
+    }
+
+    fn attend(&self, request: &AttendRequest) -> Result<Attended> {
+        let attended = self.attend_blocks(request)?;
+        self.counters.attends.add(1);
+        Ok(attended)
+    }
+
+    fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
+        self.fetch_blocks(request)
+    }
+
+    fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>> {
+        self.describe_blocks(range)
+    }
+
+    fn delete(&self, document: DocumentId) -> Result<Deleted> {
+        let collection = self.collection_of(self.store.manifest(document)?.collection)?;
+        let state = self.documents.state(document, collection.layout);
+        let _writing = state.lock_writer();
+        let freed = self.store.delete(document)?;
+        self.documents.forget(document);
+        Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        let store = self.store.stats();
+        Ok(Stats {
+            collections: self.store.collections()?.len() as u64,
+            documents: store.documents,
+            blocks: store.blocks,
+            tokens: store.tokens,
+            live_bytes: store.live_bytes,
+            segment_bytes: store.segment_bytes,
+            segments: store.segments,
+            catalog_bytes: store.catalog_bytes,
+            index_bytes: self.documents.bytes(),
+            lookups: self.counters.lookups.get(),
+            attends: self.counters.attends.get(),
+            appended_blocks: self.counters.appended_blocks.get(),
+            fetched_blocks: self.counters.fetched_blocks.get(),
+        })
+    }
+
+    fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let report = self.store.verify(document, progress)?;
+        let faults = report.faults.into_iter();
+        Ok(VerifyReport {
+            documents: report.documents,
+            blocks: report.blocks,
+            bytes: report.bytes,
+            faults: faults
+                .map(|fault| Fault { document: fault.document, block: fault.block, problem: fault.problem })
+                .collect(),
+        })
+    }
+}

@@ -1,0 +1,370 @@
+//! How do keys lie in memory? Chunks of blocks that never change, shared by every snapshot that includes them.
+//!
+//! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys: a
+//! panel is `(D, PANEL)`, so that one vector register holds one dimension of many keys and scores need no sum across
+//! a register. The last panel is filled up with zeros.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::f16;
+
+use crate::numeric::{self, LANES};
+use crate::types::DType;
+
+/// Keys of one panel.
+pub(super) const PANEL: usize = LANES;
+
+/// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
+/// tiles of about this size anyway.
+pub(super) const CHUNK_KEYS_MAX: usize = 2048;
+
+/// The shape of keys, equal for all documents of a collection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyLayout {
+    /// L
+    pub layers: usize,
+    /// Hkv
+    pub kv_heads: usize,
+    /// D
+    pub head_dim: usize,
+    /// m
+    pub keys_per_block: usize,
+    /// f16 or int8.
+    pub dtype: DType,
+}
+
+/// The keys of one block for one layer and KV head, row-major.
+#[derive(Clone, Copy, Debug)]
+pub enum Keys<'a> {
+    /// `(m, D)`
+    F16(&'a [f16]),
+    /// Numbers `(m, D)`, scales `(m)`.
+    Int8 { numbers: &'a [i8], scales: &'a [f32] },
+}
+
+/// Keys of some consecutive blocks, for all layers and KV heads.
+#[derive(Debug)]
+pub struct Chunk {
+    layout: KeyLayout,
+    blocks: usize,
+    numbers: Numbers,
+}
+
+#[derive(Debug)]
+enum Numbers {
+    /// `(L * Hkv, panels, D, PANEL)`
+    F16(Vec<f16>),
+    /// Numbers as above, scales `(L * Hkv, panels, PANEL)`.
+    Int8 { numbers: Vec<i8>, scales: Vec<f32> },
+}
+
+/// Some panels of one layer and KV head.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Panels<'a> {
+    /// `(panels, D, PANEL)`
+    F16(&'a [f16]),
+    /// Numbers as above, scales `(panels, PANEL)`.
+    Int8 { numbers: &'a [i8], scales: &'a [f32] },
+}
+
+/// All keys of one document's first blocks. Immutable: a longer document is a new value that shares the old chunks.
+#[derive(Clone, Debug)]
+pub struct DocumentKeys {
+    layout: KeyLayout,
+    /// In block order.
+    chunks: Vec<Arc<Chunk>>,
+    blocks: u32,
+}
+
+impl KeyLayout {
+    /// Layers times KV heads; a piece is `layer * Hkv + kv_head`.
+    pub fn pieces(&self) -> usize {
+        self.layers * self.kv_heads
+    }
+
+    /// Blocks that a chunk should hold when many are loaded at once.
+    pub fn chunk_blocks(&self) -> usize {
+        (CHUNK_KEYS_MAX / self.keys_per_block).max(1)
+    }
+}
+
+impl Chunk {
+    /// A chunk whose keys are all zero, to be filled with [`Chunk::put`].
+    pub fn zeroed(layout: KeyLayout, blocks: usize) -> Self {
+        let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
+        let numbers = match layout.dtype {
+            DType::Int8 => Numbers::Int8 { numbers: vec![0; keys * layout.head_dim], scales: vec![0.0; keys] },
+            _ => Numbers::F16(vec![f16::ZERO; keys * layout.head_dim]),
+        };
+        Chunk { layout, blocks, numbers }
+    }
+
+    /// Blocks in this chunk.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Sets the keys of one block and piece. Panics if `keys` has another dtype or length than the layout says.
+    pub fn put(&mut self, block: usize, piece: usize, keys: Keys<'_>) {
+        let (dim, count) = (self.layout.head_dim, self.layout.keys_per_block);
+        assert!(block < self.blocks && piece < self.layout.pieces());
+        let at = Lane { piece_keys: self.piece_keys(), dim, piece, key: block * count };
+        match (&mut self.numbers, keys) {
+            (Numbers::F16(into), Keys::F16(numbers)) => {
+                assert_eq!(numbers.len(), count * dim);
+                at.scatter(numbers, into);
+            }
+            (Numbers::Int8 { numbers: into, scales: scales_into }, Keys::Int8 { numbers, scales }) => {
+                assert_eq!((numbers.len(), scales.len()), (count * dim, count));
+                at.scatter(numbers, into);
+                scales_into[at.piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
+            }
+            _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
+        }
+    }
+
+    /// One key `(D)` as single-precision numbers.
+    pub(super) fn key(&self, piece: usize, key: usize) -> Vec<f32> {
+        let at = Lane { piece_keys: self.piece_keys(), dim: self.layout.head_dim, piece, key };
+        match &self.numbers {
+            Numbers::F16(numbers) => at.gather(numbers).map(f16::to_f32).collect(),
+            Numbers::Int8 { numbers, scales } => {
+                let scale = scales[piece * at.piece_keys + key];
+                at.gather(numbers).map(|number| number as f32 * scale).collect()
+            }
+        }
+    }
+
+    /// Some panels of one piece.
+    pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> Panels<'_> {
+        let first = piece * self.piece_keys() + panels.start * PANEL;
+        let (keys, dim) = (first..first + panels.len() * PANEL, self.layout.head_dim);
+        let numbers_at = keys.start * dim..keys.end * dim;
+        match &self.numbers {
+            Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
+            Numbers::Int8 { numbers, scales } => Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] },
+        }
+    }
+
+    fn piece_keys(&self) -> usize {
+        (self.blocks * self.layout.keys_per_block).next_multiple_of(PANEL)
+    }
+
+    fn bytes(&self) -> u64 {
+        let bytes = match &self.numbers {
+            Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
+            Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
+        };
+        bytes as u64
+    }
+
+    /// One chunk that holds the blocks of `a`, then those of `b`.
+    fn merged(a: &Chunk, b: &Chunk) -> Chunk {
+        let mut merged = Chunk::zeroed(a.layout, a.blocks + b.blocks);
+        for piece in 0..a.layout.pieces() {
+            merged.copy_piece(a, piece, 0);
+            merged.copy_piece(b, piece, a.blocks * a.layout.keys_per_block);
+        }
+        merged
+    }
+
+    /// Copies one piece of `from` to where key `first_key` of this chunk lies.
+    fn copy_piece(&mut self, from: &Chunk, piece: usize, first_key: usize) {
+        let dim = self.layout.head_dim;
+        let (to_keys, from_keys) = (self.piece_keys(), from.piece_keys());
+        for key in 0..from.blocks * self.layout.keys_per_block {
+            let source = Lane { piece_keys: from_keys, dim, piece, key };
+            let target = Lane { piece_keys: to_keys, dim, piece, key: first_key + key };
+            match (&mut self.numbers, &from.numbers) {
+                (Numbers::F16(to), Numbers::F16(numbers)) => target.copy(source, numbers, to),
+                (Numbers::Int8 { numbers: to, scales: to_scales }, Numbers::Int8 { numbers, scales }) => {
+                    target.copy(source, numbers, to);
+                    to_scales[piece * to_keys + target.key] = scales[piece * from_keys + key];
+                }
+                _ => unreachable!("chunks of one document have one dtype"),
+            }
+        }
+    }
+}
+
+/// Where one key lies in a chunk's numbers.
+#[derive(Clone, Copy)]
+struct Lane {
+    /// Keys of one piece, filled up to whole panels.
+    piece_keys: usize,
+    dim: usize,
+    piece: usize,
+    key: usize,
+}
+
+impl Lane {
+    /// Index of the key's first number; the next one is `PANEL` further.
+    fn start(self) -> usize {
+        (self.piece * self.piece_keys + self.key / PANEL * PANEL) * self.dim + self.key % PANEL
+    }
+
+    fn gather<N: Copy>(self, numbers: &[N]) -> impl Iterator<Item = N> {
+        numbers[self.start()..].iter().step_by(PANEL).take(self.dim).copied()
+    }
+
+    /// Writes consecutive keys `(count, D)` from this one on.
+    fn scatter<N: Copy>(self, keys: &[N], into: &mut [N]) {
+        for (i, key) in keys.chunks_exact(self.dim).enumerate() {
+            let start = Lane { key: self.key + i, ..self }.start();
+            into[start..].iter_mut().step_by(PANEL).zip(key).for_each(|(to, number)| *to = *number);
+        }
+    }
+
+    fn copy<N: Copy>(self, source: Lane, from: &[N], into: &mut [N]) {
+        into[self.start()..].iter_mut().step_by(PANEL).zip(source.gather(from)).for_each(|(to, number)| *to = number);
+    }
+}
+
+impl DocumentKeys {
+    /// The keys of no block.
+    pub fn empty(layout: KeyLayout) -> Self {
+        DocumentKeys { layout, chunks: Vec::new(), blocks: 0 }
+    }
+
+    pub fn layout(&self) -> KeyLayout {
+        self.layout
+    }
+
+    /// Blocks whose keys are here: the document's first ones.
+    pub fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Bytes of keys held.
+    pub fn bytes(&self) -> u64 {
+        self.chunks.iter().map(|chunk| chunk.bytes()).sum()
+    }
+
+    /// This document with more blocks at its end. Old chunks are shared, not copied, except that small ones at the
+    /// end grow together: their sizes stay a falling geometric series, so that appending block by block copies each
+    /// key a logarithmic number of times and leaves few chunks.
+    pub fn extended(&self, chunks: impl IntoIterator<Item = Chunk>) -> Self {
+        let mut longer = self.clone();
+        for chunk in chunks {
+            debug_assert_eq!(chunk.layout, self.layout);
+            longer.blocks += chunk.blocks as u32;
+            longer.chunks.push(Arc::new(chunk));
+            longer.merge_small();
+        }
+        longer
+    }
+
+    fn merge_small(&mut self) {
+        while let [.., a, b] = self.chunks.as_slice() {
+            let keys = (a.blocks + b.blocks) * self.layout.keys_per_block;
+            if keys > CHUNK_KEYS_MAX || a.blocks >= 2 * b.blocks {
+                break;
+            }
+            let merged = Arc::new(Chunk::merged(a, b));
+            self.chunks.truncate(self.chunks.len() - 2);
+            self.chunks.push(merged);
+        }
+    }
+
+    /// The chunks that hold a range of blocks, each with the blocks wanted of it, counted from its own first.
+    pub(super) fn parts(&self, blocks: Range<u32>) -> impl Iterator<Item = (&Chunk, Range<usize>)> {
+        let mut first = 0;
+        let (start, end) = (blocks.start as usize, blocks.end as usize);
+        self.chunks.iter().filter_map(move |chunk| {
+            let part = start.max(first)..end.min(first + chunk.blocks);
+            let inside = part.start.wrapping_sub(first)..part.end.wrapping_sub(first);
+            first += chunk.blocks;
+            (part.start < part.end).then_some((&**chunk, inside))
+        })
+    }
+}
+
+impl Panels<'_> {
+    /// The same panels as single-precision numbers `(panels, D, PANEL)`, scales not yet applied.
+    pub(super) fn widen(self, into: &mut Vec<f32>) {
+        let count = match self {
+            Panels::F16(numbers) => numbers.len(),
+            Panels::Int8 { numbers, .. } => numbers.len(),
+        };
+        into.resize(count, 0.0);
+        match self {
+            Panels::F16(numbers) => numeric::widen_f16(numbers, into),
+            Panels::Int8 { numbers, .. } => numeric::widen_int8(numbers, 1.0, into),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(keys_per_block: usize) -> KeyLayout {
+        KeyLayout { layers: 1, kv_heads: 2, head_dim: 3, keys_per_block, dtype: DType::F16 }
+    }
+
+    /// A chunk in which every number names its block, piece, key and dimension.
+    fn chunk(layout: KeyLayout, first_block: usize, blocks: usize) -> Chunk {
+        let mut chunk = Chunk::zeroed(layout, blocks);
+        for block in 0..blocks {
+            for piece in 0..layout.pieces() {
+                let keys: Vec<f16> = (0..layout.keys_per_block)
+                    .flat_map(|key| (0..layout.head_dim).map(move |d| (key, d)))
+                    .map(|(key, d)| f16::from_f32(number(first_block + block, piece, key, d)))
+                    .collect();
+                chunk.put(block, piece, Keys::F16(&keys));
+            }
+        }
+        chunk
+    }
+
+    fn number(block: usize, piece: usize, key: usize, d: usize) -> f32 {
+        (block % 97 * 10 + piece * 5 + d) as f32 + key as f32 / 8.0
+    }
+
+    #[test]
+    fn growing_block_by_block_keeps_every_key_in_few_chunks_and_leaves_old_snapshots_alone() {
+        for keys_per_block in [1, 5, 64] {
+            let layout = layout(keys_per_block);
+            let blocks = 3 * layout.chunk_blocks() + 7;
+            let mut keys = DocumentKeys::empty(layout);
+            let mut old = Vec::new();
+            for block in 0..blocks {
+                keys = keys.extended([chunk(layout, block, 1)]);
+                if block % 50 == 0 {
+                    old.push(keys.clone());
+                }
+            }
+            assert_eq!(keys.blocks() as usize, blocks);
+            let bound = 2 * blocks.div_ceil(layout.chunk_blocks()) + layout.chunk_blocks().ilog2() as usize + 1;
+            assert!(keys.chunks.len() <= bound, "{} chunks of {blocks} blocks", keys.chunks.len());
+
+            for snapshot in old.iter().chain([&keys]) {
+                let mut block = 0;
+                for (chunk, part) in snapshot.parts(0..snapshot.blocks()) {
+                    for (within, piece) in part.flat_map(|within| [(within, 0), (within, 1)]) {
+                        for key in 0..keys_per_block {
+                            let want: Vec<f32> =
+                                (0..3).map(|d| f16::from_f32(number(block + within, piece, key, d)).to_f32()).collect();
+                            assert_eq!(chunk.key(piece, within * keys_per_block + key), want);
+                        }
+                    }
+                    block += chunk.blocks();
+                }
+                assert_eq!(block as u32, snapshot.blocks());
+            }
+        }
+    }
+
+    #[test]
+    fn parts_cover_a_range_once() {
+        let layout = layout(1);
+        let keys = DocumentKeys::empty(layout).extended([5, 2, 1].map(|blocks| chunk(layout, 0, blocks)));
+        assert_eq!(keys.chunks.len(), 3);
+        let parts = |range| keys.parts(range).map(|(chunk, part)| (chunk.blocks(), part)).collect::<Vec<_>>();
+        assert_eq!(parts(0..8), [(5, 0..5), (2, 0..2), (1, 0..1)]);
+        assert_eq!(parts(3..6), [(5, 3..5), (2, 0..1)]);
+        assert_eq!(parts(5..5), []);
+        assert_eq!(parts(7..8), [(1, 0..1)]);
+    }
+}

@@ -1,0 +1,190 @@
+//! The fast search against the plain one, on random shapes and at the edges of every size.
+
+use std::sync::Arc;
+
+use half::f16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::types::DType;
+
+/// Both searches read the same stored numbers, so only the order of f32 sums differs: the error of a score grows with
+/// its size (here up to about 20) and not with the dtype's own rounding.
+const TOLERANCE_F16: f64 = 1e-4;
+const TOLERANCE_INT8: f64 = 1e-4;
+
+const GRANULARITIES: [Granularity; 5] =
+    [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
+
+fn gaussian(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
+    (0..count).map(|_| (0..6).map(|_| rng.random_range(-1.0f32..1.0)).sum::<f32>() * 0.7).collect()
+}
+
+fn chunk(rng: &mut ChaCha8Rng, layout: KeyLayout, blocks: usize) -> Chunk {
+    let mut chunk = Chunk::zeroed(layout, blocks);
+    let count = layout.keys_per_block * layout.head_dim;
+    for block in 0..blocks {
+        for piece in 0..layout.pieces() {
+            if layout.dtype == DType::Int8 {
+                let numbers: Vec<i8> = (0..count).map(|_| rng.random_range(-127i8..=127)).collect();
+                let scales: Vec<f32> = (0..layout.keys_per_block).map(|_| rng.random_range(0.002..0.02)).collect();
+                chunk.put(block, piece, Keys::Int8 { numbers: &numbers, scales: &scales });
+            } else {
+                let numbers: Vec<f16> = gaussian(rng, count).into_iter().map(f16::from_f32).collect();
+                chunk.put(block, piece, Keys::F16(&numbers));
+            }
+        }
+    }
+    chunk
+}
+
+/// One random lookup: documents of these many blocks each, built from chunks of random size.
+struct Case {
+    layout: KeyLayout,
+    query_heads: usize,
+    tokens: usize,
+    documents: Vec<usize>,
+    recent: usize,
+    top_k: usize,
+}
+
+impl Case {
+    fn check(&self, seed: u64) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let layout = self.layout;
+        let scope: Vec<Scoped> = self
+            .documents
+            .iter()
+            .map(|&blocks| {
+                // Blocks before and after the range make sure that only the range counts.
+                let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
+                let mut keys = DocumentKeys::empty(layout);
+                while (keys.blocks() as usize) < before + blocks + after {
+                    let room = before + blocks + after - keys.blocks() as usize;
+                    let size = rng.random_range(1..=room);
+                    keys = keys.extended([chunk(&mut rng, layout, size)]);
+                }
+                Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32 }
+            })
+            .collect();
+        let numbers = self.tokens * self.query_heads * layout.head_dim;
+        let queries = gaussian(&mut rng, numbers);
+        let recent_queries = gaussian(&mut rng, self.recent * numbers);
+        for granularity in GRANULARITIES {
+            for block_score in [BlockScore::Max, BlockScore::LogSumExp] {
+                compare(&Query {
+                    layout,
+                    layer: layout.layers - 1,
+                    tokens: self.tokens,
+                    query_heads: self.query_heads,
+                    queries: &queries,
+                    recent_queries: &recent_queries,
+                    scope: &scope,
+                    top_k: self.top_k,
+                    block_score,
+                    granularity,
+                    softmax_scale: (layout.head_dim as f32).powf(-0.5),
+                });
+            }
+        }
+    }
+}
+
+fn compare(query: &Query<'_>) {
+    let tolerance = if query.layout.dtype == DType::Int8 { TOLERANCE_INT8 } else { TOLERANCE_F16 };
+    let (want, got) = (exact::search(query), fast::search(query));
+    assert_eq!((got.rows, got.k), (want.rows, want.k));
+    assert_eq!((got.positions.len(), got.scores.len()), (got.rows * got.k, got.rows * got.k));
+    let eligible = query.eligible();
+    if eligible == 0 {
+        return;
+    }
+    let all = exact::aggregated(query);
+    for (row, all) in all.chunks_exact(eligible).enumerate() {
+        let (got_row, want_row) = (got.row(row), want.row(row));
+        assert!(got_row.is_sorted_by(|a, b| a < b), "document order, no block twice: {got_row:?}");
+        let worst = want_row.iter().map(|&p| all[p as usize]).fold(f64::INFINITY, f64::min);
+        for (i, &position) in got_row.iter().enumerate() {
+            let exact = all[position as usize];
+            let score = got.scores[row * got.k + i] as f64;
+            assert!((score - exact).abs() < tolerance, "row {row} block {position}: {score} for {exact}");
+            let near_tie = exact >= worst - tolerance;
+            assert!(want_row.contains(&position) || near_tie, "row {row}: {got_row:?} for {want_row:?}");
+        }
+    }
+}
+
+fn layout(keys_per_block: usize, head_dim: usize, dtype: DType) -> KeyLayout {
+    KeyLayout { layers: 2, kv_heads: 2, head_dim, keys_per_block, dtype }
+}
+
+#[test]
+fn fast_equals_exact_at_every_edge_of_eligible_and_k() {
+    let k = 4;
+    for dtype in [DType::F16, DType::Int8] {
+        for keys_per_block in [1, 16] {
+            for eligible in [0, 1, k - 1, k, k + 1, 70] {
+                for recent in [0, eligible.min(k) / 2, eligible.min(k)] {
+                    Case {
+                        layout: layout(keys_per_block, 16, dtype),
+                        query_heads: 4,
+                        tokens: 2,
+                        documents: vec![eligible],
+                        recent,
+                        top_k: k,
+                    }
+                    .check(eligible as u64);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fast_equals_exact_for_many_tokens_odd_dims_and_several_documents() {
+    for dtype in [DType::F16, DType::Int8] {
+        for (tokens, head_dim, keys_per_block, query_heads, documents) in [
+            (1, 33, 1, 6, vec![5, 0, 90]),
+            (17, 5, 17, 2, vec![9, 11]),
+            (64, 24, 1, 4, vec![40, 3, 30]),
+            (2, 1, 3, 2, vec![1, 1, 1]),
+        ] {
+            let recent = documents.last().map_or(0, |&last| last.min(3));
+            let layout = layout(keys_per_block, head_dim, dtype);
+            Case { layout, query_heads, tokens, documents, recent, top_k: 3 }.check(7);
+        }
+    }
+}
+
+/// More keys than one chunk or tile holds, and enough work for all threads.
+#[test]
+fn fast_equals_exact_across_chunks_and_tiles() {
+    for (dtype, keys_per_block, blocks) in [(DType::F16, 1, 5000), (DType::Int8, 64, 150), (DType::Int8, 1, 2049)] {
+        let layout = KeyLayout { layers: 1, ..layout(keys_per_block, 32, dtype) };
+        Case { layout, query_heads: 4, tokens: 2, documents: vec![blocks], recent: 5, top_k: 8 }.check(11);
+    }
+}
+
+#[test]
+fn equal_keys_tie_to_the_first_blocks() {
+    let layout = KeyLayout { layers: 1, kv_heads: 1, head_dim: 4, keys_per_block: 1, dtype: DType::F16 };
+    let mut equal = Chunk::zeroed(layout, 100);
+    (0..100).for_each(|block| equal.put(block, 0, Keys::F16(&[f16::ONE; 4])));
+    let scope = [Scoped { keys: Arc::new(DocumentKeys::empty(layout).extended([equal])), blocks: 10..100 }];
+    let found = fast::search(&Query {
+        layout,
+        layer: 0,
+        tokens: 1,
+        query_heads: 1,
+        queries: &[1.0; 4],
+        recent_queries: &[],
+        scope: &scope,
+        top_k: 3,
+        block_score: BlockScore::Max,
+        granularity: Granularity::TokenHead,
+        softmax_scale: 0.5,
+    });
+    assert_eq!(found.positions, [0, 1, 2]);
+    assert!(found.scores.iter().all(|score| (score - (1.0f32 / 90.0).ln()).abs() < 1e-5));
+}

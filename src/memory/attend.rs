@@ -1,0 +1,244 @@
+//! What do the retrieved blocks say? Attention over them, next to the data.
+//!
+//! Every piece (one layer and KV head of one block) is read and decoded once per request and meets all query rows that
+//! chose its block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
+
+use rayon::prelude::*;
+
+use super::LocalMemory;
+use super::geometry::Turns;
+use super::lookup::Prepared;
+use super::product;
+use crate::api::{AttendRequest, Attended, Result};
+use crate::index::Found;
+use crate::numeric;
+use crate::store::piece::PieceLayout;
+use crate::types::Normalisation;
+
+/// (row, block) pairs that a task should have at least; below, one task per KV head.
+const SHARD_USES_MIN: usize = 512;
+
+/// Tasks per KV head at most: each keeps sums for all rows of the head.
+const SHARDS_MAX: usize = 4;
+
+/// One query row's use of one block. Rows of a KV head are `t * G + g`.
+#[derive(Clone, Copy)]
+struct Use {
+    position: u32,
+    row: u32,
+    slot: u32,
+}
+
+/// Attention of all rows of one KV head over some blocks, not yet divided by its sum.
+struct Partial {
+    /// `(T * G, D)`
+    out: Vec<f32>,
+    /// `(T * G)`
+    tops: Vec<f32>,
+    /// `(T * G)`: sum of `e^(score - top)`.
+    sums: Vec<f32>,
+}
+
+/// What the tasks of one request share.
+struct Attention<'a> {
+    memory: &'a LocalMemory,
+    prepared: &'a Prepared<'a>,
+    turns: Turns,
+    normalisation: Normalisation,
+    /// G
+    group: usize,
+    /// D
+    dim: usize,
+}
+
+impl LocalMemory {
+    pub(super) fn attend_blocks(&self, request: &AttendRequest) -> Result<Attended> {
+        let prepared = self.prepare(&request.lookup)?;
+        let shape = &prepared.collection.spec.shape;
+        let attention = Attention {
+            memory: self,
+            prepared: &prepared,
+            turns: prepared.all_turns(),
+            normalisation: request.normalisation,
+            group: shape.group(),
+            dim: shape.head_dim as usize,
+        };
+        let found = prepared.search(&attention.turns);
+        let heads: Vec<Vec<Use>> = (0..shape.kv_heads as usize).map(|head| attention.uses(head, &found)).collect();
+        let shards: Vec<(usize, &[Use])> = heads
+            .iter()
+            .enumerate()
+            .flat_map(|(head, uses)| shards(uses).into_iter().map(move |shard| (head, shard)))
+            .collect();
+        let partials = shards
+            .par_iter()
+            .map(|&(head, uses)| Ok((head, attention.shard(head, uses)?)))
+            .collect::<Result<Vec<(usize, Partial)>>>()?;
+        let (out, lse) = attention.gather(partials);
+        Ok(Attended { out, lse, hits: prepared.hits(found) })
+    }
+}
+
+/// Cuts the uses of one KV head into tasks, never inside a block.
+fn shards(uses: &[Use]) -> Vec<&[Use]> {
+    let size = uses.len().div_ceil(SHARDS_MAX).max(SHARD_USES_MIN);
+    let mut shards = Vec::new();
+    let mut rest = uses;
+    while !rest.is_empty() {
+        let mut end = size.min(rest.len());
+        while end < rest.len() && rest[end].position == rest[end - 1].position {
+            end += 1;
+        }
+        let (shard, after) = rest.split_at(end);
+        shards.push(shard);
+        rest = after;
+    }
+    shards
+}
+
+impl Attention<'_> {
+    fn rows(&self) -> usize {
+        self.prepared.request.distances.len() * self.group
+    }
+
+    /// Which rows of one KV head read which blocks, by block.
+    fn uses(&self, head: usize, found: &Found) -> Vec<Use> {
+        let (request, geometry) = (self.prepared.request, &self.prepared.geometry);
+        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let mut uses = Vec::with_capacity(self.rows() * found.k);
+        for row in 0..self.rows() {
+            let (token, query_head) = (row / self.group, head * self.group + row % self.group);
+            let choice = request.granularity.row(token, query_head, kv_heads * self.group, kv_heads);
+            uses.extend(found.row(choice).iter().enumerate().map(|(rank, &position)| Use {
+                position,
+                row: row as u32,
+                slot: geometry.slot(rank, position as usize) as u32,
+            }));
+        }
+        uses.sort_by_key(|block_use| block_use.position);
+        uses
+    }
+
+    /// Attention of one KV head's rows over some blocks.
+    fn shard(&self, head: usize, uses: &[Use]) -> Result<Partial> {
+        let spec = &self.prepared.collection.spec;
+        let (dim, tokens) = (self.dim, spec.shape.block_tokens as usize);
+        let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
+        let piece = self.prepared.request.layer as usize * spec.shape.kv_heads as usize + head;
+        let mut partial = Partial::nothing(self.rows(), dim);
+        let (mut bytes, mut k, mut v) = (Vec::new(), vec![0.0; tokens * dim], vec![0.0; tokens * dim]);
+        let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
+        for uses in uses.chunk_by(|a, b| a.position == b.position) {
+            let block = self.prepared.block(uses[0].position as usize);
+            self.memory.store.read_piece(block, piece, &mut bytes)?;
+            layout.decode_k(&bytes, &mut k);
+            layout.decode_v(&bytes, &mut v);
+
+            queries.clear();
+            uses.iter().for_each(|block_use| self.push_query(head, block_use, &mut queries));
+            scores.resize(uses.len() * tokens, 0.0);
+            product::scores(&queries, &k, dim, &mut scores);
+            for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
+                partial.weigh(block_use.row as usize, self.normalisation, scores);
+            }
+            mixed.resize(uses.len() * dim, 0.0);
+            product::mix(&scores, &v, dim, &mut mixed);
+            for (block_use, mixed) in uses.iter().zip(mixed.chunks_exact(dim)) {
+                numeric::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
+            }
+        }
+        Ok(partial)
+    }
+
+    /// Appends one row's query, turned for its block's slot and times the softmax scale.
+    fn push_query(&self, head: usize, block_use: &Use, queries: &mut Vec<f32>) {
+        let (request, shape) = (self.prepared.request, &self.prepared.collection.spec.shape);
+        let row = block_use.row as usize;
+        let (token, query_head) = (row / self.group, head * self.group + row % self.group);
+        let from = (token * shape.query_heads as usize + query_head) * self.dim;
+        let start = queries.len();
+        queries.extend(request.queries[from..][..self.dim].iter().map(|number| number * shape.softmax_scale));
+        let reach = self.prepared.geometry.reach(request.distances[token], block_use.slot as usize);
+        self.turns.apply(reach, &mut queries[start..], self.dim);
+    }
+
+    /// `(out (T, Hq, D), lse (T, Hq))` from the parts of all KV heads.
+    fn gather(&self, partials: Vec<(usize, Partial)>) -> (Vec<f32>, Vec<f32>) {
+        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let mut heads: Vec<Option<Partial>> = (0..kv_heads).map(|_| None).collect();
+        for (head, partial) in partials {
+            match &mut heads[head] {
+                Some(sum) => sum.add(&partial, self.dim),
+                empty => *empty = Some(partial),
+            }
+        }
+        let query_rows = self.rows() * kv_heads;
+        let (mut out, mut lse) = (vec![0.0; query_rows * self.dim], vec![f32::NEG_INFINITY; query_rows]);
+        for (head, partial) in heads.into_iter().enumerate() {
+            let Some(partial) = partial else { continue };
+            for (row, values) in partial.out.chunks_exact(self.dim).enumerate() {
+                let (token, g) = (row / self.group, row % self.group);
+                let to = (token * kv_heads + head) * self.group + g;
+                let share = 1.0 / partial.sums[row];
+                numeric::add_scaled(&mut out[to * self.dim..][..self.dim], share, values);
+                lse[to] = partial.tops[row] + partial.sums[row].ln();
+            }
+        }
+        (out, lse)
+    }
+}
+
+impl Partial {
+    fn nothing(rows: usize, dim: usize) -> Self {
+        Partial { out: vec![0.0; rows * dim], tops: vec![f32::NEG_INFINITY; rows], sums: vec![0.0; rows] }
+    }
+
+    /// `(D)`
+    fn row(&mut self, row: usize, dim: usize) -> &mut [f32] {
+        &mut self.out[row * dim..][..dim]
+    }
+
+    /// Turns one row's scores `(B)` for a block into the weights of the block's values, and counts the block into the
+    /// row's sum. What the row gathered so far shrinks if this block scores higher than all before.
+    fn weigh(&mut self, row: usize, normalisation: Normalisation, scores: &mut [f32]) {
+        match normalisation {
+            Normalisation::Plain => {
+                self.raise_top(row, numeric::max(scores));
+                self.sums[row] += numeric::exp_sum(scores, self.tops[row]);
+            }
+            Normalisation::Grouped => {
+                let Some((landmark, inner)) = scores.split_last_mut() else { return };
+                self.raise_top(row, *landmark);
+                let weight = (*landmark - self.tops[row]).exp();
+                self.sums[row] += weight;
+                let factor = weight / numeric::exp_sum(inner, numeric::max(inner));
+                inner.iter_mut().for_each(|number| *number *= factor);
+                *landmark = 0.0;
+            }
+        }
+    }
+
+    fn raise_top(&mut self, row: usize, top: f32) {
+        let old = self.tops[row];
+        if top > old {
+            let dim = self.out.len() / self.tops.len();
+            let factor = (old - top).exp();
+            self.tops[row] = top;
+            self.sums[row] *= factor;
+            self.row(row, dim).iter_mut().for_each(|number| *number *= factor);
+        }
+    }
+
+    /// Adds the same rows' attention over other blocks.
+    fn add(&mut self, other: &Partial, dim: usize) {
+        for (row, values) in other.out.chunks_exact(dim).enumerate() {
+            if other.tops[row] == f32::NEG_INFINITY {
+                continue;
+            }
+            self.raise_top(row, other.tops[row]);
+            let factor = (other.tops[row] - self.tops[row]).exp();
+            self.sums[row] += factor * other.sums[row];
+            numeric::add_scaled(self.row(row, dim), factor, values);
+        }
+    }
+}

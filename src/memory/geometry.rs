@@ -1,0 +1,119 @@
+//! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the turns that queries need for them.
+
+use std::collections::HashMap;
+
+use crate::shape::{Rope, Turn};
+
+/// The slots before the window for one request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Geometry {
+    /// n
+    pub(super) eligible: usize,
+    /// k, blocks per row.
+    pub(super) k: usize,
+    /// The last this many eligible blocks are scored where they really are.
+    pub(super) recent: usize,
+    slots: usize,
+    /// B
+    block_tokens: usize,
+}
+
+impl Geometry {
+    /// `last` is the number of eligible blocks of the last scope entry.
+    pub(super) fn new(eligible: usize, last: usize, top_k: usize, block_tokens: usize) -> Self {
+        let k = top_k.min(eligible);
+        let recent = k.min(last);
+        let slots = if recent == eligible { eligible } else { k + 1 };
+        Geometry { eligible, k, recent, slots, block_tokens }
+    }
+
+    fn older_exist(&self) -> bool {
+        self.recent < self.eligible
+    }
+
+    /// Where the `i`-th recent block is scored, `i` from 0 in document order.
+    pub(super) fn recent_slot(&self, i: usize) -> usize {
+        self.slots - self.recent + i
+    }
+
+    /// Where the block at `position` lies for a row that retrieved it as its `rank`-th.
+    pub(super) fn slot(&self, rank: usize, position: usize) -> usize {
+        let is_recent = position >= self.eligible - self.recent;
+        rank + (is_recent && self.older_exist()) as usize
+    }
+
+    /// Tokens from the first token of a slot to a query that is `distance` tokens into the window.
+    pub(super) fn reach(&self, distance: u32, slot: usize) -> i64 {
+        distance as i64 + ((self.slots - slot) * self.block_tokens) as i64
+    }
+
+    /// The slots in which blocks are scored.
+    pub(super) fn scored_slots(&self) -> impl Iterator<Item = usize> + use<> {
+        let (first, recent) = (self.slots - self.recent, self.recent);
+        self.older_exist().then_some(0).into_iter().chain(first..first + recent)
+    }
+
+    /// All slots.
+    pub(super) fn all_slots(&self) -> impl Iterator<Item = usize> + use<> {
+        0..self.slots
+    }
+}
+
+/// One rotation per distinct number of tokens: neighbouring queries and slots share most of them.
+pub(super) struct Turns(HashMap<i64, Turn>);
+
+impl Turns {
+    pub(super) fn new(rope: &Rope, geometry: &Geometry, distances: &[u32], slots: impl Iterator<Item = usize>) -> Self {
+        let mut turns = HashMap::new();
+        for slot in slots {
+            for &distance in distances {
+                let tokens = geometry.reach(distance, slot);
+                turns.entry(tokens).or_insert_with(|| rope.turn(tokens));
+            }
+        }
+        Turns(turns)
+    }
+
+    /// Turns heads `(_, D)` by `tokens`, which must be among those that [`Turns::new`] was asked for.
+    pub(super) fn apply(&self, tokens: i64, heads: &mut [f32], dim: usize) {
+        let turn = &self.0[&tokens];
+        heads.chunks_exact_mut(dim).for_each(|head| turn.apply(head));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn older_blocks_share_slot_0_and_recent_ones_lie_where_they_are() {
+        let geometry = Geometry::new(10, 10, 3, 4);
+        assert_eq!((geometry.k, geometry.recent, geometry.slots), (3, 3, 4));
+        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!((0..3).map(|i| geometry.recent_slot(i)).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!((geometry.slot(0, 0), geometry.slot(1, 6), geometry.slot(2, 7)), (0, 1, 3));
+        assert_eq!((geometry.slot(0, 7), geometry.slot(1, 8), geometry.slot(2, 9)), (1, 2, 3));
+        // The last block ends where the window begins.
+        assert_eq!((geometry.reach(0, 3), geometry.reach(5, 0)), (4, 21));
+    }
+
+    #[test]
+    fn with_all_blocks_of_one_document_retrieved_rank_is_slot() {
+        let geometry = Geometry::new(3, 3, 8, 4);
+        assert_eq!((geometry.k, geometry.recent, geometry.slots), (3, 3, 3));
+        assert!((0..3).all(|i| geometry.slot(i, i) == i && geometry.recent_slot(i) == i));
+        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(geometry.reach(0, 0), 12);
+    }
+
+    #[test]
+    fn other_documents_count_as_older() {
+        let geometry = Geometry::new(5, 2, 5, 4);
+        assert_eq!((geometry.k, geometry.recent, geometry.slots), (5, 2, 6));
+        assert_eq!((0..5).map(|i| geometry.slot(i, i)).collect::<Vec<_>>(), [0, 1, 2, 4, 5]);
+        let geometry = Geometry::new(5, 0, 2, 4);
+        assert_eq!((geometry.recent, geometry.slots), (0, 3));
+        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0]);
+        assert_eq!((geometry.slot(0, 3), geometry.slot(1, 4)), (0, 1));
+    }
+}

@@ -1,0 +1,139 @@
+//! Which landmark keys are in memory? One snapshot per document, loaded at its first lookup and extended by appends.
+//!
+//! A snapshot holds the keys of a document's first blocks, however many. Full blocks never change, so every such
+//! prefix is right; publishing only longer ones makes it safe for loaders and writers to race.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use rayon::prelude::*;
+
+use super::Collection;
+use crate::api::{MemoryError, Result};
+use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
+use crate::store::{Store, piece};
+use crate::types::{BlockId, DocumentId};
+
+/// What is kept in memory of every document that was used.
+#[derive(Default)]
+pub(super) struct Documents(RwLock<HashMap<DocumentId, Arc<DocumentState>>>);
+
+/// What is kept in memory of one document.
+pub(super) struct DocumentState {
+    /// Held while the document is written: what is durable does not change between a check and the write.
+    writer: Mutex<()>,
+    /// Locked only to copy or swap the pointer.
+    keys: RwLock<Arc<DocumentKeys>>,
+}
+
+impl Documents {
+    pub(super) fn state(&self, document: DocumentId, layout: KeyLayout) -> Arc<DocumentState> {
+        if let Some(state) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(&document) {
+            return state.clone();
+        }
+        let mut states = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        states.entry(document).or_insert_with(|| Arc::new(DocumentState::new(layout))).clone()
+    }
+
+    pub(super) fn forget(&self, document: DocumentId) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&document);
+    }
+
+    /// Bytes of keys held.
+    pub(super) fn bytes(&self) -> u64 {
+        let states = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        states.values().map(|state| state.snapshot().bytes()).sum()
+    }
+}
+
+impl DocumentState {
+    fn new(layout: KeyLayout) -> Self {
+        DocumentState { writer: Mutex::new(()), keys: RwLock::new(Arc::new(DocumentKeys::empty(layout))) }
+    }
+
+    pub(super) fn lock_writer(&self) -> MutexGuard<'_, ()> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn snapshot(&self) -> Arc<DocumentKeys> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn publish(&self, longer: Arc<DocumentKeys>) {
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        if longer.blocks() > keys.blocks() {
+            *keys = longer;
+        }
+    }
+
+    /// The keys of at least the first `blocks` blocks, which must be durable; reads from the store what is not here yet.
+    pub(super) fn load(
+        &self,
+        store: &Store,
+        collection: &Collection,
+        document: DocumentId,
+        blocks: u32,
+    ) -> Result<Arc<DocumentKeys>> {
+        let here = self.snapshot();
+        if here.blocks() >= blocks {
+            return Ok(here);
+        }
+        let step = here.layout().chunk_blocks();
+        let parts: Vec<Range<u32>> = (here.blocks()..blocks)
+            .step_by(step)
+            .map(|start| start..blocks.min(start.saturating_add(step as u32)))
+            .collect();
+        let chunks = parts
+            .into_par_iter()
+            .map(|part| {
+                let mut chunk = Chunk::zeroed(here.layout(), part.len());
+                for (i, index) in part.enumerate() {
+                    let block = BlockId { document, index };
+                    put(&mut chunk, i, collection, block, &store.read_keys(block)?)?;
+                }
+                Ok(chunk)
+            })
+            .collect::<Result<Vec<Chunk>>>()?;
+        let longer = Arc::new(here.extended(chunks));
+        self.publish(longer.clone());
+        Ok(longer)
+    }
+
+    /// Adds the keys of blocks that just became durable, `first` and the following, each as the store keeps them.
+    /// If earlier ones are not here, the next lookup loads all of them.
+    pub(super) fn extend(
+        &self,
+        collection: &Collection,
+        document: DocumentId,
+        first: u32,
+        encoded: &[&[u8]],
+    ) -> Result<()> {
+        let here = self.snapshot();
+        if here.blocks() != first || encoded.is_empty() {
+            return Ok(());
+        }
+        let mut chunk = Chunk::zeroed(here.layout(), encoded.len());
+        for (i, bytes) in encoded.iter().enumerate() {
+            let block = BlockId { document, index: first + i as u32 };
+            put(&mut chunk, i, collection, block, bytes)?;
+        }
+        self.publish(Arc::new(here.extended([chunk])));
+        Ok(())
+    }
+}
+
+/// Sets all keys of one block from the bytes that the store keeps.
+fn put(chunk: &mut Chunk, at: usize, collection: &Collection, block: BlockId, bytes: &[u8]) -> Result<()> {
+    let layout = collection.layout;
+    let decoded = piece::decode_keys(layout.dtype, layout.keys_per_block, layout.head_dim, layout.pieces(), bytes)
+        .map_err(|error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() })?;
+    for (piece, numbers) in decoded.enumerate() {
+        let keys = match &numbers {
+            piece::KeyNumbers::F16(numbers) => Keys::F16(numbers),
+            piece::KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
+        };
+        chunk.put(at, piece, keys);
+    }
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! Which blocks does a request want? Checks it, finds the snapshots it reads, turns its queries and asks the index.
+
+use std::sync::Arc;
+
+use super::error::{at_most, invalid};
+use super::geometry::{Geometry, Turns};
+use super::{Collection, LocalMemory};
+use crate::api::{Hits, LookupRequest, MemoryError, Result};
+use crate::index::{self, Found, Query, Scoped};
+use crate::limits;
+use crate::types::{BlockId, BlockRange};
+
+/// Bytes that one hit needs on its way: position, slot and row in attention, id and score in the answer.
+const HIT_BYTES: u64 = 40;
+
+/// A checked request with everything it reads.
+pub(super) struct Prepared<'a> {
+    pub(super) request: &'a LookupRequest,
+    pub(super) collection: Arc<Collection>,
+    pub(super) geometry: Geometry,
+    scope: Vec<Scoped>,
+    /// Position after the last block of each scope entry.
+    ends: Vec<usize>,
+}
+
+impl LocalMemory {
+    pub(super) fn prepare<'a>(&self, request: &'a LookupRequest) -> Result<Prepared<'a>> {
+        let collection = self.collection_of(request.collection)?;
+        check_queries(&collection, request)?;
+        at_most("scope", limits::SCOPE_DOCUMENTS_MAX as u64, request.scope.len() as u64)?;
+        // All ranges are checked before the keys of any document are read.
+        for (i, range) in request.scope.iter().enumerate() {
+            self.check_range(request, i, range)?;
+        }
+        let mut ends = Vec::with_capacity(request.scope.len());
+        for range in &request.scope {
+            ends.push(ends.last().copied().unwrap_or(0) + range.blocks.len());
+        }
+        let shape = &collection.spec.shape;
+        let eligible = ends.last().copied().unwrap_or(0);
+        let last = request.scope.last().map_or(0, |range| range.blocks.len());
+        let geometry = Geometry::new(eligible, last, request.top_k as usize, shape.block_tokens as usize);
+        check_working_bytes(request, &collection, &geometry)?;
+
+        let scope = request
+            .scope
+            .iter()
+            .map(|range| {
+                let state = self.documents.state(range.document, collection.layout);
+                let keys = state.load(&self.store, &collection, range.document, range.blocks.end)?;
+                Ok(Scoped { keys, blocks: range.blocks.clone() })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Prepared { request, collection, geometry, scope, ends })
+    }
+
+    fn check_range(&self, request: &LookupRequest, i: usize, range: &BlockRange) -> Result<()> {
+        let manifest = self.store.manifest(range.document)?;
+        if manifest.collection != request.collection {
+            let expected = format!("a document of collection {}", request.collection);
+            let found = format!("document {} of collection {}", range.document, manifest.collection);
+            return Err(invalid(format!("scope[{i}].document"), expected, found));
+        }
+        if range.blocks.start > range.blocks.end || range.blocks.end > manifest.blocks {
+            let expected = format!("a range within 0..{}", manifest.blocks);
+            return Err(invalid(format!("scope[{i}].blocks"), expected, format!("{:?}", range.blocks)));
+        }
+        Ok(())
+    }
+}
+
+fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()> {
+    let shape = &collection.spec.shape;
+    if request.layer >= shape.layers {
+        return Err(invalid("layer", format!("0 to {}", shape.layers - 1), request.layer));
+    }
+    if request.top_k == 0 || request.top_k > limits::TOP_K_MAX {
+        return Err(invalid("top_k", format!("1 to {}", limits::TOP_K_MAX), request.top_k));
+    }
+    if request.distances.is_empty() {
+        return Err(MemoryError::Missing { field: "distances".into() });
+    }
+    let tokens = request.distances.len();
+    at_most("query tokens", limits::QUERY_TOKENS_MAX as u64, tokens as u64)?;
+    let numbers = tokens * shape.query_heads as usize * shape.head_dim as usize;
+    if request.queries.len() != numbers {
+        let expected = format!("{tokens} x {} x {} = {numbers} numbers", shape.query_heads, shape.head_dim);
+        return Err(invalid("queries", expected, request.queries.len()));
+    }
+    match request.queries.iter().find(|number| !number.is_finite()) {
+        None => Ok(()),
+        Some(bad) => Err(invalid("queries", "finite numbers", bad)),
+    }
+}
+
+/// Bounds what the request will allocate: scores of all eligible blocks, hits, and the queries turned for every slot.
+fn check_working_bytes(request: &LookupRequest, collection: &Collection, geometry: &Geometry) -> Result<()> {
+    let query_rows = request.distances.len() as u64 * collection.spec.shape.query_heads as u64;
+    let row_bytes = geometry.eligible as u64 * 4 + geometry.k as u64 * HIT_BYTES;
+    let turned_bytes = (geometry.k as u64 + 1) * collection.layout.head_dim as u64 * 4;
+    at_most(
+        "bytes of scores (query tokens x query heads x eligible blocks x 4, hits and turned queries included)",
+        limits::LOOKUP_SCORES_BYTES_MAX,
+        query_rows * (row_bytes + turned_bytes),
+    )
+}
+
+impl Prepared<'_> {
+    /// The turns that scoring needs.
+    pub(super) fn scoring_turns(&self) -> Turns {
+        self.turns(self.geometry.scored_slots())
+    }
+
+    /// The turns that scoring and attention need.
+    pub(super) fn all_turns(&self) -> Turns {
+        self.turns(self.geometry.all_slots())
+    }
+
+    fn turns(&self, slots: impl Iterator<Item = usize>) -> Turns {
+        Turns::new(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances, slots)
+    }
+
+    /// Asks the index.
+    pub(super) fn search(&self, turns: &Turns) -> Found {
+        let (request, shape) = (self.request, &self.collection.spec.shape);
+        let older =
+            if self.geometry.recent < self.geometry.eligible { self.turned(turns, 0) } else { request.queries.clone() };
+        let recent: Vec<f32> =
+            (0..self.geometry.recent).flat_map(|i| self.turned(turns, self.geometry.recent_slot(i))).collect();
+        index::fast::search(&Query {
+            layout: self.collection.layout,
+            layer: request.layer as usize,
+            tokens: request.distances.len(),
+            query_heads: shape.query_heads as usize,
+            queries: &older,
+            recent_queries: &recent,
+            scope: &self.scope,
+            top_k: request.top_k as usize,
+            block_score: request.block_score,
+            granularity: request.granularity,
+            softmax_scale: shape.softmax_scale,
+        })
+    }
+
+    /// All queries `(T, Hq, D)`, turned for one slot.
+    fn turned(&self, turns: &Turns, slot: usize) -> Vec<f32> {
+        let (request, dim) = (self.request, self.collection.layout.head_dim);
+        let mut queries = request.queries.clone();
+        let token_numbers = queries.len() / request.distances.len();
+        for (heads, &distance) in queries.chunks_exact_mut(token_numbers).zip(&request.distances) {
+            turns.apply(self.geometry.reach(distance, slot), heads, dim);
+        }
+        queries
+    }
+
+    /// The block at a position among the eligible ones.
+    pub(super) fn block(&self, position: usize) -> BlockId {
+        let entry = self.ends.partition_point(|&end| end <= position);
+        let range = &self.request.scope[entry];
+        let before_end = (self.ends[entry] - position) as u32;
+        BlockId { document: range.document, index: range.blocks.end - before_end }
+    }
+
+    /// The answer in the words of the interface.
+    pub(super) fn hits(&self, found: Found) -> Hits {
+        Hits {
+            rows: found.rows as u32,
+            k: found.k as u32,
+            blocks: found.positions.iter().map(|&position| self.block(position as usize)).collect(),
+            scores: found.scores,
+        }
+    }
+}

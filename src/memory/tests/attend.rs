@@ -1,0 +1,170 @@
+//! Attention over the retrieved blocks against double precision, computed from the fetched blocks at their positions.
+
+use super::*;
+
+/// f32 sums over a few hundred products of numbers around 1; the stored numbers themselves are read back.
+const TOLERANCE: f64 = 2e-5;
+
+/// One query's attention over blocks, each in a slot: `(out (D), lse)`.
+fn reference(
+    world: &World,
+    request: &AttendRequest,
+    token: usize,
+    head: usize,
+    placed: &[(BlockId, i64)],
+    slots: i64,
+) -> (Vec<f64>, f64) {
+    let shape = &world.spec.shape;
+    let (lookup, dim, block_tokens) = (&request.lookup, shape.head_dim as usize, shape.block_tokens as i64);
+    let q = &lookup.queries[(token * shape.query_heads as usize + head) * dim..][..dim];
+    let q = at_position(&shape.rope, q, slots * block_tokens + lookup.distances[token] as i64);
+    // (log weight, value) of every token that takes part.
+    let mut weighed: Vec<(f64, Vec<f32>)> = Vec::new();
+    let mut landmarks = Vec::new();
+    for &(id, slot) in placed {
+        let stored = fetch(&world.memory, id.document, vec![id.index]).remove(0);
+        let (k, v) = (stored.k.to_f32().unwrap(), stored.v.to_f32().unwrap());
+        let (layer, kv_head) = (lookup.layer as usize, head / shape.group());
+        let scores: Vec<f64> = head_rows(&k, shape, layer, kv_head)
+            .iter()
+            .map(|key| dot(&q, &at_position(&shape.rope, key, slot * block_tokens)) * shape.softmax_scale as f64)
+            .collect();
+        let values = head_rows(&v, shape, layer, kv_head).into_iter().map(<[f32]>::to_vec);
+        match request.normalisation {
+            Normalisation::Plain => weighed.extend(scores.into_iter().zip(values)),
+            Normalisation::Grouped => {
+                let (&landmark, inner) = scores.split_last().unwrap();
+                let inside = log_sum_exp(inner);
+                landmarks.push(landmark);
+                weighed.extend(inner.iter().map(|score| landmark + score - inside).zip(values));
+            }
+        }
+    }
+    let lse = match request.normalisation {
+        Normalisation::Plain => log_sum_exp(&weighed.iter().map(|(score, _)| *score).collect::<Vec<_>>()),
+        Normalisation::Grouped => log_sum_exp(&landmarks),
+    };
+    let mut out = vec![0.0; dim];
+    for (score, value) in &weighed {
+        out.iter_mut().zip(value).for_each(|(out, value)| *out += (score - lse).exp() * *value as f64);
+    }
+    (out, lse)
+}
+
+/// Slots of one row's blocks by the rule of [`AttendRequest`].
+fn placed(request: &LookupRequest, blocks: &[BlockId]) -> (Vec<(BlockId, i64)>, i64) {
+    let eligible: usize = request.scope.iter().map(|range| range.blocks.len()).sum();
+    let last = request.scope.last().unwrap();
+    let k = eligible.min(request.top_k as usize);
+    let recent = k.min(last.blocks.len());
+    let slots = if recent == eligible { eligible } else { k + 1 };
+    let place = |(rank, &id): (usize, &BlockId)| {
+        let is_recent = id.document == last.document && id.index + recent as u32 >= last.blocks.end;
+        (id, (rank + (is_recent && recent < eligible) as usize) as i64)
+    };
+    (blocks.iter().enumerate().map(place).collect(), slots as i64)
+}
+
+fn close(got: &[f32], lse: f32, want: &(Vec<f64>, f64), what: &str) {
+    assert!((lse as f64 - want.1).abs() < TOLERANCE * 5.0, "{what}: lse {lse} for {}", want.1);
+    for (got, want) in got.iter().zip(&want.0) {
+        assert!((*got as f64 - want).abs() < TOLERANCE, "{what}: {got} for {want}");
+    }
+}
+
+fn check(world: &World, request: &AttendRequest) {
+    let shape = &world.spec.shape;
+    let (heads, kv_heads, dim) = (shape.query_heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
+    let attended = world.memory.attend(request).unwrap();
+    assert_eq!(attended.hits, world.memory.lookup(&request.lookup).unwrap());
+    let k = attended.hits.k as usize;
+    for token in 0..request.lookup.distances.len() {
+        for head in 0..heads {
+            let row = request.lookup.granularity.row(token, head, heads, kv_heads);
+            let (placed, slots) = placed(&request.lookup, &attended.hits.blocks[row * k..][..k]);
+            let want = reference(world, request, token, head, &placed, slots);
+            let at = token * heads + head;
+            close(&attended.out[at * dim..][..dim], attended.lse[at], &want, &format!("{request:?}"));
+        }
+    }
+}
+
+const GRANULARITIES: [Granularity; 5] =
+    [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
+
+#[test]
+fn attention_equals_double_precision_for_every_choice() {
+    for payload_dtype in [DType::F32, DType::F16, DType::Int8] {
+        let mut world = World::new(CollectionSpec { payload_dtype, ..spec("c") });
+        let (a, b) = (world.document("a", 7), world.document("b", 4));
+        for granularity in GRANULARITIES {
+            for normalisation in [Normalisation::Plain, Normalisation::Grouped] {
+                for (distances, top_k) in [(vec![2], 3), (vec![0, 1, 2, 3, 30], 3), (vec![1, 9], 20)] {
+                    for scope in [vec![range(a, 0..7)], vec![range(b, 1..4), range(a, 3..5)]] {
+                        let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope) };
+                        check(&world, &AttendRequest { lookup, normalisation });
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn with_all_blocks_retrieved_it_is_full_attention_at_true_positions() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 6);
+    let lookup = LookupRequest { top_k: 9, ..world.request(&[0, 4], vec![range(document, 0..6)]) };
+    let request = AttendRequest { lookup, normalisation: Normalisation::Plain };
+    let attended = world.memory.attend(&request).unwrap();
+    let true_positions: Vec<(BlockId, i64)> = (0..6).map(|index| (BlockId { document, index }, index as i64)).collect();
+    for row in 0..8 {
+        let want = reference(&world, &request, row / 4, row % 4, &true_positions, 6);
+        close(&attended.out[row * 8..][..8], attended.lse[row], &want, "full attention");
+    }
+}
+
+/// Enough rows per block for blocked products, and enough uses for several tasks per KV head.
+#[test]
+fn many_tokens_over_many_blocks_agree_too() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 60);
+    let distances: Vec<u32> = (0..64).collect();
+    for granularity in [Granularity::KvGroup, Granularity::Shared] {
+        let lookup = world.request(&distances, vec![range(document, 0..60)]);
+        let lookup = LookupRequest { granularity, top_k: 8, ..lookup };
+        check(&world, &AttendRequest { lookup, normalisation: Normalisation::Plain });
+    }
+}
+
+#[test]
+fn nothing_eligible_gives_zeros_and_no_mass() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 1);
+    let lookup = world.request(&[0, 1], vec![range(document, 0..0)]);
+    let attended = world.memory.attend(&AttendRequest { lookup, normalisation: Normalisation::Grouped }).unwrap();
+    assert_eq!(attended.out, vec![0.0; 2 * 4 * 8]);
+    assert_eq!(attended.lse, vec![f32::NEG_INFINITY; 2 * 4]);
+}
+
+/// Readers and a writer of one document at once: every answer is that of some prefix, none fails.
+#[test]
+fn lookups_run_while_blocks_are_appended() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 3);
+    let request = world.request(&[0], vec![range(document, 0..3)]);
+    let blocks: Vec<NewBlock> = (3..40).map(|index| world.block(index, 5)).collect();
+    let memory = &world.memory;
+    let want = memory.lookup(&request).unwrap();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> =
+            (0..2).map(|_| scope.spawn(|| (0..200).all(|_| memory.lookup(&request).unwrap() == want))).collect();
+        for block in blocks {
+            memory.append(AppendRequest { document, blocks: vec![block] }).unwrap();
+            let blocks = memory.document(document).unwrap().blocks;
+            let all = LookupRequest { scope: vec![range(document, 0..blocks)], ..request.clone() };
+            assert_eq!(memory.lookup(&all).unwrap().k, 3);
+        }
+        assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
+    });
+}

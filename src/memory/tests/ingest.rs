@@ -1,0 +1,173 @@
+//! What comes in comes out; what is wrong is refused by field; what was sent twice is stored once.
+
+use super::*;
+
+fn append(world: &World, document: DocumentId, blocks: Vec<NewBlock>) -> Result<DocumentInfo> {
+    world.memory.append(AppendRequest { document, blocks })
+}
+
+#[test]
+fn blocks_come_back_as_they_were_stored_also_after_reopening() {
+    // The largest error of a stored number, for numbers up to 4.
+    for (payload_dtype, error_max) in
+        [(DType::F32, 0.0), (DType::F16, 2e-3), (DType::BF16, 1.6e-2), (DType::Int8, 3.2e-2)]
+    {
+        let mut world = World::new(CollectionSpec { payload_dtype, ..spec("c") });
+        let document = world.memory.open_document(world.collection, "d").unwrap().id;
+        let blocks = vec![world.block(0, 5), world.block(1, 5), world.block(2, 3)];
+        let info = append(&world, document, blocks.clone()).unwrap();
+        assert_eq!((info.blocks, info.tail_tokens, info.tokens), (2, 3, 13));
+
+        let world = world.reopened();
+        assert_eq!(world.memory.document(document).unwrap(), info);
+        let read = fetch(&world.memory, document, vec![2, 0, 1, 0]);
+        for (stored, index) in read.iter().zip([2, 0, 1, 0]) {
+            let block: &NewBlock = &blocks[index];
+            assert_eq!((stored.id.index, &stored.token_ids), (index as u32, &block.token_ids));
+            assert_eq!(stored.text, block.text);
+            for (stored, sent) in [(&stored.k, &block.k), (&stored.v, &block.v)] {
+                assert_eq!(stored.shape, sent.shape);
+                let pairs = stored.to_f32().unwrap().into_iter().zip(sent.to_f32().unwrap());
+                let error = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(error <= error_max, "{payload_dtype}: off by {error}");
+            }
+        }
+        let described = world.memory.blocks(&range(document, 1..9)).unwrap();
+        assert_eq!(described.iter().map(|block| block.id.index).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(described[1].token_ids, blocks[2].token_ids);
+    }
+}
+
+#[test]
+fn fetched_numbers_convert_without_loss_to_what_they_were_stored_in() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("d", 1);
+    let read = |dtype| world.memory.fetch(&FetchRequest { document, blocks: vec![0], dtype }).unwrap().remove(0).v;
+    let (half, single) = (read(DType::F16), read(DType::F32));
+    assert_eq!((half.dtype, half.data.len() * 2), (DType::F16, single.data.len()));
+    assert_eq!(half.to_f32().unwrap(), single.to_f32().unwrap());
+}
+
+#[test]
+fn appends_are_idempotent_and_tails_are_replaced() {
+    let mut world = World::new(spec("c"));
+    let document = world.memory.open_document(world.collection, "d").unwrap().id;
+    let (full, tail) = (world.block(0, 5), world.block(1, 2));
+    let sent = vec![full.clone(), tail.clone()];
+    let info = append(&world, document, sent.clone()).unwrap();
+    assert_eq!(append(&world, document, sent.clone()).unwrap(), info, "the same again changes nothing");
+
+    let mut longer = world.block(1, 5);
+    longer.token_ids[..2].copy_from_slice(&tail.token_ids);
+    let after = world.block(2, 5);
+    let info = append(&world, document, vec![full.clone(), longer.clone(), after]).unwrap();
+    assert_eq!((info.blocks, info.tail_tokens), (3, 0));
+    assert_eq!(append(&world, document, sent).unwrap(), info, "an old tail agrees with the block it became");
+    assert_eq!(fetch(&world.memory, document, vec![1])[0].token_ids, longer.token_ids);
+
+    let mut other = full.clone();
+    other.token_ids[4] += 1;
+    assert_eq!(append(&world, document, vec![other]), Err(MemoryError::Conflict { document, index: 0 }));
+    let gap = world.block(5, 5);
+    let error = append(&world, document, vec![gap]).unwrap_err();
+    assert_eq!(error, MemoryError::OutOfOrder { document, expected: 3, found: 5 });
+
+    let sealed = world.memory.seal(document).unwrap();
+    assert!(sealed.sealed && world.memory.seal(document).unwrap() == sealed);
+    assert_eq!(append(&world, document, vec![full]).unwrap(), sealed, "nothing new to store");
+    let next = world.block(3, 5);
+    assert_eq!(append(&world, document, vec![next]), Err(MemoryError::Sealed { document }));
+}
+
+/// Puts `number` at the start of an f32 tensor.
+fn poisoned(tensor: &Tensor, number: f32) -> Tensor {
+    let mut numbers = tensor.to_f32().unwrap();
+    numbers[3] = number;
+    Tensor::from_f32(tensor.shape.clone(), &numbers)
+}
+
+#[test]
+fn impossible_blocks_are_refused_by_field_and_leave_nothing() {
+    let mut world = World::new(spec("c"));
+    let document = world.memory.open_document(world.collection, "d").unwrap().id;
+    let good = [world.block(0, 5), world.block(1, 5), world.block(2, 2)];
+    let refused = |change: &dyn Fn(&mut Vec<NewBlock>)| {
+        let mut blocks = good.to_vec();
+        change(&mut blocks);
+        match append(&world, document, blocks).unwrap_err() {
+            MemoryError::Missing { field } => format!("missing {field}"),
+            MemoryError::Invalid { field, .. } => field,
+            MemoryError::LimitExceeded { what, .. } => format!("limit {what}"),
+            error => panic!("{error}"),
+        }
+    };
+    assert_eq!(refused(&|blocks| blocks.clear()), "missing blocks");
+    assert_eq!(refused(&|blocks| blocks[2].index = 7), "blocks[2].index");
+    assert_eq!(refused(&|blocks| blocks[1].token_ids.clear()), "missing blocks[1].token_ids");
+    assert_eq!(refused(&|blocks| blocks[1].token_ids.truncate(4)), "blocks[1].token_ids");
+    assert_eq!(refused(&|blocks| blocks[2].token_ids = vec![0; 6]), "blocks[2].token_ids");
+    assert_eq!(refused(&|blocks| blocks[0].text.offsets.truncate(4)), "blocks[0].text.offsets");
+    assert_eq!(refused(&|blocks| blocks[0].text.offsets[1] = 3), "blocks[0].text.offsets");
+    assert_eq!(refused(&|blocks| blocks[0].text.offsets[4] = 1000), "blocks[0].text.offsets");
+    assert_eq!(refused(&|blocks| blocks[0].text.bytes = vec![0; (1 << 20) + 1]), "limit blocks[0].text.bytes");
+    assert_eq!(refused(&|blocks| blocks[1].k.shape[3] = 9), "blocks[1].k");
+    assert_eq!(refused(&|blocks| blocks[1].v.data = blocks[1].v.data.slice(4..)), "blocks[1].v");
+    assert_eq!(refused(&|blocks| blocks[1].v.dtype = DType::Int8), "blocks[1].v");
+    let empty = Tensor { dtype: DType::F32, shape: vec![], data: Default::default() };
+    assert_eq!(refused(&|blocks| blocks[0].k = empty.clone()), "missing blocks[0].k");
+    for bad in [f32::NAN, f32::INFINITY, -70_000.0] {
+        assert_eq!(refused(&|blocks| blocks[1].k = poisoned(&blocks[1].k, bad)), "blocks[1].k");
+        assert_eq!(refused(&|blocks| blocks[2].v = poisoned(&blocks[2].v, bad)), "blocks[2].v");
+    }
+    assert_eq!(refused(&|blocks| *blocks = vec![blocks[0].clone(); 1025]), "limit blocks");
+    assert_eq!(refused(&|blocks| blocks[0].index = u32::MAX), "limit blocks of one document");
+    assert_eq!(world.memory.document(document).unwrap().tokens, 0);
+
+    let unknown = append(&world, DocumentId(999), good.to_vec()).unwrap_err();
+    assert_eq!(unknown, MemoryError::NotFound { entity: Entity::Document, id: "999".into() });
+}
+
+#[test]
+fn collections_are_bound_to_their_fingerprint_and_names_open_what_exists() {
+    let mut world = World::new(spec("c"));
+    let info = world.memory.open_collection(&spec("c")).unwrap();
+    assert_eq!(info.id, world.collection);
+    let other = CollectionSpec { key_rule: KeyRule::Mean, ..spec("c") };
+    let error = world.memory.open_collection(&other).unwrap_err();
+    let want = MemoryError::FingerprintMismatch {
+        collection: "c".into(),
+        stored: spec("c").fingerprint(),
+        offered: other.fingerprint(),
+    };
+    assert_eq!(error, want);
+
+    let document = world.document("d", 2);
+    assert_eq!(world.memory.open_document(world.collection, "d").unwrap().id, document);
+    assert_eq!(world.memory.documents(world.collection).unwrap().len(), 1);
+    assert_eq!(world.memory.collections().unwrap()[0].documents, 1);
+    assert!(matches!(world.memory.open_document(world.collection, ""), Err(MemoryError::Invalid { .. })));
+    let missing = world.memory.documents(CollectionId(77)).unwrap_err();
+    assert_eq!(missing, MemoryError::NotFound { entity: Entity::Collection, id: "77".into() });
+}
+
+#[test]
+fn deleting_forgets_and_statistics_count() {
+    let mut world = World::new(spec("c"));
+    let (kept, gone) = (world.document("kept", 3), world.document("gone", 4));
+    let request = world.request(&[0], vec![range(gone, 0..4), range(kept, 0..3)]);
+    world.memory.lookup(&request).unwrap();
+    let before = world.memory.stats().unwrap();
+    assert_eq!((before.documents, before.blocks, before.lookups, before.appended_blocks), (2, 7, 1, 7));
+    assert!(world.memory.verify(None, &mut |_, _| ()).unwrap().faults.is_empty());
+
+    assert_eq!(world.memory.delete(gone).unwrap().blocks, 4);
+    let after = world.memory.stats().unwrap();
+    assert!(after.index_bytes < before.index_bytes && after.index_bytes > 0);
+    assert_eq!((after.documents, after.blocks), (1, 3));
+    let not_found = MemoryError::NotFound { entity: Entity::Document, id: gone.to_string() };
+    assert_eq!(world.memory.lookup(&request).unwrap_err(), not_found);
+    assert_eq!(world.memory.delete(gone).unwrap_err(), not_found);
+    let missing = FetchRequest { document: kept, blocks: vec![0, 3], dtype: DType::F32 };
+    let error = world.memory.fetch(&missing).unwrap_err();
+    assert_eq!(error, MemoryError::NotFound { entity: Entity::Block, id: format!("{kept}:3") });
+}
