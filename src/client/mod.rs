@@ -1,1 +1,19 @@
+//! The memory of another process, as if it were in this one.
 //!
+//! ```text
+//! remote    RemoteMemory: BlockMemory over gRPC
+//! connect   targets, options, the connection and its small runtime
+//! retry     what is tried again, how often, how long apart
+//! append    batches over a stream, resumed where it broke
+//! cache     blocks that were fetched before, bounded in bytes
+//! ```
+
+mod append;
+mod cache;
+mod connect;
+mod remote;
+mod retry;
+
+pub use cache::{CacheCounts, CachedBlocks};
+pub use connect::ClientOptions;
+pub use remote::RemoteMemory;

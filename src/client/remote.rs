@@ -1,0 +1,169 @@
+//! `BlockMemory` over gRPC.
+
+use tonic::transport::Channel;
+use tonic::{Response, Status, Streaming};
+
+use super::append::append;
+use super::connect::{ClientOptions, Connection};
+use super::retry::{Patience, Repeat};
+use crate::api::{
+    AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo,
+    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
+};
+use crate::limits;
+use crate::shape::CollectionSpec;
+use crate::types::{BlockRange, CollectionId, DocumentId};
+use crate::wire::v1;
+use crate::wire::v1::admin_client::AdminClient;
+use crate::wire::v1::block_memory_client::BlockMemoryClient;
+
+/// The memory behind a running service. Answers what that memory would answer in process, bit for bit, and adds two
+/// errors: `Unavailable` and `DeadlineExceeded`.
+///
+/// Calls block and may come from any thread but the workers of a tokio runtime, where they panic. All share one
+/// connection, which is made anew when it breaks. Everything but `delete` may be repeated without harm and is,
+/// while the service is unavailable (see [`ClientOptions`]).
+pub struct RemoteMemory {
+    connection: Connection,
+    data: BlockMemoryClient<Channel>,
+    admin: AdminClient<Channel>,
+    options: ClientOptions,
+}
+
+impl RemoteMemory {
+    /// Connects to `host:port`, `http://host:port` or `unix:/path`.
+    ///
+    /// # Errors
+    /// `Invalid` for a target of another form, `Unavailable` if nobody answers there.
+    pub fn connect(target: &str, options: ClientOptions) -> Result<Self> {
+        let connection = Connection::open(target, &options)?;
+        let data = BlockMemoryClient::new(connection.channel.clone())
+            .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
+        let admin = AdminClient::new(connection.channel.clone()).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
+        Ok(RemoteMemory { connection, data, admin, options })
+    }
+
+    /// What it was connected to.
+    pub fn target(&self) -> &str {
+        &self.connection.target
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience { target: &self.connection.target, options: &self.options }
+    }
+
+    /// All messages of a server stream, each made into what it stands for; from the beginning again if it breaks.
+    fn collect<M, T>(
+        &self,
+        open: impl AsyncFn() -> std::result::Result<Response<Streaming<M>>, Status>,
+        convert: impl Fn(M) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let patience = self.patience();
+        self.connection.wait(patience.stream(async |_progressed| {
+            let mut replies = patience.step(open()).await?.into_inner();
+            let mut items = Vec::new();
+            while let Some(message) = patience.step(replies.message()).await? {
+                items.push(convert(message)?);
+            }
+            Ok(items)
+        }))
+    }
+}
+
+impl BlockMemory for RemoteMemory {
+    fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo> {
+        let message = v1::OpenCollectionRequest { spec: Some(spec.clone().into()) };
+        let send = async |request| self.admin.clone().open_collection(request).await;
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+    }
+
+    fn collections(&self) -> Result<Vec<CollectionInfo>> {
+        let open = async || self.admin.clone().list_collections(v1::ListCollectionsRequest {}).await;
+        self.collect(open, CollectionInfo::try_from)
+    }
+
+    fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
+        let message = v1::OpenDocumentRequest { collection: collection.0, name: name.into() };
+        let send = async |request| self.admin.clone().open_document(request).await;
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send)).map(DocumentInfo::from)
+    }
+
+    fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>> {
+        let message = v1::ListDocumentsRequest { collection: collection.0 };
+        let open = async || self.admin.clone().list_documents(message).await;
+        self.collect(open, |document| Ok(document.into()))
+    }
+
+    fn document(&self, document: DocumentId) -> Result<DocumentInfo> {
+        let message = v1::GetDocumentRequest { document: document.0 };
+        let send = async |request| self.admin.clone().get_document(request).await;
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send)).map(DocumentInfo::from)
+    }
+
+    /// In one batch, durable as a whole or not at all, unless its payload passes `ClientOptions::append_bytes`.
+    fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
+        self.connection.wait(append(self.data.clone(), &self.patience(), request))
+    }
+
+    fn seal(&self, document: DocumentId) -> Result<DocumentInfo> {
+        let message = v1::SealDocumentRequest { document: document.0 };
+        let send = async |request| self.admin.clone().seal_document(request).await;
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send)).map(DocumentInfo::from)
+    }
+
+    fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
+        let send = async |request| self.data.clone().lookup(request).await;
+        let message = v1::LookupRequest::from(request);
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+    }
+
+    fn attend(&self, request: &AttendRequest) -> Result<Attended> {
+        let send = async |request| self.data.clone().attend(request).await;
+        let message = v1::AttendRequest::from(request);
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+    }
+
+    fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
+        let message = v1::FetchRequest::from(request.clone());
+        let open = async || self.data.clone().fetch(message.clone()).await;
+        self.collect(open, StoredBlock::try_from)
+    }
+
+    fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>> {
+        let message = v1::ListBlocksRequest { range: Some(range.clone().into()) };
+        let open = async || self.admin.clone().list_blocks(message).await;
+        self.collect(open, BlockInfo::try_from)
+    }
+
+    /// Not repeated by itself: after a lost reply a second call would answer that there is no such document.
+    fn delete(&self, document: DocumentId) -> Result<Deleted> {
+        let message = v1::DeleteDocumentRequest { document: document.0 };
+        let send = async |request| self.admin.clone().delete_document(request).await;
+        self.connection.wait(self.patience().call(Repeat::No, message, send)).map(Deleted::from)
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        let send = async |request| self.admin.clone().get_stats(request).await;
+        let message = v1::GetStatsRequest {};
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send)).map(Stats::from)
+    }
+
+    /// Some steps of progress may be left out when they come faster than the network carries them.
+    fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        use v1::verify_reply::State;
+        let patience = self.patience();
+        let message = v1::VerifyRequest { document: document.map(|document| document.0) };
+        self.connection.wait(patience.stream(async |_progressed| {
+            let mut replies = patience.step(self.admin.clone().verify(message)).await?.into_inner();
+            loop {
+                let reply = patience.step(replies.message()).await?.ok_or_else(|| patience.cut_short())?;
+                match reply.state {
+                    Some(State::Progress(now)) => progress(now.done_bytes, now.total_bytes),
+                    Some(State::Report(report)) => return Ok(report.into()),
+                    None => return Err(MemoryError::Missing { field: "state".into() }),
+                }
+            }
+        }))
+    }
+}

@@ -1,0 +1,72 @@
+//! What an operator asks.
+
+use super::v1;
+use crate::api::{Deleted, Fault, Stats, VerifyReport};
+use crate::types::DocumentId;
+
+/// Both sides have the same fields under the same names.
+macro_rules! same_fields {
+    ($type:ident, $wire:path, $($field:ident),+ $(,)?) => {
+        impl From<$type> for $wire {
+            fn from(value: $type) -> Self {
+                Self { $($field: value.$field),+ }
+            }
+        }
+
+        impl From<$wire> for $type {
+            fn from(wire: $wire) -> Self {
+                Self { $($field: wire.$field),+ }
+            }
+        }
+    };
+}
+
+same_fields!(Deleted, v1::DeleteDocumentReply, blocks, freed_bytes);
+
+same_fields!(
+    Stats,
+    v1::Stats,
+    collections,
+    documents,
+    blocks,
+    tokens,
+    live_bytes,
+    segment_bytes,
+    segments,
+    catalog_bytes,
+    index_bytes,
+    lookups,
+    attends,
+    appended_blocks,
+    fetched_blocks,
+);
+
+impl From<Fault> for v1::verify_report::Fault {
+    fn from(fault: Fault) -> Self {
+        v1::verify_report::Fault {
+            document: fault.document.map(|document| document.0),
+            block: fault.block.map(v1::BlockId::from),
+            problem: fault.problem,
+        }
+    }
+}
+
+impl From<v1::verify_report::Fault> for Fault {
+    fn from(wire: v1::verify_report::Fault) -> Self {
+        Fault { document: wire.document.map(DocumentId), block: wire.block.map(Into::into), problem: wire.problem }
+    }
+}
+
+impl From<VerifyReport> for v1::VerifyReport {
+    fn from(report: VerifyReport) -> Self {
+        let faults = report.faults.into_iter().map(Into::into).collect();
+        v1::VerifyReport { documents: report.documents, blocks: report.blocks, bytes: report.bytes, faults }
+    }
+}
+
+impl From<v1::VerifyReport> for VerifyReport {
+    fn from(wire: v1::VerifyReport) -> Self {
+        let faults = wire.faults.into_iter().map(Into::into).collect();
+        VerifyReport { documents: wire.documents, blocks: wire.blocks, bytes: wire.bytes, faults }
+    }
+}
