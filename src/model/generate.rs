@@ -1,0 +1,188 @@
+//! Prefill in chunks, then one token at a time, with the text handed on as it becomes certain.
+
+use super::LoadedModel;
+use super::error::{ForwardError, GenerateError};
+use super::llama::{Llama, Logits};
+use super::sample::{Sampler, Sampling};
+use super::tokenizer::TextStream;
+use crate::attention::SequenceAttention;
+
+/// What a generation is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    pub sampling: Sampling,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Texts at which to stop; they are not part of the answer.
+    pub stop: Vec<String>,
+    /// Tokens of the prompt that go through the model at once.
+    pub prefill_tokens: usize,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended its text.
+    EndOfText,
+    /// One of [`GenerateOptions::stop`] appeared.
+    Stop,
+    MaxTokens,
+}
+
+/// What was generated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// The tokens chosen, without the one that ended the text. The sequence's attention holds the prompt and these,
+    /// except perhaps the last.
+    pub ids: Vec<u32>,
+    /// The answer, up to a stop text.
+    pub text: String,
+    pub finish: Finish,
+}
+
+/// Tokens of a prompt that go through the model at once: past this, larger products are no faster.
+pub const PREFILL_TOKENS: usize = 512;
+
+impl Default for GenerateOptions {
+    /// Greedy, 128 tokens, no stop texts.
+    fn default() -> Self {
+        GenerateOptions {
+            sampling: Sampling::Greedy,
+            max_tokens: 128,
+            stop: Vec::new(),
+            prefill_tokens: PREFILL_TOKENS,
+        }
+    }
+}
+
+/// Runs `ids` through the model `chunk_tokens` at a time and returns the logits asked for of the last chunk.
+pub fn prefill(
+    llama: &Llama,
+    attention: &mut dyn SequenceAttention,
+    ids: &[u32],
+    chunk_tokens: usize,
+    logits: Logits,
+) -> Result<Vec<f32>, ForwardError> {
+    let mut chunks = ids.chunks(chunk_tokens.max(1)).peekable();
+    let mut last = Vec::new();
+    while let Some(chunk) = chunks.next() {
+        let wanted = if chunks.peek().is_some() { Logits::None } else { logits };
+        last = llama.forward(chunk, attention, wanted)?;
+    }
+    Ok(last)
+}
+
+/// Continues a sequence: `prompt` follows what `attention` already holds, then tokens are generated. `on_text` gets
+/// the answer's pieces as they become certain; together they are [`Generated::text`].
+pub fn generate(
+    model: &LoadedModel,
+    attention: &mut dyn SequenceAttention,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generated, GenerateError> {
+    let mut sampler = Sampler::new(options.sampling)?;
+    if prompt.is_empty() {
+        return Err(GenerateError::EmptyPrompt);
+    }
+    let mut logits = prefill(&model.llama, attention, prompt, options.prefill_tokens, Logits::Last)?;
+    let mut stream = TextStream::default();
+    let mut answer = Answer::new(&options.stop);
+    let mut ids = Vec::new();
+    let finish = loop {
+        if ids.len() == options.max_tokens {
+            break Finish::MaxTokens;
+        }
+        let id = sampler.choose(&logits)?;
+        if model.config().eos_ids.contains(&id) {
+            break Finish::EndOfText;
+        }
+        ids.push(id);
+        if answer.push(&stream.push(model.tokenizer.token_bytes(id)), on_text) {
+            break Finish::Stop;
+        }
+        if ids.len() < options.max_tokens {
+            logits = model.llama.forward(&[id], attention, Logits::Last)?;
+        }
+    };
+    if finish != Finish::Stop {
+        answer.push(&stream.finish(), on_text);
+        answer.finish(on_text);
+    }
+    Ok(Generated { ids, text: answer.text, finish })
+}
+
+/// The text so far, of which the end is held back while it may be the beginning of a stop text.
+struct Answer<'a> {
+    stop: &'a [String],
+    text: String,
+    /// Bytes of `text` that were handed on.
+    told_bytes: usize,
+}
+
+impl<'a> Answer<'a> {
+    fn new(stop: &'a [String]) -> Self {
+        Answer { stop, text: String::new(), told_bytes: 0 }
+    }
+
+    /// Takes more text. True when a stop text appeared: then the text ends before it.
+    fn push(&mut self, piece: &str, on_text: &mut dyn FnMut(&str)) -> bool {
+        self.text.push_str(piece);
+        let texts = || self.stop.iter().filter(|stop| !stop.is_empty());
+        let found = texts().filter_map(|stop| self.text[self.told_bytes..].find(stop.as_str())).min();
+        if let Some(at) = found {
+            self.text.truncate(self.told_bytes + at);
+            self.finish(on_text);
+            return true;
+        }
+        let open = |from: &usize| {
+            let end = &self.text[*from..];
+            texts().any(|stop| stop.starts_with(end))
+        };
+        let boundaries = self.text[self.told_bytes..].char_indices().map(|(at, _)| self.told_bytes + at);
+        let certain = boundaries.clone().find(open).unwrap_or(self.text.len());
+        self.tell(certain, on_text);
+        false
+    }
+
+    /// No more text will come.
+    fn finish(&mut self, on_text: &mut dyn FnMut(&str)) {
+        self.tell(self.text.len(), on_text);
+    }
+
+    fn tell(&mut self, up_to_bytes: usize, on_text: &mut dyn FnMut(&str)) {
+        if up_to_bytes > self.told_bytes {
+            on_text(&self.text[self.told_bytes..up_to_bytes]);
+            self.told_bytes = up_to_bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is told after each piece; `!` where a stop text ended it.
+    fn told(stop: &[&str], pieces: &[&str]) -> Vec<String> {
+        let stop: Vec<String> = stop.iter().map(|text| text.to_string()).collect();
+        let mut answer = Answer::new(&stop);
+        let mut told = Vec::new();
+        for piece in pieces {
+            let mut text = String::new();
+            let stopped = answer.push(piece, &mut |piece| text.push_str(piece));
+            told.push(text + if stopped { "!" } else { "" });
+        }
+        told
+    }
+
+    #[test]
+    fn text_is_held_back_only_while_a_stop_text_may_follow() {
+        assert_eq!(told(&[], &["a", "b"]), ["a", "b"]);
+        assert_eq!(told(&["\n\n"], &["a\n", "b", "c\n", "\nd"]), ["a", "\nb", "c", "!"]);
+        assert_eq!(told(&["END", "ENO"], &["xE", "N", "X"]), ["x", "", "ENX"]);
+        assert_eq!(told(&["END", "ENO"], &["xE", "NO", ""]), ["x", "!", ""]);
+        assert_eq!(told(&["aab"], &["a", "a", "a", "b"]), ["", "", "a", "!"]);
+        assert_eq!(told(&["é!"], &["né", "e"]), ["n", "ée"]);
+        assert_eq!(told(&[""], &["a"]), ["a"], "an empty stop text stops nothing");
+    }
+}

@@ -1,0 +1,227 @@
+//! `config.json` of a Hugging Face model folder.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::config::{ModelConfig, RopeScaling};
+use super::error::LoadError;
+
+/// The fields that a forward pass depends on. What is absent has the default of the reference implementation.
+#[derive(Deserialize)]
+struct ConfigJson {
+    model_type: String,
+    num_hidden_layers: u32,
+    num_attention_heads: u32,
+    num_key_value_heads: Option<u32>,
+    head_dim: Option<u32>,
+    hidden_size: usize,
+    intermediate_size: usize,
+    vocab_size: usize,
+    max_position_embeddings: u32,
+    rms_norm_eps: f32,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RopeJson>,
+    /// Newer files put base and scaling here.
+    rope_parameters: Option<RopeJson>,
+    partial_rotary_factor: Option<f64>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    hidden_act: Option<String>,
+    sliding_window: Option<u32>,
+    eos_token_id: Option<OneOrMany>,
+}
+
+#[derive(Deserialize)]
+struct RopeJson {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct GenerationJson {
+    eos_token_id: Option<OneOrMany>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+/// Reads `config.json` of `folder`, and the ends of text in `generation_config.json` where there is one.
+pub(super) fn read_config(folder: &Path) -> Result<ModelConfig, LoadError> {
+    let path = folder.join("config.json");
+    let json: ConfigJson = read_json(&path)?;
+    refuse_other_architectures(&path, &json)?;
+
+    let heads = json.num_attention_heads;
+    let head_dim = match json.head_dim {
+        Some(head_dim) => head_dim,
+        None => (json.hidden_size / heads.max(1) as usize) as u32,
+    };
+    let scaling = json.rope_parameters.as_ref().or(json.rope_scaling.as_ref());
+    let base = json.rope_theta.or(scaling.and_then(|rope| rope.rope_theta)).unwrap_or(10_000.0);
+    // Pairs turn, so an odd share of the head leaves its last dimension still.
+    let rotary_dims = (head_dim as f64 * json.partial_rotary_factor.unwrap_or(1.0)) as usize / 2 * 2;
+
+    let mut eos_ids = ids(json.eos_token_id);
+    let generation = folder.join("generation_config.json");
+    if generation.exists() {
+        eos_ids.extend(ids(read_json::<GenerationJson>(&generation)?.eos_token_id));
+    }
+    eos_ids.sort_unstable();
+    eos_ids.dedup();
+
+    let config = ModelConfig {
+        layers: json.num_hidden_layers,
+        query_heads: heads,
+        kv_heads: json.num_key_value_heads.unwrap_or(heads),
+        head_dim,
+        hidden: json.hidden_size,
+        ffn: json.intermediate_size,
+        vocab: json.vocab_size,
+        context_tokens: json.max_position_embeddings,
+        norm_epsilon: json.rms_norm_eps,
+        rope: scaling.map_or(Ok(RopeScaling::None), |rope| rope.scaling(&path))?.rope(base, rotary_dims),
+        tied_output: json.tie_word_embeddings,
+        eos_ids,
+    };
+    config.check().map_err(|source| LoadError::Shape { path, source })?;
+    Ok(config)
+}
+
+fn refuse_other_architectures(path: &Path, json: &ConfigJson) -> Result<(), LoadError> {
+    let refuse = |key: &str, expected: &str, found: String| {
+        Err(LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found })
+    };
+    if !matches!(json.model_type.as_str(), "llama" | "mistral") {
+        return refuse("model_type", "llama or mistral", json.model_type.clone());
+    }
+    if let Some(other) = json.hidden_act.as_ref().filter(|name| *name != "silu") {
+        return refuse("hidden_act", "silu", other.clone());
+    }
+    if json.attention_bias || json.mlp_bias {
+        return refuse("attention_bias, mlp_bias", "false", "true".into());
+    }
+    if let Some(window) = json.sliding_window {
+        return refuse("sliding_window", "null", window.to_string());
+    }
+    if json.num_attention_heads == 0 {
+        return refuse("num_attention_heads", "at least 1", "0".into());
+    }
+    Ok(())
+}
+
+impl RopeJson {
+    fn scaling(&self, path: &Path) -> Result<RopeScaling, LoadError> {
+        let need = |field: &str, value: Option<f64>| {
+            let key = format!("rope scaling's {field}");
+            match value {
+                None => Err(LoadError::MissingKey { path: path.into(), key }),
+                Some(value) if value > 0.0 => Ok(value),
+                Some(value) => Err(LoadError::Unsupported {
+                    path: path.into(),
+                    key,
+                    expected: "a positive number".into(),
+                    found: value.to_string(),
+                }),
+            }
+        };
+        match self.rope_type.as_deref() {
+            None | Some("default") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear { factor: need("factor", self.factor)? }),
+            Some("llama3") => Ok(RopeScaling::Llama3 {
+                factor: need("factor", self.factor)?,
+                low_freq_factor: need("low_freq_factor", self.low_freq_factor)?,
+                high_freq_factor: need("high_freq_factor", self.high_freq_factor)?,
+                original_context_tokens: need(
+                    "original_max_position_embeddings",
+                    self.original_max_position_embeddings,
+                )?,
+            }),
+            Some(other) => Err(LoadError::Unsupported {
+                path: path.into(),
+                key: "rope_type".into(),
+                expected: "default, linear or llama3".into(),
+                found: other.into(),
+            }),
+        }
+    }
+}
+
+fn ids(ids: Option<OneOrMany>) -> Vec<u32> {
+    match ids {
+        None => Vec::new(),
+        Some(OneOrMany::One(id)) => vec![id],
+        Some(OneOrMany::Many(ids)) => ids,
+    }
+}
+
+/// Reads and parses one JSON file.
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &PathBuf) -> Result<T, LoadError> {
+    let bytes = std::fs::read(path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
+    serde_json::from_slice(&bytes).map_err(|error| LoadError::Damaged { path: path.clone(), detail: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LLAMA: &str = r#"{"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 100,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 5000, "eos_token_id": [7, 3]"#;
+
+    fn read(more: &str) -> Result<ModelConfig, LoadError> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), format!("{LLAMA}{more}}}")).unwrap();
+        read_config(folder.path())
+    }
+
+    #[test]
+    fn a_plain_config_is_read() {
+        let config = read("").unwrap();
+        assert_eq!((config.head_dim, config.kv_heads, config.context_tokens), (8, 2, 128));
+        assert_eq!(config.rope, crate::shape::Rope::from_base(5000.0, 8));
+        assert_eq!(config.eos_ids, [3, 7]);
+        assert!(!config.tied_output);
+    }
+
+    #[test]
+    fn rotation_variants_change_the_frequencies() {
+        let partial = read(r#", "partial_rotary_factor": 0.5"#).unwrap();
+        assert_eq!(partial.rope, crate::shape::Rope::from_base(5000.0, 4));
+        let linear = read(r#", "rope_scaling": {"type": "linear", "factor": 2.0}"#).unwrap();
+        assert_eq!(linear.rope.frequencies[0], 0.5);
+        let newer = read(
+            r#", "rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
+            "high_freq_factor": 4, "original_max_position_embeddings": 64}"#,
+        )
+        .unwrap();
+        assert_ne!(newer.rope, crate::shape::Rope::from_base(5000.0, 8));
+    }
+
+    #[test]
+    fn what_cannot_be_computed_faithfully_is_refused_by_key() {
+        let key = |more: &str| match read(more).unwrap_err() {
+            LoadError::Unsupported { key, .. } | LoadError::MissingKey { key, .. } => key,
+            other => other.to_string(),
+        };
+        assert_eq!(key(r#", "attention_bias": true"#), "attention_bias, mlp_bias");
+        assert_eq!(key(r#", "hidden_act": "gelu""#), "hidden_act");
+        assert_eq!(key(r#", "sliding_window": 4096"#), "sliding_window");
+        assert_eq!(key(r#", "rope_scaling": {"rope_type": "yarn", "factor": 2}"#), "rope_type");
+        assert_eq!(key(r#", "rope_scaling": {"rope_type": "linear"}"#), "rope scaling's factor");
+        assert!(key(r#", "head_dim": 100000"#).contains("head_dim"));
+    }
+}

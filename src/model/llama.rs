@@ -1,0 +1,229 @@
+//! The forward pass of a Llama-family decoder in f32. Attention is somebody else's: this hands over `q`, `k`, `v`
+//! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::config::ModelConfig;
+use super::error::{ForwardError, LoadError};
+use super::kernels::{Write, multiply, rms_norm, swiglu, take_columns};
+use super::weights::{LayerTensor, Matrix, TensorName, TensorSource};
+use crate::attention::SequenceAttention;
+
+/// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
+pub struct Llama {
+    config: ModelConfig,
+    /// `(vocab, hidden)`
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    /// `(hidden)`
+    norm: Matrix,
+    /// `(vocab, hidden)`; none when it is the embedding.
+    output: Option<Matrix>,
+}
+
+struct Layer {
+    /// `(hidden)`
+    attention_norm: Matrix,
+    /// `(Hq * D + 2 * Hkv * D, hidden)`: q, k and v in one product.
+    qkv: Matrix,
+    /// `(hidden, Hq * D)`
+    attention_output: Matrix,
+    /// `(hidden)`
+    ffn_norm: Matrix,
+    /// `(2 * ffn, hidden)`: gate and up in one product.
+    gate_up: Matrix,
+    /// `(hidden, ffn)`
+    down: Matrix,
+}
+
+/// Of which tokens the logits are wanted. The output matrix is the largest of a small model: ask for no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// Only what attention keeps of the tokens.
+    None,
+    Last,
+    All,
+}
+
+/// Memory of one forward pass, taken once for all layers.
+struct Scratch {
+    /// `(T, hidden)`
+    normed: Vec<f32>,
+    /// `(T, Hq * D + 2 * Hkv * D)`
+    qkv: Vec<f32>,
+    /// `(T, Hq, D)`
+    q: Vec<f32>,
+    /// `(T, Hkv, D)`
+    k: Vec<f32>,
+    /// `(T, Hkv, D)`
+    v: Vec<f32>,
+    /// `(T, 2 * ffn)`
+    gate_up: Vec<f32>,
+    /// `(T, ffn)`
+    gated: Vec<f32>,
+}
+
+impl Llama {
+    /// Reads all weights, layers in parallel.
+    pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
+        let read = |name, shape: &[usize]| source.read(name, shape);
+        let embedding = [read(TensorName::Embedding, &[config.vocab, config.hidden])?];
+        let norm = [read(TensorName::OutputNorm, &[config.hidden])?];
+        let output = match config.tied_output {
+            true => None,
+            false => Some(stack(&[read(TensorName::Output, &[config.vocab, config.hidden])?])),
+        };
+        let layers = (0..config.layers)
+            .into_par_iter()
+            .map(|layer| Layer::load(&config, layer, source))
+            .collect::<Result<_, _>>()?;
+        Ok(Llama { embedding: stack(&embedding), norm: stack(&norm), output, layers, config })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Runs the next tokens of a sequence through all layers. Returns the logits asked for: `(0)`, `(1, vocab)` or
+    /// `(T, vocab)`. Chunks of a few hundred tokens are near full speed; memory grows with T.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        attention: &mut dyn SequenceAttention,
+        logits: Logits,
+    ) -> Result<Vec<f32>, ForwardError> {
+        self.forward_embedded(self.embed(ids)?, attention, logits)
+    }
+
+    /// The embeddings `(T, hidden)` of tokens.
+    pub fn embed(&self, ids: &[u32]) -> Result<Vec<f32>, ForwardError> {
+        let (vocab, hidden) = (self.config.vocab, self.config.hidden);
+        let mut x = Vec::with_capacity(ids.len() * hidden);
+        self.embedding.with(|embedding| {
+            for &id in ids {
+                let row = embedding.chunks_exact(hidden).nth(id as usize);
+                x.extend_from_slice(row.ok_or(ForwardError::UnknownToken { id, vocab })?);
+            }
+            Ok(x)
+        })
+    }
+
+    /// [`Llama::forward`] from embeddings `x (T, hidden)`.
+    pub fn forward_embedded(
+        &self,
+        mut x: Vec<f32>,
+        attention: &mut dyn SequenceAttention,
+        logits: Logits,
+    ) -> Result<Vec<f32>, ForwardError> {
+        let hidden = self.config.hidden;
+        if !x.len().is_multiple_of(hidden) {
+            return Err(ForwardError::EmbeddingLength { hidden, found: x.len() });
+        }
+        let tokens = x.len() / hidden;
+        let wanted = match logits {
+            Logits::None => 0,
+            Logits::Last => tokens.min(1),
+            Logits::All => tokens,
+        };
+        if tokens == 0 {
+            return Ok(Vec::new());
+        }
+        let mut scratch = Scratch::new(&self.config, tokens);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut attended = self.attend(index, &x, attention, &mut scratch)?;
+            if index + 1 == self.layers.len() {
+                // Past the last attention a token serves its own logits only.
+                x.drain(..(tokens - wanted) * hidden);
+                attended.drain(..(tokens - wanted) * self.config.query_width());
+            }
+            multiply(&attended, &layer.attention_output, &mut x, Write::Add);
+            self.feed_forward(layer, &mut x, &mut scratch);
+        }
+        let normed = &mut scratch.normed[..x.len()];
+        rms_norm(&x, &self.norm, self.config.norm_epsilon, normed);
+        let mut out = vec![0.0; wanted * self.config.vocab];
+        multiply(normed, self.output.as_ref().unwrap_or(&self.embedding), &mut out, Write::Replace);
+        Ok(out)
+    }
+
+    /// Attention of one layer for `x (T, hidden)`: `(T, Hq, D)`, before the output matrix.
+    fn attend(
+        &self,
+        index: usize,
+        x: &[f32],
+        attention: &mut dyn SequenceAttention,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>, ForwardError> {
+        let (layer, config) = (&self.layers[index], &self.config);
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        let columns = query_width + 2 * kv_width;
+        let Scratch { normed, qkv, q, k, v, .. } = scratch;
+        rms_norm(x, &layer.attention_norm, config.norm_epsilon, normed);
+        multiply(normed, &layer.qkv, qkv, Write::Replace);
+        take_columns(qkv, columns, 0, q);
+        take_columns(qkv, columns, query_width, k);
+        take_columns(qkv, columns, query_width + kv_width, v);
+        let attended = attention
+            .attend(index, x.len() / config.hidden, q, k, v)
+            .map_err(|source| ForwardError::Attention { layer: index, source })?;
+        if attended.len() != q.len() {
+            return Err(ForwardError::AttendedLength { layer: index, expected: q.len(), found: attended.len() });
+        }
+        Ok(attended)
+    }
+
+    /// Adds the feed-forward network's output to `x (T, hidden)`.
+    fn feed_forward(&self, layer: &Layer, x: &mut [f32], scratch: &mut Scratch) {
+        let (hidden, ffn) = (self.config.hidden, self.config.ffn);
+        let tokens = x.len() / hidden;
+        let normed = &mut scratch.normed[..tokens * hidden];
+        let gate_up = &mut scratch.gate_up[..tokens * 2 * ffn];
+        let gated = &mut scratch.gated[..tokens * ffn];
+        rms_norm(x, &layer.ffn_norm, self.config.norm_epsilon, normed);
+        multiply(normed, &layer.gate_up, gate_up, Write::Replace);
+        swiglu(gate_up, ffn, gated);
+        multiply(gated, &layer.down, x, Write::Add);
+    }
+}
+
+impl Layer {
+    fn load(config: &ModelConfig, layer: u32, source: &dyn TensorSource) -> Result<Self, LoadError> {
+        use LayerTensor::*;
+        let (hidden, ffn) = (config.hidden, config.ffn);
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        let read = |tensor, shape: &[usize]| source.read(TensorName::Layer(layer, tensor), shape);
+        Ok(Layer {
+            attention_norm: stack(&[read(AttentionNorm, &[hidden])?]),
+            qkv: stack(&[
+                read(Query, &[query_width, hidden])?,
+                read(Key, &[kv_width, hidden])?,
+                read(Value, &[kv_width, hidden])?,
+            ]),
+            attention_output: stack(&[read(AttentionOutput, &[hidden, query_width])?]),
+            ffn_norm: stack(&[read(FfnNorm, &[hidden])?]),
+            gate_up: stack(&[read(Gate, &[ffn, hidden])?, read(Up, &[ffn, hidden])?]),
+            down: stack(&[read(Down, &[hidden, ffn])?]),
+        })
+    }
+}
+
+fn stack(parts: &[Tensor]) -> Matrix {
+    Matrix::stack(parts).expect("a source gives f32 tensors of the shapes it was asked for")
+}
+
+impl Scratch {
+    fn new(config: &ModelConfig, tokens: usize) -> Self {
+        let numbers = |width: usize| vec![0.0; tokens * width];
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        Scratch {
+            normed: numbers(config.hidden),
+            qkv: numbers(query_width + 2 * kv_width),
+            q: numbers(query_width),
+            k: numbers(kv_width),
+            v: numbers(kv_width),
+            gate_up: numbers(2 * config.ffn),
+            gated: numbers(config.ffn),
+        }
+    }
+}
