@@ -115,9 +115,9 @@ impl CliError {
             | CliError::Load(_)
             | CliError::ReadText { .. }
             | CliError::NotUtf8 { .. }
-            | CliError::Serve(_) | CliError::NotConfirmed { .. } | CliError::Io { .. } => {
-                Exit::Failure
-            }
+            | CliError::Serve(_)
+            | CliError::NotConfirmed { .. }
+            | CliError::Io { .. } => Exit::Failure,
         }
     }
 

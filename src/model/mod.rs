@@ -4,7 +4,7 @@
 //! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; this module knows
 //! nothing of windows, blocks or memories.
 //!
-//! In reading order: [`LoadedModel`], `pull` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
+//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
 //! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
 //! `generate`.
 

@@ -1,50 +1,89 @@
-//! Which models were fetched before.
+//! Which models were fetched to this machine.
 
 use std::path::{Path, PathBuf};
 
 use super::cache::models_folder;
 use super::error::PullError;
-use super::pull::{hub_folder, resolve, SMOLLM2};
+use super::pull::{SMOLLM2, hub_folder, resolve};
 
-/// A model in the cache folder.
+/// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PulledModel {
-    /// What `--model` takes.
+    /// What [`resolve`] takes.
     pub name: String,
-    /// A GGUF file or a safetensors folder.
+    /// A `.gguf` file or a safetensors folder.
     pub path: PathBuf,
+    /// Of the file, or of all files in the folder.
     pub size_bytes: u64,
 }
 
 impl PulledModel {
-    /// The model that is known as `name` and lies at `path`.
+    /// Measures the model called `name` at `path`.
     pub fn at(name: &str, path: PathBuf) -> Result<Self, PullError> {
-        let size_bytes = size_bytes(&path).map_err(|source| PullError::Io { path: path.clone(), source })?;
+        let size_bytes = size_of(&path)?;
         Ok(PulledModel { name: name.into(), path, size_bytes })
     }
 }
 
-/// Every model in the cache folder, by name. A repository of the hub is listed once, as the folder of its files.
+/// All models that [`pull`](super::pull()) fetched, by name.
 pub fn pulled() -> Result<Vec<PulledModel>, PullError> {
     let mut names = vec![SMOLLM2.name.to_string()];
     let hub = hub_folder(&models_folder()?);
-    // The hub's cache has one folder per repository: models--ORG--REPO.
-    for entry in std::fs::read_dir(&hub).into_iter().flatten().flatten() {
-        let folder = entry.file_name().to_string_lossy().into_owned();
-        if let Some((organisation, repo)) = folder.strip_prefix("models--").and_then(|name| name.split_once("--")) {
-            names.push(format!("hf:{organisation}/{repo}"));
+    for folder in entries(&hub)? {
+        if let Some((organisation, name)) = repository(&folder) {
+            let repository = format!("hf:{organisation}/{name}");
+            for snapshot in entries(&folder.join("snapshots"))? {
+                let files =
+                    entries(&snapshot)?.into_iter().filter(|file| file.extension().is_some_and(|e| e == "gguf"));
+                names.extend(files.filter_map(|file| Some(format!("{repository}/{}", file.file_name()?.to_str()?))));
+            }
+            names.push(repository);
         }
     }
     names.sort();
-    let here = names.into_iter().filter_map(|name| resolve(&name).ok().map(|path| PulledModel::at(&name, path)));
-    here.collect()
+    names.dedup();
+    // What cannot be resolved was never fetched whole.
+    let whole = names.iter().filter_map(|name| resolve(name).ok().map(|path| PulledModel::at(name, path)));
+    whole.collect()
 }
 
-/// Of a file, or of all files in a folder; links are followed.
-fn size_bytes(path: &Path) -> std::io::Result<u64> {
-    let metadata = std::fs::metadata(path)?;
-    if !metadata.is_dir() {
-        return Ok(metadata.len());
+/// `(ORG, REPO)` of a folder `models--ORG--REPO`, as the hub's cache names them.
+fn repository(folder: &Path) -> Option<(&str, &str)> {
+    folder.file_name()?.to_str()?.strip_prefix("models--")?.split_once("--")
+}
+
+/// What a folder holds; nothing where it does not exist.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, PullError> {
+    let failed = |source| PullError::Io { path: folder.into(), source };
+    match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(failed(error)),
+        Ok(found) => found.map(|entry| entry.map(|entry| entry.path()).map_err(failed)).collect(),
     }
-    std::fs::read_dir(path)?.map(|entry| Ok(std::fs::metadata(entry?.path())?.len())).sum()
+}
+
+fn size_of(path: &Path) -> Result<u64, PullError> {
+    let failed = |source| PullError::Io { path: path.into(), source };
+    let metadata = path.metadata().map_err(failed)?;
+    if metadata.is_dir() {
+        return entries(path)?.iter().map(|entry| size_of(entry)).sum();
+    }
+    Ok(metadata.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_add_up_and_repositories_are_told_by_their_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(entries(&folder.path().join("absent")).unwrap(), Vec::<PathBuf>::new());
+        std::fs::write(folder.path().join("model.safetensors"), [0; 10]).unwrap();
+        std::fs::create_dir(folder.path().join("more")).unwrap();
+        std::fs::write(folder.path().join("more").join("config.json"), [0; 5]).unwrap();
+        assert_eq!(PulledModel::at("m", folder.path().into()).unwrap().size_bytes, 15);
+        assert_eq!(repository(Path::new("hub/models--org--a--b")), Some(("org", "a--b")));
+        assert_eq!(repository(Path::new("hub/version.txt")), None);
+    }
 }
