@@ -34,7 +34,7 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.lookup(&requests::lookup(5000, Granularity::Token))),
         format!("{:?}", memory.blocks(&all)),
         format!("{:?}", memory.blocks(&BlockRange { blocks: 1..1025, ..all.clone() })),
-        format!("{:?}", memory.blocks(&BlockRange { blocks: 7..3, ..all.clone() })),
+        format!("{:?}", memory.blocks(&BlockRange { blocks: std::ops::Range { start: 7, end: 3 }, ..all.clone() })),
         format!("{:?}", memory.blocks(&BlockRange { document: UNKNOWN, blocks: 0..0 })),
         format!("{:?}", memory.delete(document)),
         format!("{:?}", memory.stats()),
