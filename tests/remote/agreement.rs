@@ -30,9 +30,11 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.append(requests::append(UNKNOWN, 0..1))),
         format!("{:?}", memory.seal(document)),
         format!("{:?}", memory.attend(&requests::attend(5))),
+        format!("{:?}", memory.attend(&requests::attend(5000))),
+        format!("{:?}", memory.lookup(&requests::lookup(5000, Granularity::Token))),
         format!("{:?}", memory.blocks(&all)),
         format!("{:?}", memory.blocks(&BlockRange { blocks: 1..1025, ..all.clone() })),
-        format!("{:?}", memory.blocks(&BlockRange { blocks: 7..3, ..all.clone() })),
+        format!("{:?}", memory.blocks(&BlockRange { blocks: std::ops::Range { start: 7, end: 3 }, ..all.clone() })),
         format!("{:?}", memory.blocks(&BlockRange { document: UNKNOWN, blocks: 0..0 })),
         format!("{:?}", memory.delete(document)),
         format!("{:?}", memory.stats()),
@@ -106,9 +108,10 @@ fn every_error_survives_calls_and_streams_alike() {
         MemoryError::Unavailable { target: text(), detail: text() },
         MemoryError::Internal { detail: text() },
     ] {
-        let calls: [&dyn Fn() -> Option<MemoryError>; 7] = [
+        let calls: [&dyn Fn() -> Option<MemoryError>; 8] = [
             &|| remote.document(document).err(),
             &|| remote.attend(&requests::attend(1)).err(),
+            &|| remote.attend(&requests::attend(600)).err(),
             &|| remote.append(requests::append(document, 0..1)).err(),
             &|| remote.fetch(&FetchRequest { document, blocks: vec![0, 1], dtype: DType::F16 }).err(),
             &|| remote.blocks(&BlockRange { document, blocks: 0..9 }).err(),

@@ -150,11 +150,16 @@ async fn a_stream_of_attends_answers_each_by_its_id_and_outlives_a_refusal() {
     use v1::attend_stream_reply::Outcome;
     let memory = Arc::new(Double::default());
     let service = Service::start(&memory);
-    let good = |id: u64| v1::AttendStreamRequest { id, request: Some((&requests::attend(id as u32)).into()) };
+    let good =
+        |id: u64| v1::AttendStreamRequest { id, request: Some((&requests::attend(id as u32)).into()), timeout_ms: 0 };
     let requests: Vec<_> = (1..200)
         .map(|id| match id % 10 {
-            0 => v1::AttendStreamRequest { id, request: None },
-            5 => v1::AttendStreamRequest { id, request: Some(v1::AttendRequest { lookup: None, ..attend() }) },
+            0 => v1::AttendStreamRequest { id, request: None, timeout_ms: 9 },
+            5 => v1::AttendStreamRequest {
+                id,
+                request: Some(v1::AttendRequest { lookup: None, ..attend() }),
+                timeout_ms: 0,
+            },
             _ => good(id),
         })
         .collect();
@@ -183,7 +188,7 @@ async fn a_stream_of_lookups_answers_too() {
     use v1::lookup_stream_reply::Outcome;
     let memory = Arc::new(Double::default());
     let service = Service::start(&memory);
-    let requests = [v1::LookupStreamRequest { id: 7, request: Some(lookup()) }];
+    let requests = [v1::LookupStreamRequest { id: 7, request: Some(lookup()), timeout_ms: u64::MAX }];
     let mut replies = service.raw().await.lookup_stream(tokio_stream::iter(requests)).await.unwrap().into_inner();
     let expected = memory.lookup(&requests::lookup(1, Granularity::Head)).unwrap();
     let reply = replies.message().await.unwrap().unwrap();

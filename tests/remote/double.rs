@@ -15,28 +15,28 @@ use rand_chacha::ChaCha8Rng;
 use crate::requests;
 
 /// The document that every double lacks.
-pub const UNKNOWN: DocumentId = DocumentId(404);
+pub(crate) const UNKNOWN: DocumentId = DocumentId(404);
 
 /// Full blocks of every document, before its tail.
-pub const FULL_BLOCKS: u32 = 2500;
+pub(crate) const FULL_BLOCKS: u32 = 2500;
 
 #[derive(Default)]
-pub struct Double {
+pub(crate) struct Double {
     /// Method and request of every call that was begun.
-    pub calls: Mutex<Vec<String>>,
+    pub(crate) calls: Mutex<Vec<String>>,
     /// What the next calls fail with, the last first; `None` lets one pass.
-    pub failures: Mutex<Vec<Option<MemoryError>>>,
+    pub(crate) failures: Mutex<Vec<Option<MemoryError>>>,
     /// How long every call takes.
-    pub delay: Mutex<Duration>,
-    pub finished: AtomicU32,
+    pub(crate) delay: Mutex<Duration>,
+    pub(crate) finished: AtomicU32,
 }
 
 impl Double {
-    pub fn calls(&self) -> Vec<String> {
+    pub(crate) fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap().clone()
     }
 
-    pub fn fail_with(&self, failures: impl IntoIterator<Item = Option<MemoryError>>) {
+    pub(crate) fn fail_with(&self, failures: impl IntoIterator<Item = Option<MemoryError>>) {
         let mut failures: Vec<_> = failures.into_iter().collect();
         failures.reverse();
         *self.failures.lock().unwrap() = failures;

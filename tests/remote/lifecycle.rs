@@ -38,7 +38,10 @@ fn a_caller_gets_its_deadline_and_work_past_it_is_not_started() {
         let slow = scope.spawn(|| patient.stats());
         wait_for_calls(&memory, 1);
         let begun = Instant::now();
-        assert_eq!(impatient.document(DocumentId(1)), Err(MemoryError::DeadlineExceeded { ms: 1 }));
+        let late = MemoryError::DeadlineExceeded { ms: 1 };
+        assert_eq!(impatient.document(DocumentId(1)), Err(late.clone()));
+        assert_eq!(impatient.attend(&requests::attend(1)), Err(late.clone()), "over the long stream");
+        assert_eq!(impatient.attend(&requests::attend(5000)), Err(late), "as a call of its own");
         assert!(begun.elapsed() < Duration::from_millis(300), "not after the work but at the deadline");
         assert!(slow.join().unwrap().is_ok());
     });

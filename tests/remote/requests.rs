@@ -4,7 +4,7 @@ use landmarkdb::api::*;
 use landmarkdb::shape::*;
 use landmarkdb::types::*;
 
-pub fn spec() -> CollectionSpec {
+pub(crate) fn spec() -> CollectionSpec {
     CollectionSpec {
         name: "bücher".into(),
         shape: ModelShape {
@@ -26,7 +26,7 @@ pub fn spec() -> CollectionSpec {
 }
 
 /// `tokens` query tokens of 4 heads of 8.
-pub fn lookup(tokens: u32, granularity: Granularity) -> LookupRequest {
+pub(crate) fn lookup(tokens: u32, granularity: Granularity) -> LookupRequest {
     LookupRequest {
         collection: CollectionId(3),
         layer: 1,
@@ -42,12 +42,12 @@ pub fn lookup(tokens: u32, granularity: Granularity) -> LookupRequest {
     }
 }
 
-pub fn attend(tokens: u32) -> AttendRequest {
+pub(crate) fn attend(tokens: u32) -> AttendRequest {
     AttendRequest { lookup: lookup(tokens, Granularity::TokenHead), normalisation: Normalisation::Grouped }
 }
 
 /// A full block at `index`.
-pub fn block(index: u32) -> NewBlock {
+pub(crate) fn block(index: u32) -> NewBlock {
     let numbers: Vec<f32> = (0..2 * 2 * 4 * 8).map(|i| (i as f32 + index as f32).cos()).collect();
     let k = Tensor::from_f32(vec![2, 2, 4, 8], &numbers);
     let v = Tensor { dtype: DType::BF16, shape: k.shape.clone(), data: k.data.slice(..k.data.len() / 2) };
@@ -55,6 +55,6 @@ pub fn block(index: u32) -> NewBlock {
     NewBlock { index, token_ids: vec![1, 0, u32::MAX, 7], text, k, v }
 }
 
-pub fn append(document: DocumentId, indices: std::ops::Range<u32>) -> AppendRequest {
+pub(crate) fn append(document: DocumentId, indices: std::ops::Range<u32>) -> AppendRequest {
     AppendRequest { document, blocks: indices.map(block).collect() }
 }

@@ -13,20 +13,20 @@ use tonic::transport::Channel;
 
 use crate::double::Double;
 
-pub struct Service {
+pub(crate) struct Service {
     /// `http://127.0.0.1:port`
-    pub target: String,
+    pub(crate) target: String,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<(), ServeError>>>,
 }
 
 impl Service {
-    pub fn start(memory: &Arc<Double>) -> Self {
+    pub(crate) fn start(memory: &Arc<Double>) -> Self {
         Service::start_with(memory, None, ServeOptions::default())
     }
 
     /// Listens on a free TCP port and, if given, on a socket.
-    pub fn start_with(memory: &Arc<Double>, unix: Option<&Path>, options: ServeOptions) -> Self {
+    pub(crate) fn start_with(memory: &Arc<Double>, unix: Option<&Path>, options: ServeOptions) -> Self {
         let memory = memory.clone();
         let listen =
             ListenOptions { tcp: Some(([127, 0, 0, 1], 0).into()), unix: unix.map(Into::into), allow_remote: false };
@@ -46,26 +46,26 @@ impl Service {
         Service { target: format!("http://{}", address.recv().unwrap()), stop: Some(stop), thread: Some(thread) }
     }
 
-    pub fn connect(&self) -> RemoteMemory {
+    pub(crate) fn connect(&self) -> RemoteMemory {
         RemoteMemory::connect(&self.target, ClientOptions::default()).unwrap()
     }
 
-    pub fn connect_with(&self, options: ClientOptions) -> RemoteMemory {
+    pub(crate) fn connect_with(&self, options: ClientOptions) -> RemoteMemory {
         RemoteMemory::connect(&self.target, options).unwrap()
     }
 
     /// The generated client, which sends whatever it is given.
-    pub async fn raw(&self) -> BlockMemoryClient<Channel> {
+    pub(crate) async fn raw(&self) -> BlockMemoryClient<Channel> {
         BlockMemoryClient::connect(self.target.clone()).await.unwrap().max_encoding_message_size(usize::MAX)
     }
 
     /// Asks the service to stop, and returns at once.
-    pub fn ask_to_stop(&mut self) {
+    pub(crate) fn ask_to_stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
 
     /// Waits for the end after `ask_to_stop`.
-    pub fn join(&mut self) {
+    pub(crate) fn join(&mut self) {
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 }
@@ -82,6 +82,6 @@ impl Drop for Service {
 }
 
 /// Options under which nothing takes long.
-pub fn hasty() -> ClientOptions {
+pub(crate) fn hasty() -> ClientOptions {
     ClientOptions { attempts: 3, backoff: Duration::from_millis(5), ..ClientOptions::default() }
 }
