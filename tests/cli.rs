@@ -27,6 +27,9 @@ fn what_makes_no_sense_is_a_usage_error() {
     assert!(error.starts_with("error: the command line: "), "{error}");
     let error = sandbox.run(&["serve", "--connect", "unix:s"]).exits(2).stderr;
     assert!(error.contains("--data DIR"), "{error}");
+    sandbox.run(&["ls", "--connect", "ftp://host"]).exits(2);
+    let error = sandbox.run(&["serve", "--data", "d", "--listen", "0.0.0.0:0"]).exits(2).stderr;
+    assert!(error.contains("--allow-remote"), "{error}");
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(super) enum CliError {
     NoDataDirectory { path: PathBuf },
     #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
-    #[error(transparent)]
+    #[error("{0}{hint}", hint = listen_hint(.0))]
     Listen(#[from] ListenError),
     #[error("{faults} faults in stored data: restore the damaged documents, or delete them and encode them again")]
     Faults { faults: usize },
@@ -127,9 +127,19 @@ impl CliError {
     }
 }
 
+/// What to type, where the server can only say what to do.
+fn listen_hint(error: &ListenError) -> &'static str {
+    match error {
+        ListenError::NotLoopback { .. } => " (--allow-remote allows it)",
+        _ => "",
+    }
+}
+
 fn memory_exit(error: &MemoryError) -> Exit {
     match error {
         MemoryError::NotFound { .. } => Exit::NotFound,
+        // The client's name for what `--connect` was given.
+        MemoryError::Invalid { field, .. } if field == "target" => Exit::Usage,
         MemoryError::Locked { .. } | MemoryError::Unavailable { .. } | MemoryError::DeadlineExceeded { .. } => {
             Exit::Unavailable
         }

@@ -10,51 +10,51 @@ use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::types::{DType, KeyRule};
 
 /// The text of every document that tests write: one byte a token, 4 tokens a block, a tail of 1.
-pub const TEXT: &str = "abcdefghi";
+pub(crate) const TEXT: &str = "abcdefghi";
 
 const BLOCK_TOKENS: usize = 4;
 const HEAD_DIM: usize = 8;
 
 /// Folders that no other test and no user shares.
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     home: tempfile::TempDir,
     variables: Vec<(String, String)>,
 }
 
 /// What one run answered.
-pub struct Answer {
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Answer {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
     code: Option<i32>,
     typed: String,
 }
 
 /// A service that is killed if a test fails.
-pub struct Service {
+pub(crate) struct Service {
     child: Child,
     /// What `--connect` takes.
-    pub listening: Vec<String>,
+    pub(crate) listening: Vec<String>,
 }
 
 impl Sandbox {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Sandbox { home: tempfile::tempdir().unwrap(), variables: Vec::new() }
     }
 
-    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn with_variable(mut self, name: &str, value: &str) -> Self {
         self.variables.push((name.into(), value.into()));
         self
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
-    pub fn make_folder(&self, name: &str) {
+    pub(crate) fn make_folder(&self, name: &str) {
         std::fs::create_dir(self.path(name)).unwrap();
     }
 
-    pub fn write_file(&self, name: &str, text: &str) {
+    pub(crate) fn write_file(&self, name: &str, text: &str) {
         std::fs::write(self.path(name), text).unwrap();
     }
 
@@ -67,7 +67,7 @@ impl Sandbox {
         command
     }
 
-    pub fn run(&self, args: &[&str]) -> Answer {
+    pub(crate) fn run(&self, args: &[&str]) -> Answer {
         let output = self.command(args).output().unwrap();
         Answer {
             stdout: String::from_utf8(output.stdout).unwrap(),
@@ -78,14 +78,14 @@ impl Sandbox {
     }
 
     /// Runs with a standard output whose reader has left already; gives the exit code.
-    pub fn run_with_closed_stdout(&self, args: &[&str]) -> Option<i32> {
+    pub(crate) fn run_with_closed_stdout(&self, args: &[&str]) -> Option<i32> {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         self.command(args).stdout(writer).status().unwrap().code()
     }
 
     /// Writes a document of [`TEXT`] into a data directory and gives its id.
-    pub fn write_document(&self, data: &str, collection: &str, name: &str) -> u64 {
+    pub(crate) fn write_document(&self, data: &str, collection: &str, name: &str) -> u64 {
         let memory = LocalMemory::open(&self.path(data)).unwrap();
         let collection = memory.open_collection(&spec(collection)).unwrap();
         let document = memory.open_document(collection.id, name).unwrap();
@@ -95,7 +95,7 @@ impl Sandbox {
     }
 
     /// Flips one bit of the first block's text in the segment file.
-    pub fn damage_text(&self, data: &str) {
+    pub(crate) fn damage_text(&self, data: &str) {
         let folder = self.path(data).join("segments");
         let path = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
         let mut bytes = std::fs::read(&path).unwrap();
@@ -108,20 +108,20 @@ impl Sandbox {
 
 impl Answer {
     #[track_caller]
-    pub fn exits(self, code: i32) -> Self {
+    pub(crate) fn exits(self, code: i32) -> Self {
         let Answer { stdout, stderr, typed, .. } = &self;
         assert_eq!(self.code, Some(code), "landmarkdb {typed}\n--- stdout\n{stdout}\n--- stderr\n{stderr}");
         self
     }
 
     #[track_caller]
-    pub fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {:?}", self.stdout))
     }
 
     /// The kind of a `--json` error.
     #[track_caller]
-    pub fn error_kind(&self) -> String {
+    pub(crate) fn error_kind(&self) -> String {
         let error: serde_json::Value =
             serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {:?}", self.stderr));
         error["error"]["kind"].as_str().unwrap().to_string()
@@ -130,7 +130,7 @@ impl Answer {
 
 impl Service {
     /// Starts `serve --json` and waits for its ready line.
-    pub fn start(sandbox: &Sandbox, args: &[&str]) -> Self {
+    pub(crate) fn start(sandbox: &Sandbox, args: &[&str]) -> Self {
         let mut child = sandbox.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -147,7 +147,7 @@ impl Service {
     }
 
     /// Sends SIGTERM and gives the exit code.
-    pub fn terminate(mut self) -> Option<i32> {
+    pub(crate) fn terminate(mut self) -> Option<i32> {
         let killed = Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
         assert!(killed.success());
         self.child.wait().unwrap().code()
