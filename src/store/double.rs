@@ -102,7 +102,9 @@ impl Disk {
                 }
                 Files::Torn => synced,
             };
-            Arc::new(Mutex::new(Content { written: bytes.clone(), synced: bytes }))
+            // What survived the death of a process may still be lost with the power.
+            let synced = if files == Files::Written { content.lock().unwrap().synced.clone() } else { bytes.clone() };
+            Arc::new(Mutex::new(Content { written: bytes, synced }))
         };
         let pairs = match table {
             Table::Applied => state.pairs.clone(),

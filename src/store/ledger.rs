@@ -2,7 +2,8 @@
 //! after a crash or when the catalog is rebuilt.
 //!
 //! A block counts once a manifest that covers it is known; a later record of the same thing replaces the earlier; a
-//! tombstone outlasts everything of its document. Live bytes per segment are kept in the same batch.
+//! tombstone ends its document (ids are never reused, so nothing of it comes later). Live bytes per segment are kept in
+//! the same batch.
 
 use std::collections::BTreeMap;
 
@@ -211,9 +212,6 @@ impl<'a> Draft<'a> {
 
     fn document(&mut self, entry: &DocumentEntry, locator: &Locator) -> Result<(), StoreError> {
         let manifest = &entry.manifest;
-        if self.get::<(Locator, Tombstone)>(&key::tombstone(manifest.id))?.is_some() {
-            return Ok(());
-        }
         match self.get::<(Locator, DocumentEntry)>(&key::document(manifest.id))? {
             Some((old, before)) => {
                 self.kill(&old);

@@ -136,8 +136,8 @@ impl Store {
         Ok(())
     }
 
-    /// Live bytes per segment are what the catalog's locators add up to. Holds off writers for one pass over the
-    /// catalog, not over payloads.
+    /// Every segment has its file, and its live bytes are what the catalog's locators add up to. Holds off writers
+    /// for one pass over the catalog, not over payloads.
     fn verify_accounting(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
         let Ok(writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
         let catalog = &*self.catalog;
@@ -161,6 +161,10 @@ impl Store {
                 let problem = format!("segment {id}: {} live bytes on the books, {found} found", state.live_bytes);
                 report.fault(None, None, problem);
             }
+        }
+        let files = self.handles.list().map_err(StoreError::io("list the segments"))?;
+        for id in writer.ledger.segments.keys().filter(|id| !files.contains(id)) {
+            report.fault(None, None, format!("the file of segment {id} is missing"));
         }
         for id in live.keys() {
             report.fault(None, None, format!("the catalog refers to segment {id}, which it does not list"));

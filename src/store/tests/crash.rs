@@ -189,7 +189,8 @@ fn ids_of_deleted_documents_are_never_given_out_again() {
         let store = open(&disk).unwrap();
         let document = store.create_document(CollectionId(1), "again").unwrap().id;
         assert!(seen.insert(document), "{document} in round {round}");
-        store.append(document, &blocks(0..6, round)).unwrap();
+        // Sometimes one segment holds all there is of a document, its tombstone included.
+        store.append(document, &blocks(0..1 + round % 3 * 3, round)).unwrap();
         store.delete(document).unwrap();
         assert_eq!(store.manifests(CollectionId(1)).unwrap(), []);
         drop(store);
