@@ -293,7 +293,7 @@ simd! {
             let y = exp::<FMA>(low - high);
             let mut p = 0.032_158_45;
             p = fma::<FMA>(p, y, -0.136_062_75);
-            p = fma::<FMA>(p, y, 0.289_474_78);
+            p = fma::<FMA>(p, y, 0.289_474_8);
             p = fma::<FMA>(p, y, -0.491_908_96);
             p = fma::<FMA>(p, y, 0.999_495_56);
             *sum = fma::<FMA>(p, y, high);

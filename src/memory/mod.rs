@@ -29,6 +29,9 @@ mod read;
 mod tests;
 
 /// A block memory over a data directory that no other process uses.
+///
+/// Its calls share their work out over rayon's pool and wait for it, some holding a document's lock: do not call it from
+/// inside that pool.
 pub struct LocalMemory {
     store: Store,
     /// Collections never change and are never deleted, so they are decoded once.

@@ -25,6 +25,10 @@ impl LocalMemory {
             let id = BlockId { document: request.document, index }.to_string();
             return Err(MemoryError::NotFound { entity: Entity::Block, id });
         }
+        // Full blocks never change. A tail may be replaced, and its parts are read one after the other.
+        let state = self.documents.state(request.document, collection.layout);
+        let reads_tail = request.blocks.contains(&manifest.blocks);
+        let _unchanging = reads_tail.then(|| state.lock_writer());
         let read = |&index: &u32| {
             let block = BlockId { document: request.document, index };
             self.fetch_block(&collection.spec, block, request.dtype)
@@ -42,9 +46,8 @@ impl LocalMemory {
         let (tokens, dim) = (meta.token_ids.len(), shape.head_dim as usize);
         let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
         if bytes.len() != layout.bytes() * shape.pieces() {
-            // The tail was replaced by a longer one between the two reads.
             let detail = format!("{} payload bytes for {tokens} tokens", bytes.len());
-            return Err(MemoryError::Unavailable { target: format!("block {id}"), detail });
+            return Err(MemoryError::DataLoss { block: Some(id), detail });
         }
         let tensor_bytes = shape.pieces() * tokens * dim * dtype.size_bytes();
         let (mut k, mut v) = (Vec::with_capacity(tensor_bytes), Vec::with_capacity(tensor_bytes));
