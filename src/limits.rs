@@ -43,8 +43,9 @@ pub const LOOKUP_SCORES_BYTES_MAX: u64 = 4 << 30;
 /// Blocks of one fetch request.
 pub const FETCH_BLOCKS_MAX: usize = 4096;
 
-/// One message on the wire: an append of one large block, or a fetch reply of one.
-pub const MESSAGE_BYTES_MAX: usize = 1 << 30;
+/// One message on the wire: an append of one block of the largest size, or a fetch reply of one, with its text, token
+/// ids and headers.
+pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + BLOCK_TEXT_BYTES_MAX + (1 << 20);
 
 /// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
 pub const SEGMENT_BYTES: u64 = 64 << 20;

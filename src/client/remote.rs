@@ -5,6 +5,7 @@ use tonic::{Response, Status, Streaming};
 
 use super::append::append;
 use super::connect::{ClientOptions, Connection};
+use super::pairs::Pairs;
 use super::retry::{Patience, Repeat};
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo,
@@ -17,6 +18,10 @@ use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
 
+/// Queries up to this size go over the long stream. A decode step of 32 heads of 128 (16 KiB) takes 115 us there and
+/// 180 us as a call of its own; a megabyte is no faster there, and would hold up what comes behind it.
+const PAIRED_QUERIES_BYTES_MAX: usize = 64 << 10;
+
 /// The memory behind a running service. Answers what that memory would answer in process, bit for bit, and adds two
 /// errors: `Unavailable` and `DeadlineExceeded`.
 ///
@@ -27,6 +32,8 @@ pub struct RemoteMemory {
     connection: Connection,
     data: BlockMemoryClient<Channel>,
     admin: AdminClient<Channel>,
+    lookups: Pairs<v1::LookupRequest>,
+    attends: Pairs<v1::AttendRequest>,
     options: ClientOptions,
 }
 
@@ -41,7 +48,8 @@ impl RemoteMemory {
             .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
         let admin = AdminClient::new(connection.channel.clone()).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
-        Ok(RemoteMemory { connection, data, admin, options })
+        let (lookups, attends) = (Pairs::new(data.clone()), Pairs::new(data.clone()));
+        Ok(RemoteMemory { connection, data, admin, lookups, attends, options })
     }
 
     /// What it was connected to.
@@ -113,15 +121,29 @@ impl BlockMemory for RemoteMemory {
     }
 
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
-        let send = async |request| self.data.clone().lookup(request).await;
+        let patience = self.patience();
         let message = v1::LookupRequest::from(request);
-        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+        let answer = if message.queries.len() <= PAIRED_QUERIES_BYTES_MAX {
+            let ask = async |left| self.lookups.ask(patience, message.clone(), left).await;
+            self.connection.wait(patience.within(Repeat::Yes, ask))
+        } else {
+            let send = async |request| self.data.clone().lookup(request).await;
+            self.connection.wait(patience.call(Repeat::Yes, message, send))
+        };
+        answer?.try_into()
     }
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
-        let send = async |request| self.data.clone().attend(request).await;
+        let patience = self.patience();
         let message = v1::AttendRequest::from(request);
-        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+        let answer = if request.lookup.queries.len() * 4 <= PAIRED_QUERIES_BYTES_MAX {
+            let ask = async |left| self.attends.ask(patience, message.clone(), left).await;
+            self.connection.wait(patience.within(Repeat::Yes, ask))
+        } else {
+            let send = async |request| self.data.clone().attend(request).await;
+            self.connection.wait(patience.call(Repeat::Yes, message, send))
+        };
+        answer?.try_into()
     }
 
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {

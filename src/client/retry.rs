@@ -20,6 +20,7 @@ pub(super) enum Repeat {
 }
 
 /// How calls are made: to whom, and how patiently.
+#[derive(Clone, Copy)]
 pub(super) struct Patience<'a> {
     pub(super) target: &'a str,
     pub(super) options: &'a ClientOptions,
@@ -33,7 +34,6 @@ impl Patience<'_> {
         message: M,
         send: impl AsyncFn(Request<M>) -> std::result::Result<Response<R>, Status>,
     ) -> Result<R> {
-        let end = Instant::now().checked_add(self.options.deadline);
         let attempt = async |left: Duration| {
             let mut request = Request::new(message.clone());
             // The service drops what it cannot answer in time.
@@ -41,12 +41,19 @@ impl Patience<'_> {
             let reply = send(request).await.map_err(|status| self.error(&status))?;
             Ok(reply.into_inner())
         };
+        self.within(repeat, attempt).await
+    }
+
+    /// Attempts, each told how much of the deadline is left.
+    pub(super) async fn within<R>(&self, repeat: Repeat, attempt: impl AsyncFn(Duration) -> Result<R>) -> Result<R> {
+        let end = Instant::now().checked_add(self.options.deadline);
         let left = || end.map_or(self.options.deadline, |end| end.saturating_duration_since(Instant::now()));
         let mut backoff = Backoff::new(self.options);
         loop {
             let error = match tokio::time::timeout(left(), attempt(left())).await {
-                Err(_) => return Err(self.late()),
                 Ok(Ok(reply)) => return Ok(reply),
+                // The service counts what was left of the deadline when the call was sent; the caller set all of it.
+                Err(_) | Ok(Err(MemoryError::DeadlineExceeded { .. })) => return Err(self.late()),
                 Ok(Err(error)) => error,
             };
             match backoff.next(&error) {
@@ -95,12 +102,8 @@ impl Patience<'_> {
         MemoryError::DeadlineExceeded { ms: self.deadline_ms() }
     }
 
-    fn error(&self, status: &Status) -> MemoryError {
-        match from_status(status, self.target, self.deadline_ms()) {
-            // The service counts what was left of the deadline when the call was sent.
-            MemoryError::DeadlineExceeded { .. } => self.late(),
-            error => error,
-        }
+    pub(super) fn error(&self, status: &Status) -> MemoryError {
+        from_status(status, self.target, self.deadline_ms())
     }
 }
 

@@ -17,8 +17,8 @@ pub(super) trait Paired: Sized + Send + 'static {
     type Request: Send + 'static;
     type Reply: Send + 'static;
 
-    /// The id, and the request if it can be read.
-    fn open(self) -> (u64, Result<Self::Request>);
+    /// The id, until when, and the request if it can be read.
+    fn open(self) -> (u64, Deadline, Result<Self::Request>);
 
     fn ask(memory: &dyn BlockMemory, request: &Self::Request) -> Result<Self::Reply>;
 
@@ -45,14 +45,15 @@ pub(super) fn answer_all<P: Paired>(
             match next {
                 Ok(None) => return,
                 Ok(Some(request)) => {
+                    // Opened here and not in its task, so that time counts from when it came.
+                    let (id, deadline, request) = request.open();
                     let work = work.clone();
                     tokio::spawn(async move {
-                        let (id, request) = request.open();
                         let outcome = match request {
                             Err(error) => Err(error),
                             Ok(request) => {
                                 let ask = move |memory: &dyn BlockMemory| P::ask(memory, &request);
-                                work.run(Line::Serving, Deadline::NONE, ask).await
+                                work.run(Line::Serving, deadline, ask).await
                             }
                         };
                         place.send(Ok(P::close(id, outcome)));
@@ -75,8 +76,12 @@ impl Paired for v1::LookupStreamRequest {
     type Reply = v1::LookupReply;
     type Message = v1::LookupStreamReply;
 
-    fn open(self) -> (u64, Result<LookupRequest>) {
-        (self.id, self.request.ok_or_else(no_request).and_then(LookupRequest::try_from))
+    fn open(self) -> (u64, Deadline, Result<LookupRequest>) {
+        (
+            self.id,
+            Deadline::of_ms(self.timeout_ms),
+            self.request.ok_or_else(no_request).and_then(LookupRequest::try_from),
+        )
     }
 
     fn ask(memory: &dyn BlockMemory, request: &LookupRequest) -> Result<v1::LookupReply> {
@@ -95,8 +100,12 @@ impl Paired for v1::AttendStreamRequest {
     type Reply = v1::AttendReply;
     type Message = v1::AttendStreamReply;
 
-    fn open(self) -> (u64, Result<AttendRequest>) {
-        (self.id, self.request.ok_or_else(no_request).and_then(AttendRequest::try_from))
+    fn open(self) -> (u64, Deadline, Result<AttendRequest>) {
+        (
+            self.id,
+            Deadline::of_ms(self.timeout_ms),
+            self.request.ok_or_else(no_request).and_then(AttendRequest::try_from),
+        )
     }
 
     fn ask(memory: &dyn BlockMemory, request: &AttendRequest) -> Result<v1::AttendReply> {

@@ -39,19 +39,23 @@ pub(super) struct Deadline {
 }
 
 impl Deadline {
-    /// For streams, whose callers stop reading when they lose patience.
+    /// For streams of large messages, whose callers stop reading when they lose patience.
     pub(super) const NONE: Deadline = Deadline { end: None, ms: 0 };
 
     /// From the `grpc-timeout` header; absent, or in no form that gRPC knows, means none.
     pub(super) fn of(metadata: &MetadataMap) -> Self {
         let header = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
-        match header.and_then(parse_timeout) {
-            None => Deadline::NONE,
-            Some(timeout) => Deadline {
-                end: Instant::now().checked_add(timeout),
-                ms: timeout.as_millis().min(u64::MAX as u128) as u64,
-            },
-        }
+        header.and_then(parse_timeout).map_or(Deadline::NONE, Deadline::after)
+    }
+
+    /// From the `timeout_ms` field of a stream's request; 0 means none.
+    pub(super) fn of_ms(timeout_ms: u64) -> Self {
+        if timeout_ms == 0 { Deadline::NONE } else { Deadline::after(Duration::from_millis(timeout_ms)) }
+    }
+
+    /// A time too long for a clock is none.
+    fn after(timeout: Duration) -> Self {
+        Deadline { end: Instant::now().checked_add(timeout), ms: timeout.as_millis() as u64 }
     }
 
     fn check(self) -> Result<()> {

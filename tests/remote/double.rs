@@ -1,0 +1,216 @@
+//! A memory that records, obeys, and answers at random but always the same.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use landmarkdb::api::*;
+use landmarkdb::shape::CollectionSpec;
+use landmarkdb::types::*;
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::requests;
+
+/// The document that every double lacks.
+pub(crate) const UNKNOWN: DocumentId = DocumentId(404);
+
+/// Full blocks of every document, before its tail.
+pub(crate) const FULL_BLOCKS: u32 = 2500;
+
+#[derive(Default)]
+pub(crate) struct Double {
+    /// Method and request of every call that was begun.
+    pub(crate) calls: Mutex<Vec<String>>,
+    /// What the next calls fail with, the last first; `None` lets one pass.
+    pub(crate) failures: Mutex<Vec<Option<MemoryError>>>,
+    /// How long every call takes.
+    pub(crate) delay: Mutex<Duration>,
+    pub(crate) finished: AtomicU32,
+}
+
+impl Double {
+    pub(crate) fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    pub(crate) fn fail_with(&self, failures: impl IntoIterator<Item = Option<MemoryError>>) {
+        let mut failures: Vec<_> = failures.into_iter().collect();
+        failures.reverse();
+        *self.failures.lock().unwrap() = failures;
+    }
+
+    /// Numbers that depend on every bit of the request.
+    fn enter(&self, method: &str, request: impl std::fmt::Debug) -> Result<ChaCha8Rng> {
+        let call = format!("{method} {request:?}");
+        let mut hasher = DefaultHasher::new();
+        call.hash(&mut hasher);
+        self.calls.lock().unwrap().push(call);
+        let delay = *self.delay.lock().unwrap();
+        std::thread::sleep(delay);
+        self.finished.fetch_add(1, Ordering::SeqCst);
+        if let Some(Some(error)) = self.failures.lock().unwrap().pop() {
+            return Err(error);
+        }
+        Ok(ChaCha8Rng::seed_from_u64(hasher.finish()))
+    }
+}
+
+fn numbers(rng: &mut impl Rng, count: usize) -> Vec<f32> {
+    // Any bits, NaN and infinities included, but for the one form of NaN that hardware may make of another.
+    (0..count).map(|_| f32::from_bits(rng.random())).map(|x| if x.is_nan() { f32::NEG_INFINITY } else { x }).collect()
+}
+
+fn text(rng: &mut impl Rng, tokens: usize) -> BlockText {
+    let bytes: Vec<u8> = (0..3 * tokens).map(|_| rng.random()).collect();
+    BlockText { start: rng.random(), bytes, offsets: (0..tokens as u32).map(|token| 3 * token).collect() }
+}
+
+fn document(rng: &mut impl Rng, id: DocumentId) -> DocumentInfo {
+    DocumentInfo {
+        id,
+        collection: CollectionId(rng.random()),
+        name: format!("näme {}", rng.random::<u32>()),
+        sealed: rng.random(),
+        blocks: FULL_BLOCKS,
+        tail_tokens: rng.random(),
+        tokens: rng.random(),
+        text_bytes: rng.random(),
+        stored_bytes: rng.random(),
+    }
+}
+
+fn collection(rng: &mut impl Rng) -> CollectionInfo {
+    let spec = requests::spec();
+    CollectionInfo { id: CollectionId(rng.random()), fingerprint: spec.fingerprint(), spec, documents: rng.random() }
+}
+
+fn known(document: DocumentId) -> Result<()> {
+    if document == UNKNOWN {
+        return Err(MemoryError::NotFound { entity: Entity::Document, id: document.to_string() });
+    }
+    Ok(())
+}
+
+/// The same block whatever request it is part of.
+fn stored(document: DocumentId, index: u32, dtype: DType) -> StoredBlock {
+    let mut rng = ChaCha8Rng::seed_from_u64(document.0 ^ (index as u64) << 32);
+    let tokens = if index < FULL_BLOCKS { 4 } else { 3 };
+    let mut tensor = || Tensor {
+        dtype,
+        shape: vec![2, 2, tokens, 8],
+        data: (0..2 * 2 * tokens as usize * 8 * dtype.size_bytes()).map(|_| rng.random::<u8>()).collect(),
+    };
+    let (k, v) = (tensor(), tensor());
+    let token_ids = (0..tokens).map(|_| rng.random()).collect();
+    StoredBlock { id: BlockId { document, index }, token_ids, text: text(&mut rng, tokens as usize), k, v }
+}
+
+fn hits(rng: &mut impl Rng, request: &LookupRequest) -> Hits {
+    let rows = request.granularity.rows(request.distances.len(), 4, 2) as u32;
+    let count = (rows * request.top_k) as usize;
+    let blocks = (0..count).map(|_| BlockId { document: DocumentId(rng.random()), index: rng.random() }).collect();
+    Hits { rows, k: request.top_k, blocks, scores: numbers(rng, count) }
+}
+
+impl BlockMemory for Double {
+    fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo> {
+        self.enter("open_collection", spec).map(|mut rng| collection(&mut rng))
+    }
+
+    fn collections(&self) -> Result<Vec<CollectionInfo>> {
+        self.enter("collections", ()).map(|mut rng| (0..3).map(|_| collection(&mut rng)).collect())
+    }
+
+    fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
+        self.enter("open_document", (collection, name)).map(|mut rng| document(&mut rng, DocumentId(9)))
+    }
+
+    fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>> {
+        let rng = self.enter("documents", collection);
+        rng.map(|mut rng| (0..100).map(|id| document(&mut rng, DocumentId(id))).collect())
+    }
+
+    fn document(&self, id: DocumentId) -> Result<DocumentInfo> {
+        let mut rng = self.enter("document", id)?;
+        known(id)?;
+        Ok(document(&mut rng, id))
+    }
+
+    fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
+        let mut rng = self.enter("append", &request)?;
+        known(request.document)?;
+        Ok(document(&mut rng, request.document))
+    }
+
+    fn seal(&self, id: DocumentId) -> Result<DocumentInfo> {
+        self.enter("seal", id).map(|mut rng| document(&mut rng, id))
+    }
+
+    fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
+        self.enter("lookup", request).map(|mut rng| hits(&mut rng, request))
+    }
+
+    fn attend(&self, request: &AttendRequest) -> Result<Attended> {
+        let mut rng = self.enter("attend", request)?;
+        let hits = hits(&mut rng, &request.lookup);
+        let queries = request.lookup.queries.len();
+        Ok(Attended { out: numbers(&mut rng, queries), lse: numbers(&mut rng, queries / 8), hits })
+    }
+
+    fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
+        self.enter("fetch", request)?;
+        known(request.document)?;
+        Ok(request.blocks.iter().map(|&index| stored(request.document, index, request.dtype)).collect())
+    }
+
+    fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>> {
+        self.enter("blocks", range)?;
+        known(range.document)?;
+        // The tail is the block after the full ones.
+        let indices = range.blocks.start..range.blocks.end.min(FULL_BLOCKS + 1);
+        let info = |index| {
+            let StoredBlock { id, token_ids, text, .. } = stored(range.document, index, DType::F16);
+            BlockInfo { id, token_ids, text, stored_bytes: index as u64 * 7 }
+        };
+        Ok(indices.map(info).collect())
+    }
+
+    fn delete(&self, document: DocumentId) -> Result<Deleted> {
+        let mut rng = self.enter("delete", document)?;
+        Ok(Deleted { blocks: rng.random(), freed_bytes: rng.random() })
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        let mut rng = self.enter("stats", ())?;
+        let mut count = || rng.random::<u64>();
+        Ok(Stats {
+            collections: count(),
+            documents: count(),
+            blocks: count(),
+            tokens: count(),
+            live_bytes: count(),
+            segment_bytes: count(),
+            segments: count(),
+            catalog_bytes: count(),
+            index_bytes: count(),
+            lookups: count(),
+            attends: count(),
+            appended_blocks: count(),
+            fetched_blocks: count(),
+        })
+    }
+
+    fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let mut rng = self.enter("verify", document)?;
+        (1..=5).for_each(|done| progress(done, 5));
+        let block = BlockId { document: DocumentId(1), index: 2 };
+        let faults = vec![
+            Fault { document: None, block: None, problem: "of nobody".into() },
+            Fault { document: Some(block.document), block: Some(block), problem: "of one block".into() },
+        ];
+        Ok(VerifyReport { documents: rng.random(), blocks: rng.random(), bytes: rng.random(), faults })
+    }
+}
