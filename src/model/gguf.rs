@@ -168,11 +168,11 @@ impl Gguf {
     }
 
     pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>, LoadError> {
-        let text = |value| match value {
-            &Value::String(ref text) => Ok(text.as_str()),
+        let texts = self.list(key)?.iter().map(|value| match value {
+            Value::String(text) => Ok(text.as_str()),
             other => Err(self.unsupported(key, "strings", &brief(other))),
-        };
-        self.list(key)?.iter().map(text).collect()
+        });
+        texts.collect()
     }
 
     fn value(&self, key: &str) -> Result<&Value, LoadError> {

@@ -1,12 +1,16 @@
 //! The forward pass of a Llama-family decoder in f32. Attention is somebody else's: this hands over `q`, `k`, `v`
 //! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
 
+use std::path::Path;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
+use super::huggingface::read_config;
 use super::kernels::{Write, multiply, rms_norm, swiglu, take_columns};
+use super::safetensors::SafeTensorsFolder;
 use super::weights::{LayerTensor, Matrix, TensorName, TensorSource};
 use crate::attention::SequenceAttention;
 
@@ -65,6 +69,12 @@ struct Scratch {
 }
 
 impl Llama {
+    /// Loads a folder with `config.json` and safetensors weights, for callers that bring token ids or embeddings of
+    /// their own. [`LoadedModel::open`](super::LoadedModel::open) loads the tokenizer too.
+    pub fn open(folder: &Path) -> Result<Self, LoadError> {
+        Self::load(read_config(folder)?, &SafeTensorsFolder::open(folder)?)
+    }
+
     /// Reads all weights, layers in parallel.
     pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
         let read = |name, shape: &[usize]| source.read(name, shape);
@@ -81,6 +91,7 @@ impl Llama {
         Ok(Llama { embedding: stack(&embedding), norm: stack(&norm), output, layers, config })
     }
 
+    /// The hyperparameters.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -90,6 +90,7 @@ impl LoadedModel {
         })
     }
 
+    /// The hyperparameters.
     pub fn config(&self) -> &ModelConfig {
         self.llama.config()
     }
@@ -99,6 +100,7 @@ impl LoadedModel {
         self.config().shape(block_tokens)
     }
 
+    /// Of the tokenizer file, or of what a GGUF file says of its tokenizer.
     pub fn tokenizer_digest(&self) -> Sha256Digest {
         self.tokenizer.digest()
     }

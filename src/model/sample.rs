@@ -52,14 +52,12 @@ impl Sampler {
         let best = most_likely(logits).ok_or(GenerateError::NoFiniteLogit)?;
         Ok(match self.sampling {
             Sampling::Greedy => best as u32,
-            Sampling::Nucleus { temperature, top_p, .. } => {
-                self.from_nucleus(logits, logits[best], temperature, top_p) as u32
-            }
+            Sampling::Nucleus { temperature, top_p, .. } => self.draw(logits, logits[best], temperature, top_p) as u32,
         })
     }
 
     /// Draws from the nucleus. `top` is the largest of the logits.
-    fn from_nucleus(&mut self, logits: &[f32], top: f32, temperature: f32, top_p: f32) -> usize {
+    fn draw(&mut self, logits: &[f32], top: f32, temperature: f32, top_p: f32) -> usize {
         let weight = |logit: f32| if logit.is_finite() { ((logit - top) / temperature).exp() } else { 0.0 };
         let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
         // Tokens below this share, all together, have less than what the nucleus leaves out: no need to sort them.

@@ -226,6 +226,7 @@ fn a_folder_gives_the_same_model_in_one_file_or_several_and_in_each_dtype() {
         let folder = tempfile::tempdir().unwrap();
         write_folder(folder.path(), dtype, shards);
         let model = LoadedModel::open(folder.path()).unwrap();
+        assert_eq!(Llama::open(folder.path()).unwrap().config(), model.config());
         let encoded = model.tokenizer.encode("ab é").unwrap();
         assert_eq!(encoded.offsets, [0, 1, 2, 3, 4]);
         assert_eq!(model.tokenizer.prefix(), [256]);
