@@ -68,8 +68,11 @@ impl Report for Description {
                 (
                     "shape",
                     format!(
-                        "{} layers, {} query heads, {} KV heads, head dim {}",
-                        collection.layers, collection.query_heads, collection.kv_heads, collection.head_dim
+                        "{}, {}, {}, head dim {}",
+                        plural(collection.layers.into(), "layer"),
+                        plural(collection.query_heads.into(), "query head"),
+                        plural(collection.kv_heads.into(), "KV head"),
+                        collection.head_dim
                     ),
                 ),
                 ("keys", format!("{} in {}", collection.key_rule, collection.key_dtype)),
