@@ -13,6 +13,8 @@
 //!
 //! In reading order:
 
+#![warn(unreachable_pub)]
+
 // Values that every layer speaks.
 pub mod limits;
 pub mod numeric;

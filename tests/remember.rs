@@ -188,14 +188,16 @@ fn a_sealed_document_and_an_uncommitted_group_are_refused() {
     let text = Activations::random(32, 7);
     text.feed(&mut session, 0, 16, 16);
     for layer in 0..2 {
-        session.attend(layer, 1, &[0.0; 32], &[0.0; 16], &[0.0; 16]).unwrap();
+        session.attend(layer, 8, &[0.0; 256], &[0.0; 128], &[0.0; 128]).unwrap();
     }
     let uncommitted = session.attend(0, 1, &[0.0; 32], &[0.0; 16], &[0.0; 16]);
     assert!(matches!(uncommitted, Err(AttentionError::Invalid { field: "commit", .. })), "{uncommitted:?}");
+    let too_many = session.commit(NewTokens { ids: &[0; 16], text: &[], offsets: &[0; 16] });
+    assert!(matches!(too_many, Err(AttentionError::Invalid { field: "ids", .. })), "{too_many:?}");
 
     let collection = memory.open_collection(&spec("text-f32", DType::F32)).unwrap();
     let document = memory.open_document(collection.id, "text").unwrap();
     memory.seal(document.id).unwrap();
-    let late = session.commit(NewTokens { ids: &[0; 16], text: &[], offsets: &[0; 16] });
+    let late = session.commit(NewTokens { ids: &[0; 8], text: &[], offsets: &[0; 8] });
     assert!(matches!(late, Err(AttentionError::Memory(MemoryError::Sealed { .. }))), "{late:?}");
 }

@@ -208,6 +208,14 @@ impl BlockAttention {
     /// sequence that writes must be committed before the next.
     pub fn commit(&mut self, tokens: NewTokens) -> Result<(), AttentionError> {
         if let Some(writer) = &mut self.writer {
+            let attended = self.position - writer.tokens(self.shape.block_tokens as usize);
+            if tokens.ids.len() != attended {
+                return Err(AttentionError::Invalid {
+                    field: "ids",
+                    expected: format!("the {attended} tokens that were attended to since the last commit"),
+                    found: tokens.ids.len().to_string(),
+                });
+            }
             writer.commit(tokens, &self.window, &self.shape)?;
         }
         Ok(())
