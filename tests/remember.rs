@@ -79,7 +79,7 @@ fn in_process_and_remote_agree_bit_for_bit() {
     let text = Activations::random(TOKENS, 3);
     for granularity in [Granularity::TokenHead, Granularity::Head, Granularity::KvGroup] {
         for payload in [DType::F32, DType::F16, DType::BF16, DType::Int8] {
-            let mut run = |memory: &Arc<dyn BlockMemory>, name: &str| {
+            let run = |memory: &Arc<dyn BlockMemory>, name: &str| {
                 let mut session =
                     write(memory, &format!("{name} {granularity}"), payload, Some(retrieval(3, granularity)));
                 let out = text.feed(&mut session, 0, TOKENS, 16);

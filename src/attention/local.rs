@@ -19,21 +19,30 @@ thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Attends with the queries `q (T, G, D)` of one KV head, turned to their positions and multiplied with the softmax
-/// scale, to `window`, of which the run's first token sees `visible` rows and each further token one more, and to all
-/// of `sink` with the same queries turned for it, `sink_q (T, G, D)`; both are empty where there is no sink.
-/// Writes `out (T, G, D)` and returns the log-sum-exp `(T, G)`.
-pub(crate) fn attend(
-    q: &[f32],
-    sink_q: &[f32],
-    group: usize,
-    head_dim: usize,
-    sink: HeadKv,
-    window: HeadKv,
-    visible: usize,
-    out: &mut [f32],
-) -> Vec<f32> {
-    let rows = q.len() / head_dim;
+/// Queries `(T, G, D)` of one KV head, multiplied with the softmax scale.
+pub(crate) struct HeadQueries<'a> {
+    /// Turned to their positions.
+    pub(crate) window: &'a [f32],
+    /// Turned for the sink; empty where there is none.
+    pub(crate) sink: &'a [f32],
+    pub(crate) group: usize,
+    pub(crate) head_dim: usize,
+}
+
+/// Part of an attention: what some keys contribute.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Partial {
+    /// `(rows, D)`
+    pub(crate) out: Vec<f32>,
+    /// `(rows)`: log-sum-exp.
+    pub(crate) lse: Vec<f32>,
+}
+
+/// Attends to `window`, of which the run's first token sees `visible` rows and each further token one more, and to all
+/// of `sink`. Rows are `(T, G)`.
+pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visible: usize) -> Partial {
+    let HeadQueries { group, head_dim, .. } = *queries;
+    let rows = queries.window.len() / head_dim;
     let sink_rows = sink.k.len() / head_dim;
     let window_rows = visible + rows / group - 1;
     let columns = sink_rows + window_rows;
@@ -43,10 +52,10 @@ pub(crate) fn attend(
         scores.resize(rows * columns, 0.0);
         let scores = &mut scores[..rows * columns];
         if sink_rows > 0 {
-            numeric::multiply_transposed(matrix(sink_q, rows), matrix(sink.k, sink_rows), scores, columns);
+            numeric::multiply_transposed(matrix(queries.sink, rows), matrix(sink.k, sink_rows), scores, columns);
         }
         let seen = matrix(&window.k[..window_rows * head_dim], window_rows);
-        numeric::multiply_transposed(matrix(q, rows), seen, &mut scores[sink_rows..], columns);
+        numeric::multiply_transposed(matrix(queries.window, rows), seen, &mut scores[sink_rows..], columns);
 
         let mut lse = Vec::with_capacity(rows);
         let mut sums = Vec::with_capacity(rows);
@@ -59,22 +68,24 @@ pub(crate) fn attend(
             lse.push(top + sum.ln());
         }
 
-        out.fill(0.0);
+        let mut out = vec![0.0; rows * head_dim];
         let weights = |numbers, columns_here| Matrix { numbers, rows, columns: columns_here, stride: columns };
-        numeric::multiply_add(weights(scores, sink_rows), matrix(sink.v, sink_rows), out, head_dim);
-        numeric::multiply_add(weights(&scores[sink_rows..], window_rows), matrix(window.v, window_rows), out, head_dim);
+        numeric::multiply_add(weights(scores, sink_rows), matrix(sink.v, sink_rows), &mut out, head_dim);
+        let seen = matrix(&window.v[..window_rows * head_dim], window_rows);
+        numeric::multiply_add(weights(&scores[sink_rows..], window_rows), seen, &mut out, head_dim);
         for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
             out.iter_mut().for_each(|x| *x /= sum);
         }
-        lse
+        Partial { out, lse }
     })
 }
 
-/// Merges two parts of one attention `(R, D)` by their log-sum-exps `(R)`: `out` becomes attention over both.
-/// Returns each row's share of the second part.
-pub(crate) fn merge(out: &mut [f32], lse: &[f32], other: &[f32], other_lse: &[f32], head_dim: usize) -> Vec<f32> {
-    let rows = out.chunks_exact_mut(head_dim).zip(other.chunks_exact(head_dim));
-    rows.zip(lse.iter().zip(other_lse))
+/// Merges another part `other_out (rows, D)`, `other_lse (rows)` into `part`'s output, which becomes attention over
+/// both. Returns each row's share of the other part.
+pub(crate) fn merge(part: &mut Partial, other_out: &[f32], other_lse: &[f32]) -> Vec<f32> {
+    let head_dim = part.out.len() / part.lse.len().max(1);
+    let rows = part.out.chunks_exact_mut(head_dim).zip(other_out.chunks_exact(head_dim));
+    rows.zip(part.lse.iter().zip(other_lse))
         .map(|((out, other), (&lse, &other_lse))| {
             // 1 / (1 + e^(lse - other)) is safe at both ends: the exponential may be 0 or infinite.
             let share = 1.0 / (1.0 + (lse - other_lse).exp());
@@ -117,9 +128,9 @@ mod tests {
             let (sink_k, sink_v) = (numbers(sink * d, 2), numbers(sink * d, 3));
             let rows = visible + tokens - 1;
             let (k, v) = (numbers(rows * d, 4), numbers(rows * d, 5));
-            let mut out = vec![f32::NAN; q.len()];
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
-            let lse = attend(&q, &q, group, d, sink_kv, HeadKv { k: &k, v: &v }, visible, &mut out);
+            let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
+            let Partial { out, lse } = attend(&queries, sink_kv, HeadKv { k: &k, v: &v }, visible);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
                 let (want, want_lse) =
@@ -138,19 +149,18 @@ mod tests {
         let (q, k, v) = (numbers(d, 1), numbers(40 * d, 2), numbers(40 * d, 3));
         let none = HeadKv { k: &[], v: &[] };
         let part = |range: std::ops::Range<usize>| {
-            let mut out = vec![0.0; d];
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
-            let lse = attend(&q, &[], 1, d, none, kv, range.len(), &mut out);
-            (out, lse)
+            let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };
+            attend(&queries, none, kv, range.len())
         };
-        let (mut out, lse) = part(0..13);
-        let (other, other_lse) = part(13..40);
-        merge(&mut out, &lse, &other, &other_lse, d);
-        for (got, want) in out.iter().zip(part(0..40).0) {
+        let mut merged = part(0..13);
+        let other = part(13..40);
+        merge(&mut merged, &other.out, &other.lse);
+        for (got, want) in merged.out.iter().zip(part(0..40).out) {
             assert!((got - want).abs() < 1e-6);
         }
-        let kept = out.clone();
-        let shares = merge(&mut out, &lse, &vec![0.0; d], &[f32::NEG_INFINITY], d);
-        assert_eq!((out, shares), (kept, vec![0.0]), "an empty part changes nothing");
+        let kept = merged.clone();
+        let shares = merge(&mut merged, &vec![0.0; d], &[f32::NEG_INFINITY]);
+        assert_eq!((merged, shares), (kept, vec![0.0]), "an empty part changes nothing");
     }
 }

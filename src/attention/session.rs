@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
-use crate::attention::local::{self, HeadKv};
+use crate::attention::local::{self, HeadKv, HeadQueries, Partial};
 use crate::attention::settings::{Retrieval, Window};
 use crate::attention::trace::{BlockReads, Heads, Trace};
 use crate::attention::window::{LocalWindow, Sink};
@@ -335,8 +335,8 @@ impl BlockAttention {
         })
     }
 
-    /// Attention of one run and KV head over window and sink: out `(T, G, D)`, lse `(T, G)`.
-    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    /// Attention of one run and KV head over window and sink, rows `(T, G)`.
+    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> Partial {
         let shape = &self.shape;
         let (group, d, block_tokens) = (shape.group(), shape.head_dim as usize, shape.block_tokens as usize);
         let row = shape.query_heads as usize * d;
@@ -363,17 +363,16 @@ impl BlockAttention {
         }
         let visible = self.position + run.tokens.start - run.start + 1;
         let window = self.window.rows_from(layer, kv_head, run.start);
-        let mut out = vec![0.0; queries.len()];
-        let lse = local::attend(&queries, &sink_queries, group, d, sink, window, visible, &mut out);
-        (out, lse)
+        let queries = HeadQueries { window: &queries, sink: &sink_queries, group, head_dim: d };
+        local::attend(&queries, sink, window, visible)
     }
 
     fn has_earlier_documents(&self) -> bool {
         self.link.as_ref().is_some_and(|link| !link.before.is_empty())
     }
 
-    /// Attention of all runs over window and sink: per run `out (T, Hq, D)` and `lse (T, Hq)`.
-    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<(Vec<f32>, Vec<f32>)> {
+    /// Attention of each run over window and sink, rows `(T, Hq)`.
+    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<Partial> {
         let (kv_heads, group) = (self.shape.kv_heads as usize, self.shape.group());
         let (query_heads, d) = (kv_heads * group, self.shape.head_dim as usize);
         let head = |task: usize| {
@@ -385,18 +384,18 @@ impl BlockAttention {
             1 => (0..runs.len() * kv_heads).map(head).collect(),
             _ => (0..runs.len() * kv_heads).into_par_iter().map(head).collect(),
         };
-        let join = |(run, heads): (&Run, &[(Vec<f32>, Vec<f32>)])| {
+        let join = |(run, heads): (&Run, &[Partial])| {
             let mut out = vec![0.0; run.tokens.len() * query_heads * d];
             let mut lse = vec![0.0; run.tokens.len() * query_heads];
-            for (kv_head, (head_out, head_lse)) in heads.iter().enumerate() {
+            for (kv_head, head) in heads.iter().enumerate() {
                 for token in 0..run.tokens.len() {
                     let first = token * query_heads + kv_head * group;
                     let from = token * group..(token + 1) * group;
-                    out[first * d..(first + group) * d].copy_from_slice(&head_out[from.start * d..from.end * d]);
-                    lse[first..first + group].copy_from_slice(&head_lse[from]);
+                    out[first * d..(first + group) * d].copy_from_slice(&head.out[from.start * d..from.end * d]);
+                    lse[first..first + group].copy_from_slice(&head.lse[from]);
                 }
             }
-            (out, lse)
+            Partial { out, lse }
         };
         runs.iter().zip(heads.chunks_exact(kv_heads)).map(join).collect()
     }
@@ -408,15 +407,14 @@ impl BlockAttention {
         let slots: Vec<usize> =
             requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
         let mut all = Vec::with_capacity(q.len());
-        for ((mut out, lse), request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
+        for (mut partial, request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
             if let (Some(request), Some(link)) = (request, &self.link) {
                 let attended = link.memory.attend(&request)?;
-                let head_dim = self.shape.head_dim as usize;
-                let shares = local::merge(&mut out, &lse, &attended.out, &attended.lse, head_dim);
+                let shares = local::merge(&mut partial, &attended.out, &attended.lse);
                 let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
                 self.trace.add(layer, &attended.hits, request.lookup.granularity, &shares, heads);
             }
-            all.extend(out);
+            all.extend(partial.out);
         }
         Ok(all)
     }

@@ -28,7 +28,15 @@ pub struct HeadReads {
 /// Collects [`BlockReads`] over the calls of a sequence.
 #[derive(Default)]
 pub(crate) struct Trace {
-    blocks: BTreeMap<BlockId, (f64, BTreeMap<(u32, u32), u64>)>,
+    blocks: BTreeMap<BlockId, Sum>,
+}
+
+/// What was read of one block so far.
+#[derive(Default)]
+struct Sum {
+    mass: f64,
+    /// By (layer, KV head).
+    choices: BTreeMap<(u32, u32), u64>,
 }
 
 impl Trace {
@@ -42,9 +50,9 @@ impl Trace {
             let kv_head = (query_head / (heads.query / heads.kv)) as u32;
             let chosen = hits.blocks[row * k..][..k].iter().zip(&hits.scores[row * k..][..k]);
             for (&block, &score) in chosen {
-                let (mass, choices) = self.blocks.entry(block).or_default();
-                *mass += share as f64 * (score as f64).exp() / summed as f64;
-                *choices.entry((layer as u32, kv_head)).or_default() += 1;
+                let sum = self.blocks.entry(block).or_default();
+                sum.mass += share as f64 * (score as f64).exp() / summed as f64;
+                *sum.choices.entry((layer as u32, kv_head)).or_default() += 1;
             }
         }
     }
@@ -53,12 +61,13 @@ impl Trace {
     pub(crate) fn take(&mut self) -> Vec<BlockReads> {
         let mut reads: Vec<BlockReads> = std::mem::take(&mut self.blocks)
             .into_iter()
-            .map(|(block, (mass, choices))| {
-                let heads = choices
+            .map(|(block, sum)| {
+                let heads = sum
+                    .choices
                     .into_iter()
                     .map(|((layer, kv_head), choices)| HeadReads { layer, kv_head, choices })
                     .collect();
-                BlockReads { block, mass, heads }
+                BlockReads { block, mass: sum.mass, heads }
             })
             .collect();
         reads.sort_by(|a, b| b.mass.total_cmp(&a.mass).then(a.block.cmp(&b.block)));

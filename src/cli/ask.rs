@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use crate::attention::BlockReads;
-use crate::model::{self, Answer, GenerateOptions, Sampling};
+use crate::model::{self, Answer, GenerateOptions, Question, Sampling};
 use crate::types::BlockRange;
 
 use super::Context;
@@ -141,17 +141,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         },
         ..GenerateOptions::default()
     };
-    let answer = model::ask(
-        &model,
-        &memory,
-        &collection,
-        &documents,
-        &prompt,
-        args.window.window(),
-        args.retrieval.retrieval(args.top_k),
-        &options,
-        &mut |piece| context.output.stream(piece),
-    )?;
+    let question = Question {
+        documents: &documents,
+        prompt: &prompt,
+        window: args.window.window(),
+        retrieval: args.retrieval.retrieval(args.top_k),
+        options,
+    };
+    let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
     context.output.stream_end();
     let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
     context.output.print(&answered)

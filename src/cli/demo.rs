@@ -12,7 +12,7 @@ use crate::api::BlockMemory;
 use crate::attention::{Retrieval, Window};
 use crate::client::{ClientOptions, RemoteMemory};
 use crate::eval::BOOK;
-use crate::model::{self, GenerateOptions, LoadedModel};
+use crate::model::{self, GenerateOptions, LoadedModel, Question};
 
 use super::Context;
 use super::ask::{Answered, frame};
@@ -130,14 +130,16 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     context.output.say(&format!("ask      {}", args.question));
     let raw = !args.question.trim_end().ends_with('?');
     let prompt = if raw { format!("\n{}", args.question) } else { frame(&args.question) };
-    let options = GenerateOptions { max_tokens: 48, stop: vec!["\n".into()], ..GenerateOptions::default() };
-    let retrieval = Retrieval { top_k: args.top_k, ..Retrieval::default() };
     let documents = [document];
+    let question = Question {
+        documents: &documents,
+        prompt: &prompt,
+        window,
+        retrieval: Retrieval { top_k: args.top_k, ..Retrieval::default() },
+        options: GenerateOptions { max_tokens: 48, stop: vec!["\n".into()], ..GenerateOptions::default() },
+    };
     context.output.stream("answer  ");
-    let answer =
-        model::ask(&model, &memory, &collection, &documents, &prompt, window, retrieval, &options, &mut |piece| {
-            context.output.stream(piece);
-        })?;
+    let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
     context.output.stream_end();
     let answer = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, 6)?;
     context.output.print(&Demo {

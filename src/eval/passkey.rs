@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use super::haystack::{Haystack, Maker};
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{Retrieval, Window};
-use crate::model::{EncodeProgress, GenerateOptions, LoadedModel, RememberError, ask, copy_document, encode};
+use crate::model::{EncodeProgress, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode};
 use crate::types::DType;
 
 const QUESTION: &str = "\nWhat is the pass key? The pass key is";
@@ -93,19 +93,14 @@ pub fn passkey(
 
             for (collection, document) in collections.iter().zip(&encoded) {
                 for &top_k in &settings.top_k {
-                    let retrieval = Retrieval { top_k, ..settings.retrieval.clone() };
-                    let documents = std::slice::from_ref(document);
-                    let answer = ask(
-                        model,
-                        memory,
-                        collection,
-                        documents,
-                        QUESTION,
-                        settings.window,
-                        retrieval,
-                        &options,
-                        &mut |_| {},
-                    )?;
+                    let question = Question {
+                        documents: std::slice::from_ref(document),
+                        prompt: QUESTION,
+                        window: settings.window,
+                        retrieval: Retrieval { top_k, ..settings.retrieval.clone() },
+                        options: options.clone(),
+                    };
+                    let answer = ask(model, memory, collection, &question, &mut |_| {})?;
                     let text = answer.generated.text.trim().to_string();
                     let case = PasskeyCase {
                         tokens,

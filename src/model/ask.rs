@@ -23,26 +23,34 @@ pub struct Answer {
     pub total: Duration,
 }
 
-/// Continues after `documents` with `prompt`, retrieving from all of them. Nothing is written. `on_text` gets the
+/// What is asked, of which documents, and how they are read.
+#[derive(Clone, Debug)]
+pub struct Question<'a> {
+    /// All of one collection; the prompt continues the last one.
+    pub documents: &'a [DocumentInfo],
+    /// The words that the model continues.
+    pub prompt: &'a str,
+    pub window: Window,
+    pub retrieval: Retrieval,
+    pub options: GenerateOptions,
+}
+
+/// Continues after the documents with the prompt, retrieving from all of them. Nothing is written. `on_text` gets the
 /// answer's pieces as they become certain.
 ///
 /// # Errors
 /// Whatever the model or the memory report; an empty prompt; no document.
-#[allow(clippy::too_many_arguments)]
 pub fn ask(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,
     collection: &CollectionInfo,
-    documents: &[DocumentInfo],
-    prompt: &str,
-    window: Window,
-    retrieval: Retrieval,
-    options: &GenerateOptions,
+    question: &Question,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Answer, RememberError> {
     let begin = Instant::now();
-    let prompt = model.tokenizer.encode(prompt)?.ids;
-    let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval)?;
+    let prompt = model.tokenizer.encode(question.prompt)?.ids;
+    let Question { documents, window, ref retrieval, ref options, .. } = *question;
+    let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval.clone())?;
     let mut first_token = None;
     let generated = generate(model, &mut session, &prompt, options, &mut |piece| {
         first_token.get_or_insert_with(|| begin.elapsed());

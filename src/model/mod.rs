@@ -33,7 +33,7 @@ mod tests;
 
 use std::path::Path;
 
-pub use ask::{Answer, ask};
+pub use ask::{Answer, Question, ask};
 pub use cache::models_folder;
 pub use config::ModelConfig;
 pub use encode::{EncodeProgress, check_model, copy_document, encode};
