@@ -138,7 +138,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         retrieval: Retrieval { top_k: args.top_k, ..Retrieval::default() },
         options: GenerateOptions { max_tokens: 48, stop: vec!["\n".into()], ..GenerateOptions::default() },
     };
-    context.output.stream("answer  ");
+    context.output.stream("answer   ");
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
     context.output.stream_end();
     let answer = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, 6)?;
@@ -206,6 +206,7 @@ impl Service {
         let mut process = Command::new(std::env::current_exe().map_err(io)?)
             .args(["serve", "--json", "--quiet", "--listen", "127.0.0.1:0", "--data"])
             .arg(data)
+            .env("RUST_LOG", "warn")
             .stdout(Stdio::piped())
             .spawn()
             .map_err(io)?;

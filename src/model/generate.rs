@@ -13,7 +13,7 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Most tokens to generate.
     pub max_tokens: usize,
-    /// Texts at which to stop; they are not part of the answer.
+    /// Texts at which to stop; they are not part of the answer, and before it they do not count.
     pub stop: Vec<String>,
     /// Tokens of the prompt that go through the model at once.
     pub prefill_tokens: usize,
@@ -35,7 +35,7 @@ pub struct Generated {
     /// The tokens chosen, without the one that ended the text. The sequence's attention holds the prompt and these,
     /// except perhaps the last.
     pub ids: Vec<u32>,
-    /// The answer, up to a stop text.
+    /// The answer, without white space before it, up to a stop text.
     pub text: String,
     pub finish: Finish,
 }
@@ -127,7 +127,7 @@ impl<'a> Answer<'a> {
 
     /// Takes more text. True when a stop text appeared: then the text ends before it.
     fn push(&mut self, piece: &str, on_text: &mut dyn FnMut(&str)) -> bool {
-        self.text.push_str(piece);
+        self.text.push_str(if self.text.is_empty() { piece.trim_start() } else { piece });
         let texts = || self.stop.iter().filter(|stop| !stop.is_empty());
         let found = texts().filter_map(|stop| self.text[self.told_bytes..].find(stop.as_str())).min();
         if let Some(at) = found {
@@ -184,5 +184,6 @@ mod tests {
         assert_eq!(told(&["aab"], &["a", "a", "a", "b"]), ["", "", "a", "!"]);
         assert_eq!(told(&["é!"], &["né", "e"]), ["n", "ée"]);
         assert_eq!(told(&[""], &["a"]), ["a"], "an empty stop text stops nothing");
+        assert_eq!(told(&["\n"], &[" \n", "\n", "a ", "b\n"]), ["", "", "a ", "b!"], "an answer has to begin");
     }
 }
