@@ -2,7 +2,7 @@
 //! chosen at run time.
 //!
 //! A loop is written once, over arrays of [`LANES`] accumulators that the compiler keeps in vector registers;
-//! [`simd!`] compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
+//! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
 //! than left to right, and may differ in the last bits between machines.
 
 /// Accumulators that a reduction keeps apart: two AVX-512 registers' worth, to hide the latency of an addition.
@@ -41,7 +41,7 @@ macro_rules! simd {
 }
 pub(crate) use simd;
 
-/// The widest instruction set that [`simd!`] functions use here.
+/// The widest instruction set that `simd!` functions use here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     Avx512,

@@ -2,7 +2,7 @@
 //!
 //! Two stages: `args` is what was typed, `config` is what it means once the configuration file and the environment
 //! had their say. Each command is one file here: its arguments, what it answers (a serde struct that is the manual
-//! of its `--json`), and `run`. Adding a command is one such file and one variant of [`args::Command`].
+//! of its `--json`), and `run`. Adding a command is one such file and one variant of `args::Command`.
 
 mod args;
 mod config;
