@@ -4,8 +4,15 @@
 #[allow(dead_code, reason = "the sandbox serves other tests too")]
 mod sandbox;
 
+use std::sync::Arc;
+
+use landmarkdb::api::BlockMemory;
+use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, Window};
 use landmarkdb::eval::BOOK;
-use landmarkdb::model;
+use landmarkdb::memory::LocalMemory;
+use landmarkdb::model::{self, LoadedModel, Logits};
+use landmarkdb::shape::CollectionSpec;
+use landmarkdb::types::{DType, KeyRule};
 use sandbox::{Sandbox, Service};
 
 const KEY: &str = "48213";
@@ -86,4 +93,46 @@ fn what_cannot_be_encoded_or_asked_says_why() {
     // Asked about a text that fits in the window there is nothing to retrieve, and the answer says so.
     let answer = sandbox.run(&["ask", "What is this?", "--doc", "notes", "--data", "d", "--max-tokens", "4"]).exits(0);
     assert!(answer.stdout.contains("fit in"), "{}", answer.stdout);
+}
+
+#[test]
+fn with_everything_retrieved_the_model_says_what_it_says_with_full_attention() {
+    let model = LoadedModel::open(&model::pull("smollm2", &mut |_| {}).unwrap()).unwrap();
+    let ids = model.tokenizer.encode(&text()).unwrap().ids[..800].to_vec();
+    let shape = model.shape(64).unwrap();
+    let window = Window { tokens: 128, sink: true };
+    let logits = |mut session: BlockAttention| {
+        let mut ends = Vec::new();
+        for ids in ids.chunks(100) {
+            ends.extend(model.llama.forward(ids, &mut session, Logits::Last).unwrap());
+            let offsets = vec![0; ids.len()];
+            session.commit(NewTokens { ids, text: &[], offsets: &offsets }).unwrap();
+        }
+        (ends, session.take_reads().len())
+    };
+
+    let folder = tempfile::tempdir().unwrap();
+    let memory: Arc<dyn BlockMemory> = Arc::new(LocalMemory::open(folder.path()).unwrap());
+    let collection = CollectionSpec {
+        name: "exact".into(),
+        shape: shape.clone(),
+        key_rule: KeyRule::Tokens,
+        payload_dtype: DType::F32,
+        key_dtype: DType::Int8,
+        model_digest: model.model_digest,
+        tokenizer_digest: model.tokenizer_digest(),
+        model_name: model.name.clone(),
+    };
+    let collection = memory.open_collection(&collection).unwrap();
+    let document = memory.open_document(collection.id, "text").unwrap();
+    let all = Retrieval { top_k: 1000, ..Retrieval::default() };
+    let with_memory = BlockAttention::write(memory.clone(), &collection, &document, window, Some(all)).unwrap();
+
+    let (full, _) = logits(BlockAttention::full(&shape));
+    let (remembered, blocks_read) = logits(with_memory);
+    let (windowed, _) = logits(BlockAttention::window_only(&shape, window));
+    let difference = |other: &[f32]| full.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert_eq!(blocks_read, 9, "800 tokens, less sink, window and the block under way");
+    assert!(difference(&remembered) < 2e-3, "{}", difference(&remembered));
+    assert!(difference(&windowed) > 0.5, "the window alone differs: {}", difference(&windowed));
 }
