@@ -130,11 +130,6 @@ impl TokenBar {
         self.0.set_message(what.to_string());
     }
 
-    /// Prints a line above the bar, on standard error.
-    pub(super) fn say(&self, line: &str) {
-        self.0.println(line);
-    }
-
     pub(super) fn finish(self) {
         self.0.finish_and_clear();
     }

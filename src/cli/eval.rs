@@ -204,21 +204,10 @@ fn passkey(args: &PasskeyArgs, context: &Context) -> Result<(), CliError> {
         seed: args.seed,
     };
     let bar = token_bar(context, "");
-    let cases = eval::passkey(
-        &model,
-        &scratch.memory,
-        &collections,
-        &settings,
-        &mut |tokens, sample, step| {
-            bar.label(&format!("{} tokens, text {} of {}", count(tokens as u64), sample + 1, settings.samples));
-            bar.show(step);
-        },
-        &mut |case| {
-            if !case.correct {
-                bar.say(&format!("wrong: {}", describe(case)));
-            }
-        },
-    )?;
+    let cases = eval::passkey(&model, &scratch.memory, &collections, &settings, &mut |tokens, sample, step| {
+        bar.label(&format!("{} tokens, text {} of {}", count(tokens as u64), sample + 1, settings.samples));
+        bar.show(step);
+    })?;
     bar.finish();
     context.output.print(&PasskeyReport::new(&model.name, args, &cases))
 }
@@ -270,19 +259,6 @@ fn source_text(file: Option<&PathBuf>) -> Result<String, CliError> {
         None => Ok(eval::BOOK.to_string()),
         Some(path) => std::fs::read_to_string(path).map_err(|source| CliError::ReadText { path: path.clone(), source }),
     }
-}
-
-fn describe(case: &PasskeyCase) -> String {
-    format!(
-        "{} tokens, text {}, k = {}, {}: hidden at {:.0} %, expected {}, answered {:?}",
-        count(case.tokens as u64),
-        case.sample,
-        case.top_k,
-        case.payload_dtype,
-        100.0 * case.depth,
-        case.key,
-        case.answer
-    )
 }
 
 impl PasskeyReport {
@@ -379,7 +355,21 @@ impl Report for PasskeyReport {
                 format!("{:.2} s", result.first_token_s),
             ]);
         }
-        write_table(to, &rows)
+        write_table(to, &rows)?;
+        for case in self.cases.iter().filter(|case| !case.correct) {
+            writeln!(
+                to,
+                "wrong: {} tokens, text {}, k = {}, {}: hidden at {:.0} %, expected {}, answered {:?}",
+                count(case.tokens as u64),
+                case.sample,
+                case.top_k,
+                case.payload_dtype,
+                100.0 * case.depth,
+                case.key,
+                case.answer
+            )?;
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,9 @@ use serde::Serialize;
 use super::args::Global;
 use super::error::{CliError, Exit};
 
+/// Columns below which a table is not fitted to the terminal.
+const NARROWEST_TERMINAL: u16 = 40;
+
 /// What a command answers. Its fields are the `--json` of the command: names are stable, sizes carry their unit.
 pub(super) trait Report: Serialize {
     /// The same for people.
@@ -125,7 +128,11 @@ impl Output {
 pub(super) fn table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
     let bold = styled();
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.load_style(presets::NOTHING);
+    // A terminal that tells no width, or one too narrow for columns, gets lines as long as they are.
+    if table.width().is_some_and(|columns| columns >= NARROWEST_TERMINAL) {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
     table.set_header(headings.map(|heading| {
         let cell = Cell::new(heading.trim_end_matches('>'));
         if bold { cell.add_attribute(Attribute::Bold) } else { cell }

@@ -56,8 +56,8 @@ pub struct PasskeyCase {
 }
 
 /// Runs the test. Each text is encoded once into the first collection and copied from there into the others (other
-/// payload dtypes); documents are deleted when their questions are answered. `on_case` gets every case as it is known,
-/// `progress` the encoding of each text with its length and number.
+/// payload dtypes); documents are deleted when their questions are answered. `progress` is told the encoding of each
+/// text with its length and number.
 ///
 /// # Errors
 /// Whatever the model or the memory report.
@@ -67,7 +67,6 @@ pub fn passkey(
     collections: &[CollectionInfo],
     settings: &PasskeySettings,
     progress: &mut dyn FnMut(usize, usize, EncodeProgress),
-    on_case: &mut dyn FnMut(&PasskeyCase),
 ) -> Result<Vec<PasskeyCase>, RememberError> {
     let longest = settings.tokens.iter().copied().max().unwrap_or(0);
     let maker = Maker::new(settings.haystack, &settings.prose, longest, &model.tokenizer)?;
@@ -104,7 +103,7 @@ pub fn passkey(
                     };
                     let answer = ask(model, memory, collection, &question, &mut |_| {})?;
                     let text = answer.generated.text.trim().to_string();
-                    let case = PasskeyCase {
+                    cases.push(PasskeyCase {
                         tokens,
                         sample,
                         top_k,
@@ -117,9 +116,7 @@ pub fn passkey(
                         stored_bytes: document.stored_bytes,
                         encode_s,
                         first_token_s: answer.first_token.as_secs_f64(),
-                    };
-                    on_case(&case);
-                    cases.push(case);
+                    });
                 }
                 memory.delete(document.id)?;
             }
