@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use crate::numeric::{self, Matrix};
+use crate::numeric::{self, Matrix, Threads, Write};
 
 /// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
 #[derive(Clone, Copy)]
@@ -51,11 +51,14 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
     SCORES.with_borrow_mut(|scores| {
         scores.resize(rows * columns, 0.0);
         let scores = &mut scores[..rows * columns];
+        let score = |queries, keys: Matrix, scores: &mut [f32]| {
+            let keys = keys.transposed();
+            numeric::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace, Threads::One);
+        };
         if sink_rows > 0 {
-            numeric::multiply_transposed(matrix(queries.sink, rows), matrix(sink.k, sink_rows), scores, columns);
+            score(queries.sink, matrix(sink.k, sink_rows), scores);
         }
-        let seen = matrix(&window.k[..window_rows * head_dim], window_rows);
-        numeric::multiply_transposed(matrix(queries.window, rows), seen, &mut scores[sink_rows..], columns);
+        score(queries.window, matrix(window.k, window_rows), &mut scores[sink_rows..]);
 
         let mut lse = Vec::with_capacity(rows);
         let mut sums = Vec::with_capacity(rows);
@@ -69,10 +72,12 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
         }
 
         let mut out = vec![0.0; rows * head_dim];
-        let weights = |numbers, columns_here| Matrix { numbers, rows, columns: columns_here, stride: columns };
-        numeric::multiply_add(weights(scores, sink_rows), matrix(sink.v, sink_rows), &mut out, head_dim);
-        let seen = matrix(&window.v[..window_rows * head_dim], window_rows);
-        numeric::multiply_add(weights(&scores[sink_rows..], window_rows), seen, &mut out, head_dim);
+        let mut mix = |weights, seen_rows, values| {
+            let weights = Matrix::with_stride(weights, rows, seen_rows, columns);
+            numeric::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add, Threads::One);
+        };
+        mix(&*scores, sink_rows, sink.v);
+        mix(&scores[sink_rows..], window_rows, window.v);
         for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
             out.iter_mut().for_each(|x| *x /= sum);
         }

@@ -8,10 +8,9 @@ use rayon::prelude::*;
 use super::LocalMemory;
 use super::geometry::Turns;
 use super::lookup::Prepared;
-use super::product;
 use crate::api::{AttendRequest, Attended, Result};
 use crate::index::Found;
-use crate::numeric;
+use crate::numeric::{self, Matrix, Threads, Write};
 use crate::store::piece::PieceLayout;
 use crate::types::Normalisation;
 
@@ -137,12 +136,16 @@ impl Attention<'_> {
             queries.clear();
             uses.iter().for_each(|block_use| self.push_query(head, block_use, &mut queries));
             scores.resize(uses.len() * tokens, 0.0);
-            product::scores(&queries, &k, dim, &mut scores);
+            let rows = Matrix::new(&queries, uses.len(), dim);
+            let keys = Matrix::new(&k, tokens, dim).transposed();
+            numeric::multiply(rows, keys, &mut scores, tokens, Write::Replace, Threads::One);
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
                 partial.weigh(block_use.row as usize, self.normalisation, scores);
             }
             mixed.resize(uses.len() * dim, 0.0);
-            product::mix(&scores, &v, dim, &mut mixed);
+            let weights = Matrix::new(&scores, uses.len(), tokens);
+            let values = Matrix::new(&v, tokens, dim);
+            numeric::multiply(weights, values, &mut mixed, dim, Write::Replace, Threads::One);
             for (block_use, mixed) in uses.iter().zip(mixed.chunks_exact(dim)) {
                 numeric::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
             }

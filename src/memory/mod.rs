@@ -23,7 +23,6 @@ mod geometry;
 mod ingest;
 mod keys;
 mod lookup;
-mod product;
 mod read;
 #[cfg(test)]
 mod tests;

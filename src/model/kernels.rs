@@ -1,12 +1,12 @@
 //! The loops of a forward pass that are not attention, over f32 slices.
 //!
-//! Matrix times matrix is the `gemm` crate's; everything else is memory-bound and written here, because one fused
+//! Matrix times matrix is a library's; everything else is memory-bound and written here, because one fused
 //! pass over the numbers, spread over the cores, costs a fraction of a chain of tensor operations.
 
 use rayon::prelude::*;
 
 use super::weights::Matrix;
-use crate::numeric::{LANES, dot, exp, fma, simd};
+use crate::numeric::{self, LANES, Threads, Write, dot, exp, fma, simd};
 
 /// Rows of a matrix that one task multiplies with a single vector: long enough that starting it costs nothing.
 const GEMV_TASK_ROWS: usize = 64;
@@ -18,13 +18,6 @@ const GEMV_TOKENS_MAX: usize = 8;
 /// Tokens that one task normalises or gates.
 const ROW_TASK_TOKENS: usize = 8;
 
-/// What a product does with what was in its place before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Write {
-    Replace,
-    Add,
-}
-
 /// `out (T, rows) = x (T, columns) . weight (rows, columns)^T`, or `out += ..`.
 pub(super) fn multiply(x: &[f32], weight: &Matrix, out: &mut [f32], write: Write) {
     let columns = weight.columns();
@@ -33,16 +26,18 @@ pub(super) fn multiply(x: &[f32], weight: &Matrix, out: &mut [f32], write: Write
     if tokens == 0 {
         return;
     }
-    weight.with(|weight| match tokens {
-        ..=GEMV_TOKENS_MAX => {
-            let rows = weight.len() / columns;
+    weight.with(|weight| {
+        let rows = weight.len() / columns;
+        if tokens <= GEMV_TOKENS_MAX {
             x.chunks_exact(columns).zip(out.chunks_exact_mut(rows)).for_each(|(x, out)| gemv(x, weight, out, write));
+        } else {
+            let matrix = numeric::Matrix::new(weight, rows, columns).transposed();
+            numeric::multiply(numeric::Matrix::new(x, tokens, columns), matrix, out, rows, write, Threads::All);
         }
-        _ => gemm(x, weight, out, tokens, columns, write),
     });
 }
 
-/// One token: bound by reading the weights, which `gemm`'s packing would read and write again.
+/// One token: bound by reading the weights, which packing would read and write again.
 fn gemv(x: &[f32], weight: &[f32], out: &mut [f32], write: Write) {
     let columns = x.len();
     out.par_chunks_mut(GEMV_TASK_ROWS)
@@ -68,40 +63,6 @@ simd! {
             let sum = sums.iter().sum::<f32>();
             *out = if add { *out + sum } else { sum };
         }
-    }
-}
-
-fn gemm(x: &[f32], weight: &[f32], out: &mut [f32], tokens: usize, columns: usize, write: Write) {
-    let rows = weight.len() / columns;
-    assert_eq!(x.len(), tokens * columns);
-    assert_eq!(weight.len(), rows * columns);
-    assert_eq!(out.len(), tokens * rows);
-    let add = write == Write::Add;
-    // SAFETY: the asserts above are what the strides say: `out (tokens, rows)` and `x (tokens, columns)` are row-major
-    // with unit column stride, and `weight (rows, columns)` is read as its transpose `(columns, rows)`. `out` is
-    // borrowed mutably, so it overlaps neither.
-    unsafe {
-        gemm::gemm(
-            tokens,
-            rows,
-            columns,
-            out.as_mut_ptr(),
-            1,
-            rows as isize,
-            add,
-            x.as_ptr(),
-            1,
-            columns as isize,
-            weight.as_ptr(),
-            columns as isize,
-            1,
-            if add { 1.0 } else { 0.0 },
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::Rayon(rayon::current_num_threads()),
-        );
     }
 }
 

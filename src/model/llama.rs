@@ -9,10 +9,11 @@ use rayon::prelude::*;
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
 use super::huggingface::read_config;
-use super::kernels::{Write, multiply, rms_norm, swiglu, take_columns};
+use super::kernels::{multiply, rms_norm, swiglu, take_columns};
 use super::safetensors::SafeTensorsFolder;
 use super::weights::{LayerTensor, Matrix, TensorName, TensorSource};
 use crate::attention::SequenceAttention;
+use crate::numeric::Write;
 
 /// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
 pub struct Llama {

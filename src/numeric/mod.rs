@@ -5,6 +5,10 @@
 //! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
 //! than left to right, and may differ in the last bits between machines.
 
+mod matrix;
+
+pub use matrix::{Matrix, Threads, Write, multiply};
+
 /// Accumulators that a reduction keeps apart: two AVX-512 registers' worth, to hide the latency of an addition.
 pub const LANES: usize = 32;
 
@@ -218,81 +222,6 @@ simd! {
     }
 }
 
-/// A row-major matrix: `rows` x `columns` numbers, consecutive rows `stride` apart.
-#[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    pub numbers: &'a [f32],
-    pub rows: usize,
-    pub columns: usize,
-    pub stride: usize,
-}
-
-impl<'a> Matrix<'a> {
-    /// A matrix without gaps between its rows.
-    pub fn new(numbers: &'a [f32], rows: usize, columns: usize) -> Self {
-        Matrix { numbers, rows, columns, stride: columns }
-    }
-
-    fn check(&self) {
-        assert!(self.columns <= self.stride);
-        assert!(self.rows == 0 || (self.rows - 1) * self.stride + self.columns <= self.numbers.len());
-    }
-}
-
-/// `out (a.rows, b.rows) = a b^T`, on this thread. Rows of `out` are `out_stride` apart.
-pub fn multiply_transposed(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize) {
-    assert_eq!(a.columns, b.columns);
-    check_out(out, out_stride, a.rows, b.rows);
-    product(a, (b, b.rows, b.stride as isize, 1), out, out_stride, false);
-}
-
-/// `out (a.rows, b.columns) += a b`, on this thread. Rows of `out` are `out_stride` apart.
-pub fn multiply_add(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize) {
-    assert_eq!(a.columns, b.rows);
-    check_out(out, out_stride, a.rows, b.columns);
-    product(a, (b, b.columns, 1, b.stride as isize), out, out_stride, true);
-}
-
-fn check_out(out: &[f32], stride: usize, rows: usize, columns: usize) {
-    assert!(columns <= stride);
-    assert!(rows == 0 || (rows - 1) * stride + columns <= out.len());
-}
-
-/// `b` comes with its number of columns and its column and row strides as seen by the product.
-fn product(a: Matrix, b: (Matrix, usize, isize, isize), out: &mut [f32], out_stride: usize, add: bool) {
-    a.check();
-    let (b, columns, column_stride, row_stride) = b;
-    b.check();
-    if a.rows == 0 || columns == 0 {
-        return;
-    }
-    // SAFETY: `check` and `check_out` keep every element that the strides reach inside its slice; `out` is borrowed
-    // mutably, so it overlaps neither input.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            columns,
-            a.columns,
-            out.as_mut_ptr(),
-            1,
-            out_stride as isize,
-            add,
-            a.numbers.as_ptr(),
-            1,
-            a.stride as isize,
-            b.numbers.as_ptr(),
-            column_stride,
-            row_stride,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,28 +288,6 @@ mod tests {
         widen_f16(&halves, &mut wide);
         for (half, wide) in halves.iter().zip(&wide) {
             assert_eq!(half.to_f32().to_bits(), wide.to_bits(), "{half:?}");
-        }
-    }
-
-    #[test]
-    fn products_agree_with_plain_loops() {
-        for (m, n, k) in [(0, 3, 2), (1, 1, 1), (3, 5, 7), (33, 40, 64), (2, 1, 0)] {
-            let (a, b) = (numbers(m * k, 1.0, 5), numbers(n * k, 1.0, 6));
-            let stride = n + 3;
-            let mut out = vec![0.5; m * stride];
-            multiply_transposed(Matrix::new(&a, m, k), Matrix::new(&b, n, k), &mut out, stride);
-            let mut sums = vec![0.5; m * stride];
-            let b_transposed: Vec<f32> = (0..k * n).map(|i| b[(i % n) * k + i / n]).collect();
-            multiply_add(Matrix::new(&a, m, k), Matrix::new(&b_transposed, k, n), &mut sums, stride);
-            for i in 0..m * stride {
-                let (row, column) = (i / stride, i % stride);
-                let want: f32 = match column < n {
-                    true => (0..k).map(|j| a[row * k + j] * b[column * k + j]).sum(),
-                    false => 0.5,
-                };
-                assert!((out[i] - want).abs() < 1e-5, "{m} {n} {k}");
-                assert!((sums[i] - want - 0.5 * (column < n) as u8 as f32).abs() < 1e-5, "{m} {n} {k}");
-            }
         }
     }
 
