@@ -1,12 +1,12 @@
 //! Language models of the Llama family: where they come from, what they are, and how text goes in and out.
 //!
 //! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
-//! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; this module knows
-//! nothing of windows, blocks or memories.
+//! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
+//! `ask` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
 //! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
-//! `generate`.
+//! `generate`, then `encode` and `ask`.
 
 mod ask;
 mod cache;
