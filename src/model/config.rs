@@ -27,6 +27,18 @@ pub struct ModelConfig {
     pub tied_output: bool,
     /// Tokens that end a text.
     pub eos_ids: Vec<u32>,
+    /// Of a model that was trained with landmarks.
+    pub landmark: Option<Landmark>,
+}
+
+/// How a landmark-trained model reads a text: cut into blocks, each closed by the landmark token (Mohtashami and Jaggi
+/// 2023, section 3.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Landmark {
+    /// The landmark token.
+    pub id: u32,
+    /// B, the landmark included: `mem_freq + 1` of the paper's checkpoints.
+    pub block_tokens: u32,
 }
 
 /// How a model stretches its rotation beyond the context it was first trained with.
@@ -78,6 +90,16 @@ impl ModelConfig {
             if found == 0 {
                 return Err(InvalidShape { field, expected: "at least 1".into(), found: "0".into() });
             }
+        }
+        if let Some(landmark) = self.landmark {
+            if landmark.id as usize >= self.vocab {
+                return Err(InvalidShape {
+                    field: "landmark token (mem_id)",
+                    expected: format!("one of the {} tokens that the model has embeddings for", self.vocab),
+                    found: landmark.id.to_string(),
+                });
+            }
+            return self.shape(landmark.block_tokens).map(|_| ());
         }
         self.shape(2).map(|_| ())
     }

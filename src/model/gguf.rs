@@ -81,6 +81,7 @@ impl Gguf {
             rope: self.rope(rotary_dims as usize)?,
             tied_output: !self.content.tensor_infos.contains_key("output.weight"),
             eos_ids: self.eos_ids()?,
+            landmark: None,
         };
         config.check().map_err(|source| LoadError::Shape { path: self.path.clone(), source })?;
         Ok(config)

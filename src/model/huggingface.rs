@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::config::{ModelConfig, RopeScaling};
+use super::config::{Landmark, ModelConfig, RopeScaling};
 use super::error::LoadError;
+
+/// What the paper's code calls a Llama model trained with landmarks.
+const LANDMARK_TYPE: &str = "llama_with_landmark";
 
 /// The fields that a forward pass depends on. What is absent has the default of the reference implementation.
 #[derive(Deserialize)]
@@ -34,6 +37,10 @@ struct ConfigJson {
     hidden_act: Option<String>,
     sliding_window: Option<u32>,
     eos_token_id: Option<OneOrMany>,
+    /// The landmark token of the paper's checkpoints.
+    mem_id: Option<u32>,
+    /// Tokens of a block of the paper's checkpoints, without its landmark.
+    mem_freq: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -64,6 +71,7 @@ pub(super) fn read_config(folder: &Path) -> Result<ModelConfig, LoadError> {
     let path = folder.join("config.json");
     let json: ConfigJson = read_json(&path)?;
     refuse_other_architectures(&path, &json)?;
+    let landmark = landmark(&path, &json)?;
 
     let heads = json.num_attention_heads;
     let head_dim = match json.head_dim {
@@ -96,17 +104,31 @@ pub(super) fn read_config(folder: &Path) -> Result<ModelConfig, LoadError> {
         rope: scaling.map_or(Ok(RopeScaling::None), |rope| rope.scaling(&path))?.rope(base, rotary_dims),
         tied_output: json.tie_word_embeddings,
         eos_ids,
+        landmark,
     };
     config.check().map_err(|source| LoadError::Shape { path, source })?;
     Ok(config)
+}
+
+/// The landmarks of a checkpoint of [`LANDMARK_TYPE`].
+fn landmark(path: &Path, json: &ConfigJson) -> Result<Option<Landmark>, LoadError> {
+    if json.model_type != LANDMARK_TYPE {
+        return Ok(None);
+    }
+    let need = |key: &str, value: Option<u32>| {
+        value.ok_or_else(|| LoadError::MissingKey { path: path.into(), key: key.into() })
+    };
+    let (id, mem_freq) = (need("mem_id", json.mem_id)?, need("mem_freq", json.mem_freq)?);
+    // What is too large is refused as a shape.
+    Ok(Some(Landmark { id, block_tokens: mem_freq.saturating_add(1) }))
 }
 
 fn refuse_other_architectures(path: &Path, json: &ConfigJson) -> Result<(), LoadError> {
     let refuse = |key: &str, expected: &str, found: String| {
         Err(LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found })
     };
-    if !matches!(json.model_type.as_str(), "llama" | "mistral") {
-        return refuse("model_type", "llama or mistral", json.model_type.clone());
+    if !matches!(json.model_type.as_str(), "llama" | "mistral" | LANDMARK_TYPE) {
+        return refuse("model_type", &format!("llama, mistral or {LANDMARK_TYPE}"), json.model_type.clone());
     }
     if let Some(other) = json.hidden_act.as_ref().filter(|name| *name != "silu") {
         return refuse("hidden_act", "silu", other.clone());
@@ -209,6 +231,26 @@ mod tests {
         )
         .unwrap();
         assert_ne!(newer.rope, crate::shape::Rope::from_base(5000.0, 8));
+    }
+
+    #[test]
+    fn a_landmark_checkpoint_names_its_landmark_and_blocks() {
+        let read = |more: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            let json = LLAMA.replace("\"llama\"", "\"llama_with_landmark\"");
+            std::fs::write(folder.path().join("config.json"), format!("{json}{more}}}")).unwrap();
+            read_config(folder.path())
+        };
+        let config = read(r#", "mem_id": 99, "mem_freq": 50"#).unwrap();
+        assert_eq!(config.landmark, Some(Landmark { id: 99, block_tokens: 51 }));
+        assert!(matches!(read(r#", "mem_id": 99"#), Err(LoadError::MissingKey { key, .. }) if key == "mem_freq"));
+        let field = |more: &str| match read(more).unwrap_err() {
+            LoadError::Shape { source, .. } => source.field,
+            other => panic!("{other}"),
+        };
+        assert_eq!(field(r#", "mem_id": 100, "mem_freq": 50"#), "landmark token (mem_id)");
+        assert_eq!(field(r#", "mem_id": 99, "mem_freq": 0"#), "block_tokens");
+        assert_eq!(field(r#", "mem_id": 99, "mem_freq": 4294967295"#), "block_tokens");
     }
 
     #[test]

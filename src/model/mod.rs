@@ -35,7 +35,7 @@ use std::path::Path;
 
 pub use ask::{Answer, Question, ask};
 pub use cache::models_folder;
-pub use config::ModelConfig;
+pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, check_model, copy_document, encode};
 pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, TokenizeError};
 pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
