@@ -10,7 +10,7 @@ use landmarkdb::api::BlockMemory;
 use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window, attend_tensors};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{DType as Stored, KeyRule};
+use landmarkdb::types::{DType as Stored, KeyRule, Normalisation};
 
 const LAYERS: usize = 2;
 const HEADS: usize = 4;
@@ -86,11 +86,11 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     })?;
     let document = memory.open_document(collection.id, "text")?;
     let retrieval = Retrieval { top_k: 1000, ..Retrieval::default() };
-    let window = Window { tokens: 64, sink: true };
+    let window = Window { tokens: 64, ..Window::default() };
     let mut with_memory = BlockAttention::write(memory, &collection, &document, window, Some(retrieval))?;
 
     let mut window_only = BlockAttention::window_only(&shape, window);
-    let mut full = BlockAttention::full(&shape);
+    let mut full = BlockAttention::full(&shape, Normalisation::Plain);
     let (mut memory_off, mut window_off) = (0f32, 0f32);
     for from in (0..512).step_by(64) {
         let chunk = text.narrow(1, from, 64)?;

@@ -12,7 +12,7 @@ use landmarkdb::eval::BOOK;
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::model::{self, LoadedModel, Logits};
 use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{DType, KeyRule};
+use landmarkdb::types::{DType, KeyRule, Normalisation};
 use sandbox::{Sandbox, Service};
 
 const KEY: &str = "48213";
@@ -100,7 +100,7 @@ fn with_everything_retrieved_the_model_says_what_it_says_with_full_attention() {
     let model = LoadedModel::open(&model::pull("smollm2", &mut |_| {}).unwrap()).unwrap();
     let ids = model.tokenizer.encode(&text()).unwrap().ids[..800].to_vec();
     let shape = model.shape(64).unwrap();
-    let window = Window { tokens: 128, sink: true };
+    let window = Window { tokens: 128, ..Window::default() };
     let logits = |mut session: BlockAttention| {
         let mut ends = Vec::new();
         for ids in ids.chunks(100) {
@@ -128,7 +128,7 @@ fn with_everything_retrieved_the_model_says_what_it_says_with_full_attention() {
     let all = Retrieval { top_k: 1000, ..Retrieval::default() };
     let with_memory = BlockAttention::write(memory.clone(), &collection, &document, window, Some(all)).unwrap();
 
-    let (full, _) = logits(BlockAttention::full(&shape));
+    let (full, _) = logits(BlockAttention::full(&shape, Normalisation::Plain));
     let (remembered, blocks_read) = logits(with_memory);
     let (windowed, _) = logits(BlockAttention::window_only(&shape, window));
     let difference = |other: &[f32]| full.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

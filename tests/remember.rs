@@ -6,21 +6,23 @@ use std::sync::Arc;
 
 use common::{Activations, Served, difference, shape, spec};
 use landmarkdb::api::{BlockMemory, MemoryError};
-use landmarkdb::attention::{AttentionError, BlockAttention, Layers, NewTokens, Retrieval, SequenceAttention, Window};
+use landmarkdb::attention::{
+    AttentionError, BlockAttention, CountedFrom, Layers, NewTokens, Retrieval, SequenceAttention, Window,
+};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::types::{BlockScore, DType, Granularity, Normalisation};
 
 const TOKENS: usize = 150;
-const WINDOW: Window = Window { tokens: 16, sink: true };
+const WINDOW: Window = Window {
+    tokens: 16,
+    counted_from: CountedFrom::Query,
+    sink: true,
+    chunk_tokens: 16,
+    normalisation: Normalisation::Plain,
+};
 
 fn retrieval(top_k: u32, granularity: Granularity) -> Retrieval {
-    Retrieval {
-        top_k,
-        block_score: BlockScore::LogSumExp,
-        granularity,
-        normalisation: Normalisation::Plain,
-        layers: Layers::All,
-    }
+    Retrieval { top_k, block_score: BlockScore::LogSumExp, granularity, layers: Layers::All, newest_blocks: None }
 }
 
 fn write(memory: &Arc<dyn BlockMemory>, name: &str, payload: DType, retrieval: Option<Retrieval>) -> BlockAttention {
@@ -38,7 +40,7 @@ fn with_everything_retrieved_attention_is_full_attention() {
     let folder = tempfile::tempdir().unwrap();
     let memory = local(folder.path());
     let text = Activations::random(TOKENS, 1);
-    let full = text.feed(&mut BlockAttention::full(&shape()), 0, TOKENS, 16);
+    let full = text.feed(&mut BlockAttention::full(&shape(), Normalisation::Plain), 0, TOKENS, 16);
     let all =
         [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
     for granularity in all {

@@ -2,10 +2,14 @@
 //!
 //! `out = softmax(scale q k^T) v` and the log of the softmax denominator, with the score rows kept whole: a run is at
 //! most a few hundred rows, so its scores stay in the second-level cache.
+//!
+//! The grouped softmax of landmark-trained models (Mohtashami and Jaggi 2023, section 3.1) takes its place where
+//! asked for: see [`Rule`].
 
 use std::cell::RefCell;
 
 use crate::numeric::{self, Matrix, Threads, Write};
+use crate::types::Normalisation;
 
 /// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
 #[derive(Clone, Copy)]
@@ -29,6 +33,48 @@ pub(crate) struct HeadQueries<'a> {
     pub(crate) head_dim: usize,
 }
 
+/// How the scores of one query become weights.
+#[derive(Clone, Copy)]
+pub(crate) struct Rule {
+    /// Grouped: keys lie in blocks of `block_tokens`, each closed by its landmark. The tokens of the query's own block
+    /// compete with the landmarks of the blocks before it; a landmark's weight goes to the tokens of its block, by a
+    /// softmax of their own. The landmark of the query's own block is hidden, even from itself.
+    pub(crate) normalisation: Normalisation,
+    /// B
+    pub(crate) block_tokens: usize,
+}
+
+impl Rule {
+    /// Turns the scores of the keys that a query sees, which begin with a block and end with the query itself, into
+    /// weights that are not yet divided by their sum. Returns `(log-sum-exp, sum)` of what competes.
+    fn weigh(self, seen: &mut [f32]) -> (f32, f32) {
+        let own = match self.normalisation {
+            Normalisation::Plain => 0,
+            Normalisation::Grouped => (seen.len() - 1) / self.block_tokens * self.block_tokens,
+        };
+        let (before, own) = seen.split_at_mut(own);
+        let own = if self.normalisation == Normalisation::Grouped && own.len() == self.block_tokens {
+            let (tokens, landmark) = own.split_at_mut(self.block_tokens - 1);
+            landmark[0] = 0.0;
+            tokens
+        } else {
+            own
+        };
+        let landmarks = before.iter().skip(self.block_tokens - 1).step_by(self.block_tokens);
+        let top = landmarks.fold(numeric::max(own), |top, &landmark| top.max(landmark));
+        let mut sum = numeric::exp_sum(own, top);
+        for block in before.chunks_exact_mut(self.block_tokens) {
+            let Some((landmark, tokens)) = block.split_last_mut() else { continue };
+            let weight = (*landmark - top).exp();
+            sum += weight;
+            *landmark = 0.0;
+            let factor = weight / numeric::exp_sum(tokens, numeric::max(tokens));
+            tokens.iter_mut().for_each(|token| *token *= factor);
+        }
+        (top + sum.ln(), sum)
+    }
+}
+
 /// Part of an attention: what some keys contribute.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Partial {
@@ -40,7 +86,7 @@ pub(crate) struct Partial {
 
 /// Attends to `window`, of which the run's first token sees `visible` rows and each further token one more, and to all
 /// of `sink`. Rows are `(T, G)`.
-pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visible: usize) -> Partial {
+pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visible: usize, rule: Rule) -> Partial {
     let HeadQueries { group, head_dim, .. } = *queries;
     let rows = queries.window.len() / head_dim;
     let sink_rows = sink.k.len() / head_dim;
@@ -64,11 +110,10 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
         let mut sums = Vec::with_capacity(rows);
         for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
             let (seen, future) = scores.split_at_mut(sink_rows + visible + row / group);
-            let top = numeric::max(seen);
-            let sum = numeric::exp_sum(seen, top);
+            let (log_sum_exp, sum) = rule.weigh(seen);
             future.fill(0.0);
             sums.push(sum);
-            lse.push(top + sum.ln());
+            lse.push(log_sum_exp);
         }
 
         let mut out = vec![0.0; rows * head_dim];
@@ -112,34 +157,64 @@ mod tests {
         (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    /// Softmax attention of one query over `(S, D)`, in double precision.
-    fn plain(q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f64>, f64) {
+    const PLAIN: Rule = Rule { normalisation: Normalisation::Plain, block_tokens: 16 };
+
+    /// Attention of one query over `(S, D)`, in double precision, straight from the definition.
+    fn defined(rule: Rule, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f64>, f64) {
         let d = q.len();
         let scores: Vec<f64> = k.chunks(d).map(|k| q.iter().zip(k).map(|(a, b)| *a as f64 * *b as f64).sum()).collect();
-        let lse = scores.iter().map(|s| s.exp()).sum::<f64>().ln();
+        let exps: Vec<f64> = scores.iter().map(|score| score.exp()).collect();
+        let last = scores.len() - 1;
+        let block = |key: usize| match rule.normalisation {
+            Normalisation::Plain => 0,
+            Normalisation::Grouped => key / rule.block_tokens,
+        };
+        let is_landmark =
+            |key: usize| rule.normalisation == Normalisation::Grouped && (key + 1).is_multiple_of(rule.block_tokens);
+        let competes = |key: &usize| (block(*key) == block(last)) != is_landmark(*key);
+        let total: f64 = (0..=last).filter(competes).map(|key| exps[key]).sum();
+        let weight = |key: usize| match (is_landmark(key), block(key) == block(last)) {
+            (true, _) => 0.0,
+            (false, true) => exps[key] / total,
+            (false, false) => {
+                let first = block(key) * rule.block_tokens;
+                let tokens = first..first + rule.block_tokens - 1;
+                exps[tokens.end] / total * exps[key] / exps[tokens].iter().sum::<f64>()
+            }
+        };
         let mut out = vec![0.0; d];
-        for (s, v) in scores.iter().zip(v.chunks(d)) {
-            out.iter_mut().zip(v).for_each(|(o, v)| *o += (s - lse).exp() * *v as f64);
+        for (key, v) in v.chunks(d).enumerate() {
+            out.iter_mut().zip(v).for_each(|(o, v)| *o += weight(key) * *v as f64);
         }
-        (out, lse)
+        (out, total.ln())
     }
 
     #[test]
     fn agrees_with_double_precision_at_every_edge() {
-        for (tokens, group, d, sink, visible) in
-            [(1, 1, 4, 0, 1), (1, 3, 64, 64, 512), (5, 3, 64, 16, 1), (64, 3, 8, 0, 65), (2, 2, 6, 3, 7)]
-        {
+        let grouped = |block_tokens| Rule { normalisation: Normalisation::Grouped, block_tokens };
+        for (tokens, group, d, sink, visible, rule) in [
+            (1, 1, 4, 0, 1, PLAIN),
+            (1, 3, 64, 64, 512, PLAIN),
+            (5, 3, 64, 16, 1, PLAIN),
+            (64, 3, 8, 0, 65, PLAIN),
+            (2, 2, 6, 3, 7, PLAIN),
+            (1, 1, 4, 0, 1, grouped(2)),
+            (3, 1, 4, 0, 6, grouped(7)),
+            (30, 2, 8, 0, 1, grouped(7)),
+            (9, 3, 16, 5, 12, grouped(5)),
+            (70, 1, 8, 0, 3, grouped(17)),
+        ] {
             let q = numbers(tokens * group * d, 1);
             let (sink_k, sink_v) = (numbers(sink * d, 2), numbers(sink * d, 3));
             let rows = visible + tokens - 1;
             let (k, v) = (numbers(rows * d, 4), numbers(rows * d, 5));
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
-            let Partial { out, lse } = attend(&queries, sink_kv, HeadKv { k: &k, v: &v }, visible);
+            let Partial { out, lse } = attend(&queries, sink_kv, HeadKv { k: &k, v: &v }, visible, rule);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
                 let (want, want_lse) =
-                    plain(&q[row * d..][..d], &[&sink_k, &k[..seen]].concat(), &[&sink_v, &v[..seen]].concat());
+                    defined(rule, &q[row * d..][..d], &[&sink_k, &k[..seen]].concat(), &[&sink_v, &v[..seen]].concat());
                 assert!((lse[row] as f64 - want_lse).abs() < 1e-5);
                 for (got, want) in out[row * d..][..d].iter().zip(want) {
                     assert!((*got as f64 - want).abs() < 1e-5, "{tokens} {group} {d} {sink} {visible}");
@@ -156,7 +231,7 @@ mod tests {
         let part = |range: std::ops::Range<usize>| {
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
             let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };
-            attend(&queries, none, kv, range.len())
+            attend(&queries, none, kv, range.len(), PLAIN)
         };
         let mut merged = part(0..13);
         let other = part(13..40);

@@ -15,7 +15,7 @@ mod window;
 mod writer;
 
 pub use session::BlockAttention;
-pub use settings::{Layers, Retrieval, Window};
+pub use settings::{CHUNK_TOKENS, CountedFrom, Layers, Retrieval, Window};
 pub use tensors::attend_tensors;
 pub use trace::{BlockReads, HeadReads};
 pub use writer::NewTokens;
@@ -45,4 +45,7 @@ pub trait SequenceAttention {
         k: &[f32],
         v: &[f32],
     ) -> Result<Vec<f32>, AttentionError>;
+
+    /// Tokens that all layers have seen, and those of the past that the sequence continues.
+    fn position(&self) -> usize;
 }

@@ -7,13 +7,13 @@ use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
 use crate::attention::local::{self, HeadKv, HeadQueries, Partial};
-use crate::attention::settings::{Retrieval, Window};
+use crate::attention::settings::{CountedFrom, Retrieval, Window};
 use crate::attention::trace::{BlockReads, Heads, Trace};
 use crate::attention::window::{LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
 use crate::shape::{ModelShape, Turn};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation};
 
 /// Attention of all layers of one sequence. What it does depends on how it was made:
 ///
@@ -24,13 +24,14 @@ use crate::types::{BlockRange, CollectionId, DType, DocumentId};
 /// | [`write`](Self::write) | slides | appends the sequence's blocks to a document; retrieves from it if asked to |
 /// | [`read`](Self::read) | begins with the end of the last document and grows | retrieves from the documents |
 ///
-/// The window of a query is the block it is in and the full blocks before it, so it does not depend on how tokens
-/// are grouped into calls, and no token is ever neither in the window nor retrievable.
+/// A window begins with a block, so no token is ever neither in the window nor retrievable. Where it slides, and whether
+/// that depends on how tokens are grouped into calls, is said by [`CountedFrom`].
 pub struct BlockAttention {
     shape: ModelShape,
     window: LocalWindow,
-    /// Full blocks before a query's own block that it sees; `None`: everything from the window's base on.
-    sliding_blocks: Option<usize>,
+    /// How the window slides; `None`: everything from its base on stays visible.
+    sliding: Option<Sliding>,
+    normalisation: Normalisation,
     sink: Option<Sink>,
     link: Option<Link>,
     writer: Option<Writer>,
@@ -52,6 +53,14 @@ struct Link {
     first: u32,
 }
 
+/// See [`Window`].
+#[derive(Clone, Copy)]
+struct Sliding {
+    /// Full blocks that are visible before the one counted from.
+    blocks: usize,
+    counted_from: CountedFrom,
+}
+
 /// The tokens that the layers are being called with.
 #[derive(Default)]
 struct Group {
@@ -70,15 +79,15 @@ struct Run {
 }
 
 impl BlockAttention {
-    /// Plain causal attention over the whole sequence: the baseline.
-    pub fn full(shape: &ModelShape) -> Self {
-        Self::new(shape, 0, None, None)
+    /// Causal attention over the whole sequence: the baseline.
+    pub fn full(shape: &ModelShape, normalisation: Normalisation) -> Self {
+        Self::new(shape, 0, None, normalisation, None)
     }
 
     /// A sliding window (and a sink) and nothing else.
     pub fn window_only(shape: &ModelShape, window: Window) -> Self {
         let sink = window.sink.then(|| Sink::empty(shape));
-        Self::new(shape, 0, Some(sliding_blocks(shape, window)), sink)
+        Self::new(shape, 0, Some(Sliding::new(shape, window)), window.normalisation, sink)
     }
 
     /// Appends to an open document, going on where it ends. With `retrieval`, each query also attends to blocks that
@@ -94,8 +103,8 @@ impl BlockAttention {
         retrieval: Option<Retrieval>,
     ) -> Result<Self, AttentionError> {
         let shape = &collection.spec.shape;
-        let sliding = sliding_blocks(shape, window);
-        let (mut session, tail) = Self::load(memory.as_ref(), shape, &[document], window, Some(sliding))?;
+        let sliding = Some(Sliding::new(shape, window));
+        let (mut session, tail) = Self::load(memory.as_ref(), shape, &[document], window, sliding)?;
         let tail = tail.as_ref().map(|tail| (&tail.token_ids[..], &tail.text));
         session.writer = Some(Writer::resume(memory.clone(), document, tail));
         session.link = retrieval.map(|retrieval| Link {
@@ -132,26 +141,34 @@ impl BlockAttention {
         };
         let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
         let taken = |index: usize| (window.sink && index == 0) as u32;
-        let before = earlier.iter().enumerate().map(|(index, document)| BlockRange {
-            document: document.id,
-            blocks: taken(index).min(document.blocks)..document.blocks,
+        let before = earlier.iter().enumerate().map(|(index, document)| {
+            let blocks = taken(index).min(document.blocks)..document.blocks;
+            retrieval.newest(BlockRange { document: document.id, blocks })
         });
+        let before = before.collect();
         session.link = Some(Link {
             memory,
             collection: collection.id,
             retrieval,
-            before: before.collect(),
+            before,
             document: last.id,
             first: taken(earlier.len()),
         });
         Ok(session)
     }
 
-    fn new(shape: &ModelShape, base: usize, sliding_blocks: Option<usize>, sink: Option<Sink>) -> Self {
+    fn new(
+        shape: &ModelShape,
+        base: usize,
+        sliding: Option<Sliding>,
+        normalisation: Normalisation,
+        sink: Option<Sink>,
+    ) -> Self {
         BlockAttention {
             shape: shape.clone(),
             window: LocalWindow::new(shape, base),
-            sliding_blocks,
+            sliding,
+            normalisation,
             sink,
             link: None,
             writer: None,
@@ -167,12 +184,12 @@ impl BlockAttention {
         shape: &ModelShape,
         documents: &[&DocumentInfo],
         window: Window,
-        sliding: Option<usize>,
+        sliding: Option<Sliding>,
     ) -> Result<(Self, Option<StoredBlock>), AttentionError> {
         let (first, last) = (documents[0], documents[documents.len() - 1]);
         let block_tokens = shape.block_tokens as usize;
-        let from = (last.blocks as usize).saturating_sub(sliding_blocks(shape, window));
-        let mut session = Self::new(shape, from * block_tokens, sliding, None);
+        let from = (last.blocks as usize).saturating_sub(Sliding::new(shape, window).blocks);
+        let mut session = Self::new(shape, from * block_tokens, sliding, window.normalisation, None);
 
         let fetch = |document, blocks| memory.fetch(&FetchRequest { document, blocks, dtype: DType::F32 });
         let at_hand = from as u32..last.blocks + (last.tail_tokens > 0) as u32;
@@ -197,11 +214,6 @@ impl BlockAttention {
             }
         }
         Ok((session, tail))
-    }
-
-    /// Tokens that all layers have seen, those of the document that the window continues included.
-    pub fn position(&self) -> usize {
-        self.position
     }
 
     /// Says what the tokens of the last group were, and makes the blocks they fill durable. Every group of a
@@ -269,7 +281,10 @@ impl BlockAttention {
                 return Err(invalid("commit", expected, writer.tokens(block_tokens).to_string()));
             }
             // A larger group could push blocks out of the window that are not in the memory yet.
-            let most = self.sliding_blocks.unwrap_or(usize::MAX).saturating_mul(block_tokens);
+            let most = match self.sliding {
+                Some(Sliding { blocks, counted_from: CountedFrom::Query }) => blocks * block_tokens,
+                _ => usize::MAX,
+            };
             if tokens > most {
                 return Err(invalid("tokens", format!("at most the window, {most}"), tokens.to_string()));
             }
@@ -284,8 +299,14 @@ impl BlockAttention {
     /// Position of the first token that the query at `position` sees.
     fn window_start(&self, position: usize) -> usize {
         let block_tokens = self.shape.block_tokens as usize;
-        let sliding = self.sliding_blocks.map_or(0, |blocks| (position / block_tokens).saturating_sub(blocks));
-        (sliding * block_tokens).max(self.window.base())
+        let start = self.sliding.map_or(0, |sliding| {
+            let from = match sliding.counted_from {
+                CountedFrom::Query => position,
+                CountedFrom::Chunk => self.position,
+            };
+            (from / block_tokens).saturating_sub(sliding.blocks)
+        });
+        (start * block_tokens).max(self.window.base())
     }
 
     /// The group's tokens, cut where the window start changes.
@@ -315,7 +336,9 @@ impl BlockAttention {
             blocks = blocks.min(writer.blocks() as u32);
         }
         let mut scope = link.before.clone();
-        scope.push(BlockRange { document: link.document, blocks: link.first.min(blocks)..blocks });
+        scope.push(
+            link.retrieval.newest(BlockRange { document: link.document, blocks: link.first.min(blocks)..blocks }),
+        );
         if scope.iter().all(|range| range.blocks.is_empty()) {
             return None;
         }
@@ -331,7 +354,7 @@ impl BlockAttention {
                 block_score: link.retrieval.block_score,
                 granularity: link.retrieval.granularity,
             },
-            normalisation: link.retrieval.normalisation,
+            normalisation: self.normalisation,
         })
     }
 
@@ -364,7 +387,8 @@ impl BlockAttention {
         let visible = self.position + run.tokens.start - run.start + 1;
         let window = self.window.rows_from(layer, kv_head, run.start);
         let queries = HeadQueries { window: &queries, sink: &sink_queries, group, head_dim: d };
-        local::attend(&queries, sink, window, visible)
+        let rule = local::Rule { normalisation: self.normalisation, block_tokens };
+        local::attend(&queries, sink, window, visible, rule)
     }
 
     fn has_earlier_documents(&self) -> bool {
@@ -438,10 +462,28 @@ impl SequenceAttention for BlockAttention {
         }
         Ok(out)
     }
+
+    fn position(&self) -> usize {
+        self.position
+    }
 }
 
-fn sliding_blocks(shape: &ModelShape, window: Window) -> usize {
-    window.tokens.div_ceil(shape.block_tokens as usize).max(1)
+impl Sliding {
+    fn new(shape: &ModelShape, window: Window) -> Self {
+        let blocks = window.tokens.div_ceil(shape.block_tokens as usize);
+        // Counted from each query, no chunk could be written without a block of window.
+        let least = (window.counted_from == CountedFrom::Query) as usize;
+        Sliding { blocks: blocks.max(least), counted_from: window.counted_from }
+    }
+}
+
+impl Retrieval {
+    /// What of a range may be retrieved from.
+    fn newest(&self, range: BlockRange) -> BlockRange {
+        let Range { start, end } = range.blocks;
+        let first = self.newest_blocks.map_or(start, |newest| start.max(end.saturating_sub(newest)));
+        BlockRange { document: range.document, blocks: first..end }
+    }
 }
 
 #[cfg(test)]
@@ -497,7 +539,8 @@ mod tests {
 
     #[test]
     fn grouping_of_tokens_changes_nothing() {
-        for window in [Window { tokens: 16, sink: true }, Window { tokens: 24, sink: false }] {
+        for (tokens, sink) in [(16, true), (24, false)] {
+            let window = Window { tokens, sink, ..Window::default() };
             let whole = run(BlockAttention::window_only(&shape(), window), &[TOKENS]);
             for groups in [&[1][..], &[16], &[3, 7, 11]] {
                 assert_close(&whole, &run(BlockAttention::window_only(&shape(), window), groups));
@@ -507,17 +550,17 @@ mod tests {
 
     #[test]
     fn a_window_that_holds_everything_is_full_attention() {
-        let window = Window { tokens: 128, sink: true };
-        let full = run(BlockAttention::full(&shape()), &[9]);
+        let window = Window { tokens: 128, ..Window::default() };
+        let full = run(BlockAttention::full(&shape(), Normalisation::Plain), &[9]);
         assert_close(&full, &run(BlockAttention::window_only(&shape(), window), &[9]));
-        let short = run(BlockAttention::window_only(&shape(), Window { tokens: 16, sink: true }), &[9]);
+        let short = run(BlockAttention::window_only(&shape(), Window { tokens: 16, ..Window::default() }), &[9]);
         assert_eq!(full[0][..24 * 32], short[0][..24 * 32], "the first tokens see the same");
         assert!(full[0][40 * 32..].iter().zip(&short[0][40 * 32..]).any(|(a, b)| (a - b).abs() > 1e-3));
     }
 
     #[test]
     fn layers_out_of_order_and_wrong_sizes_are_refused() {
-        let mut session = BlockAttention::full(&shape());
+        let mut session = BlockAttention::full(&shape(), Normalisation::Plain);
         let field = |result: Result<Vec<f32>, AttentionError>| match result {
             Err(AttentionError::Invalid { field, .. }) => field,
             other => panic!("{other:?}"),

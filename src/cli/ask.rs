@@ -144,8 +144,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let question = Question {
         documents: &documents,
         prompt: &prompt,
-        window: args.window.window(),
-        retrieval: args.retrieval.retrieval(args.top_k),
+        window: args.window.window(model.config()),
+        retrieval: args.retrieval.retrieval(model.config(), args.top_k),
         options,
     };
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::api::BlockMemory;
-use crate::attention::{Retrieval, Window};
+use crate::attention::Retrieval;
 use crate::client::{ClientOptions, RemoteMemory};
 use crate::eval::BOOK;
-use crate::model::{self, GenerateOptions, LoadedModel, Question};
+use crate::model::{self, Encoding, GenerateOptions, LoadedModel, Question};
 
 use super::Context;
 use super::ask::{Answered, frame};
@@ -106,11 +106,12 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let memory = service.connect()?;
     let collection = args.storage.open(COLLECTION, &model, &memory)?;
     let bar = token_bar(context, "        ");
-    let encoding = Instant::now();
-    let window = Window::default();
-    let document = model::encode(&model, &memory, &collection, DOCUMENT, &text, window, &mut |step| bar.show(step))?;
+    let encode_begin = Instant::now();
+    let (window, retrieval) = (model.config().window(), model.config().encode_retrieval());
+    let encoding = Encoding { name: DOCUMENT, text: &text, window, retrieval };
+    let document = model::encode(&model, &memory, &collection, &encoding, &mut |step| bar.show(step))?;
     bar.finish();
-    let encode_s = encoding.elapsed().as_secs_f64();
+    let encode_s = encode_begin.elapsed().as_secs_f64();
     let encode_tokens_per_s = document.tokens as f64 / encode_s;
     context.output.say(&format!(
         "         {} tokens in {encode_s:.1} s ({encode_tokens_per_s:.0} tokens/s), {} on disk",
@@ -135,7 +136,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         documents: &documents,
         prompt: &prompt,
         window,
-        retrieval: Retrieval { top_k: args.top_k, ..Retrieval::default() },
+        retrieval: Retrieval { top_k: args.top_k, ..model.config().retrieval() },
         options: GenerateOptions { max_tokens: 48, stop: vec!["\n".into()], ..GenerateOptions::default() },
     };
     context.output.stream("answer   ");

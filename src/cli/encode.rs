@@ -7,13 +7,13 @@ use std::time::Instant;
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
-use crate::model::{self, EncodeProgress};
+use crate::model::{self, EncodeProgress, Encoding};
 
 use super::Context;
 use super::error::CliError;
 use super::output::{Report, count, size};
 use super::report::DocumentReport;
-use super::settings::{ModelArgs, StorageArgs, WindowArgs};
+use super::settings::{EncodeArgs, ModelArgs, StorageArgs, WindowArgs};
 
 /// Encode a text into a document: the model reads it once, its blocks are kept.
 ///
@@ -38,6 +38,9 @@ pub(super) struct Args {
 
     #[command(flatten)]
     window: WindowArgs,
+
+    #[command(flatten)]
+    retrieval: EncodeArgs,
 
     #[command(flatten)]
     storage: StorageArgs,
@@ -67,18 +70,17 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let bar = token_bar(context, &name);
     let begin = Instant::now();
     let mut resumed_tokens = 0;
-    let document = model::encode(
-        &model,
-        &memory,
-        &collection,
-        &name,
-        &text,
-        args.window.window(),
-        &mut |step: EncodeProgress| {
-            resumed_tokens = step.resumed_tokens;
-            bar.show(step);
-        },
-    )?;
+    let config = model.config();
+    let encoding = Encoding {
+        name: &name,
+        text: &text,
+        window: args.window.window(config),
+        retrieval: args.retrieval.retrieval(config, &config.retrieval()),
+    };
+    let document = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
+        resumed_tokens = step.resumed_tokens;
+        bar.show(step);
+    })?;
     bar.finish();
     let encode_s = begin.elapsed().as_secs_f64();
     context.output.print(&Encoded {

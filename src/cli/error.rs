@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::api::MemoryError;
+use crate::eval::GoldenError;
 use crate::model::{LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
 
@@ -90,6 +91,12 @@ pub(super) enum CliError {
     NeedsYes { document: String },
     #[error("{document} was not deleted")]
     NotConfirmed { document: String },
+    #[error(
+        "{outputs} outputs differ from what was recorded by more than rounding: this build computes something else"
+    )]
+    GoldenDiffers { outputs: usize },
+    #[error(transparent)]
+    Golden(#[from] GoldenError),
     #[error("{what}: {source}")]
     Io { what: &'static str, source: io::Error },
 }
@@ -117,6 +124,8 @@ impl CliError {
             | CliError::NotUtf8 { .. }
             | CliError::Serve(_)
             | CliError::NotConfirmed { .. }
+            | CliError::GoldenDiffers { .. }
+            | CliError::Golden(_)
             | CliError::Io { .. } => Exit::Failure,
         }
     }

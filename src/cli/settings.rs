@@ -2,17 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::api::{BlockMemory, CollectionInfo};
-use crate::attention::{Retrieval, Window};
-use crate::model::{self, LoadedModel};
+use crate::api::{BlockMemory, CollectionInfo, MemoryError};
+use crate::attention::{CountedFrom, Layers, Retrieval, Window};
+use crate::model::{self, LoadedModel, ModelConfig};
 use crate::shape::CollectionSpec;
 use crate::types::{BlockScore, DType, Granularity, KeyRule};
 
 use super::Context;
 use super::error::CliError;
-
-/// Tokens of a block where nothing else is asked for.
-const BLOCK_TOKENS: u32 = 64;
 
 /// The model.
 #[derive(clap::Args, Clone, Debug)]
@@ -25,9 +22,19 @@ pub(super) struct ModelArgs {
 /// The local window.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct WindowArgs {
-    /// Tokens before its own block that each token sees without retrieval.
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
-    window: usize,
+    /// Tokens that are seen without retrieval, in blocks before the one that --window-from names [default: 512; for a
+    /// model with landmarks 0].
+    #[arg(long, value_name = "TOKENS")]
+    window: Option<usize>,
+
+    /// The block that the window is counted back from: query (each token's own) or chunk (that of the first token of its
+    /// chunk) [default: query; for a model with landmarks chunk].
+    #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
+    window_from: Option<CountedFrom>,
+
+    /// Most tokens that go through the model at once [default: 512; for a model with landmarks 8 blocks].
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
 
     /// Do not keep the first block of the text visible.
     #[arg(long)]
@@ -35,25 +42,44 @@ pub(super) struct WindowArgs {
 }
 
 /// What is retrieved.
-#[derive(clap::Args, Clone, Copy, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub(super) struct RetrievalArgs {
-    /// How the scores of a block's keys become one.
-    #[arg(long, value_name = "SCORE", default_value = "log-sum-exp", value_parser = word::<BlockScore>)]
-    block_score: BlockScore,
+    /// How the scores of a block's keys become one: max or log-sum-exp [default: log-sum-exp].
+    #[arg(long, value_name = "SCORE", value_parser = word::<BlockScore>)]
+    block_score: Option<BlockScore>,
 
-    /// For whom one choice of blocks is made: token-head, head, token, kv-group or shared.
-    #[arg(long, value_name = "GRANULARITY", default_value = "kv-group", value_parser = word::<Granularity>)]
-    granularity: Granularity,
+    /// For whom one choice of blocks is made: token-head, head, token, kv-group or shared [default: kv-group; for a
+    /// model with landmarks token-head].
+    #[arg(long, value_name = "GRANULARITY", value_parser = word::<Granularity>)]
+    granularity: Option<Granularity>,
+
+    /// The layers that retrieve, as numbers and ranges: 1-2,5 [default: all].
+    #[arg(long, value_name = "LAYERS", value_parser = layers)]
+    retrieve_layers: Option<Layers>,
+
+    /// Retrieve from this many of a document's newest blocks only [default: all].
+    #[arg(long, value_name = "BLOCKS")]
+    newest_blocks: Option<u32>,
+}
+
+/// What is retrieved while a text is encoded.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(super) struct EncodeArgs {
+    /// Blocks that are retrieved while a text is encoded; 0: the model keeps to its window [default: 0; for a model
+    /// with landmarks 4].
+    #[arg(long, value_name = "K")]
+    encode_top_k: Option<u32>,
 }
 
 /// How a collection keeps its blocks. What is not typed is taken from the collection where it exists.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct StorageArgs {
-    /// Tokens per block [default: 64].
+    /// Tokens per block [default: 64, or the model's own if it has landmarks].
     #[arg(long, value_name = "TOKENS")]
     block_tokens: Option<u32>,
 
-    /// What stands for a block in the index: tokens, mean or landmark [default: tokens].
+    /// What stands for a block in the index: tokens, mean or landmark [default: tokens, or landmark if the
+    /// model has them].
     #[arg(long, value_name = "RULE", value_parser = word::<KeyRule>)]
     key_rule: Option<KeyRule>,
 
@@ -61,9 +87,28 @@ pub(super) struct StorageArgs {
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
     payload: Option<DType>,
 
-    /// How index keys are stored: f16 or int8 [default: int8].
+    /// How index keys are stored: f16 or int8 [default: int8 for token keys, else f16].
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
     keys: Option<DType>,
+}
+
+/// A model and the memory that it works with.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct SetupArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(super) window: WindowArgs,
+
+    #[command(flatten)]
+    pub(super) retrieval: RetrievalArgs,
+
+    #[command(flatten)]
+    pub(super) encode: EncodeArgs,
+
+    #[command(flatten)]
+    pub(super) storage: StorageArgs,
 }
 
 impl ModelArgs {
@@ -78,14 +123,42 @@ impl ModelArgs {
 }
 
 impl WindowArgs {
-    pub(super) fn window(&self) -> Window {
-        Window { tokens: self.window, sink: !self.no_sink }
+    pub(super) fn window(&self, model: &ModelConfig) -> Window {
+        let best = model.window();
+        Window {
+            tokens: self.window.unwrap_or(best.tokens),
+            counted_from: self.window_from.unwrap_or(best.counted_from),
+            sink: best.sink && !self.no_sink,
+            chunk_tokens: self.chunk.unwrap_or(best.chunk_tokens).max(1),
+            normalisation: best.normalisation,
+        }
     }
 }
 
 impl RetrievalArgs {
-    pub(super) fn retrieval(&self, top_k: u32) -> Retrieval {
-        Retrieval { top_k, block_score: self.block_score, granularity: self.granularity, ..Retrieval::default() }
+    pub(super) fn retrieval(&self, model: &ModelConfig, top_k: u32) -> Retrieval {
+        let best = model.retrieval();
+        Retrieval {
+            top_k,
+            block_score: self.block_score.unwrap_or(best.block_score),
+            granularity: self.granularity.unwrap_or(best.granularity),
+            layers: self.retrieve_layers.clone().unwrap_or(best.layers),
+            newest_blocks: self.newest_blocks.or(best.newest_blocks),
+        }
+    }
+}
+
+impl EncodeArgs {
+    /// `as_asked` is what is retrieved otherwise.
+    pub(super) fn retrieval(&self, model: &ModelConfig, as_asked: &Retrieval) -> Option<Retrieval> {
+        let top_k = self.encode_top_k.or(model.encode_retrieval().map(|best| best.top_k)).filter(|&k| k > 0)?;
+        Some(Retrieval { top_k, ..as_asked.clone() })
+    }
+}
+
+impl SetupArgs {
+    pub(super) fn encode_retrieval(&self, model: &ModelConfig) -> Option<Retrieval> {
+        self.encode.retrieval(model, &self.retrieval.retrieval(model, 1))
     }
 }
 
@@ -111,13 +184,24 @@ impl StorageArgs {
         payload: Option<DType>,
     ) -> Result<CollectionSpec, CliError> {
         let of_existing = |pick: fn(&CollectionSpec) -> DType| existing.map(pick);
-        let block_tokens = self.block_tokens.or(existing.map(|spec| spec.shape.block_tokens)).unwrap_or(BLOCK_TOKENS);
+        let config = model.config();
+        let block_tokens = self.block_tokens.or(existing.map(|spec| spec.shape.block_tokens));
+        let block_tokens = block_tokens.unwrap_or(config.block_tokens());
+        if config.landmark.is_some() && block_tokens != config.block_tokens() {
+            return Err(CliError::Memory(MemoryError::Invalid {
+                field: "block tokens".into(),
+                expected: format!("{}, where the model's landmarks are", config.block_tokens()),
+                found: block_tokens.to_string(),
+            }));
+        }
+        let key_rule = self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(config.key_rule());
+        let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
         Ok(CollectionSpec {
             name: name.into(),
             shape: model.shape(block_tokens).map_err(crate::api::MemoryError::from)?,
-            key_rule: self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(KeyRule::Tokens),
+            key_rule,
             payload_dtype: payload.or(self.payload).or(of_existing(|s| s.payload_dtype)).unwrap_or(DType::F16),
-            key_dtype: self.keys.or(of_existing(|s| s.key_dtype)).unwrap_or(DType::Int8),
+            key_dtype: self.keys.or(of_existing(|s| s.key_dtype)).unwrap_or(key_dtype),
             model_digest: model.model_digest,
             tokenizer_digest: model.tokenizer_digest(),
             model_name: model.name.clone(),
@@ -125,7 +209,37 @@ impl StorageArgs {
     }
 }
 
+/// Numbers and ranges of layers.
+fn layers(typed: &str) -> Result<Layers, String> {
+    let mut layers = Vec::new();
+    for item in typed.split(',') {
+        let (first, last) = item.split_once('-').unwrap_or((item, item));
+        let number = |text: &str| match text.trim().parse::<usize>() {
+            Ok(layer) if layer < crate::limits::LAYERS_MAX as usize => Ok(layer),
+            _ => Err(format!("expected numbers and ranges of layers like 1-2,5, found {item:?}")),
+        };
+        let (first, last) = (number(first)?, number(last)?);
+        layers.resize(layers.len().max(last + 1), false);
+        layers[first.min(last)..=last].fill(true);
+    }
+    Ok(Layers::These(layers))
+}
+
 /// A value by the word that people type for it.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
     typed.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_numbers_and_ranges() {
+        assert_eq!(layers("1"), Ok(Layers::These(vec![false, true])));
+        assert_eq!(layers("0, 2-3"), Ok(Layers::These(vec![true, false, true, true])));
+        for bad in ["", "a", "1-", "99999999", "1;2"] {
+            assert!(layers(bad).unwrap_err().contains("1-2,5"), "{bad:?}");
+        }
+    }
 }

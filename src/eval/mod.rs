@@ -2,10 +2,12 @@
 //!
 //! Everything runs through the product: documents are encoded into a real memory, in process or remote, and read back.
 
+mod golden;
 mod haystack;
 mod passkey;
 mod perplexity;
 
+pub use golden::{GoldenError, GoldenOutput, golden};
 pub use haystack::{BOOK, Haystack, Needle};
 pub use passkey::{PasskeyCase, PasskeySettings, passkey};
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity};

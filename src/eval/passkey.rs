@@ -10,7 +10,9 @@ use rand_chacha::ChaCha8Rng;
 use super::haystack::{Haystack, Maker};
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{Retrieval, Window};
-use crate::model::{EncodeProgress, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode};
+use crate::model::{
+    EncodeProgress, Encoding, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode,
+};
 use crate::types::DType;
 
 /// On the line after the text, as in the paper: an empty line between them makes a small model go on with prose, and not
@@ -30,6 +32,8 @@ pub struct PasskeySettings {
     /// Each k is asked about the same encoded text.
     pub top_k: Vec<u32>,
     pub window: Window,
+    /// While the texts are encoded.
+    pub encode_retrieval: Option<Retrieval>,
     /// `top_k` is overridden by the list above.
     pub retrieval: Retrieval,
     pub seed: u64,
@@ -83,10 +87,14 @@ pub fn passkey(
             let begin = Instant::now();
             let mut encoded = Vec::new();
             for collection in collections {
+                let encoding = Encoding {
+                    name: &name,
+                    text: &needle.text,
+                    window: settings.window,
+                    retrieval: settings.encode_retrieval.clone(),
+                };
                 encoded.push(match encoded.first() {
-                    None => encode(model, memory, collection, &name, &needle.text, settings.window, &mut |step| {
-                        progress(tokens, sample, step);
-                    })?,
+                    None => encode(model, memory, collection, &encoding, &mut |step| progress(tokens, sample, step))?,
                     Some(first) => copy_document(memory.as_ref(), first, collection, &name)?,
                 });
             }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{BlockMemory, CollectionInfo};
-use crate::attention::{BlockAttention, NewTokens, Retrieval, Window};
-use crate::model::{LoadedModel, Logits, PREFILL_TOKENS, RememberError};
+use crate::attention::{BlockAttention, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window};
+use crate::model::{LoadedModel, Logits, Reading, RememberError};
 use crate::numeric;
 
 /// Tokens whose logits are held at once: `(128, vocab)` stays near 25 MB for a vocabulary of 49,152.
@@ -71,7 +71,7 @@ pub fn perplexity(
         let shape = &collection.spec.shape;
         let mut written = None;
         let mut session = match mode {
-            PerplexityMode::Full => BlockAttention::full(shape),
+            PerplexityMode::Full => BlockAttention::full(shape, settings.window.normalisation),
             PerplexityMode::Window => BlockAttention::window_only(shape, settings.window),
             PerplexityMode::Memory { top_k } => {
                 let document = memory.open_document(collection.id, &name)?;
@@ -98,15 +98,20 @@ pub fn perplexity(
 fn negative_log_likelihood(
     model: &LoadedModel,
     session: &mut BlockAttention,
-    ids: &[u32],
+    text: &[u32],
     settings: &PerplexitySettings,
     progress: &mut dyn FnMut(usize),
 ) -> Result<f64, RememberError> {
-    let chunk = LOGIT_TOKENS.min(PREFILL_TOKENS).min(settings.window.tokens.max(1));
+    let Reading { ids, text_tokens } = model.config().reading(session.position(), text);
+    let chunk = match settings.window.counted_from {
+        // Chunks change nothing but the memory that their logits take.
+        CountedFrom::Query => LOGIT_TOKENS.min(settings.window.written_chunk_tokens()),
+        CountedFrom::Chunk => settings.window.written_chunk_tokens(),
+    };
     let mut loss = 0.0;
     for (index, ids_here) in ids.chunks(chunk).enumerate() {
         let from = index * chunk;
-        let counts = from + ids_here.len() >= settings.skip_tokens;
+        let counts = text_tokens[from + ids_here.len() - 1] + 1 >= settings.skip_tokens;
         let logits = model.llama.forward(ids_here, session, if counts { Logits::All } else { Logits::None })?;
         let offsets = vec![0; ids_here.len()];
         session.commit(NewTokens { ids: ids_here, text: &[], offsets: &offsets })?;
@@ -115,12 +120,16 @@ fn negative_log_likelihood(
             .par_chunks_exact(vocab)
             .enumerate()
             .filter_map(|(token, logits)| {
-                let next = from + token + 1;
-                let id = *ids.get(next).filter(|_| next >= settings.skip_tokens.max(1))?;
+                let read = from + token;
+                if model.config().is_landmark(ids[read]) {
+                    return None;
+                }
+                let next = text_tokens[read] + 1;
+                let id = *text.get(next).filter(|_| next >= settings.skip_tokens.max(1))?;
                 Some((numeric::log_sum_exp(logits) - logits[id as usize]) as f64)
             })
             .sum::<f64>();
-        progress(from + ids_here.len());
+        progress(text_tokens[from + ids_here.len() - 1]);
     }
     Ok(loss)
 }

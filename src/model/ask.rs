@@ -32,6 +32,7 @@ pub struct Question<'a> {
     pub prompt: &'a str,
     pub window: Window,
     pub retrieval: Retrieval,
+    /// Chunks are those of the window.
     pub options: GenerateOptions,
 }
 
@@ -52,7 +53,8 @@ pub fn ask(
     let Question { documents, window, ref retrieval, ref options, .. } = *question;
     let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval.clone())?;
     let mut first_token = None;
-    let generated = generate(model, &mut session, &prompt, options, &mut |piece| {
+    let options = GenerateOptions { chunk_tokens: window.chunk_tokens, ..options.clone() };
+    let generated = generate(model, &mut session, &prompt, &options, &mut |piece| {
         first_token.get_or_insert_with(|| begin.elapsed());
         on_text(piece);
     })?;

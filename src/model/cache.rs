@@ -32,6 +32,14 @@ pub(super) fn sha256_of(path: &Path) -> std::io::Result<Sha256Digest> {
     }
 }
 
+/// SHA-256 of a whole file.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn file_digest(path: &Path) -> Result<Sha256Digest, LoadError> {
+    sha256_of(path).map_err(|source| LoadError::Io { path: path.into(), source })
+}
+
 /// SHA-256 of a model's weight files: of the file itself when there is one, else of the digests of all, in order.
 pub(super) fn weights_digest<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Sha256Digest, LoadError> {
     let digests = paths.map(|path| {

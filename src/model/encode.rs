@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::error::RememberError;
 use super::llama::Logits;
-use super::{LoadedModel, PREFILL_TOKENS};
+use super::{LoadedModel, Reading};
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo, MemoryError};
-use crate::attention::{BlockAttention, NewTokens, Window};
+use crate::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
 use crate::types::BlockRange;
 
 /// Blocks that are compared in one call when a document is resumed.
@@ -22,8 +22,19 @@ pub struct EncodeProgress {
     pub total_tokens: u64,
 }
 
-/// Encodes `text` into the document `name` and seals it. The model sees its window and the sink only, so the cost per
-/// token does not grow with the text.
+/// What is encoded, and how.
+#[derive(Clone, Debug)]
+pub struct Encoding<'a> {
+    /// Of the document.
+    pub name: &'a str,
+    pub text: &'a str,
+    pub window: Window,
+    /// What the model retrieves of the text before its window while it reads on. `None`: nothing, so that the cost per
+    /// token does not grow with the text.
+    pub retrieval: Option<Retrieval>,
+}
+
+/// Encodes a text into a document and seals it.
 ///
 /// A document that holds the beginning of the same text, from an interrupted encoding, is continued after its last
 /// durable block; one that is whole and sealed is left as it is.
@@ -35,15 +46,18 @@ pub fn encode(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,
     collection: &CollectionInfo,
-    name: &str,
-    text: &str,
-    window: Window,
+    encoding: &Encoding,
     progress: &mut dyn FnMut(EncodeProgress),
 ) -> Result<DocumentInfo, RememberError> {
+    let &Encoding { name, text, window, ref retrieval } = encoding;
     let encoded = model.tokenizer.encode(text)?;
     let prefix = model.tokenizer.prefix();
-    let ids = [prefix, &encoded.ids].concat();
-    let offsets: Vec<usize> = prefix.iter().map(|_| 0).chain(encoded.offsets.iter().copied()).collect();
+    let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
+    let offset = |&token: &usize| match token.checked_sub(prefix.len()) {
+        None => 0,
+        Some(token) => encoded.offsets.get(token).copied().unwrap_or(text.len()),
+    };
+    let offsets: Vec<usize> = text_tokens.iter().map(offset).collect();
 
     let document = memory.open_document(collection.id, name)?;
     check_beginning(memory.as_ref(), &document, &ids)?;
@@ -55,10 +69,10 @@ pub fn encode(
     if document.sealed {
         return Ok(document);
     }
-    let mut session = BlockAttention::write(memory.clone(), collection, &document, window, None)?;
+    let mut session = BlockAttention::write(memory.clone(), collection, &document, window, retrieval.clone())?;
     let mut from = session.position();
     while from < ids.len() {
-        let to = (from + PREFILL_TOKENS.min(window.tokens)).min(ids.len());
+        let to = (from + window.written_chunk_tokens()).min(ids.len());
         model.llama.forward(&ids[from..to], &mut session, Logits::None)?;
         let end = offsets.get(to).copied().unwrap_or(text.len());
         let text_from = offsets[from];

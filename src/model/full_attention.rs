@@ -67,4 +67,9 @@ impl SequenceAttention for PlainAttention {
         assert_eq!(tokens * query_heads * dim, out.len());
         Ok(out)
     }
+
+    fn position(&self) -> usize {
+        let last = &self.layers[self.layers.len() - 1];
+        last.k.len() / (self.shape.kv_heads * self.shape.head_dim) as usize
+    }
 }

@@ -5,7 +5,7 @@ use super::error::{ForwardError, GenerateError};
 use super::llama::{Llama, Logits};
 use super::sample::{Sampler, Sampling};
 use super::tokenizer::TextStream;
-use crate::attention::SequenceAttention;
+use crate::attention::{CHUNK_TOKENS, SequenceAttention};
 
 /// What a generation is to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,7 +16,7 @@ pub struct GenerateOptions {
     /// Texts at which to stop; they are not part of the answer, and before it they do not count.
     pub stop: Vec<String>,
     /// Tokens of the prompt that go through the model at once.
-    pub prefill_tokens: usize,
+    pub chunk_tokens: usize,
 }
 
 /// Why a generation ended.
@@ -40,18 +40,10 @@ pub struct Generated {
     pub finish: Finish,
 }
 
-/// Tokens of a prompt that go through the model at once: past this, larger products are no faster.
-pub const PREFILL_TOKENS: usize = 512;
-
 impl Default for GenerateOptions {
     /// Greedy, 128 tokens, no stop texts.
     fn default() -> Self {
-        GenerateOptions {
-            sampling: Sampling::Greedy,
-            max_tokens: 128,
-            stop: Vec::new(),
-            prefill_tokens: PREFILL_TOKENS,
-        }
+        GenerateOptions { sampling: Sampling::Greedy, max_tokens: 128, stop: Vec::new(), chunk_tokens: CHUNK_TOKENS }
     }
 }
 
@@ -72,6 +64,30 @@ pub fn prefill(
     Ok(last)
 }
 
+/// Runs text through the model, landmarks where they belong, and returns the logits `(vocab)` for the text token that
+/// comes next.
+fn read(
+    model: &LoadedModel,
+    attention: &mut dyn SequenceAttention,
+    text: &[u32],
+    chunk_tokens: usize,
+) -> Result<Vec<f32>, ForwardError> {
+    let config = model.config();
+    let ids = config.reading(attention.position(), text).ids;
+    // What comes next is told by the last text token, not by a landmark after it.
+    let closing = ids.last().is_some_and(|&id| config.is_landmark(id)) as usize;
+    let (ids, closing) = ids.split_at(ids.len() - closing);
+    let mut logits = prefill(&model.llama, attention, ids, chunk_tokens, Logits::Last)?;
+    if !closing.is_empty() {
+        model.llama.forward(closing, attention, Logits::None)?;
+    }
+    if let Some(landmark) = config.landmark {
+        // Its place is given, so the model is never asked for it.
+        logits[landmark.id as usize] = f32::NEG_INFINITY;
+    }
+    Ok(logits)
+}
+
 /// Continues a sequence: `prompt` follows what `attention` already holds, then tokens are generated. `on_text` gets
 /// the answer's pieces as they become certain; together they are [`Generated::text`].
 pub fn generate(
@@ -85,7 +101,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);
     }
-    let mut logits = prefill(&model.llama, attention, prompt, options.prefill_tokens, Logits::Last)?;
+    let mut logits = read(model, attention, prompt, options.chunk_tokens)?;
     let mut stream = TextStream::default();
     let mut answer = Answer::new(&options.stop);
     let mut ids = Vec::new();
@@ -102,7 +118,7 @@ pub fn generate(
             break Finish::Stop;
         }
         if ids.len() < options.max_tokens {
-            logits = model.llama.forward(&[id], attention, Logits::Last)?;
+            logits = read(model, attention, &[id], options.chunk_tokens)?;
         }
     };
     if finish != Finish::Stop {

@@ -76,6 +76,12 @@ impl Llama {
         Self::load(read_config(folder)?, &SafeTensorsFolder::open(folder)?)
     }
 
+    /// Loads one safetensors file with Hugging Face names as the model that `config` describes.
+    pub fn open_weights(config: ModelConfig, weights: &Path) -> Result<Self, LoadError> {
+        config.check().map_err(|source| LoadError::Shape { path: weights.into(), source })?;
+        Self::load(config, &SafeTensorsFolder::file(weights)?)
+    }
+
     /// Reads all weights, layers in parallel.
     pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
         let read = |name, shape: &[usize]| source.read(name, shape);

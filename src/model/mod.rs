@@ -5,7 +5,7 @@
 //! `ask` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
-//! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `llama` and `kernels` (the mathematics), `sample` and
+//! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the mathematics), `sample` and
 //! `generate`, then `encode` and `ask`.
 
 mod ask;
@@ -17,6 +17,7 @@ mod generate;
 mod gguf;
 mod huggingface;
 mod kernels;
+mod landmarks;
 mod llama;
 mod pull;
 mod pulled;
@@ -34,11 +35,12 @@ mod tests;
 use std::path::Path;
 
 pub use ask::{Answer, Question, ask};
-pub use cache::models_folder;
+pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};
-pub use encode::{EncodeProgress, check_model, copy_document, encode};
+pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, TokenizeError};
-pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
+pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
+pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};
 pub use pulled::{PulledModel, pulled};
@@ -86,9 +88,19 @@ impl LoadedModel {
         }
         let config = huggingface::read_config(folder)?;
         let weights = safetensors::SafeTensorsFolder::open(folder)?;
+        let path = folder.join("tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&path)?;
+        if let Some(text) = config.landmark.and_then(|landmark| tokenizer.text_of(landmark.id)) {
+            return Err(LoadError::Unsupported {
+                path,
+                key: "landmark token (mem_id of config.json)".into(),
+                expected: "a control token, or an id that the tokenizer does not use".into(),
+                found: format!("{text:?}, which texts are made of"),
+            });
+        }
         Ok(LoadedModel {
             name: file_name(folder),
-            tokenizer: Tokenizer::from_file(&folder.join("tokenizer.json"))?,
+            tokenizer,
             llama: Llama::load(config, &weights)?,
             model_digest: cache::weights_digest(weights.paths())?,
         })

@@ -53,6 +53,13 @@ impl SafeTensorsFolder {
         Ok(SafeTensorsFolder { files, places, folder: folder.into() })
     }
 
+    /// One weight file, whatever its name.
+    pub(super) fn file(path: &Path) -> Result<Self, LoadError> {
+        let file = WeightFile::open(path)?;
+        let places = file.header.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Ok(SafeTensorsFolder { files: vec![file], places, folder: path.into() })
+    }
+
     /// The weight files, sorted by name.
     pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())

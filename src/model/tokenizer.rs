@@ -103,6 +103,12 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The spelling of a token that texts are made of; none for a control token or an unused id.
+    pub(super) fn text_of(&self, id: u32) -> Option<String> {
+        let is_text = !self.inner.get_added_tokens_decoder().contains_key(&id);
+        self.inner.id_to_token(id).filter(|_| is_text)
+    }
+
     /// Cuts a text into tokens, without [`Tokenizer::prefix`]. Control tokens spelled out in the text stay text.
     pub fn encode(&self, text: &str) -> Result<Encoded, TokenizeError> {
         if text.is_empty() {

@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::attention::{BlockAttention, SequenceAttention};
+use crate::attention::{BlockAttention, CHUNK_TOKENS, SequenceAttention};
 use crate::cli::Context;
 use crate::cli::bench::percentile;
 use crate::cli::encode::token_bar;
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, table, write_table};
-use crate::cli::settings::{ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
+use crate::cli::settings::SetupArgs;
 use crate::eval::BOOK;
-use crate::model::{self, LoadedModel, Logits, PREFILL_TOKENS, RememberError};
+use crate::model::{self, Encoding, LoadedModel, Logits, RememberError};
 
 /// Measure a decode step with a memory of many tokens against one with the window only, and encoding against prefill
 /// that keeps nothing.
@@ -42,16 +42,7 @@ pub(in crate::cli) struct Args {
     top_k: u32,
 
     #[command(flatten)]
-    model: ModelArgs,
-
-    #[command(flatten)]
-    window: WindowArgs,
-
-    #[command(flatten)]
-    retrieval: RetrievalArgs,
-
-    #[command(flatten)]
-    storage: StorageArgs,
+    setup: SetupArgs,
 }
 
 /// What was measured.
@@ -77,10 +68,10 @@ struct DecodeReport {
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
-    let model = args.model.load(context)?;
+    let model = args.setup.model.load(context)?;
     let scratch = context.scratch_memory()?;
-    let collection = &scratch.collections(&args.storage, &[], &model)?[0];
-    let window = args.window.window();
+    let collection = &scratch.collections(&args.setup.storage, &[], &model)?[0];
+    let window = args.setup.window.window(model.config());
     let book = BOOK.repeat((args.tokens * 6).div_ceil(BOOK.len()));
     let encoded = model.tokenizer.encode(&book).map_err(RememberError::from)?;
     let tokens = args.tokens.min(encoded.ids.len() - 1);
@@ -88,23 +79,22 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
     let prefill = &encoded.ids[..args.prefill_tokens.min(tokens)];
     let shape = &collection.spec.shape;
     let window_prefill = prefill_speed(&model, BlockAttention::window_only(shape, window), prefill)?;
-    let full_prefill = prefill_speed(&model, BlockAttention::full(shape), prefill)?;
+    let full_prefill = prefill_speed(&model, BlockAttention::full(shape, window.normalisation), prefill)?;
 
     let bar = token_bar(context, "encoding");
     let begin = Instant::now();
-    let document =
-        model::encode(&model, &scratch.memory, collection, "bench", text, window, &mut |step| bar.show(step))?;
+    let encoding = Encoding { name: "bench", text, window, retrieval: args.setup.encode_retrieval(model.config()) };
+    let document = model::encode(&model, &scratch.memory, collection, &encoding, &mut |step| bar.show(step))?;
     bar.finish();
     let encode = document.tokens as f64 / begin.elapsed().as_secs_f64();
 
-    let retrieval = args.retrieval.retrieval(args.top_k);
+    let retrieval = args.setup.retrieval.retrieval(model.config(), args.top_k);
     let documents = [document.clone()];
     let mut with_memory = BlockAttention::read(scratch.memory.clone(), collection, &documents, window, retrieval)
         .map_err(RememberError::from)?;
     let mut window_only = BlockAttention::window_only(shape, window);
     let recent = &encoded.ids[tokens.saturating_sub(window.tokens)..tokens];
-    model::prefill(&model.llama, &mut window_only, recent, PREFILL_TOKENS, Logits::None)
-        .map_err(RememberError::from)?;
+    model::prefill(&model.llama, &mut window_only, recent, CHUNK_TOKENS, Logits::None).map_err(RememberError::from)?;
     let (mut memory_ms, mut window_ms) = (Vec::new(), Vec::new());
     // The first step of each loads what later steps find at hand; it is not counted.
     for step in 0..=args.steps {
@@ -136,7 +126,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
 
 fn prefill_speed(model: &LoadedModel, mut session: BlockAttention, ids: &[u32]) -> Result<f64, CliError> {
     let begin = Instant::now();
-    model::prefill(&model.llama, &mut session, ids, PREFILL_TOKENS, Logits::None).map_err(RememberError::from)?;
+    model::prefill(&model.llama, &mut session, ids, CHUNK_TOKENS, Logits::None).map_err(RememberError::from)?;
     Ok(ids.len() as f64 / begin.elapsed().as_secs_f64())
 }
 

@@ -1,0 +1,206 @@
+//! `landmarkdb eval passkey`.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::source_text;
+use crate::cli::Context;
+use crate::cli::encode::token_bar;
+use crate::cli::error::CliError;
+use crate::cli::output::{Report, count, table, write_table};
+use crate::cli::settings::{SetupArgs, word};
+use crate::eval::{self, Haystack, PasskeyCase, PasskeySettings};
+use crate::types::DType;
+
+/// Hide five digits in long texts and ask for them.
+///
+/// Each text is encoded into the memory, the question is answered from there, and the document is deleted. Works in a
+/// temporary directory unless --data or --connect is given.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  landmarkdb eval passkey
+  landmarkdb eval passkey --haystack prose --tokens 4096,16384,32768 --samples 10 --top-k 4 --json
+  landmarkdb eval passkey --haystack garbage --tokens 32768 --top-k 2,4 --payload-dtypes f16,int8
+")]
+pub(in crate::cli) struct Args {
+    /// What the key is hidden in: prose (windows of a novel) or garbage (the paper's five sentences).
+    #[arg(long, default_value = "prose", value_parser = word::<Haystack>)]
+    haystack: Haystack,
+
+    /// Lengths of the texts, in tokens.
+    #[arg(long, value_delimiter = ',', default_value = "4096")]
+    tokens: Vec<usize>,
+
+    /// Texts per length.
+    #[arg(long, default_value_t = 10)]
+    samples: usize,
+
+    /// Blocks that each KV head reads per token; several are asked about the same encoded text.
+    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4")]
+    top_k: Vec<u32>,
+
+    /// Payload dtypes to compare on the same encoded text [default: --payload].
+    #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
+    payload_dtypes: Vec<DType>,
+
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Another prose haystack: a UTF-8 text file.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+
+    #[command(flatten)]
+    setup: SetupArgs,
+}
+
+/// How a passkey test went.
+#[derive(Debug, Serialize)]
+struct PasskeyReport {
+    model: String,
+    haystack: String,
+    seed: u64,
+    results: Vec<PasskeyResult>,
+    /// Every case, failures first.
+    cases: Vec<Case>,
+}
+
+/// All samples of one length, k and payload dtype.
+#[derive(Debug, Serialize)]
+struct PasskeyResult {
+    tokens: usize,
+    top_k: u32,
+    payload_dtype: String,
+    correct: usize,
+    samples: usize,
+    /// On disk: payload, keys, text and headers.
+    bytes_per_token: f64,
+    encode_tokens_per_s: f64,
+    first_token_s: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Case {
+    tokens: usize,
+    sample: usize,
+    top_k: u32,
+    payload_dtype: String,
+    correct: bool,
+    key: String,
+    answer: String,
+    depth: f64,
+}
+
+pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    let prose = source_text(args.text.as_ref())?;
+    let model = args.setup.model.load(context)?;
+    let scratch = context.scratch_memory()?;
+    let collections = scratch.collections(&args.setup.storage, &args.payload_dtypes, &model)?;
+    let settings = PasskeySettings {
+        haystack: args.haystack,
+        prose,
+        tokens: args.tokens.clone(),
+        samples: args.samples,
+        top_k: args.top_k.clone(),
+        window: args.setup.window.window(model.config()),
+        encode_retrieval: args.setup.encode_retrieval(model.config()),
+        retrieval: args.setup.retrieval.retrieval(model.config(), 1),
+        seed: args.seed,
+    };
+    let bar = token_bar(context, "");
+    let cases = eval::passkey(&model, &scratch.memory, &collections, &settings, &mut |tokens, sample, step| {
+        bar.label(&format!("{} tokens, text {} of {}", count(tokens as u64), sample + 1, settings.samples));
+        bar.show(step);
+    })?;
+    bar.finish();
+    context.output.print(&PasskeyReport::new(&model.name, args, &cases))
+}
+
+impl PasskeyReport {
+    fn new(model: &str, args: &Args, cases: &[PasskeyCase]) -> Self {
+        let mut results: Vec<PasskeyResult> = Vec::new();
+        for case in cases {
+            let payload_dtype = case.payload_dtype.to_string();
+            let same = |r: &&mut PasskeyResult| {
+                r.tokens == case.tokens && r.top_k == case.top_k && r.payload_dtype == payload_dtype
+            };
+            let tokens = case.text_tokens as f64;
+            let per_token = case.stored_bytes as f64 / tokens;
+            match results.iter_mut().find(same) {
+                Some(result) => {
+                    let n = result.samples as f64;
+                    let mean = |mean: &mut f64, next: f64| *mean = (*mean * n + next) / (n + 1.0);
+                    mean(&mut result.bytes_per_token, per_token);
+                    mean(&mut result.encode_tokens_per_s, tokens / case.encode_s);
+                    mean(&mut result.first_token_s, case.first_token_s);
+                    result.correct += case.correct as usize;
+                    result.samples += 1;
+                }
+                None => results.push(PasskeyResult {
+                    tokens: case.tokens,
+                    top_k: case.top_k,
+                    payload_dtype,
+                    correct: case.correct as usize,
+                    samples: 1,
+                    bytes_per_token: per_token,
+                    encode_tokens_per_s: tokens / case.encode_s,
+                    first_token_s: case.first_token_s,
+                }),
+            }
+        }
+        let mut cases: Vec<Case> = cases.iter().map(Case::new).collect();
+        cases.sort_by_key(|case| case.correct);
+        PasskeyReport { model: model.into(), haystack: args.haystack.to_string(), seed: args.seed, results, cases }
+    }
+}
+
+impl Case {
+    fn new(case: &PasskeyCase) -> Self {
+        Case {
+            tokens: case.tokens,
+            sample: case.sample,
+            top_k: case.top_k,
+            payload_dtype: case.payload_dtype.to_string(),
+            correct: case.correct,
+            key: case.key.clone(),
+            answer: case.answer.clone(),
+            depth: case.depth,
+        }
+    }
+}
+
+impl Report for PasskeyReport {
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        let mut rows =
+            table(["TOKENS>", "K>", "PAYLOAD", "CORRECT>", "BYTES/TOKEN>", "ENCODE TOKENS/S>", "FIRST TOKEN>"]);
+        for result in &self.results {
+            rows.add_row([
+                count(result.tokens as u64),
+                result.top_k.to_string(),
+                result.payload_dtype.clone(),
+                format!("{} of {}", result.correct, result.samples),
+                format!("{:.0}", result.bytes_per_token),
+                format!("{:.0}", result.encode_tokens_per_s),
+                format!("{:.2} s", result.first_token_s),
+            ]);
+        }
+        write_table(to, &rows)?;
+        for case in self.cases.iter().filter(|case| !case.correct) {
+            writeln!(
+                to,
+                "wrong: {} tokens, text {}, k = {}, {}: hidden at {:.0} %, expected {}, answered {:?}",
+                count(case.tokens as u64),
+                case.sample,
+                case.top_k,
+                case.payload_dtype,
+                100.0 * case.depth,
+                case.key,
+                case.answer
+            )?;
+        }
+        Ok(())
+    }
+}
