@@ -10,4 +10,4 @@ mod perplexity;
 pub use golden::{GoldenError, GoldenOutput, golden};
 pub use haystack::{BOOK, Haystack, Needle};
 pub use passkey::{PasskeyCase, PasskeySettings, passkey};
-pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity};
+pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};

@@ -15,14 +15,10 @@ const LOGIT_TOKENS: usize = 128;
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct PerplexitySettings {
-    /// Length of each text, in tokens.
-    pub tokens: usize,
-    /// The first tokens are read but not counted, so that every counted token has a past to look at.
+    /// The first tokens of each text are read but not counted: they have little past to look at, or are not the question.
     pub skip_tokens: usize,
-    /// Texts, taken evenly spaced from the source.
-    pub samples: usize,
     pub window: Window,
-    /// `top_k` is that of the mode.
+    /// `top_k` and `newest_blocks` are those of the mode.
     pub retrieval: Retrieval,
 }
 
@@ -33,8 +29,11 @@ pub enum PerplexityMode {
     Full,
     /// The window and the sink.
     Window,
-    /// The window, the sink, and k retrieved blocks.
-    Memory { top_k: u32 },
+    /// The window, the sink, and the last blocks before the window, whatever they hold: the control that retrieval has
+    /// to beat.
+    Recent { blocks: u32 },
+    /// The window, the sink, and k blocks retrieved from the newest ones, or from all.
+    Memory { top_k: u32, newest_blocks: Option<u32> },
 }
 
 /// The result of one mode over all texts.
@@ -47,8 +46,23 @@ pub struct Perplexity {
     pub tokens_per_s: f64,
 }
 
-/// Measures one mode on `source`, the tokens of a long text. A document is written to `collection` for the memory
-/// mode and deleted afterwards. `progress` is told the tokens done and in all.
+/// Texts of `tokens` tokens each, evenly spaced in `source`; side by side where it is just long enough.
+pub fn segments(source: &[u32], tokens: usize, samples: usize) -> Vec<Vec<u32>> {
+    let tokens = tokens.min(source.len());
+    let rest = source.len() - tokens;
+    let start = |sample: usize| if samples < 2 { 0 } else { rest * sample / (samples - 1) };
+    (0..samples).map(|sample| source[start(sample)..][..tokens].to_vec()).collect()
+}
+
+/// Texts that say something twice: a passage, `gap_tokens` of what follows it, and the passage again. Whoever can reach
+/// the first mention reads the second with less surprise.
+pub fn repetitions(source: &[u32], passage_tokens: usize, gap_tokens: usize, samples: usize) -> Vec<Vec<u32>> {
+    let texts = segments(source, passage_tokens + gap_tokens, samples);
+    texts.into_iter().map(|text| [&text[..], &text[..passage_tokens.min(text.len())]].concat()).collect()
+}
+
+/// Measures one mode on texts given as tokens. Each is written to a document of `collection` for the modes with blocks,
+/// which is deleted afterwards. `progress` is told the tokens done and in all.
 ///
 /// # Errors
 /// Whatever the model or the memory report.
@@ -56,41 +70,41 @@ pub fn perplexity(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,
     collection: &CollectionInfo,
-    source: &[u32],
+    texts: &[Vec<u32>],
     mode: PerplexityMode,
     settings: &PerplexitySettings,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, RememberError> {
-    let tokens = settings.tokens.min(source.len());
-    let step = (source.len() - tokens) / settings.samples.max(1);
+    let all_tokens: usize = texts.iter().map(Vec::len).sum();
     let begin = std::time::Instant::now();
-    let (mut loss, mut counted) = (0.0, 0);
-    for sample in 0..settings.samples {
-        let text = &source[sample * step..][..tokens];
+    let (mut loss, mut counted, mut done) = (0.0, 0, 0);
+    for (sample, text) in texts.iter().enumerate() {
         let name = format!("perplexity-{sample}");
         let shape = &collection.spec.shape;
         let mut written = None;
+        let mut write = |top_k, newest_blocks| -> Result<BlockAttention, RememberError> {
+            let document = memory.open_document(collection.id, &name)?;
+            written = Some(document.id);
+            let retrieval = Some(Retrieval { top_k, newest_blocks, ..settings.retrieval.clone() });
+            Ok(BlockAttention::write(memory.clone(), collection, &document, settings.window, retrieval)?)
+        };
         let mut session = match mode {
             PerplexityMode::Full => BlockAttention::full(shape, settings.window.normalisation),
             PerplexityMode::Window => BlockAttention::window_only(shape, settings.window),
-            PerplexityMode::Memory { top_k } => {
-                let document = memory.open_document(collection.id, &name)?;
-                written = Some(document.id);
-                let retrieval = Retrieval { top_k, ..settings.retrieval.clone() };
-                BlockAttention::write(memory.clone(), collection, &document, settings.window, Some(retrieval))?
-            }
+            PerplexityMode::Recent { blocks } => write(blocks, Some(blocks))?,
+            PerplexityMode::Memory { top_k, newest_blocks } => write(top_k, newest_blocks)?,
         };
-        let done = sample * tokens;
         let lost = negative_log_likelihood(model, &mut session, text, settings, &mut |tokens_done| {
-            progress(done + tokens_done, settings.samples * tokens);
+            progress(done + tokens_done, all_tokens);
         });
         if let Some(document) = written {
             memory.delete(document)?;
         }
         loss += lost?;
-        counted += tokens - settings.skip_tokens.max(1).min(tokens);
+        done += text.len();
+        counted += text.len() - settings.skip_tokens.max(1).min(text.len());
     }
-    let tokens_per_s = (settings.samples * tokens) as f64 / begin.elapsed().as_secs_f64();
+    let tokens_per_s = all_tokens as f64 / begin.elapsed().as_secs_f64();
     Ok(Perplexity { mode, perplexity: (loss / counted as f64).exp(), counted_tokens: counted, tokens_per_s })
 }
 
@@ -132,4 +146,24 @@ fn negative_log_likelihood(
         progress(text_tokens[from + ids_here.len() - 1]);
     }
     Ok(loss)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_cover_a_source_side_by_side_or_spread_over_it() {
+        let source: Vec<u32> = (0..12).collect();
+        assert_eq!(segments(&source, 4, 3), [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]);
+        assert_eq!(segments(&source, 5, 2), [[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]]);
+        assert_eq!(segments(&source, 5, 1), [[0, 1, 2, 3, 4]]);
+        assert_eq!(segments(&source, 50, 1), [source]);
+    }
+
+    #[test]
+    fn a_repetition_ends_as_it_begins() {
+        let source: Vec<u32> = (0..9).collect();
+        assert_eq!(repetitions(&source, 2, 3, 2), [[0, 1, 2, 3, 4, 0, 1], [4, 5, 6, 7, 8, 4, 5]]);
+    }
 }

@@ -41,6 +41,10 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8")]
     top_k: Vec<u32>,
 
+    /// Measure the last k blocks before the window too, whatever they hold: what retrieval has to beat.
+    #[arg(long)]
+    control: bool,
+
     /// Payload dtypes to compare [default: --payload].
     #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
     payload_dtypes: Vec<DType>,
@@ -65,7 +69,7 @@ struct PerplexityReport {
 
 #[derive(Debug, Serialize)]
 struct PerplexityResult {
-    /// full, window or memory.
+    /// full, window, recent (the control) or memory.
     mode: &'static str,
     top_k: Option<u32>,
     payload_dtype: Option<String>,
@@ -82,23 +86,26 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
     let scratch = context.scratch_memory()?;
     let collections = scratch.collections(&args.setup.storage, &args.payload_dtypes, &model)?;
     let source = model.tokenizer.encode(&text).map_err(crate::model::RememberError::from)?.ids;
+    let texts = eval::segments(&source, args.tokens, args.samples);
     let settings = PerplexitySettings {
-        tokens: args.tokens,
         skip_tokens: args.skip,
-        samples: args.samples,
         window: args.setup.window.window(model.config()),
         retrieval: args.setup.retrieval.retrieval(model.config(), 1),
     };
     let bar = token_bar(context, "");
     let mut results: Vec<PerplexityResult> = Vec::new();
     let baselines = [PerplexityMode::Full, PerplexityMode::Window].map(|mode| (mode, &collections[0]));
-    let memory = collections
-        .iter()
-        .flat_map(|collection| args.top_k.iter().map(move |&top_k| (PerplexityMode::Memory { top_k }, collection)));
+    let newest_blocks = settings.retrieval.newest_blocks;
+    let modes = args.top_k.iter().flat_map(|&top_k| {
+        let control = args.control.then_some(PerplexityMode::Recent { blocks: top_k });
+        control.into_iter().chain([PerplexityMode::Memory { top_k, newest_blocks }])
+    });
+    let modes: Vec<_> = modes.collect();
+    let memory = collections.iter().flat_map(|collection| modes.iter().map(move |&mode| (mode, collection)));
     for (mode, collection) in baselines.into_iter().chain(memory) {
         bar.label(&format!("{mode:?}"));
         let measured =
-            eval::perplexity(&model, &scratch.memory, collection, &source, mode, &settings, &mut |done, total| {
+            eval::perplexity(&model, &scratch.memory, collection, &texts, mode, &settings, &mut |done, total| {
                 bar.show(crate::model::EncodeProgress {
                     resumed_tokens: 0,
                     done_tokens: done as u64,
@@ -124,7 +131,8 @@ impl PerplexityResult {
         let (mode, top_k) = match measured.mode {
             PerplexityMode::Full => ("full", None),
             PerplexityMode::Window => ("window", None),
-            PerplexityMode::Memory { top_k } => ("memory", Some(top_k)),
+            PerplexityMode::Recent { blocks } => ("recent", Some(blocks)),
+            PerplexityMode::Memory { top_k, .. } => ("memory", Some(top_k)),
         };
         let gap_closed = top_k.and(match before {
             [full, window, ..] => {
