@@ -9,5 +9,8 @@ mod perplexity;
 
 pub use golden::{GoldenError, GoldenOutput, golden};
 pub use haystack::{BOOK, Haystack, Needle};
-pub use passkey::{PasskeyCase, PasskeySettings, passkey};
+pub use passkey::{
+    PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts, Remembered, RememberedScore, passkey, passkey_full,
+    passkey_scores,
+};
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};

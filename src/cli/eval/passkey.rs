@@ -11,7 +11,7 @@ use crate::cli::encode::token_bar;
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, table, write_table};
 use crate::cli::settings::{SetupArgs, word};
-use crate::eval::{self, Haystack, PasskeyCase, PasskeySettings};
+use crate::eval::{self, Haystack, PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts};
 use crate::types::DType;
 
 /// Hide five digits in long texts and ask for them.
@@ -46,6 +46,10 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
     payload_dtypes: Vec<DType>,
 
+    /// Ask the model by itself, with full attention over each text: the baseline. Its cost grows with the square of the length.
+    #[arg(long)]
+    full_attention: bool,
+
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
@@ -72,13 +76,14 @@ struct PasskeyReport {
 #[derive(Debug, Serialize)]
 struct PasskeyResult {
     tokens: usize,
-    top_k: u32,
-    payload_dtype: String,
+    /// None, here and below: full attention.
+    top_k: Option<u32>,
+    payload_dtype: Option<String>,
     correct: usize,
     samples: usize,
     /// On disk: payload, keys, text and headers.
-    bytes_per_token: f64,
-    encode_tokens_per_s: f64,
+    bytes_per_token: Option<f64>,
+    encode_tokens_per_s: Option<f64>,
     first_token_s: f64,
 }
 
@@ -86,8 +91,8 @@ struct PasskeyResult {
 struct Case {
     tokens: usize,
     sample: usize,
-    top_k: u32,
-    payload_dtype: String,
+    top_k: Option<u32>,
+    payload_dtype: Option<String>,
     correct: bool,
     key: String,
     answer: String,
@@ -95,65 +100,60 @@ struct Case {
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
-    let prose = source_text(args.text.as_ref())?;
-    let model = args.setup.model.load(context)?;
-    let scratch = context.scratch_memory()?;
-    let collections = scratch.collections(&args.setup.storage, &args.payload_dtypes, &model)?;
-    let settings = PasskeySettings {
+    let texts = PasskeyTexts {
         haystack: args.haystack,
-        prose,
+        prose: source_text(args.text.as_ref())?,
         tokens: args.tokens.clone(),
         samples: args.samples,
-        top_k: args.top_k.clone(),
-        window: args.setup.window.window(model.config()),
-        encode_retrieval: args.setup.encode_retrieval(model.config()),
-        retrieval: args.setup.retrieval.retrieval(model.config(), 1),
         seed: args.seed,
     };
+    let model = args.setup.model.load(context)?;
     let bar = token_bar(context, "");
-    let cases = eval::passkey(&model, &scratch.memory, &collections, &settings, &mut |tokens, sample, step| {
-        bar.label(&format!("{} tokens, text {} of {}", count(tokens as u64), sample + 1, settings.samples));
-        bar.show(step);
-    })?;
+    let label = |tokens: usize, sample: usize| {
+        bar.label(&format!("{} tokens, text {} of {}", count(tokens as u64), sample + 1, args.samples));
+    };
+    let cases = if args.full_attention {
+        eval::passkey_full(&model, &texts, &mut |tokens, sample| label(tokens, sample))?
+    } else {
+        let scratch = context.scratch_memory()?;
+        let collections = scratch.collections(&args.setup.storage, &args.payload_dtypes, &model)?;
+        let settings = PasskeySettings {
+            top_k: args.top_k.clone(),
+            window: args.setup.window.window(model.config()),
+            encode_retrieval: args.setup.encode_retrieval(model.config()),
+            retrieval: args.setup.retrieval.retrieval(model.config(), 1),
+        };
+        eval::passkey(&model, &scratch.memory, &collections, &texts, &settings, &mut |tokens, sample, step| {
+            label(tokens, sample);
+            bar.show(step);
+        })?
+    };
     bar.finish();
     context.output.print(&PasskeyReport::new(&model.name, args, &cases))
 }
 
 impl PasskeyReport {
     fn new(model: &str, args: &Args, cases: &[PasskeyCase]) -> Self {
-        let mut results: Vec<PasskeyResult> = Vec::new();
-        for case in cases {
-            let payload_dtype = case.payload_dtype.to_string();
-            let same = |r: &&mut PasskeyResult| {
-                r.tokens == case.tokens && r.top_k == case.top_k && r.payload_dtype == payload_dtype
-            };
-            let tokens = case.text_tokens as f64;
-            let per_token = case.stored_bytes as f64 / tokens;
-            match results.iter_mut().find(same) {
-                Some(result) => {
-                    let n = result.samples as f64;
-                    let mean = |mean: &mut f64, next: f64| *mean = (*mean * n + next) / (n + 1.0);
-                    mean(&mut result.bytes_per_token, per_token);
-                    mean(&mut result.encode_tokens_per_s, tokens / case.encode_s);
-                    mean(&mut result.first_token_s, case.first_token_s);
-                    result.correct += case.correct as usize;
-                    result.samples += 1;
-                }
-                None => results.push(PasskeyResult {
-                    tokens: case.tokens,
-                    top_k: case.top_k,
-                    payload_dtype,
-                    correct: case.correct as usize,
-                    samples: 1,
-                    bytes_per_token: per_token,
-                    encode_tokens_per_s: tokens / case.encode_s,
-                    first_token_s: case.first_token_s,
-                }),
-            }
-        }
+        let results = eval::passkey_scores(cases).into_iter().map(PasskeyResult::new).collect();
         let mut cases: Vec<Case> = cases.iter().map(Case::new).collect();
         cases.sort_by_key(|case| case.correct);
         PasskeyReport { model: model.into(), haystack: args.haystack.to_string(), seed: args.seed, results, cases }
+    }
+}
+
+impl PasskeyResult {
+    fn new(score: PasskeyScore) -> Self {
+        let remembered = score.remembered;
+        PasskeyResult {
+            tokens: score.tokens,
+            top_k: remembered.map(|of| of.top_k),
+            payload_dtype: remembered.map(|of| of.payload_dtype.to_string()),
+            correct: score.correct,
+            samples: score.samples,
+            bytes_per_token: remembered.map(|of| of.bytes_per_token),
+            encode_tokens_per_s: remembered.map(|of| of.encode_tokens_per_s),
+            first_token_s: score.first_token_s,
+        }
     }
 }
 
@@ -162,8 +162,8 @@ impl Case {
         Case {
             tokens: case.tokens,
             sample: case.sample,
-            top_k: case.top_k,
-            payload_dtype: case.payload_dtype.to_string(),
+            top_k: case.remembered.map(|of| of.top_k),
+            payload_dtype: case.remembered.map(|of| of.payload_dtype.to_string()),
             correct: case.correct,
             key: case.key.clone(),
             answer: case.answer.clone(),
@@ -179,11 +179,11 @@ impl Report for PasskeyReport {
         for result in &self.results {
             rows.add_row([
                 count(result.tokens as u64),
-                result.top_k.to_string(),
-                result.payload_dtype.clone(),
+                result.top_k.map_or("all".into(), |k| k.to_string()),
+                result.payload_dtype.clone().unwrap_or_default(),
                 format!("{} of {}", result.correct, result.samples),
-                format!("{:.0}", result.bytes_per_token),
-                format!("{:.0}", result.encode_tokens_per_s),
+                result.bytes_per_token.map(|bytes| format!("{bytes:.0}")).unwrap_or_default(),
+                result.encode_tokens_per_s.map(|speed| format!("{speed:.0}")).unwrap_or_default(),
                 format!("{:.2} s", result.first_token_s),
             ]);
         }
@@ -191,11 +191,13 @@ impl Report for PasskeyReport {
         for case in self.cases.iter().filter(|case| !case.correct) {
             writeln!(
                 to,
-                "wrong: {} tokens, text {}, k = {}, {}: hidden at {:.0} %, expected {}, answered {:?}",
+                "wrong: {} tokens, text {}, {}: hidden at {:.0} %, expected {}, answered {:?}",
                 count(case.tokens as u64),
                 case.sample,
-                case.top_k,
-                case.payload_dtype,
+                match (case.top_k, &case.payload_dtype) {
+                    (Some(k), Some(payload)) => format!("k = {k}, {payload}"),
+                    _ => "full attention".into(),
+                },
                 100.0 * case.depth,
                 case.key,
                 case.answer
