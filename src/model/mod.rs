@@ -89,7 +89,7 @@ impl LoadedModel {
         let config = huggingface::read_config(folder)?;
         let weights = safetensors::SafeTensorsFolder::open(folder)?;
         let path = folder.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path)?;
+        let tokenizer = Tokenizer::open(&path)?;
         if let Some(text) = config.landmark.and_then(|landmark| tokenizer.text_of(landmark.id)) {
             return Err(LoadError::Unsupported {
                 path,
