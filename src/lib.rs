@@ -39,6 +39,7 @@ pub mod wire;
 pub mod attention;
 pub mod eval;
 pub mod model;
+pub mod train;
 
 // What a person types.
 pub mod cli;

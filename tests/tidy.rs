@@ -27,8 +27,9 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("client", &["api", "wire"]),
     ("attention", &["api"]),
     ("model", &["attention", "api"]),
-    ("eval", &["model", "attention", "api"]),
-    ("cli", &["api", "store", "index", "memory", "wire", "server", "client", "attention", "model", "eval"]),
+    ("train", &["model", "attention", "api"]),
+    ("eval", &["train", "model", "attention", "api"]),
+    ("cli", &["api", "store", "index", "memory", "wire", "server", "client", "attention", "model", "train", "eval"]),
     ("lib", &[]),
     ("main", &["cli"]),
 ];
@@ -42,7 +43,7 @@ const LIBRARIES: &[(&[&str], &[&str])] = &[
         &["wire", "server", "client"],
     ),
     (&["protox", "tonic_prost_build"], &["build"]),
-    (&["candle_core", "tokenizers"], &["attention", "model", "eval"]),
+    (&["candle_core", "tokenizers"], &["attention", "model", "train", "eval"]),
     (&["hf_hub", "zip"], &["model"]),
     (&["clap", "clap_complete", "comfy_table", "indicatif"], &["cli"]),
 ];

@@ -75,17 +75,17 @@ impl ModelConfig {
     }
 
     /// `Hq * D`
-    pub(super) fn query_width(&self) -> usize {
+    pub(crate) fn query_width(&self) -> usize {
         (self.query_heads * self.head_dim) as usize
     }
 
     /// `Hkv * D`
-    pub(super) fn kv_width(&self) -> usize {
+    pub(crate) fn kv_width(&self) -> usize {
         (self.kv_heads * self.head_dim) as usize
     }
 
     /// Checks what every later product of sizes relies on. Any block size would do; 2 is the smallest.
-    pub(super) fn check(&self) -> Result<(), InvalidShape> {
+    pub(crate) fn check(&self) -> Result<(), InvalidShape> {
         for (field, found) in [("hidden", self.hidden), ("ffn", self.ffn), ("vocab", self.vocab)] {
             if found == 0 {
                 return Err(InvalidShape { field, expected: "at least 1".into(), found: "0".into() });

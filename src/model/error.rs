@@ -33,6 +33,22 @@ pub enum LoadError {
     Shape { path: PathBuf, source: InvalidShape },
 }
 
+/// Why a model could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "config.json cannot tell these rotary frequencies: expected base^(-2i / dims), all divided by one factor, \
+         found {frequencies:?}; start from a model with plain or linearly scaled rotation"
+    )]
+    Rotation { frequencies: Vec<f32> },
+    #[error("weights: {0}")]
+    Weights(#[from] candle_core::Error),
+    #[error("weights: {0}")]
+    Serialise(#[from] safetensors::SafeTensorError),
+}
+
 /// Why a text could not be tokenised.
 #[derive(Debug, thiserror::Error)]
 #[error("a text of {text_bytes} bytes cannot be tokenised: {detail}")]

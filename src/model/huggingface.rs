@@ -1,11 +1,13 @@
-//! `config.json` of a Hugging Face model folder.
+//! `config.json` of a Hugging Face model folder, read and written.
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use serde::Deserialize;
 
 use super::config::{Landmark, ModelConfig, RopeScaling};
-use super::error::LoadError;
+use super::error::{LoadError, SaveError};
+use crate::shape::Rope;
 
 /// What the paper's code calls a Llama model trained with landmarks.
 const LANDMARK_TYPE: &str = "llama_with_landmark";
@@ -182,6 +184,66 @@ impl RopeJson {
     }
 }
 
+/// The `config.json` that [`read_config`] makes `config` of, for weights of `dtype`.
+pub(super) fn write_config(config: &ModelConfig, dtype: DType) -> Result<String, SaveError> {
+    let (base, factor) = base_and_factor(&config.rope)?;
+    let rotary_dims = 2 * config.rope.frequencies.len();
+    let mut json = serde_json::json!({
+        "model_type": "llama",
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.query_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.context_tokens,
+        "rms_norm_eps": config.norm_epsilon.to_string().parse::<f64>().unwrap_or_default(),
+        "rope_theta": base,
+        "tie_word_embeddings": config.tied_output,
+        "hidden_act": "silu",
+        "eos_token_id": config.eos_ids,
+        "torch_dtype": match dtype { DType::F16 => "float16", DType::BF16 => "bfloat16", _ => "float32" },
+    });
+    if factor != 1.0 {
+        json["rope_scaling"] = serde_json::json!({ "rope_type": "linear", "factor": factor });
+    }
+    if rotary_dims != config.head_dim as usize {
+        let (rotary_dims, head_dim) = (rotary_dims as f64, config.head_dim as f64);
+        let share = rotary_dims / head_dim;
+        // Readers round `head_dim * share` down.
+        json["partial_rotary_factor"] = if share * head_dim < rotary_dims { share.next_up() } else { share }.into();
+    }
+    match config.landmark {
+        None => json["architectures"] = serde_json::json!(["LlamaForCausalLM"]),
+        Some(Landmark { id, block_tokens }) => {
+            json["model_type"] = LANDMARK_TYPE.into();
+            json["mem_id"] = id.into();
+            json["mem_freq"] = (block_tokens - 1).into();
+        }
+    }
+    Ok(format!("{json:#}\n"))
+}
+
+/// The base and the linear scaling factor that give exactly these frequencies. Both are read off the numbers, which the
+/// rounding to f32 has touched, and taken to the 7 digits that people write such numbers with.
+fn base_and_factor(rope: &Rope) -> Result<(f64, f64), SaveError> {
+    let digits = |number: f64| format!("{number:.6e}").parse().unwrap_or(number);
+    let frequencies = &rope.frequencies;
+    let (Some(&first), Some(&last)) = (frequencies.first(), frequencies.last()) else { return Ok((10_000.0, 1.0)) };
+    let pairs = frequencies.len();
+    let base = match pairs {
+        1 => 10_000.0,
+        _ => digits((last as f64 / first as f64).powf(-(pairs as f64) / (pairs - 1) as f64)),
+    };
+    let factor = digits(1.0 / first as f64);
+    let scaling = if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } };
+    if scaling.rope(base, 2 * pairs) != *rope {
+        return Err(SaveError::Rotation { frequencies: frequencies.clone() });
+    }
+    Ok((base, factor))
+}
+
 fn ids(ids: Option<OneOrMany>) -> Vec<u32> {
     match ids {
         None => Vec::new(),
@@ -251,6 +313,42 @@ mod tests {
         assert_eq!(field(r#", "mem_id": 100, "mem_freq": 50"#), "landmark token (mem_id)");
         assert_eq!(field(r#", "mem_id": 99, "mem_freq": 0"#), "block_tokens");
         assert_eq!(field(r#", "mem_id": 99, "mem_freq": 4294967295"#), "block_tokens");
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_the_same() {
+        let plain = ModelConfig {
+            layers: 3,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 32,
+            hidden: 100,
+            ffn: 256,
+            vocab: 512,
+            context_tokens: 2048,
+            norm_epsilon: 1e-5,
+            rope: Rope::from_base(10_000.0, 32),
+            tied_output: true,
+            eos_ids: vec![0, 7],
+            landmark: None,
+        };
+        let landmark = Some(Landmark { id: 511, block_tokens: 17 });
+        let variants = [
+            plain.clone(),
+            ModelConfig { landmark, tied_output: false, eos_ids: Vec::new(), ..plain.clone() },
+            ModelConfig { rope: Rope::from_base(500_000.0, 8), norm_epsilon: 1e-6, ..plain.clone() },
+            ModelConfig { rope: Rope::from_base(10_000.0, 2), ..plain.clone() },
+            ModelConfig { head_dim: 44, rope: Rope::from_base(1e6, 30), ..plain.clone() },
+            ModelConfig { rope: RopeScaling::Linear { factor: 2.5 }.rope(1e7, 32), ..plain.clone() },
+        ];
+        for config in variants {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("config.json"), write_config(&config, DType::F16).unwrap()).unwrap();
+            assert_eq!(read_config(folder.path()).unwrap(), config);
+        }
+        let mut odd = plain;
+        odd.rope.frequencies[3] *= 2.0;
+        assert!(matches!(write_config(&odd, DType::F32), Err(SaveError::Rotation { .. })));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
 //! `ask` know that there is a memory behind it.
 //!
-//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`
-//! and `weights` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the mathematics), `sample` and
+//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`,
+//! `weights` and `tensors` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the mathematics), `sample` and
 //! `generate`, then `encode` and `ask`.
 
 mod ask;
@@ -23,6 +23,7 @@ mod pull;
 mod pulled;
 mod safetensors;
 mod sample;
+mod tensors;
 mod tokenizer;
 mod tokenizer_gguf;
 mod weights;
@@ -38,13 +39,16 @@ pub use ask::{Answer, Question, ask};
 pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
-pub use error::{ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, TokenizeError};
+pub use error::{
+    ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
+};
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};
 pub use pulled::{PulledModel, pulled};
 pub use sample::Sampling;
+pub use tensors::{NamedTensor, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 
 use crate::shape::{InvalidShape, ModelShape, Sha256Digest};

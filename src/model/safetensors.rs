@@ -131,7 +131,7 @@ impl WeightFile {
 
 impl TensorSource for SafeTensorsFolder {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let name = file_name(name);
+        let name = huggingface_name(name);
         match self.places.get(&name) {
             Some(&number) => self.files[number].read(&name, shape),
             None => Err(missing(&self.folder, &name)),
@@ -143,7 +143,8 @@ fn missing(path: &Path, name: &str) -> LoadError {
     LoadError::MissingTensor { path: path.into(), name: name.into() }
 }
 
-fn file_name(name: TensorName) -> String {
+/// What Hugging Face calls a tensor.
+pub(super) fn huggingface_name(name: TensorName) -> String {
     let (layer, tensor) = match name {
         TensorName::Embedding => return "model.embed_tokens.weight".into(),
         TensorName::OutputNorm => return "model.norm.weight".into(),

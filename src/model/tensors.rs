@@ -1,0 +1,99 @@
+//! A model as a list of named tensors, for those that change or write it: training reads a model with
+//! [`read_tensors`] and leaves one with [`write_model`].
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+
+use super::config::ModelConfig;
+use super::error::{LoadError, SaveError};
+use super::safetensors::{SafeTensorsFolder, huggingface_name};
+use super::weights::{LayerTensor, TensorName, TensorSource};
+use super::{gguf, huggingface};
+
+/// One tensor of a model.
+#[derive(Clone, Debug)]
+pub struct NamedTensor {
+    /// Its Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    pub tensor: Tensor,
+}
+
+/// Name and shape of every tensor of a model, from the embedding to the output: under Hugging Face names, matrices
+/// `(out, in)`.
+pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    table(config).into_iter().map(|(name, shape)| (huggingface_name(name), shape)).collect()
+}
+
+/// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights, as f32 on the CPU.
+/// Names, order and shapes are those of [`tensor_shapes`].
+pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), LoadError> {
+    let (config, source): (ModelConfig, Box<dyn TensorSource>) = if path.is_dir() {
+        (huggingface::read_config(path)?, Box::new(SafeTensorsFolder::open(path)?))
+    } else {
+        let (gguf, config) = gguf::Gguf::open(path)?;
+        (config, Box::new(gguf))
+    };
+    let read = |(name, shape): (TensorName, Vec<usize>)| {
+        Ok(NamedTensor { name: huggingface_name(name), tensor: source.read(name, &shape)? })
+    };
+    let tensors = table(&config).into_iter().map(read).collect::<Result<_, LoadError>>()?;
+    Ok((config, tensors))
+}
+
+/// Writes `config.json` and `model.safetensors` into `folder`, the numbers as `dtype`. Each file replaces an older one at
+/// once or not at all.
+pub fn write_model(
+    folder: &Path,
+    config: &ModelConfig,
+    tensors: &[NamedTensor],
+    dtype: DType,
+) -> Result<(), SaveError> {
+    let json = huggingface::write_config(config, dtype)?;
+    let convert = |named: &NamedTensor| Ok((named.name.clone(), named.tensor.to_dtype(dtype)?));
+    let tensors = tensors.iter().map(convert).collect::<Result<BTreeMap<_, _>, candle_core::Error>>()?;
+    let weights = safetensors::serialize(&tensors, None)?;
+    std::fs::create_dir_all(folder).map_err(|source| SaveError::Io { path: folder.into(), source })?;
+    replace(&folder.join("model.safetensors"), &weights)?;
+    replace(&folder.join("config.json"), json.as_bytes())
+}
+
+/// Puts a file in the place of another, or of none: after a crash the old one or the new one is there, whole.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let written = tempfile::NamedTempFile::new_in(folder).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        std::fs::File::open(folder)?.sync_all()
+    });
+    written.map_err(|source| SaveError::Io { path: path.into(), source })
+}
+
+fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
+    use LayerTensor::*;
+    let (hidden, ffn) = (config.hidden, config.ffn);
+    let (query_width, kv_width) = (config.query_width(), config.kv_width());
+    let mut table = vec![(TensorName::Embedding, vec![config.vocab, hidden])];
+    for layer in 0..config.layers {
+        let tensors = [
+            (AttentionNorm, vec![hidden]),
+            (Query, vec![query_width, hidden]),
+            (Key, vec![kv_width, hidden]),
+            (Value, vec![kv_width, hidden]),
+            (AttentionOutput, vec![hidden, query_width]),
+            (FfnNorm, vec![hidden]),
+            (Gate, vec![ffn, hidden]),
+            (Up, vec![ffn, hidden]),
+            (Down, vec![hidden, ffn]),
+        ];
+        table.extend(tensors.map(|(tensor, shape)| (TensorName::Layer(layer, tensor), shape)));
+    }
+    table.push((TensorName::OutputNorm, vec![hidden]));
+    if !config.tied_output {
+        table.push((TensorName::Output, vec![config.vocab, hidden]));
+    }
+    table
+}

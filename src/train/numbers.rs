@@ -1,0 +1,64 @@
+//! Between tensors and slices: all tensors of this folder are contiguous f32 on the CPU.
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
+
+/// The numbers of a tensor, row-major, lent.
+pub(super) struct Numbers<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+/// Lends the numbers of a contiguous f32 tensor.
+pub(super) fn numbers(tensor: &Tensor) -> Result<Numbers<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(cpu) = &*storage else {
+        bail!("expected a tensor on the CPU, found one on {:?}", tensor.device())
+    };
+    cpu.as_slice::<f32>()?;
+    let range = range(layout)?;
+    Ok(Numbers { storage, range })
+}
+
+/// The numbers of what an operation is given.
+pub(super) fn argument<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    Ok(&storage.as_slice::<f32>()?[range(layout)?])
+}
+
+/// A tensor of what a backward pass computed, shaped like `like`.
+pub(super) fn gradient(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(numbers, like.shape(), &Device::Cpu)
+}
+
+/// The shape with another last dimension.
+pub(super) fn with_width(layout: &Layout, width: usize) -> Shape {
+    let mut dims = layout.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = width;
+    }
+    Shape::from(dims)
+}
+
+/// The last dimension.
+pub(super) fn width(layout: &Layout) -> usize {
+    layout.dims().last().copied().unwrap_or(1)
+}
+
+fn range(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => bail!("expected a contiguous tensor, found {layout:?}"),
+    }
+}
+
+impl Deref for Numbers<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(numbers)) => &numbers[self.range.clone()],
+            _ => unreachable!("`numbers` found f32 on the CPU"),
+        }
+    }
+}
