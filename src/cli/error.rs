@@ -97,6 +97,8 @@ pub(super) enum CliError {
     GoldenDiffers { outputs: usize },
     #[error(transparent)]
     Golden(#[from] GoldenError),
+    #[error("{}: the report cannot be written: {source}", .path.display())]
+    WriteReport { path: PathBuf, source: io::Error },
     #[error("{what}: {source}")]
     Io { what: &'static str, source: io::Error },
 }
@@ -126,6 +128,7 @@ impl CliError {
             | CliError::NotConfirmed { .. }
             | CliError::GoldenDiffers { .. }
             | CliError::Golden(_)
+            | CliError::WriteReport { .. }
             | CliError::Io { .. } => Exit::Failure,
         }
     }

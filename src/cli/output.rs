@@ -117,6 +117,14 @@ impl Output {
         self.bar(what, style.unwrap_or_else(|_| ProgressStyle::default_bar()))
     }
 
+    /// A bar that counts percents of one part of the work after the other.
+    pub(super) fn share_bar(&self) -> ProgressBar {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {pos:>3} %");
+        let bar = self.bar("", style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_length(100);
+        bar
+    }
+
     /// A bar of the given style, hidden like every bar here.
     pub(super) fn bar(&self, what: &str, style: ProgressStyle) -> ProgressBar {
         let target = if self.quiet || self.json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };

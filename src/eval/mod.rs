@@ -6,6 +6,7 @@ mod golden;
 mod haystack;
 mod passkey;
 mod perplexity;
+mod report;
 
 pub use golden::{GoldenError, GoldenOutput, golden};
 pub use haystack::{BOOK, Haystack, Needle};
@@ -14,3 +15,4 @@ pub use passkey::{
     passkey_scores,
 };
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
+pub use report::{Report, ReportSettings, Subject, report, write_report};

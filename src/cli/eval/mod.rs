@@ -10,6 +10,7 @@ use super::error::CliError;
 mod golden;
 mod passkey;
 mod perplexity;
+mod report;
 
 /// Evaluate a model with its memory.
 #[derive(clap::Subcommand, Debug)]
@@ -17,6 +18,7 @@ pub(super) enum Command {
     Passkey(passkey::Args),
     Perplexity(perplexity::Args),
     Golden(golden::Args),
+    Report(report::Args),
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
@@ -24,6 +26,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
         Command::Passkey(args) => passkey::run(args, context),
         Command::Perplexity(args) => perplexity::run(args, context),
         Command::Golden(args) => golden::run(args, context),
+        Command::Report(args) => report::run(args, context),
     }
 }
 
