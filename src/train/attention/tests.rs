@@ -122,7 +122,7 @@ fn plain_attention_agrees_with_double_precision_at_tile_edges_and_with_a_past() 
 #[test]
 fn grouped_attention_agrees_with_double_precision_at_block_and_tile_edges() {
     for dropout in [GroupDropout::NONE, GroupDropout { rate: 0.3, seed: 3 }] {
-        for tokens in [1, 6, 7, 8, 14, 63, 64, 65, 70] {
+        for tokens in [1, 6, 7, 8, 14, 63, 64, 65] {
             let softmax = Softmax::Grouped { block_tokens: 7, dropout };
             check(Case { sequences: 2, tokens, past: 0, attention: attention(4, 2, 4, softmax) });
         }
