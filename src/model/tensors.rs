@@ -43,8 +43,8 @@ pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), Load
     Ok((config, tensors))
 }
 
-/// Writes `config.json` and `model.safetensors` into `folder`, the numbers as `dtype`. Each file replaces an older one at
-/// once or not at all.
+/// Writes `config.json` and `model.safetensors` into `folder`, the numbers as `dtype`. Each file replaces an older one
+/// at once or not at all.
 pub fn write_model(
     folder: &Path,
     config: &ModelConfig,

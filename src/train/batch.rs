@@ -54,7 +54,7 @@ impl Batch {
         self.check_landmarks(config)
     }
 
-    /// Attention takes the places of landmarks from the block length, so one elsewhere would be trained as something else.
+    /// Attention takes the places of landmarks from the block length: one elsewhere would be trained as something else.
     fn check_landmarks(&self, config: &ModelConfig) -> Result<(), TrainError> {
         let Some(landmark) = config.landmark else { return Ok(()) };
         for (at, &found) in self.ids.iter().enumerate() {

@@ -13,9 +13,9 @@
 //! `m_c` is 1, or with group dropout of rate `r` either 0 or `1 / (1 - r)`, drawn per row and block. A landmark passes
 //! its weight on and brings no value of its own.
 //!
-//! A row of *weights* holds these at the columns of tokens, **`p_c` at the columns of landmarks**, and 0 at columns that
-//! the query does not see: that is all the backward pass needs. Whoever multiplies weights with values gives landmarks
-//! the value zero.
+//! A row of *weights* holds these at the columns of tokens, **`p_c` at the columns of landmarks**, and 0 at columns
+//! that the query does not see: that is all the backward pass needs. Whoever multiplies weights with values gives
+//! landmarks the value zero.
 //!
 //! Backward, for `g` = the gradient of the weights of tokens: with `a_c` the sum of `weight_i g_i` over the tokens of
 //! `c`, and `e` the sum of all `weight_i g_i`,
@@ -102,6 +102,7 @@ simd! {
             let top = max(tokens);
             each(tokens, |score| score - top);
         }
+        #[expect(clippy::redundant_closure, reason = "a closure is compiled for each instruction set")]
         each(seen, |score| exp::<FMA>(score));
 
         let (earlier, own) = seen.split_at_mut(start);

@@ -4,8 +4,8 @@
 //! backward pass of its own, fused so that a small model trains in minutes on a few cores: between two operations the
 //! numbers go through memory once.
 //!
-//! In reading order: `grouped` (the softmax of landmark attention, one row), `attention` (a whole layer of it), `ops`
-//! (everything else a layer does), `batch`, `model` (parameters, loss), `weights` (where parameters come from).
+//! In reading order: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one row),
+//! `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss), `weights` (where parameters come from).
 
 mod attention;
 mod batch;

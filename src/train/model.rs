@@ -50,8 +50,8 @@ struct Layer {
     down: Var,
 }
 
-/// What a plain model keeps of the tokens before a batch (Dai et al. 2019, Transformer-XL): per layer the keys, turned to
-/// their positions, and the values, `(N, P, Hkv * D)` each. No gradient flows into it.
+/// What a plain model keeps of the tokens before a batch (Dai et al. 2019, Transformer-XL): per layer the keys, turned
+/// to their positions, and the values, `(N, P, Hkv * D)` each. No gradient flows into it.
 #[derive(Clone)]
 pub struct Past {
     layers: Vec<(Tensor, Tensor)>,
@@ -69,8 +69,8 @@ impl TrainingModel {
     }
 
     /// A model from a `.gguf` file, or from a folder with `config.json` and safetensors weights. `landmark` makes an
-    /// ordinary model one with landmarks: the landmark's rows of the embedding and the output are new, and the vocabulary
-    /// grows by one if the token is the one behind its last.
+    /// ordinary model one with landmarks: the landmark's rows of the embedding and the output are new, and the
+    /// vocabulary grows by one if the token is the one behind its last.
     ///
     /// # Errors
     /// Those of reading the model, and a landmark that the model cannot have.
@@ -121,8 +121,8 @@ impl TrainingModel {
         &self.parameters
     }
 
-    /// Mean cross-entropy of the batch, weighed, in nats: a scalar. Attention is grouped in a model with landmarks, plain
-    /// causal in others.
+    /// Mean cross-entropy of the batch, weighed, in nats: a scalar. Attention is grouped in a model with landmarks,
+    /// plain causal in others.
     ///
     /// # Errors
     /// A batch or a dropout that does not fit the model.
@@ -141,8 +141,8 @@ impl TrainingModel {
         Ok(self.forward(batch, group_dropout, None)?.0)
     }
 
-    /// [`TrainingModel::loss`] of a batch that goes on where `past` ends, and the past for the next one: the last `keep`
-    /// tokens seen. The batch's positions go on too.
+    /// [`TrainingModel::loss`] of a batch that goes on where `past` ends, and the past for the next one: the last
+    /// `keep` tokens seen. The batch's positions go on too.
     ///
     /// # Errors
     /// A batch or a past that does not fit the model; a model with landmarks.
@@ -213,8 +213,8 @@ impl TrainingModel {
         }
     }
 
-    /// Writes `model.safetensors`, its numbers as `dtype`, and `config.json` into a folder, each in the place of an older
-    /// one at once. [`Llama::open`](crate::model::Llama::open) reads them.
+    /// Writes `model.safetensors`, its numbers as `dtype`, and `config.json` into a folder, each in the place of an
+    /// older one at once. [`Llama::open`](crate::model::Llama::open) reads them.
     ///
     /// # Errors
     /// A dtype that is no float, rotary frequencies that a configuration cannot tell, and those of writing files.

@@ -1,6 +1,5 @@
 //! The model as a whole: gradients, agreement with the model that answers, files.
 
-use std::path::Path;
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -8,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::*;
 use crate::attention::BlockAttention;
-use crate::model::{Landmark, Llama, Logits, ModelConfig};
+use crate::model::{Landmark, Llama, LoadedModel, Logits, ModelConfig, pull};
 use crate::shape::Rope;
 use crate::types::DType;
 
@@ -98,8 +97,7 @@ fn gradients_of_every_parameter_agree_with_finite_differences() {
 }
 
 /// Mean weighted cross-entropy of what the model that answers says, in double precision.
-fn inference_loss(folder: &Path, batch: &Batch) -> f64 {
-    let llama = Llama::open(folder).unwrap();
+fn inference_loss(llama: &Llama, batch: &Batch) -> f64 {
     let (mut sum, mut total) = (0.0, 0.0);
     let rows = batch.targets.chunks(batch.tokens).zip(batch.weights.chunks(batch.tokens));
     for (ids, (targets, weights)) in batch.ids.chunks(batch.tokens).zip(rows) {
@@ -129,10 +127,34 @@ fn a_saved_model_answers_with_the_loss_it_was_trained_at() {
         let batch = batch(&config, 2, 23, 4);
         let folder = tempfile::tempdir().unwrap();
         model.save(folder.path(), DType::F32).unwrap();
-        let (trained, answered) =
-            (scalar(&model.loss(&batch, GroupDropout::NONE).unwrap()), inference_loss(folder.path(), &batch));
+        let (trained, answered) = (
+            scalar(&model.loss(&batch, GroupDropout::NONE).unwrap()),
+            inference_loss(&Llama::open(folder.path()).unwrap(), &batch),
+        );
         assert!((trained as f64 - answered).abs() < 1e-4, "{trained} {answered}");
     }
+}
+
+#[test]
+fn smollm2_can_be_trained_further_from_its_gguf_file() {
+    let path = pull("smollm2", &mut |_| {}).unwrap();
+    let model = TrainingModel::open(&path, None).unwrap();
+    let answering = LoadedModel::open(&path).unwrap();
+    assert_eq!(model.config(), answering.config());
+    let text = "The river runs through the town and under three old bridges before it meets the sea.";
+    let ids = answering.tokenizer.encode(text).unwrap().ids;
+    let tokens = ids.len() - 1;
+    let batch = Batch {
+        sequences: 1,
+        tokens,
+        ids: ids[..tokens].to_vec(),
+        positions: (0..tokens as u32).collect(),
+        targets: ids[1..].to_vec(),
+        weights: vec![1.0; tokens],
+    };
+    let (trained, answered) =
+        (scalar(&model.loss(&batch, GroupDropout::NONE).unwrap()) as f64, inference_loss(&answering.llama, &batch));
+    assert!((trained - answered).abs() < 1e-3 && answered < 6.0, "{trained} {answered}");
 }
 
 #[test]

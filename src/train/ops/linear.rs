@@ -1,7 +1,7 @@
 //! `y (rows, out) = x (rows, in) w^T` for weights `w (out, in)`, as model files hold them.
 //!
-//! Backward: `dx = dy w` and `dw = dy^T x`. No product needs a transposed copy, and the gradient of `w` comes out as `w`
-//! lies.
+//! Backward: `dx = dy w` and `dw = dy^T x`. No product needs a transposed copy, and the gradient of `w` comes out as
+//! `w` lies.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
