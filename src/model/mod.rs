@@ -13,6 +13,7 @@ mod cache;
 mod config;
 mod encode;
 mod error;
+mod files;
 mod generate;
 mod gguf;
 mod huggingface;
@@ -42,6 +43,7 @@ pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
     ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
 };
+pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
