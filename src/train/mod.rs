@@ -5,7 +5,8 @@
 //! numbers go through memory once.
 //!
 //! In reading order: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one row),
-//! `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss), `weights` (where parameters come from).
+//! `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
+//! `weights` (where parameters come from).
 
 mod attention;
 mod batch;
