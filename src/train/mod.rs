@@ -4,11 +4,11 @@
 //! backward pass of its own, fused so that a small model trains in minutes on a few cores: between two operations the
 //! numbers go through memory once.
 //!
-//! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one row), `attention` (a whole layer of it),
-//! `ops` (everything else a layer does), `batch`, `model` (parameters, loss), `weights` (where parameters come from).
-//! What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys), `sequence` (landmarks go in), `mixture` (a
-//! step's batch). How it learns: `job`, `start`, `schedule`, `optimizer`, `checkpoint`, `run` (the
-//! loop), `validation`, `log` and `card`.
+//! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one
+//! row), `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
+//! `weights` (where parameters come from). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
+//! `sequence` (landmarks go in), `mixture` (a step's batch). How it learns: `job`, `start`, `schedule`, `optimizer`,
+//! `checkpoint`, `run` (the loop), `validation`, `log` and `card`.
 
 mod attention;
 mod batch;

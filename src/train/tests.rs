@@ -314,7 +314,8 @@ fn fastest(runs: usize, mut run: impl FnMut()) -> f64 {
     })
 }
 
-/// `cargo test --release --lib train::tests::a_step_takes -- --ignored --nocapture`
+/// `CANDLE_NUM_THREADS=1 cargo test --release --lib train::tests::a_step_takes -- --ignored --nocapture`; why, says
+/// `main`.
 #[test]
 #[ignore = "a measurement"]
 fn a_step_takes() {

@@ -7,13 +7,13 @@
 //!
 //! `q (N, T, Hq, D)`, `k` and `v (N, P + T, Hkv, D)`, `q` and `k` turned to their positions; the first `P` keys are a
 //! past that every query sees. A task is one sequence and one KV head with its `G` query heads, whose rows `(T, G)` it
-//! goes through in tiles: a tile of `R` rows needs the keys up to its last token only, so half of the square of scores is
-//! never computed, and what is computed stays in the second-level cache. Nothing is kept for the backward pass but `q`,
-//! `k` and `v`: it computes the scores again.
+//! goes through in tiles: a tile of `R` rows needs the keys up to its last token only, so half of the square of scores
+//! is never computed, and what is computed stays in the second-level cache. Nothing is kept for the backward pass but
+//! `q`, `k` and `v`: it computes the scores again.
 //!
 //! Cost of a layer, for `A = N Hq T (P + T / 2)` scores: forward `4 D A` flops and `A` exponentials, backward `10 D A`
-//! and `A`. Memory traffic is that of `q`, `k`, `v`, `out` and their gradients; scratch per thread is `R (P + T)` numbers
-//! forward, twice that backward, and copies of one task's rows.
+//! and `A`. Memory traffic is that of `q`, `k`, `v`, `out` and their gradients; scratch per thread is `R (P + T)`
+//! numbers forward, twice that backward, and copies of one task's rows.
 
 mod task;
 
