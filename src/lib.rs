@@ -18,6 +18,7 @@
 // Values that every layer speaks.
 pub mod limits;
 pub mod numeric;
+pub mod passkey;
 pub mod shape;
 pub mod types;
 

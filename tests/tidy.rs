@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Modules that every module may import.
-const OPEN: &[&str] = &["types", "shape", "limits", "numeric"];
+const OPEN: &[&str] = &["types", "shape", "limits", "numeric", "passkey"];
 
 /// What each top-level module of `src/` may import besides [`OPEN`].
 const IMPORTS: &[(&str, &[&str])] = &[
@@ -17,6 +17,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("shape", &[]),
     ("limits", &[]),
     ("numeric", &[]),
+    ("passkey", &[]),
     ("api", &[]),
     ("store", &[]),
     ("index", &[]),

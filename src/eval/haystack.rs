@@ -3,16 +3,11 @@
 use rand::{Rng, RngExt};
 
 use crate::model::{Encoded, TokenizeError, Tokenizer};
+use crate::passkey::{GARBAGE, TASK, information};
 use crate::types::words;
 
 /// A public-domain novel of about 110,000 tokens: `texts/README.md` tells where it is from.
 pub const BOOK: &str = include_str!("../../texts/persuasion.txt");
-
-/// The paper's garbage: one cycle (Mohtashami and Jaggi 2023, section 4.2).
-const GARBAGE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ";
-
-const TASK: &str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I \
-                    will quiz you about the important information there.\n";
 
 /// What the needle is hidden in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +59,7 @@ impl<'a> Maker<'a> {
     /// A text of about `tokens` tokens that begins anywhere in the source and hides the key at about `depth`.
     pub(super) fn make(&self, tokens: usize, depth: f64, rng: &mut impl Rng) -> Result<Needle, TokenizeError> {
         let key = rng.random_range(10_000..100_000u32).to_string();
-        let info = format!("The pass key is {key}. Remember it. {key} is the pass key.");
+        let info = information(&key);
         let frame = self.tokenizer.encode(&format!("{TASK}\n{info}\n"))?.ids.len();
         let hay = tokens.saturating_sub(frame).clamp(1, self.encoded.ids.len() - 1);
         let from = rng.random_range(0..self.encoded.ids.len() - hay);

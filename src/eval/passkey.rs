@@ -11,11 +11,8 @@ use super::haystack::{Haystack, Maker};
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{Retrieval, Window};
 use crate::model::{EncodeProgress, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode};
+use crate::passkey::QUESTION;
 use crate::types::DType;
-
-/// On the line after the text, as in the paper: an empty line between them makes a small model go on with prose, and not
-/// only with a memory but with full attention too.
-const QUESTION: &str = "What is the pass key? The pass key is";
 
 /// What to run.
 #[derive(Clone, Debug)]
