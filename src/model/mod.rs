@@ -92,7 +92,7 @@ impl LoadedModel {
         let weights = safetensors::SafeTensorsFolder::open(folder)?;
         Ok(LoadedModel {
             name: file_name(folder),
-            tokenizer: Tokenizer::from_file(&folder.join("tokenizer.json"))?,
+            tokenizer: Tokenizer::open(&folder.join("tokenizer.json"))?,
             llama: Llama::load(config, &weights)?,
             model_digest: cache::weights_digest(weights.paths())?,
         })

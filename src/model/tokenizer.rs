@@ -44,7 +44,7 @@ enum Spelling {
 
 impl Tokenizer {
     /// Reads a `tokenizer.json`.
-    pub(super) fn from_file(path: &Path) -> Result<Self, LoadError> {
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
         let bytes = std::fs::read(path).map_err(|source| LoadError::Io { path: path.into(), source })?;
         let digest = Sha256Digest(Sha256::digest(&bytes).into());
         let inner = tokenizers::Tokenizer::from_bytes(&bytes)
