@@ -12,6 +12,9 @@ use crate::shape::Rope;
 /// What the paper's code calls a Llama model trained with landmarks.
 const LANDMARK_TYPE: &str = "llama_with_landmark";
 
+/// Digits behind the first at which rounding to f32 begins to show.
+const DIGITS_MAX: usize = 7;
+
 /// The fields that a forward pass depends on. What is absent has the default of the reference implementation.
 #[derive(Deserialize)]
 struct ConfigJson {
@@ -226,22 +229,26 @@ pub(super) fn write_config(config: &ModelConfig, dtype: DType) -> Result<String,
 }
 
 /// The base and the linear scaling factor that give exactly these frequencies. Both are read off the numbers, which the
-/// rounding to f32 has touched, and taken to the 7 digits that people write such numbers with.
+/// rounding to f32 has touched, so the ones of the fewest digits that give them back are taken, as people write them.
 fn base_and_factor(rope: &Rope) -> Result<(f64, f64), SaveError> {
-    let digits = |number: f64| format!("{number:.6e}").parse().unwrap_or(number);
     let frequencies = &rope.frequencies;
     let (Some(&first), Some(&last)) = (frequencies.first(), frequencies.last()) else { return Ok((10_000.0, 1.0)) };
     let pairs = frequencies.len();
     let base = match pairs {
         1 => 10_000.0,
-        _ => digits((last as f64 / first as f64).powf(-(pairs as f64) / (pairs - 1) as f64)),
+        _ => (last as f64 / first as f64).powf(-(pairs as f64) / (pairs - 1) as f64),
     };
-    let factor = digits(1.0 / first as f64);
-    let scaling = if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } };
-    if scaling.rope(base, 2 * pairs) != *rope {
-        return Err(SaveError::Rotation { frequencies: frequencies.clone() });
-    }
-    Ok((base, factor))
+    let factor = 1.0 / first as f64;
+    let rounded = |digits: usize| {
+        let round = |number: f64| format!("{number:.digits$e}").parse().unwrap_or(number);
+        (round(base), round(factor))
+    };
+    let gives_them = |&(base, factor): &(f64, f64)| {
+        let scaling = if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } };
+        scaling.rope(base, 2 * pairs) == *rope
+    };
+    let found = (0..=DIGITS_MAX).map(rounded).find(gives_them);
+    found.ok_or_else(|| SaveError::Rotation { frequencies: frequencies.clone() })
 }
 
 fn ids(ids: Option<OneOrMany>) -> Vec<u32> {
@@ -338,6 +345,8 @@ mod tests {
             ModelConfig { landmark, tied_output: false, eos_ids: Vec::new(), ..plain.clone() },
             ModelConfig { rope: Rope::from_base(500_000.0, 8), norm_epsilon: 1e-6, ..plain.clone() },
             ModelConfig { rope: Rope::from_base(10_000.0, 2), ..plain.clone() },
+            ModelConfig { rope: Rope::from_base(10_000.0, 8), ..plain.clone() },
+            ModelConfig { rope: RopeScaling::Linear { factor: 8.0 }.rope(150_000.0, 32), ..plain.clone() },
             ModelConfig { head_dim: 44, rope: Rope::from_base(1e6, 30), ..plain.clone() },
             ModelConfig { rope: RopeScaling::Linear { factor: 2.5 }.rope(1e7, 32), ..plain.clone() },
         ];
