@@ -13,6 +13,7 @@ mod cache;
 mod config;
 mod encode;
 mod error;
+mod files;
 mod generate;
 mod gguf;
 mod huggingface;
@@ -41,6 +42,7 @@ pub use encode::{EncodeProgress, check_model, copy_document, encode};
 pub use error::{
     ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
 };
+pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, PREFILL_TOKENS, generate, prefill};
 pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};

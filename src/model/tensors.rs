@@ -2,13 +2,13 @@
 //! [`read_tensors`] and leaves one with [`write_model`].
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
 use super::config::ModelConfig;
 use super::error::{LoadError, SaveError};
+use super::files::replace_file;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::weights::{LayerTensor, TensorName, TensorSource};
 use super::{gguf, huggingface};
@@ -60,16 +60,8 @@ pub fn write_model(
     replace(&folder.join("config.json"), json.as_bytes())
 }
 
-/// Puts a file in the place of another, or of none: after a crash the old one or the new one is there, whole.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let written = tempfile::NamedTempFile::new_in(folder).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        std::fs::File::open(folder)?.sync_all()
-    });
-    written.map_err(|source| SaveError::Io { path: path.into(), source })
+    replace_file(path, bytes).map_err(|source| SaveError::Io { path: path.into(), source })
 }
 
 fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
