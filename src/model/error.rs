@@ -43,6 +43,8 @@ pub enum SaveError {
          found {frequencies:?}; start from a model with plain or linearly scaled rotation"
     )]
     Rotation { frequencies: Vec<f32> },
+    #[error("tokenizer.json: {detail}")]
+    Tokenizer { detail: String },
     #[error("weights: {0}")]
     Weights(#[from] candle_core::Error),
     #[error("weights: {0}")]

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use tokenizers::decoders::DecoderWrapper;
+use tokenizers::processors::template::TemplateProcessing;
 
-use super::error::{LoadError, TokenizeError};
+use super::error::{LoadError, SaveError, TokenizeError};
 use crate::shape::Sha256Digest;
 
 /// The tokenizer of one model.
@@ -81,6 +82,21 @@ impl Tokenizer {
         })?;
         let (bytes, starts) = token_bytes(&inner, spelling);
         Ok(Tokenizer { inner, prefix, bytes, starts, digest })
+    }
+
+    /// As a `tokenizer.json`, which [`Tokenizer::open`] reads back.
+    pub fn to_json(&self) -> Result<String, SaveError> {
+        let failed = |error: &dyn std::fmt::Display| SaveError::Tokenizer { detail: error.to_string() };
+        let mut inner = self.inner.clone();
+        if inner.get_post_processor().is_none() && !self.prefix.is_empty() {
+            let tokens = self.prefix.iter().map(|&id| (inner.id_to_token(id).unwrap_or_default(), id));
+            let tokens: Vec<(String, u32)> = tokens.collect();
+            let template: String = tokens.iter().map(|(token, _)| format!("{token} ")).collect();
+            let mut builder = TemplateProcessing::builder();
+            builder.try_single(format!("{template}$A")).map_err(|error| failed(&error))?.special_tokens(tokens);
+            inner.with_post_processor(Some(builder.build().map_err(|error| failed(&error))?));
+        }
+        inner.to_string(false).map_err(|error| failed(&error))
     }
 
     /// SHA-256 of what makes up this tokenizer.
@@ -273,6 +289,25 @@ mod tests {
             push_sentence_piece(token, &mut bytes);
         }
         assert_eq!(bytes, b" a b\n\xe2<0xzz><s>");
+    }
+
+    #[test]
+    fn a_tokenizer_is_the_same_after_a_file() {
+        let json = r#"{"version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}], "pre_tokenizer": {"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true}, "decoder": {"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]}}"#;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        for prefix in [vec![], vec![0]] {
+            let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+            let tokenizer = Tokenizer::new(&path, inner, Some(prefix.clone()), Sha256Digest([0; 32])).unwrap();
+            std::fs::write(&path, tokenizer.to_json().unwrap()).unwrap();
+            let read = Tokenizer::open(&path).unwrap();
+            assert_eq!((read.prefix(), read.vocab()), (&prefix[..], 4));
+            assert_eq!(read.encode("abab<s>b").unwrap(), tokenizer.encode("abab<s>b").unwrap());
+        }
     }
 
     #[test]
