@@ -54,7 +54,7 @@ struct Layer {
 /// to their positions, and the values, `(N, P, Hkv * D)` each. No gradient flows into it.
 #[derive(Clone)]
 pub struct Past {
-    layers: Vec<(Tensor, Tensor)>,
+    pub(super) layers: Vec<(Tensor, Tensor)>,
 }
 
 impl TrainingModel {
