@@ -4,23 +4,44 @@
 //! backward pass of its own, fused so that a small model trains in minutes on a few cores: between two operations the
 //! numbers go through memory once.
 //!
-//! In reading order: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one row),
-//! `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
-//! `weights` (where parameters come from).
+//! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one
+//! row), `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
+//! `weights` (where parameters come from). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
+//! `sequence` (landmarks go in), `mixture` (a step's batch). How it learns: `job`, `start`, `schedule`, `optimizer`,
+//! `checkpoint`, `run` (the loop), `validation`, `log` and `card`.
 
 mod attention;
 mod batch;
+mod card;
+mod checkpoint;
+mod documents;
 mod error;
 mod grouped;
+mod job;
+mod log;
+mod mixture;
 mod model;
 mod numbers;
 mod ops;
+mod optimizer;
+mod recipe;
+mod run;
+mod schedule;
+mod sequence;
+mod start;
+mod texts;
+mod validation;
+mod vocabulary;
 mod weights;
 
 #[cfg(test)]
 mod tests;
 
 pub use batch::Batch;
-pub use error::TrainError;
+pub use error::{Difference, TrainError};
 pub use grouped::GroupDropout;
+pub use job::{Event, Job, StepReport, Trained};
 pub use model::{Parameter, Past, TrainingModel};
+pub use recipe::{Kind, Phase, Recipe};
+pub use run::train;
+pub use validation::Validation;

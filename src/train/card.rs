@@ -1,0 +1,69 @@
+//! The model card: what lies in the folder, and how it came to be.
+
+use std::path::Path;
+
+use super::checkpoint::Identity;
+use super::job::Trained;
+
+/// `README.md` of a model folder.
+pub(super) fn card(folder: &Path, identity: &Identity, trained: &Trained) -> String {
+    let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.into());
+    let name = absolute.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let kind = identity.get("kind").map(String::as_str).unwrap_or_default();
+    let what = match kind {
+        "landmark" => "with landmark attention (Mohtashami and Jaggi 2023)",
+        "recurrent" => "with plain attention and the K and V of the window before (Transformer-XL)",
+        _ => "with plain attention",
+    };
+    let judged = match &trained.validation {
+        Some(validation) => format!(
+            "Perplexity on texts that it was not trained on: {:.2}, over {} tokens in sequences of the last phase's length.",
+            validation.perplexity, validation.counted_tokens
+        ),
+        None => "It was not judged by texts that it was not trained on.".into(),
+    };
+    let rows: String = identity.iter().map(|(name, value)| format!("| `{name}` | {value} |\n")).collect();
+    format!(
+        "# {name}\n\n\
+         A language model of the Llama family {what}, {parameters} parameters in f16, trained by `landmarkdb train` in \
+         {steps} steps.\n\n\
+         {judged}\n\n\
+         ## Recipe\n\n\
+         Names are the flags of `landmarkdb train`, but for `kind` (`--plain`, `--recurrent`, or neither) and the \
+         digests (SHA-256). The same recipe on the same texts gives the same weights on the same kind of machine.\n\n\
+         | name | value |\n|---|---|\n{rows}\n\
+         `log.csv` and `log.jsonl` tell every step, `checkpoint.safetensors` is what a training goes on from; the model \
+         does not need them.\n",
+        parameters = trained.parameters,
+        steps = trained.steps,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::validation::Validation;
+
+    #[test]
+    fn a_card_names_the_model_its_recipe_and_its_result() {
+        let identity = Identity::from([("kind".into(), "landmark".into()), ("lr".into(), "0.002".into())]);
+        let trained = Trained {
+            parameters: 512,
+            steps: 20,
+            resumed_steps: 0,
+            tokens: 1,
+            train_s: 1.0,
+            loss: None,
+            answer_loss: None,
+            validation: Some(Validation { perplexity: 17.456, counted_tokens: 999 }),
+            finished: true,
+        };
+        let text = card(Path::new("models/austen"), &identity, &trained);
+        for part in ["# austen\n", "landmark attention", "512 parameters", "| `lr` | 0.002 |", "17.46, over 999 tokens"]
+        {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let unjudged = card(Path::new("m"), &identity, &Trained { validation: None, ..trained });
+        assert!(unjudged.contains("not judged"));
+    }
+}

@@ -1,0 +1,94 @@
+//! What a training begins with: a tokenizer and a model, made or taken from another model.
+
+use super::checkpoint;
+use super::error::TrainError;
+use super::job::{Event, Job};
+use super::model::TrainingModel;
+use super::recipe::{Kind, Recipe};
+use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
+use crate::model::{Landmark, LoadedModel, ModelConfig, Tokenizer, replace_file};
+use crate::shape::Rope;
+
+/// Added to the mean square in RMS normalisation of a new model.
+const NORM_EPSILON: f32 = 1e-5;
+
+/// Base of a new model's rotation.
+const ROPE_BASE: f64 = 10_000.0;
+
+pub(super) struct Start {
+    pub(super) tokenizer: Tokenizer,
+    pub(super) model: TrainingModel,
+}
+
+/// Leaves `tokenizer.json` in the folder. One that belongs to a checkpoint there is used as it is.
+pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start, TrainError> {
+    let path = job.out.join("tokenizer.json");
+    let resumes = path.exists() && job.out.join(checkpoint::FILE).exists();
+    let write = |json: String| {
+        replace_file(&path, json.as_bytes()).map_err(|source| TrainError::Io { path: path.clone(), source })
+    };
+    let Some(from) = &job.from else {
+        if !resumes {
+            on_event(Event::Stage("making the vocabulary"));
+            write(train_vocabulary(&job.texts, job.recipe.vocab)?)?;
+        }
+        let tokenizer = Tokenizer::open(&path)?;
+        let model = TrainingModel::new(new_config(&job.recipe, &tokenizer)?, job.recipe.seed)?;
+        return Ok(Start { tokenizer, model });
+    };
+    on_event(Event::Stage("loading the model"));
+    let known = LoadedModel::open(from)?;
+    let landmark = landmark_of(&job.recipe, known.config(), &known.tokenizer)?;
+    if !resumes {
+        write(known.tokenizer.to_json()?)?;
+    }
+    drop(known);
+    Ok(Start { tokenizer: Tokenizer::open(&path)?, model: TrainingModel::open(from, landmark)? })
+}
+
+fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, TrainError> {
+    let token = |name: &'static str| {
+        tokenizer.token_id(name).ok_or_else(|| TrainError::Invalid {
+            field: "tokenizer.json",
+            expected: format!("a token {name}"),
+            found: "none: remove the folder to begin anew".into(),
+        })
+    };
+    let head_dim = recipe.hidden as u32 / recipe.heads;
+    let landmark = Landmark { id: token(LANDMARK)?, block_tokens: recipe.block_tokens };
+    Ok(ModelConfig {
+        layers: recipe.layers,
+        query_heads: recipe.heads,
+        kv_heads: recipe.kv_heads,
+        head_dim,
+        hidden: recipe.hidden,
+        ffn: recipe.ffn,
+        vocab: tokenizer.vocab(),
+        context_tokens: recipe.longest_tokens() as u32,
+        norm_epsilon: NORM_EPSILON,
+        rope: Rope::from_base(ROPE_BASE, head_dim as usize),
+        tied_output: true,
+        eos_ids: vec![token(END_OF_TEXT)?],
+        landmark: (recipe.kind == Kind::Landmark).then_some(landmark),
+    })
+}
+
+/// The landmark to give to a model that is trained further: none if it is to have none or has it already. A tokenizer
+/// made here keeps a token for it; otherwise it is the one behind the vocabulary.
+fn landmark_of(recipe: &Recipe, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Option<Landmark>, TrainError> {
+    let wrong = |field, expected: String, found: String| Err(TrainError::Invalid { field, expected, found });
+    match (recipe.kind, config.landmark) {
+        (Kind::Plain | Kind::Recurrent, None) => Ok(None),
+        (kind @ (Kind::Plain | Kind::Recurrent), Some(_)) => {
+            wrong("from", format!("a model without landmarks, for a {kind:?} one"), "one with landmarks".into())
+        }
+        (Kind::Landmark, Some(known)) if known.block_tokens != recipe.block_tokens => {
+            wrong("block_tokens", format!("{}, as the model has", known.block_tokens), recipe.block_tokens.to_string())
+        }
+        (Kind::Landmark, Some(_)) => Ok(None),
+        (Kind::Landmark, None) => {
+            let id = tokenizer.token_id(LANDMARK).unwrap_or(config.vocab as u32);
+            Ok(Some(Landmark { id, block_tokens: recipe.block_tokens }))
+        }
+    }
+}

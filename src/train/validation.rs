@@ -1,0 +1,82 @@
+//! How well a model predicts texts that it was not trained on.
+
+use candle_core::Tensor;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::error::TrainError;
+use super::grouped::GroupDropout;
+use super::mixture::{layout, plain_text};
+use super::model::{Past, TrainingModel};
+use super::recipe::{Kind, Recipe};
+use super::sequence::{Layout, Token};
+use super::texts::Texts;
+
+/// Sequences that are read: enough to tell models apart by a percent, few enough to take seconds.
+const SEQUENCES_MAX: usize = 128;
+
+/// The result over all texts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Validation {
+    /// `e^` mean negative log-likelihood.
+    pub perplexity: f64,
+    /// Tokens that were predicted.
+    pub counted_tokens: usize,
+}
+
+/// Negative log-likelihood, added up.
+#[derive(Default)]
+struct Sum {
+    nats: f64,
+    tokens: f64,
+}
+
+/// Perplexity on windows of the length of the recipe's last phase, evenly spaced over the texts. Each begins without a
+/// past; of a recurrent model each stream of windows does.
+pub(super) fn validate(model: &TrainingModel, recipe: &Recipe, texts: &Texts) -> Result<Validation, TrainError> {
+    let (phase, _) = recipe.phase(recipe.steps);
+    let layout = Layout { pos_jump: 0, ..layout(recipe, &phase, model.config().landmark.map(|landmark| landmark.id)) };
+    let tokens = layout.document_tokens();
+    texts.check_window(tokens)?;
+    let mut sum = Sum::default();
+    match recipe.kind {
+        Kind::Landmark | Kind::Plain => {
+            let windows: Vec<Vec<Token>> = texts.spread(tokens, SEQUENCES_MAX).into_iter().map(plain_text).collect();
+            for windows in windows.chunks(phase.sequences) {
+                let batch = layout.step(windows, 0, no_jumps).batch;
+                sum.add(&model.loss(&batch, GroupDropout::NONE)?, &batch.weights)?;
+            }
+        }
+        Kind::Recurrent => {
+            let streams = phase.sequences.min(SEQUENCES_MAX) as u64;
+            let mut past: Option<Past> = None;
+            for step in 0..(SEQUENCES_MAX as u64 / streams) {
+                let read = step * layout.tokens() as u64;
+                let begin = |stream: u64| stream * texts.tokens() as u64 / streams;
+                let windows: Vec<Vec<Token>> =
+                    (0..streams).map(|stream| plain_text(&texts.read(begin(stream) + read, tokens))).collect();
+                let batch = layout.step(&windows, read as u32, no_jumps).batch;
+                let (loss, seen) = model.loss_with_past(&batch, past.as_ref(), layout.tokens())?;
+                past = Some(seen);
+                sum.add(&loss, &batch.weights)?;
+            }
+        }
+    }
+    Ok(Validation { perplexity: (sum.nats / sum.tokens).exp(), counted_tokens: sum.tokens as usize })
+}
+
+impl Sum {
+    /// Adds a batch's mean over its predicted tokens.
+    fn add(&mut self, loss: &Tensor, weights: &[f32]) -> Result<(), TrainError> {
+        let tokens: f64 = weights.iter().map(|&weight| weight as f64).sum();
+        self.nats += loss.to_scalar::<f32>()? as f64 * tokens;
+        self.tokens += tokens;
+        Ok(())
+    }
+}
+
+/// Positions do not jump, so nothing is drawn from this.
+fn no_jumps(_: usize) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(0)
+}
