@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
-use super::{Context, ask, bench, blocks, completions, demo, encode, eval, ls, model, rm, serve, show, stats, verify};
+use super::{
+    Context, ask, bench, blocks, completions, demo, encode, eval, ls, model, rm, serve, show, stats, train, verify,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -80,6 +82,7 @@ pub(super) enum Command {
     Eval(eval::Command),
     #[command(subcommand)]
     Bench(bench::Command),
+    Train(train::Args),
     Completions(completions::Args),
 }
 
@@ -91,6 +94,7 @@ impl Command {
             Command::Ask(args) => ask::run(&args, context),
             Command::Eval(command) => eval::run(&command, context),
             Command::Bench(command) => bench::run(&command, context),
+            Command::Train(args) => train::run(&args, context),
             Command::Serve(args) => serve::run(&args, context),
             Command::Model(command) => model::run(&command, context),
             Command::Ls(args) => ls::run(&args, context),

@@ -89,7 +89,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     })
 }
 
-fn read(file: &Path) -> Result<String, CliError> {
+/// A UTF-8 text; - is standard input.
+pub(super) fn read(file: &Path) -> Result<String, CliError> {
     let mut bytes = Vec::new();
     let read = match file == Path::new("-") {
         true => io::stdin().read_to_end(&mut bytes).map(|_| ()),

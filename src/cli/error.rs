@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use crate::api::MemoryError;
 use crate::model::{LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
+use crate::train::TrainError;
 
 use super::config::ConfigError;
 
@@ -77,6 +78,10 @@ pub(super) enum CliError {
     #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
     SeveralCollections { first: String, second: String },
     #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error("stopped after {done} of {steps} steps: the same command goes on from there")]
+    TrainingStopped { done: u64, steps: u64 },
+    #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
     NoDataDirectory { path: PathBuf },
@@ -108,7 +113,9 @@ impl CliError {
             CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
             CliError::NoDataDirectory { .. } => Exit::NotFound,
-            CliError::Faults { .. } => Exit::Damaged,
+            CliError::Faults { .. } | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
+            CliError::Train(TrainError::Invalid { .. } | TrainError::OtherRecipe { .. }) => Exit::Usage,
+            CliError::TrainingStopped { .. } => Exit::Interrupted,
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
             CliError::Model(_)
@@ -116,6 +123,7 @@ impl CliError {
             | CliError::ReadText { .. }
             | CliError::NotUtf8 { .. }
             | CliError::Serve(_)
+            | CliError::Train(_)
             | CliError::NotConfirmed { .. }
             | CliError::Io { .. } => Exit::Failure,
         }

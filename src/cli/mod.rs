@@ -12,6 +12,7 @@ mod output;
 mod report;
 mod scratch;
 mod settings;
+mod signals;
 mod target;
 
 // The commands.
@@ -28,6 +29,7 @@ mod rm;
 mod serve;
 mod show;
 mod stats;
+mod train;
 mod verify;
 
 use std::ffi::OsString;

@@ -6,15 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::memory::LocalMemory;
 use crate::server::{self, ListenOptions, Listeners, ServeOptions};
 
 use super::Context;
 use super::config::Config;
-use super::error::{CliError, Exit};
+use super::error::CliError;
 use super::output::Report;
+use super::signals::Signals;
 use super::target::Target;
 
 /// Serve a data directory over gRPC until interrupted.
@@ -82,36 +82,6 @@ fn listen_options(args: &Args, config: &Config) -> ListenOptions {
         tcp: args.listen.or(config.listen).or(default),
         unix,
         allow_remote: args.allow_remote || config.allow_remote,
-    }
-}
-
-/// The two ways of asking a service to stop.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn listen() -> Result<Self, CliError> {
-        let listen = |kind| signal(kind).map_err(|source| CliError::Io { what: "listening for signals", source });
-        Ok(Signals { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-
-    /// Ready at the first signal. The second ends the process: all that was acknowledged is durable anyway.
-    async fn shutdown(mut self) {
-        self.next().await;
-        tracing::info!("stopping: finishing what was begun; a second signal stops at once");
-        tokio::spawn(async move {
-            self.next().await;
-            std::process::exit(Exit::Interrupted as i32);
-        });
     }
 }
 
