@@ -176,7 +176,7 @@ impl<'a> Run<'a> {
         Ok((report, read.batch.ids.len()))
     }
 
-    /// The loss on the digits of answers only; none in a batch without any.
+    /// The loss on the digits of first answers only; none in a batch without any.
     fn answer_loss(&self, batch: &Batch, weights: Vec<f32>) -> Result<Option<f32>, TrainError> {
         if weights.iter().all(|&weight| weight == 0.0) {
             return Ok(None);
