@@ -2,6 +2,8 @@
 
 #[path = "cli/sandbox.rs"]
 mod sandbox;
+#[path = "cli/train.rs"]
+mod train;
 
 use sandbox::{Sandbox, Service};
 

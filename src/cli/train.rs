@@ -175,7 +175,7 @@ struct TrainReport {
     tokens_per_s: f64,
     /// Of the last step, in nats.
     loss: Option<f32>,
-    /// On the digits of answers, in nats.
+    /// On the digits of first answers, in nats.
     answer_loss: Option<f32>,
     /// On the validation texts.
     perplexity: Option<f64>,

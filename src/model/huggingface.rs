@@ -346,7 +346,7 @@ mod tests {
             ModelConfig { rope: Rope::from_base(500_000.0, 8), norm_epsilon: 1e-6, ..plain.clone() },
             ModelConfig { rope: Rope::from_base(10_000.0, 2), ..plain.clone() },
             ModelConfig { rope: Rope::from_base(10_000.0, 8), ..plain.clone() },
-            ModelConfig { rope: RopeScaling::Linear { factor: 8.0 }.rope(150_000.0, 64), ..plain.clone() },
+            ModelConfig { rope: RopeScaling::Linear { factor: 8.0 }.rope(150_000.0, 32), ..plain.clone() },
             ModelConfig { head_dim: 44, rope: Rope::from_base(1e6, 30), ..plain.clone() },
             ModelConfig { rope: RopeScaling::Linear { factor: 2.5 }.rope(1e7, 32), ..plain.clone() },
         ];

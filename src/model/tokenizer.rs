@@ -298,6 +298,25 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_is_the_same_after_a_file() {
+        let json = r#"{"version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}], "pre_tokenizer": {"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true}, "decoder": {"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]}}"#;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        for prefix in [vec![], vec![0]] {
+            let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+            let tokenizer = Tokenizer::new(&path, inner, Some(prefix.clone()), Sha256Digest([0; 32])).unwrap();
+            std::fs::write(&path, tokenizer.to_json().unwrap()).unwrap();
+            let read = Tokenizer::open(&path).unwrap();
+            assert_eq!((read.prefix(), read.vocab()), (&prefix[..], 4));
+            assert_eq!(read.encode("abab<s>b").unwrap(), tokenizer.encode("abab<s>b").unwrap());
+        }
+    }
+
+    #[test]
     fn a_stream_holds_back_what_is_not_whole() {
         let text = "aé€🙂z";
         let mut stream = TextStream::default();

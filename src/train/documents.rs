@@ -106,7 +106,11 @@ impl<'a> Documents<'a> {
         push_text(&mut document, after);
         // The last sentence of the text ends before the line of the first question.
         push_text(&mut document, &self.line_end);
-        (0..questions).for_each(|_| document.extend(&asked));
+        document.extend(&asked);
+        // The next answer can be copied from the one before, so it says nothing about finding the key.
+        let role = |role| if role == Role::Answer { Role::Repeated } else { role };
+        let again = asked.iter().map(|token| Token { role: role(token.role), ..*token });
+        (1..questions).for_each(|_| document.extend(again.clone()));
         document.truncate(tokens);
         let rest = tokens - document.len();
         if rest > 0 {
@@ -223,12 +227,13 @@ mod tests {
             let document = documents.write(TOKENS, &mut rng).unwrap();
             assert_eq!(document.len(), TOKENS);
             let text = text(&tokenizer, &document);
-            let key = decoded(&tokenizer, &document, Role::Repeated);
+            let key = decoded(&tokenizer, &document, Role::Answer);
             assert_eq!(key.len(), KEY_DIGITS, "{text}");
             assert_eq!(text.matches(&format!("\n{}\n", information(&key))).count(), 1, "{text}");
             let asked = text.matches(&format!("{QUESTION} {key}.\n")).count();
             assert!(text.contains(&format!("\n{QUESTION}")), "{text}");
-            assert_eq!(decoded(&tokenizer, &document, Role::Answer), key.repeat(asked), "{text}");
+            // Said twice in its line, and once more in every answer.
+            assert_eq!(decoded(&tokenizer, &document, Role::Repeated), key.repeat(asked), "{text}");
             assert!(text.find(&information(&key)) < text.find(QUESTION), "{text}");
             questions.insert(asked);
             tasks += text.starts_with(TASK) as usize;

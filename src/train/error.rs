@@ -35,7 +35,7 @@ pub enum TrainError {
     )]
     SequenceTooShort { expected_tokens: usize, found_tokens: usize },
     #[error(
-        "the texts repeat too little for a vocabulary of {expected} tokens, they give {found}: \
+        "the vocabulary of {expected} tokens is too large for the texts, which give {found}: \
          give more text or a smaller vocabulary"
     )]
     VocabularyTooLarge { expected: usize, found: usize },

@@ -42,7 +42,7 @@ pub struct StepReport {
     pub step: u64,
     /// Weighed mean over all predicted tokens, in nats.
     pub loss: f32,
-    /// Mean over the digits of answers, in nats; measured in some steps, before their update.
+    /// Mean over the digits of first answers, in nats; measured in some steps, before their update.
     pub answer_loss: Option<f32>,
     pub learning_rate: f64,
     /// Before clipping.

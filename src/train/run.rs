@@ -176,7 +176,7 @@ impl<'a> Run<'a> {
         Ok((report, read.batch.ids.len()))
     }
 
-    /// The loss on the digits of answers only; none in a batch without any.
+    /// The loss on the digits of first answers only; none in a batch without any.
     fn answer_loss(&self, batch: &Batch, weights: Vec<f32>) -> Result<Option<f32>, TrainError> {
         if weights.iter().all(|&weight| weight == 0.0) {
             return Ok(None);
@@ -366,6 +366,18 @@ mod tests {
         let bytes = fs::read(&checkpoint).unwrap();
         fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
         assert!(matches!(failure(&good), TrainError::CheckpointDamaged { .. }));
+    }
+
+    #[test]
+    fn a_tokenizer_without_a_landmark_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path(), tiny());
+        finish(&job);
+        let path = folder.path().join("tokenizer.json");
+        let json = fs::read_to_string(&path).unwrap();
+        fs::write(&path, json.replace("<landmark>", "<marker>")).unwrap();
+        let error = failure(&job);
+        assert!(matches!(error, TrainError::Invalid { field: "tokenizer.json", .. }), "{error}");
     }
 
     #[test]

@@ -15,9 +15,9 @@ pub(super) struct Token {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Text,
-    /// A digit of a key that was said before.
+    /// A digit of a key that was said a line before.
     Repeated,
-    /// A digit of an answer.
+    /// A digit of the first answer: the key stands anywhere before it.
     Answer,
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Layout {
 /// What is trained on in one step.
 pub(super) struct Step {
     pub(super) batch: Batch,
-    /// `(N, T)`: 1 where an answer's digit is predicted.
+    /// `(N, T)`: 1 where a digit of the first answer is predicted.
     pub(super) answers: Vec<f32>,
 }
 

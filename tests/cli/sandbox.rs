@@ -58,7 +58,7 @@ impl Sandbox {
         std::fs::write(self.path(name), text).unwrap();
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_landmarkdb"));
         let home = self.home.path();
         command.args(args).current_dir(home).env_clear().stdin(Stdio::null());
