@@ -5,6 +5,7 @@
 //! | files | what is compared |
 //! |---|---|
 //! | `NAME.json`, `NAME.model.safetensors`, `NAME.expected.safetensors` | logits of a landmark model, without and with memory |
+//! | `NAME.safetensors` with `scores` | the grouped softmax alone, and its gradient |
 //! | `NAME.safetensors` with `*.input_ids` | token ids, last logits and greedy tokens of a model that is given |
 
 use std::collections::HashMap;
@@ -21,6 +22,7 @@ use crate::model::{
     generate,
 };
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
+use crate::train::grouped_softmax;
 use crate::types::{DType, Granularity};
 
 /// Largest difference of a logit that rounding explains, between two implementations in single precision.
@@ -28,6 +30,9 @@ const LOGIT_TOLERANCE: f32 = 1e-3;
 
 /// The same where the weights were dequantized elsewhere too.
 const QUANTIZED_LOGIT_TOLERANCE: f32 = 2e-2;
+
+/// Largest difference of a probability or of a score's gradient.
+const SOFTMAX_TOLERANCE: f32 = 1e-5;
 
 /// The memory outputs of a model case, and the choice of blocks that each was recorded with.
 const GRANULARITIES: [(&str, Granularity); 5] = [
@@ -133,14 +138,22 @@ pub fn golden(
         if let Some(name) = name.strip_suffix(".json") {
             progress(name);
             outputs.extend(model_case(folder, name, &path, memory)?);
-        } else if let (Some(name), Some(model)) = (name.strip_suffix(".safetensors"), prompts)
+        } else if let Some(name) = name.strip_suffix(".safetensors")
             && !name.ends_with(".model")
             && !name.ends_with(".expected")
         {
             let recorded = Recorded::open(path)?;
-            if recorded.tensors.keys().any(|name| name.ends_with(".input_ids")) {
-                progress(name);
-                outputs.extend(prompt_case(name, &recorded, model)?);
+            let has_prompts = recorded.tensors.keys().any(|name| name.ends_with(".input_ids"));
+            match prompts {
+                _ if recorded.has("scores") => {
+                    progress(name);
+                    outputs.extend(softmax_case(name, &recorded)?);
+                }
+                Some(model) if has_prompts => {
+                    progress(name);
+                    outputs.extend(prompt_case(name, &recorded, model)?);
+                }
+                _ => {}
             }
         }
     }
@@ -274,6 +287,34 @@ impl ModelCase {
         }
         Ok(logits)
     }
+}
+
+/// The grouped softmax alone: `scores (H, T, T)`, `is_landmark (T)`, `upstream (H, T, T)`; `probs` and `grad_scores`.
+fn softmax_case(case: &str, recorded: &Recorded) -> Result<Vec<GoldenOutput>, GoldenError> {
+    let (scores, upstream) = (recorded.numbers("scores")?, recorded.numbers("upstream")?);
+    let landmarks = recorded.ids("is_landmark")?;
+    let tokens = landmarks.len();
+    let first = landmarks.iter().position(|&is_landmark| is_landmark != 0).unwrap_or(tokens);
+    let block_tokens = first + 1;
+    let in_place = landmarks.iter().enumerate().all(|(at, &is)| (is != 0) == (at + 1).is_multiple_of(block_tokens));
+    if !in_place
+        || first == 0
+        || scores.len() != upstream.len()
+        || !scores.len().is_multiple_of((tokens * tokens).max(1))
+    {
+        return Err(recorded.invalid(
+            "scores, upstream, is_landmark",
+            "(H, T, T) twice, and a landmark at the end of every block of two tokens or more".into(),
+            format!("{} and {} numbers, {tokens} tokens, the first landmark at {first}", scores.len(), upstream.len()),
+        ));
+    }
+    let heads = scores.chunks_exact(tokens * tokens).zip(upstream.chunks_exact(tokens * tokens));
+    let (weights, gradients): (Vec<_>, Vec<_>) =
+        heads.map(|(scores, upstream)| grouped_softmax(scores, upstream, tokens, block_tokens)).unzip();
+    Ok(vec![
+        recorded.compare(case, "probs", &weights.concat(), SOFTMAX_TOLERANCE)?,
+        recorded.compare(case, "grad_scores", &gradients.concat(), SOFTMAX_TOLERANCE)?,
+    ])
 }
 
 /// Recorded prompts: `PROMPT.input_ids`, `PROMPT.logits_last`, `PROMPT.greedy_ids`.

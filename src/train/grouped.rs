@@ -148,6 +148,19 @@ simd! {
     }
 }
 
+/// The weights of all queries of one head, and the gradient of their scores for a gradient `upstream` of the weights: both
+/// `(T, T)`, as `scores` and `upstream` are. Landmarks have weight 0, since their values are never read. Without dropout.
+pub fn grouped_softmax(scores: &[f32], upstream: &[f32], tokens: usize, block_tokens: usize) -> (Vec<f32>, Vec<f32>) {
+    let (mut weights, mut gradient) = (scores.to_vec(), upstream.to_vec());
+    let rows = weights.chunks_exact_mut(tokens).zip(gradient.chunks_exact_mut(tokens));
+    for (row, (weights, gradient)) in rows.enumerate() {
+        weigh(weights, row, block_tokens, GroupDropout::NONE);
+        pull_back(weights, gradient, row, block_tokens);
+        weights.iter_mut().skip(block_tokens - 1).step_by(block_tokens).for_each(|landmark| *landmark = 0.0);
+    }
+    (weights, gradient)
+}
+
 /// `numbers[i] = change(numbers[i])`
 #[inline(always)]
 fn each(numbers: &mut [f32], change: impl Fn(f32) -> f32) {

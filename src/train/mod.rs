@@ -39,7 +39,7 @@ mod tests;
 
 pub use batch::Batch;
 pub use error::{Difference, TrainError};
-pub use grouped::GroupDropout;
+pub use grouped::{GroupDropout, grouped_softmax};
 pub use job::{Event, Job, StepReport, Trained};
 pub use model::{Parameter, Past, TrainingModel};
 pub use recipe::{Kind, Phase, Recipe};
