@@ -74,8 +74,9 @@ fn nothing_acknowledged_is_lost_when_service_or_encoder_are_killed() {
     let kills: usize = std::env::var("LANDMARKDB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(3);
     let folder = tempfile::tempdir().unwrap();
     let (data, text) = (folder.path().join("data"), folder.path().join("book.txt"));
-    // As long as all rounds together can encode at most, so that every kill hits an encoding under way.
-    let source = &BOOK[..BOOK.len().min((kills + 2) * 9_000)];
+    // What a few rounds can encode at most, or many on average and some more: every kill hits an encoding under way, and
+    // little is left for the end.
+    let source = &BOOK[..BOOK.len().min((kills + 2) * 9_000).min(60_000 + kills * 5_000)];
     std::fs::write(&text, source).unwrap();
 
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
