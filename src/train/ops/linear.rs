@@ -2,11 +2,22 @@
 //!
 //! Backward: `dx = dy w` and `dw = dy^T x`. No product needs a transposed copy, and the gradient of `w` comes out as
 //! `w` lies.
+//!
+//! Each product is cut into tasks by the rows of its result, more than there are cores: on a machine with other work
+//! the thread that gets on takes more of them, where a product shared out once waits for the thread that does not. What
+//! a task computes does not depend on the number of threads.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
 use crate::numeric::{Matrix, Threads, Write, multiply};
 use crate::train::numbers::{argument, gradient, numbers, width, with_width};
+
+/// Tasks of one product at most. Each packs the other operand anew, so there should not be many more.
+const TASKS_MAX: usize = 16;
+
+/// Rows of one task at least: below, packing would be felt.
+const TASK_ROWS_MIN: usize = 32;
 
 struct Linear;
 
@@ -32,8 +43,7 @@ impl CustomOp2 for Linear {
             bail!("x {:?} does not fit weights {:?}", x_layout.shape(), weight_layout.shape());
         }
         let (x, weight) = (argument(x, x_layout)?, argument(weight, weight_layout)?);
-        let rows = x.len() / ins;
-        let y = product(Matrix::new(x, rows, ins), Matrix::new(weight, outs, ins).transposed(), rows, outs);
+        let y = product(x, ins, Matrix::new(weight, outs, ins).transposed(), outs);
         Ok((CpuStorage::F32(y), with_width(x_layout, outs)))
     }
 
@@ -46,17 +56,37 @@ impl CustomOp2 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (outs, ins) = weight.dims2()?;
         let (x_numbers, weight_numbers, y_gradient) = (numbers(x)?, numbers(weight)?, numbers(y_gradient)?);
-        let rows = x_numbers.len() / ins;
-        let y_gradient = Matrix::new(&y_gradient, rows, outs);
-        let of_x = product(y_gradient, Matrix::new(&weight_numbers, outs, ins), rows, ins);
-        let of_weight = product(y_gradient.transposed(), Matrix::new(&x_numbers, rows, ins), outs, ins);
+        let of_x = product(&y_gradient, outs, Matrix::new(&weight_numbers, outs, ins), ins);
+        let of_weight = outer(&y_gradient, outs, &x_numbers, ins);
         Ok((Some(gradient(of_x, x)?), Some(gradient(of_weight, weight)?)))
     }
 }
 
-/// `a b (rows, columns)`
-fn product(a: Matrix, b: Matrix, rows: usize, columns: usize) -> Vec<f32> {
+/// `a (rows, width) b (width, columns)`
+fn product(a: &[f32], width: usize, b: Matrix, columns: usize) -> Vec<f32> {
+    let rows = a.len() / width;
     let mut out = vec![0.0; rows * columns];
-    multiply(a, b, &mut out, columns, Write::Replace, Threads::All);
+    let task_rows = task_rows(rows);
+    out.par_chunks_mut(task_rows * columns).zip(a.par_chunks(task_rows * width)).for_each(|(out, a)| {
+        let a = Matrix::new(a, a.len() / width, width);
+        multiply(a, b, out, columns, Write::Replace, Threads::One);
+    });
     out
+}
+
+/// `a (rows, width)^T b (rows, columns)`
+fn outer(a: &[f32], width: usize, b: &[f32], columns: usize) -> Vec<f32> {
+    let rows = a.len() / width;
+    let b = Matrix::new(b, rows, columns);
+    let mut out = vec![0.0; width * columns];
+    let task_rows = task_rows(width);
+    out.par_chunks_mut(task_rows * columns).enumerate().for_each(|(task, out)| {
+        let a = Matrix::with_stride(&a[task * task_rows..], rows, out.len() / columns, width);
+        multiply(a.transposed(), b, out, columns, Write::Replace, Threads::One);
+    });
+    out
+}
+
+fn task_rows(rows: usize) -> usize {
+    rows.div_ceil(TASKS_MAX).max(TASK_ROWS_MIN)
 }

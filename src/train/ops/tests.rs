@@ -63,7 +63,7 @@ fn check(
 
 #[test]
 fn linear_multiplies_with_the_transposed_weights() {
-    for (rows, ins, outs) in [(1, 1, 1), (3, 5, 7), (20, 33, 12)] {
+    for (rows, ins, outs) in [(1, 1, 1), (3, 5, 7), (31, 33, 33), (65, 3, 64)] {
         let product = |inputs: &[Vec<f64>]| {
             let (x, w) = (&inputs[0], &inputs[1]);
             let number = |at: usize| (0..ins).map(|i| x[at / outs * ins + i] * w[at % outs * ins + i]).sum();
