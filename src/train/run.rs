@@ -1,7 +1,7 @@
 //! The training loop: from texts and a recipe to a model folder.
 //!
 //! The folder holds `tokenizer.json`, `checkpoint.safetensors`, `log.csv` and `log.jsonl` from the beginning, and
-//! `model.safetensors`, `config.json` and `README.md` at the end. A training that stopped goes on from its checkpoint when
+//! `model.safetensors`, `config.json` and `README.md` at the end, or an adapter's files in place of the first two. A training that stopped goes on from its checkpoint when
 //! the same is asked for again, and ends with the same weights, bit for bit, as if it had not stopped.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,7 +68,7 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
             run.trained.validation = Some(validate(&start.model, &job.recipe, texts)?);
         }
         start.model.save(&job.out, DType::F16)?;
-        let card = card::card(&job.out, &run.identity, &run.trained);
+        let card = card::card(&job.out, start.model.adapter(), &run.identity, &run.trained);
         let path = job.out.join("README.md");
         replace_file(&path, card.as_bytes()).map_err(|source| TrainError::Io { path, source })?;
     }
@@ -97,6 +97,10 @@ impl<'a> Run<'a> {
         ];
         identity.extend(sizes.map(|(name, size)| (name.to_string(), size.to_string())));
         identity.insert("text digest".into(), format!("{:#}", text_digest(&job.texts)));
+        if let Some(adapter) = model.adapter() {
+            // What a checkpoint does not hold.
+            identity.insert("base digest".into(), format!("{:#}", adapter.base_digest));
+        }
         identity.insert("tokenizer digest".into(), format!("{:#}", tokenizer.digest()));
         let mut optimizer = AdamW::new(model.parameters(), recipe.beta2, recipe.weight_decay);
         let mut past = None;
@@ -224,12 +228,17 @@ mod tests {
 
     use super::*;
     use crate::model::{Landmark, LoadedModel};
+    use crate::train::job::Base;
     use crate::train::recipe::tests::tiny;
     use crate::train::vocabulary::tests::prose;
 
     fn job(out: &Path, recipe: Recipe) -> Job {
         let (texts, validation) = (vec![prose(60_000)], vec![prose(70_000)[60_000..].into()]);
         Job { out: out.into(), recipe, texts, validation, from: None, checkpoint_every: 5 }
+    }
+
+    fn base(path: &Path) -> Base {
+        Base { name: path.display().to_string(), path: path.into() }
     }
 
     fn finish(job: &Job) -> Trained {
@@ -376,11 +385,11 @@ mod tests {
         assert_eq!(LoadedModel::open(&plain).unwrap().config().landmark, None);
 
         let named = |name: &str| Recipe { from: Some(name.into()), ..tiny() };
-        finish(&Job { from: Some(plain.clone()), ..job(&landmark, named("plain")) });
+        finish(&Job { from: Some(base(&plain)), ..job(&landmark, named("plain")) });
         let config = LoadedModel::open(&landmark).unwrap().config().clone();
         assert_eq!(config.landmark, Some(Landmark { id: 299, block_tokens: 9 }));
 
-        let further = |recipe| failure(&Job { from: Some(landmark.clone()), ..job(&other, recipe) });
+        let further = |recipe| failure(&Job { from: Some(base(&landmark)), ..job(&other, recipe) });
         let blocks = further(Recipe { block_tokens: 8, ..named("landmark") });
         assert!(matches!(blocks, TrainError::Invalid { field: "block_tokens", .. }), "{blocks}");
         let no_landmarks = further(Recipe { kind: Kind::Plain, ..named("landmark") });
