@@ -218,3 +218,186 @@ impl TensorSource for Adapted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::model::{read_tensors, tensor_shapes, write_model};
+    use crate::shape::Rope;
+
+    const RANK: usize = 2;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            layers: 2,
+            query_heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            hidden: 6,
+            ffn: 5,
+            vocab: 9,
+            context_tokens: 64,
+            norm_epsilon: 1e-5,
+            rope: Rope::from_base(100.0, 4),
+            tied_output: false,
+            eos_ids: vec![0],
+            landmark: None,
+        }
+    }
+
+    /// Numbers that tell their tensor and their place.
+    fn numbered((index, (name, shape)): (usize, (String, Vec<usize>))) -> NamedTensor {
+        let count = shape.iter().product::<usize>();
+        let numbers = (0..count).map(|i| ((i * 7 + index * 3) % 11) as f32 / 4.0 - 1.0).collect();
+        NamedTensor { name, tensor: Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap() }
+    }
+
+    /// A folder with a base and an adapter of it.
+    fn adapter(landmark: u32, config: &ModelConfig) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        let tensors: Vec<_> = tensor_shapes(config).into_iter().enumerate().map(numbered).collect();
+        write_model(&base, config, &tensors, DType::F32).unwrap();
+        let adapter = Adapter {
+            base_digest: weights_digest(std::iter::once(base.join("model.safetensors").as_path())).unwrap(),
+            base: base.display().to_string(),
+            rank: RANK,
+            alpha: 3.0,
+            landmark: Landmark { id: landmark, block_tokens: 5 },
+        };
+        let tensors: Vec<_> = adapter_shapes(config, RANK).into_iter().enumerate().map(numbered).collect();
+        write_adapter(&folder.path().join("adapter"), &adapter, &tensors, DType::F32).unwrap();
+        folder
+    }
+
+    fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
+        tensor.to_vec2().unwrap()
+    }
+
+    #[test]
+    fn updates_go_into_queries_and_keys_and_the_landmark_into_its_row() {
+        for (landmark, vocab) in [(9, 10), (4, 9), (0, 9)] {
+            let folder = adapter(landmark, &config());
+            let (_, base) = read_tensors(&folder.path().join("base")).unwrap();
+            let (config, adapted) = read_tensors(&folder.path().join("adapter")).unwrap();
+            assert_eq!((config.vocab, config.landmark), (vocab, Some(Landmark { id: landmark, block_tokens: 5 })));
+            let updates: BTreeMap<_, _> = adapter_shapes(&config, RANK)
+                .into_iter()
+                .enumerate()
+                .map(numbered)
+                .map(|named| (named.name, named.tensor))
+                .collect();
+            for (before, after) in base.iter().zip(&adapted) {
+                assert_eq!(before.name, after.name);
+                let [a, b] = update_names(&before.name);
+                if let (Some(a), Some(b)) = (updates.get(&a), updates.get(&b)) {
+                    let (a, b, weight) = (rows(a), rows(b), rows(&before.tensor));
+                    for (row, found) in rows(&after.tensor).iter().enumerate() {
+                        for (column, found) in found.iter().enumerate() {
+                            let product: f32 = (0..RANK).map(|r| b[row][r] * a[r][column]).sum();
+                            let want = weight[row][column] + 1.5 * product;
+                            assert!((found - want).abs() < 1e-5, "{} {row} {column}: {found} {want}", before.name);
+                        }
+                    }
+                } else if before.tensor.dims() == [9, 6] {
+                    let table = rows(&before.tensor);
+                    let row = match &before.name[..] {
+                        "lm_head.weight" => (0..6).map(|i| table.iter().map(|row| row[i]).sum::<f32>() / 9.0).collect(),
+                        _ => updates[LANDMARK_EMBEDDING].to_vec1().unwrap(),
+                    };
+                    for (index, found) in rows(&after.tensor).iter().enumerate() {
+                        let want = if index == landmark as usize { &row } else { &table[index] };
+                        assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{} {index}", before.name);
+                    }
+                } else {
+                    let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    assert_eq!(flat(&before.tensor), flat(&after.tensor), "{}", before.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_digest_is_of_the_base_the_updates_and_the_scale() {
+        let folder = adapter(9, &config());
+        let folder = folder.path().join("adapter");
+        let digest = || open(&folder).unwrap().2;
+        let first = digest();
+        assert_eq!(digest(), first);
+        edit(&folder, "lora_alpha", 4.0.into());
+        assert_ne!(digest(), first);
+    }
+
+    /// Changes one value of the configuration.
+    fn edit(folder: &Path, key: &str, value: serde_json::Value) {
+        let path = folder.join(CONFIG);
+        let mut json: serde_json::Value = read_json(&path).unwrap();
+        json[key] = value;
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_configuration_that_is_no_adapters_is_refused_by_key() {
+        let refused = |key: &str, value: serde_json::Value| {
+            let folder = adapter(9, &config());
+            edit(&folder.path().join("adapter"), key, value);
+            match open(&folder.path().join("adapter")).err().unwrap() {
+                LoadError::Unsupported { key, .. } => key,
+                LoadError::Shape { source, .. } => source.field.into(),
+                other => other.to_string(),
+            }
+        };
+        assert_eq!(refused("peft_type", "IA3".into()), "peft_type");
+        assert_eq!(refused("target_modules", vec!["q_proj", "v_proj"].into()), "target_modules");
+        assert_eq!(refused("r", 0.into()), "r");
+        assert_eq!(refused("mem_id", 10.into()), "mem_id");
+        assert_eq!(refused("mem_freq", 0.into()), "block_tokens");
+        assert_eq!(refused("mem_freq", u32::MAX.into()), "block_tokens");
+        assert!(refused("lora_alpha", serde_json::Value::Null).contains("damaged"));
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_or_are_not_whole_are_refused() {
+        let folder = adapter(9, &config());
+        let path = folder.path().join("adapter");
+        let refused = || read_tensors(&path).err().unwrap();
+        edit(&path, "r", 3.into());
+        assert!(matches!(refused(), LoadError::TensorShape { found, .. } if found.contains(&RANK)));
+        edit(&path, "r", RANK.into());
+        assert!(read_tensors(&path).is_ok());
+
+        let whole = fs::read(path.join(WEIGHTS)).unwrap();
+        for length in [0, 7, 100, whole.len() - 1] {
+            fs::write(path.join(WEIGHTS), &whole[..length]).unwrap();
+            assert!(matches!(refused(), LoadError::Damaged { .. }), "{length}");
+        }
+        for missing in [LANDMARK_EMBEDDING, "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"] {
+            let all: BTreeMap<_, _> =
+                candle_core::safetensors::load_buffer(&whole, &Device::Cpu).unwrap().into_iter().collect();
+            let fewer = all.iter().filter(|(name, _)| *name != missing);
+            fs::write(path.join(WEIGHTS), safetensors::serialize(fewer, None).unwrap()).unwrap();
+            assert!(matches!(refused(), LoadError::MissingTensor { name, .. } if name == missing), "{missing}");
+        }
+        fs::remove_file(path.join(WEIGHTS)).unwrap();
+        assert!(matches!(refused(), LoadError::Io { .. }));
+    }
+
+    #[test]
+    fn a_base_that_is_not_there_or_another_is_refused_with_what_to_do() {
+        let folder = adapter(9, &config());
+        let (path, base) = (folder.path().join("adapter"), folder.path().join("base"));
+        let refused = || open(&path).err().unwrap();
+        let tensors: Vec<_> = tensor_shapes(&config()).into_iter().enumerate().map(numbered).collect();
+        write_model(&base, &config(), &tensors, DType::F16).unwrap();
+        assert!(matches!(refused(), LoadError::OtherBase { .. }), "{}", refused());
+        edit(&path, "base_model_name_or_path", "hf:nobody/nothing".into());
+        let missing = refused();
+        assert!(missing.to_string().contains("landmarkdb model pull hf:nobody/nothing"), "{missing}");
+        edit(&path, "base_model_name_or_path", path.display().to_string().into());
+        assert!(matches!(refused(), LoadError::Unsupported { found, .. } if found == "an adapter"));
+    }
+}

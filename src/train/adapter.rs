@@ -1,6 +1,9 @@
 //! Landmarks for a model whose weights stay as they are: what is trained is the landmark's row of the embedding and a
 //! low-rank update of every query and key projection (LoRA, Hu et al. 2021).
 
+#[cfg(test)]
+mod tests;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;

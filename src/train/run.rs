@@ -395,4 +395,52 @@ mod tests {
         let no_landmarks = further(Recipe { kind: Kind::Plain, ..named("landmark") });
         assert!(matches!(no_landmarks, TrainError::Invalid { field: "from", .. }), "{no_landmarks}");
     }
+
+    #[test]
+    fn an_adapter_is_trained_beside_a_base_that_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let [plain, whole, stopped, other] =
+            ["plain", "whole", "stopped", "other"].map(|name| folder.path().join(name));
+        finish(&job(&plain, Recipe { kind: Kind::Plain, ..tiny() }));
+        let weights = fs::read(plain.join("model.safetensors")).unwrap();
+
+        let recipe = || Recipe {
+            from: Some("plain".into()),
+            adapter: Some(4),
+            adapter_alpha: Some(8.0),
+            group_dropout: 0.1,
+            ..tiny()
+        };
+        let adapted = |out: &Path| Job { from: Some(base(&plain)), ..job(out, recipe()) };
+        let trained = finish(&adapted(&whole));
+        assert_eq!(trained.parameters, 16 + 2 * (4 * 16 + 16 * 4 + 4 * 16 + 8 * 4));
+        let stop = AtomicBool::new(false);
+        let unfinished = train(&adapted(&stopped), &stop, &mut |event| {
+            if matches!(event, Event::Step(report) if report.step == 7) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        });
+        assert!(!unfinished.unwrap().finished && !stopped.join("adapter_config.json").exists());
+        assert_eq!(finish(&adapted(&stopped)).resumed_steps, 7);
+        for file in ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"] {
+            assert!(fs::read(whole.join(file)).unwrap() == fs::read(stopped.join(file)).unwrap(), "{file}");
+        }
+        assert_eq!(log(&whole), log(&stopped));
+        assert!(fs::read_to_string(whole.join("README.md")).unwrap().contains("An adapter that gives"));
+        assert!(!whole.join("model.safetensors").exists());
+        assert!(fs::read(plain.join("model.safetensors")).unwrap() == weights);
+
+        let model = LoadedModel::open(&whole).unwrap();
+        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9 }));
+        assert_ne!(model.model_digest, LoadedModel::open(&plain).unwrap().model_digest);
+        let of_adapter = failure(&Job { from: Some(base(&whole)), ..job(&other, recipe()) });
+        assert!(matches!(of_adapter, TrainError::Invalid { field: "from", .. }), "{of_adapter}");
+        let large = failure(&Job { from: Some(base(&plain)), ..job(&other, Recipe { adapter: Some(9), ..recipe() }) });
+        assert!(matches!(large, TrainError::Invalid { field: "adapter", .. }), "{large}");
+
+        fs::remove_dir_all(&plain).unwrap();
+        finish(&job(&plain, Recipe { kind: Kind::Plain, seed: 2, ..tiny() }));
+        let other_base = failure(&adapted(&stopped));
+        assert!(other_base.to_string().contains("base digest"), "{other_base}");
+    }
 }
