@@ -86,7 +86,7 @@ pub(super) fn check_gradients(model: &TrainingModel, batch: &Batch, dropout: Gro
         let kept = parameter.var.as_detached_tensor().copy().unwrap();
         // Along the gradient itself the loss changes by its square: one number that every entry has a part in.
         let square: f64 = gradient.iter().map(|g| *g as f64 * *g as f64).sum();
-        let step = 2e-2 / square.sqrt();
+        let step = 4e-3 / square.sqrt();
         let direction = grads.get(parameter.var.as_tensor()).unwrap().copy().unwrap();
         let shifted = |by: f64| {
             parameter.var.set(&(&kept + (&direction * by).unwrap()).unwrap()).unwrap();

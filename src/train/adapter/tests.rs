@@ -2,13 +2,16 @@
 
 use std::path::Path;
 
-use candle_core::Var;
+use candle_core::Tensor;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 
 use crate::attention::BlockAttention;
 use crate::model::{Adapter, Landmark, LoadedModel, Logits, ModelConfig, adapter_shapes, read_tensors};
 use crate::train::tests::{batch, check_gradients, config, enlarge, flat, inference_loss, scalar};
 use crate::train::vocabulary::tests::prose;
 use crate::train::vocabulary::train_vocabulary;
+use crate::train::weights::normal;
 use crate::train::{Batch, GroupDropout, TrainingModel};
 use crate::types::{DType, Normalisation};
 
@@ -57,9 +60,11 @@ fn reopen(model: &TrainingModel) -> LoadedModel {
 /// Ends the state in which every update is zero and half of the gradients vanish. The landmark starts as a mean of random
 /// rows, so small that its normalisation bends within a finite difference: it becomes as large as other rows.
 fn stir(model: &TrainingModel) {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
     for parameter in model.parameters().iter().filter(|parameter| !parameter.name.contains("lora_A")) {
-        let random = Var::randn(0f32, 0.3, parameter.var.dims(), parameter.var.device()).unwrap();
-        parameter.var.set(random.as_tensor()).unwrap();
+        let numbers = normal(&mut rng, parameter.var.elem_count(), 0.3);
+        let random = Tensor::from_vec(numbers, parameter.var.shape(), parameter.var.device()).unwrap();
+        parameter.var.set(&random).unwrap();
     }
 }
 
