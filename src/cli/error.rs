@@ -121,7 +121,7 @@ impl CliError {
             | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
-            CliError::NoDataDirectory { .. } => Exit::NotFound,
+            CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } => Exit::NotFound,
             CliError::Faults { .. } | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
             CliError::Train(TrainError::Invalid { .. } | TrainError::OtherRecipe { .. }) => Exit::Usage,
             CliError::TrainingStopped { .. } => Exit::Interrupted,

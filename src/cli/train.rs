@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::model;
-use crate::train::{self, Event, Job, Kind, Phase, Recipe, Trained};
+use crate::train::{self, Base, Event, Job, Kind, Phase, Recipe, Trained};
 
 use super::Context;
 use super::encode::read;
@@ -28,6 +28,7 @@ Examples:
   landmarkdb train models/austen --text corpus/train/*.txt --validation corpus/validation/*.txt
   landmarkdb train models/plain --plain --text corpus/train/*.txt
   landmarkdb train models/more --from models/austen --lr 1e-3 --phases 60:2:1 --steps 600 --text corpus/train/*.txt
+  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --block-tokens 64 --phases 8:1:1 --text corpus/train/*.txt
   landmarkdb train models/tiny --text texts/persuasion.txt --steps 100 --phases 8:4:1 --json
 ")]
 pub(super) struct Args {
@@ -67,6 +68,15 @@ struct ShapeArgs {
     /// Start from this model instead of random weights: a name, a .gguf file or a safetensors folder.
     #[arg(long, value_name = "MODEL", conflicts_with_all = ["layers", "hidden", "heads", "kv_heads", "ffn", "vocab"])]
     from: Option<String>,
+
+    /// Leave the model's weights as they are and train a small adapter: the landmark, and updates of this rank of the
+    /// query and key projections (LoRA). OUT then needs the model that it starts from.
+    #[arg(long, value_name = "RANK", requires = "from", conflicts_with_all = ["plain", "recurrent"])]
+    adapter: Option<usize>,
+
+    /// What the updates are scaled with, times their rank [default: twice the rank]
+    #[arg(long, value_name = "ALPHA", requires = "adapter")]
+    adapter_alpha: Option<f32>,
 
     /// No landmarks: the ordinary twin, on sequences of as many tokens.
     #[arg(long)]
@@ -184,10 +194,13 @@ struct TrainReport {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let texts = |files: &[PathBuf]| files.iter().map(|file| read(file)).collect::<Result<Vec<_>, _>>();
-    let from = args.shape.from.as_deref().map(model::resolve).transpose()?;
+    let from = match &args.shape.from {
+        Some(name) => Some(Base { name: name.clone(), path: model::resolve(name)? }),
+        None => None,
+    };
     let job = Job {
         out: args.out.clone(),
-        recipe: args.recipe(from.as_deref()),
+        recipe: args.recipe(from.as_ref().map(|base| base.path.as_path())),
         texts: texts(&args.text)?,
         validation: texts(&args.validation)?,
         from,
@@ -217,6 +230,8 @@ impl Args {
         Recipe {
             kind,
             from: from.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()),
+            adapter: shape.adapter,
+            adapter_alpha: shape.adapter.map(|rank| shape.adapter_alpha.unwrap_or(2.0 * rank as f32)),
             layers: shape.layers,
             hidden: shape.hidden,
             heads: shape.heads,

@@ -12,7 +12,7 @@ pub enum LoadError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
-        "{path} is neither a .gguf file nor a folder with config.json, tokenizer.json and *.safetensors: \
+        "{path} is neither a .gguf file, nor a folder with config.json, tokenizer.json and *.safetensors, nor an adapter: \
          give one of these, or a name that `landmarkdb model pull` knows"
     )]
     NotAModel { path: PathBuf },
@@ -31,6 +31,13 @@ pub enum LoadError {
     TensorShape { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
     #[error("{path}: {source}")]
     Shape { path: PathBuf, source: InvalidShape },
+    #[error("{path}: the model that this adapter changes: {source}")]
+    Base { path: PathBuf, source: Box<PullError> },
+    #[error(
+        "{path}: expected the base model {base} with SHA-256 {expected}, found {found:#}; \
+         an adapter fits only the weights that it was trained with: fetch those"
+    )]
+    OtherBase { path: PathBuf, base: String, expected: String, found: Sha256Digest },
 }
 
 /// Why a model could not be written.

@@ -5,9 +5,10 @@
 //! `ask` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`,
-//! `weights` and `tensors` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the mathematics), `sample` and
-//! `generate`, then `encode` and `ask`.
+//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the
+//! mathematics), `sample` and `generate`, then `encode` and `ask`.
 
+mod adapter;
 mod ask;
 mod cache;
 mod config;
@@ -34,8 +35,9 @@ mod full_attention;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
 pub use ask::{Answer, Question, ask};
 pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};
@@ -50,9 +52,10 @@ pub use llama::{Llama, Logits};
 pub use pull::{PullStep, pull, resolve};
 pub use pulled::{PulledModel, pulled};
 pub use sample::Sampling;
-pub use tensors::{NamedTensor, read_tensors, tensor_shapes, write_model};
+pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 
+use self::tensors::{Opened, open_weights};
 use crate::shape::{InvalidShape, ModelShape, Sha256Digest};
 
 /// A model ready to run, and what a collection is bound to.
@@ -61,13 +64,13 @@ pub struct LoadedModel {
     pub name: String,
     pub tokenizer: Tokenizer,
     pub llama: Llama,
-    /// Of the weight file, or of the digests of several.
+    /// Of the weight file, or of the digests of several; of an adapter, of both models' and the scale.
     pub model_digest: Sha256Digest,
 }
 
 impl LoadedModel {
-    /// Loads a `.gguf` file, or a folder with `config.json`, `tokenizer.json` and safetensors weights. All weights
-    /// become f32 in memory.
+    /// Loads a `.gguf` file, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
+    /// whose base must be on this machine. All weights become f32 in memory.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {
             Self::open_folder(path)
@@ -89,27 +92,26 @@ impl LoadedModel {
     }
 
     fn open_folder(folder: &Path) -> Result<Self, LoadError> {
-        if !folder.join("config.json").exists() {
+        let (config, weights, model_digest) = if adapter::is_adapter(folder) {
+            adapter::open(folder)?
+        } else if folder.join("config.json").exists() {
+            let Opened { config, weights, paths } = open_weights(folder)?;
+            (config, weights, cache::weights_digest(paths.iter().map(PathBuf::as_path))?)
+        } else {
             return Err(LoadError::NotAModel { path: folder.into() });
-        }
-        let config = huggingface::read_config(folder)?;
-        let weights = safetensors::SafeTensorsFolder::open(folder)?;
+        };
         let path = folder.join("tokenizer.json");
         let tokenizer = Tokenizer::open(&path)?;
         if let Some(text) = config.landmark.and_then(|landmark| tokenizer.text_of(landmark.id)) {
             return Err(LoadError::Unsupported {
                 path,
-                key: "landmark token (mem_id of config.json)".into(),
+                key: "landmark token (mem_id)".into(),
                 expected: "a control token, or an id that the tokenizer does not use".into(),
                 found: format!("{text:?}, which texts are made of"),
             });
         }
-        Ok(LoadedModel {
-            name: file_name(folder),
-            tokenizer,
-            llama: Llama::load(config, &weights)?,
-            model_digest: cache::weights_digest(weights.paths())?,
-        })
+        let llama = Llama::load(config, &*weights)?;
+        Ok(LoadedModel { name: file_name(folder), tokenizer, llama, model_digest })
     }
 
     /// The hyperparameters.

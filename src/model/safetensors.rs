@@ -60,6 +60,14 @@ impl SafeTensorsFolder {
         Ok(SafeTensorsFolder { files: vec![file], places, folder: path.into() })
     }
 
+    /// Reads one tensor by the name that it has in the files, like [`TensorSource::read`].
+    pub(super) fn read_named(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        match self.places.get(name) {
+            Some(&number) => self.files[number].read(name, shape),
+            None => Err(missing(&self.folder, name)),
+        }
+    }
+
     /// The weight files, sorted by name.
     pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
@@ -131,11 +139,7 @@ impl WeightFile {
 
 impl TensorSource for SafeTensorsFolder {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let name = huggingface_name(name);
-        match self.places.get(&name) {
-            Some(&number) => self.files[number].read(&name, shape),
-            None => Err(missing(&self.folder, &name)),
-        }
+        self.read_named(&huggingface_name(name), shape)
     }
 }
 

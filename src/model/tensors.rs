@@ -2,7 +2,7 @@
 //! [`read_tensors`] and leaves one with [`write_model`].
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 
@@ -11,7 +11,7 @@ use super::error::{LoadError, SaveError};
 use super::files::replace_file;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::weights::{LayerTensor, TensorName, TensorSource};
-use super::{gguf, huggingface};
+use super::{adapter, gguf, huggingface};
 
 /// One tensor of a model.
 #[derive(Clone, Debug)]
@@ -27,20 +27,48 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     table(config).into_iter().map(|(name, shape)| (huggingface_name(name), shape)).collect()
 }
 
-/// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights, as f32 on the CPU.
-/// Names, order and shapes are those of [`tensor_shapes`].
-pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), LoadError> {
-    let (config, source): (ModelConfig, Box<dyn TensorSource>) = if path.is_dir() {
-        (huggingface::read_config(path)?, Box::new(SafeTensorsFolder::open(path)?))
+/// A model whose configuration is read and whose numbers are not.
+pub(super) struct Opened {
+    pub(super) config: ModelConfig,
+    pub(super) weights: Box<dyn TensorSource>,
+    /// The weight files.
+    pub(super) paths: Vec<PathBuf>,
+}
+
+/// Opens a `.gguf` file, or a folder with `config.json` and safetensors weights.
+pub(super) fn open_weights(path: &Path) -> Result<Opened, LoadError> {
+    if path.is_dir() {
+        let (config, weights) = (huggingface::read_config(path)?, SafeTensorsFolder::open(path)?);
+        let paths = weights.paths().map(Path::to_path_buf).collect();
+        Ok(Opened { config, weights: Box::new(weights), paths })
     } else {
         let (gguf, config) = gguf::Gguf::open(path)?;
-        (config, Box::new(gguf))
+        Ok(Opened { config, weights: Box::new(gguf), paths: vec![path.into()] })
+    }
+}
+
+/// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights or with an adapter,
+/// as f32 on the CPU. Names, order and shapes are those of [`tensor_shapes`].
+pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), LoadError> {
+    let (config, source) = if adapter::is_adapter(path) {
+        let (config, source, _) = adapter::open(path)?;
+        (config, source)
+    } else {
+        let Opened { config, weights, .. } = open_weights(path)?;
+        (config, weights)
     };
     let read = |(name, shape): (TensorName, Vec<usize>)| {
         Ok(NamedTensor { name: huggingface_name(name), tensor: source.read(name, &shape)? })
     };
     let tensors = table(&config).into_iter().map(read).collect::<Result<_, LoadError>>()?;
     Ok((config, tensors))
+}
+
+/// `table (rows, columns)` with `row (1, columns)` in the place of row `at`, which may be the one behind the last.
+pub fn put_row(table: &Tensor, at: usize, row: &Tensor) -> candle_core::Result<Tensor> {
+    let (rows, _) = table.dims2()?;
+    let rest = (at + 1).min(rows);
+    Tensor::cat(&[&table.narrow(0, 0, at)?, row, &table.narrow(0, rest, rows - rest)?], 0)
 }
 
 /// Writes `config.json` and `model.safetensors` into `folder`, the numbers as `dtype`. Each file replaces an older one
@@ -60,7 +88,8 @@ pub fn write_model(
     replace(&folder.join("config.json"), json.as_bytes())
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
+/// Replaces a file at once or not at all.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
     replace_file(path, bytes).map_err(|source| SaveError::Io { path: path.into(), source })
 }
 

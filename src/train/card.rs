@@ -4,16 +4,26 @@ use std::path::Path;
 
 use super::checkpoint::Identity;
 use super::job::Trained;
+use crate::model::Adapter;
 
 /// `README.md` of a model folder.
-pub(super) fn card(folder: &Path, identity: &Identity, trained: &Trained) -> String {
+pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity, trained: &Trained) -> String {
     let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.into());
     let name = absolute.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let kind = identity.get("kind").map(String::as_str).unwrap_or_default();
-    let what = match kind {
-        "landmark" => "with landmark attention (Mohtashami and Jaggi 2023)",
-        "recurrent" => "with plain attention and the K and V of the window before (Transformer-XL)",
-        _ => "with plain attention",
+    let parameters = trained.parameters;
+    let whole = |attention: &str| {
+        format!("A language model of the Llama family with {attention}, {parameters} parameters in f16, trained by")
+    };
+    let what = match (adapter, kind) {
+        (Some(Adapter { base, .. }), _) => format!(
+            "An adapter that gives {base} landmark attention (Mohtashami and Jaggi 2023): the landmark's embedding and \
+             low-rank updates of queries and keys (LoRA), {parameters} parameters in f16. It needs {base}, whose weights \
+             it leaves as they are. Trained by"
+        ),
+        (None, "landmark") => whole("landmark attention (Mohtashami and Jaggi 2023)"),
+        (None, "recurrent") => whole("plain attention and the K and V of the window before (Transformer-XL)"),
+        (None, _) => whole("plain attention"),
     };
     let judged = match &trained.validation {
         Some(validation) => format!(
@@ -25,8 +35,7 @@ pub(super) fn card(folder: &Path, identity: &Identity, trained: &Trained) -> Str
     let rows: String = identity.iter().map(|(name, value)| format!("| `{name}` | {value} |\n")).collect();
     format!(
         "# {name}\n\n\
-         A language model of the Llama family {what}, {parameters} parameters in f16, trained by `landmarkdb train` in \
-         {steps} steps.\n\n\
+         {what} `landmarkdb train` in {steps} steps.\n\n\
          {judged}\n\n\
          ## Recipe\n\n\
          Names are the flags of `landmarkdb train`, but for `kind` (`--plain`, `--recurrent`, or neither) and the \
@@ -34,7 +43,6 @@ pub(super) fn card(folder: &Path, identity: &Identity, trained: &Trained) -> Str
          | name | value |\n|---|---|\n{rows}\n\
          `log.csv` and `log.jsonl` tell every step, `checkpoint.safetensors` is what a training goes on from; the model \
          does not need them.\n",
-        parameters = trained.parameters,
         steps = trained.steps,
     )
 }
@@ -58,12 +66,12 @@ mod tests {
             validation: Some(Validation { perplexity: 17.456, counted_tokens: 999 }),
             finished: true,
         };
-        let text = card(Path::new("models/austen"), &identity, &trained);
+        let text = card(Path::new("models/austen"), None, &identity, &trained);
         for part in ["# austen\n", "landmark attention", "512 parameters", "| `lr` | 0.002 |", "17.46, over 999 tokens"]
         {
             assert!(text.contains(part), "{part} in {text}");
         }
-        let unjudged = card(Path::new("m"), &identity, &Trained { validation: None, ..trained });
+        let unjudged = card(Path::new("m"), None, &identity, &Trained { validation: None, ..trained });
         assert!(unjudged.contains("not judged"));
     }
 }

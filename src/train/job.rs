@@ -16,10 +16,19 @@ pub struct Job {
     pub texts: Vec<String>,
     /// Texts to judge by, never trained on; may be none.
     pub validation: Vec<String>,
-    /// The model to start from, a `.gguf` file or a folder; random weights without one.
-    pub from: Option<PathBuf>,
+    /// The model to start from; random weights without one.
+    pub from: Option<Base>,
     /// Steps between two checkpoints.
     pub checkpoint_every: u64,
+}
+
+/// A model that a training starts from.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// What [`resolve`](crate::model::resolve) takes, which an adapter remembers.
+    pub name: String,
+    /// A `.gguf` file or a folder.
+    pub path: PathBuf,
 }
 
 /// What a training tells while it goes on.

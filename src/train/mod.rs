@@ -6,10 +6,11 @@
 //!
 //! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one
 //! row), `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
-//! `weights` (where parameters come from). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
+//! `weights` (where parameters come from), `adapter` (few parameters beside frozen weights). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
 //! `sequence` (landmarks go in), `mixture` (a step's batch). How it learns: `job`, `start`, `schedule`, `optimizer`,
 //! `checkpoint`, `run` (the loop), `validation`, `log` and `card`.
 
+mod adapter;
 mod attention;
 mod batch;
 mod card;
@@ -40,7 +41,7 @@ mod tests;
 pub use batch::Batch;
 pub use error::{Difference, TrainError};
 pub use grouped::{GroupDropout, grouped_softmax};
-pub use job::{Event, Job, StepReport, Trained};
+pub use job::{Base, Event, Job, StepReport, Trained};
 pub use model::{Parameter, Past, TrainingModel};
 pub use recipe::{Kind, Phase, Recipe};
 pub use run::train;

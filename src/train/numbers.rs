@@ -31,6 +31,11 @@ pub(super) fn gradient(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(numbers, like.shape(), &Device::Cpu)
 }
 
+/// The gradient of `like`, computed if it leads to something that is trained.
+pub(super) fn wanted(like: &Tensor, compute: impl FnOnce() -> Vec<f32>) -> Result<Option<Tensor>> {
+    like.track_op().then(|| gradient(compute(), like)).transpose()
+}
+
 /// The shape with another last dimension.
 pub(super) fn with_width(layout: &Layout, width: usize) -> Shape {
     let mut dims = layout.dims().to_vec();

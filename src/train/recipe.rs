@@ -16,6 +16,12 @@ pub struct Recipe {
     /// Name of the model that the training starts from; none for random weights. With a name the model's own sizes
     /// replace the ones from `layers` to `vocab`.
     pub from: Option<String>,
+    /// Rank of the updates of queries and keys if only those and the landmark are trained, as an adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<usize>,
+    /// What an adapter's updates are scaled with, times its rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_alpha: Option<f32>,
     pub layers: u32,
     pub hidden: usize,
     /// Hq
@@ -82,6 +88,15 @@ impl Recipe {
             ("heads", self.heads > 0 && self.hidden.is_multiple_of(self.heads as usize), "a divisor of hidden"),
             ("kv_heads", self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "a divisor of heads"),
             ("vocab", self.from.is_some() || self.vocab >= VOCABULARY_MIN, "at least 258, which any text needs"),
+            ("adapter", self.adapter.is_none_or(|rank| rank > 0), "a rank of at least 1"),
+            ("adapter", self.adapter.is_none() || self.from.is_some(), "none without a model to start from"),
+            ("adapter", self.adapter.is_none() || self.kind == Kind::Landmark, "none for a model without landmarks"),
+            (
+                "adapter_alpha",
+                self.adapter.is_some() == self.adapter_alpha.is_some()
+                    && self.adapter_alpha.is_none_or(|alpha| alpha > 0.0 && alpha.is_finite()),
+                "a positive number with an adapter, none without one",
+            ),
             ("passkey_share", (0.0..=1.0).contains(&self.passkey_share), "0 to 1"),
             (
                 "passkey_share",
@@ -114,7 +129,8 @@ impl Recipe {
 
     /// A field as it stands in JSON.
     fn value(&self, field: &str) -> String {
-        self.values().into_iter().find(|(name, _)| name == field).map(|(_, value)| value).unwrap_or_default()
+        let value = self.values().into_iter().find(|(name, _)| name == field).map(|(_, value)| value);
+        value.unwrap_or_else(|| "none".into())
     }
 
     /// Every field by name, for comparing and showing.
@@ -212,6 +228,8 @@ pub(super) mod tests {
         Recipe {
             kind: Kind::Landmark,
             from: None,
+            adapter: None,
+            adapter_alpha: None,
             layers: 2,
             hidden: 16,
             heads: 2,
@@ -274,6 +292,18 @@ pub(super) mod tests {
         assert_eq!(refused(|r| r.heads = 3), ("heads", "3".into()));
         assert_eq!(refused(|r| r.kv_heads = 0), ("kv_heads", "0".into()));
         assert_eq!(refused(|r| r.vocab = 257), ("vocab", "257".into()));
+        assert_eq!(refused(|r| (r.adapter, r.adapter_alpha) = (Some(4), Some(8.0))), ("adapter", "4".into()));
+        let adapted = |change: fn(&mut Recipe)| {
+            let mut recipe = Recipe { from: Some("m".into()), adapter: Some(4), adapter_alpha: Some(8.0), ..tiny() };
+            assert!(recipe.check().is_ok());
+            change(&mut recipe);
+            recipe.check().unwrap_err().to_string()
+        };
+        assert!(adapted(|r| r.adapter = Some(0)).contains("a rank of at least 1, found 0"));
+        assert!(adapted(|r| r.kind = Kind::Plain).contains("without landmarks, found 4"));
+        assert!(adapted(|r| r.adapter_alpha = None).contains("found none"));
+        assert!(adapted(|r| r.adapter_alpha = Some(-1.0)).contains("found -1"));
+        assert!(adapted(|r| r.adapter = None).contains("none without one, found 8"));
         assert_eq!(refused(|r| r.passkey_share = 1.5), ("passkey_share", "1.5".into()));
         assert_eq!(refused(|r| r.kind = Kind::Recurrent), ("passkey_share", "0.5".into()));
         assert_eq!(refused(|r| r.phases.clear()), ("phases", "".into()));

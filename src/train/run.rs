@@ -1,7 +1,7 @@
 //! The training loop: from texts and a recipe to a model folder.
 //!
 //! The folder holds `tokenizer.json`, `checkpoint.safetensors`, `log.csv` and `log.jsonl` from the beginning, and
-//! `model.safetensors`, `config.json` and `README.md` at the end. A training that stopped goes on from its checkpoint when
+//! `model.safetensors`, `config.json` and `README.md` at the end, or an adapter's files in place of the first two. A training that stopped goes on from its checkpoint when
 //! the same is asked for again, and ends with the same weights, bit for bit, as if it had not stopped.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,7 +68,7 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
             run.trained.validation = Some(validate(&start.model, &job.recipe, texts)?);
         }
         start.model.save(&job.out, DType::F16)?;
-        let card = card::card(&job.out, &run.identity, &run.trained);
+        let card = card::card(&job.out, start.model.adapter(), &run.identity, &run.trained);
         let path = job.out.join("README.md");
         replace_file(&path, card.as_bytes()).map_err(|source| TrainError::Io { path, source })?;
     }
@@ -97,6 +97,10 @@ impl<'a> Run<'a> {
         ];
         identity.extend(sizes.map(|(name, size)| (name.to_string(), size.to_string())));
         identity.insert("text digest".into(), format!("{:#}", text_digest(&job.texts)));
+        if let Some(adapter) = model.adapter() {
+            // What a checkpoint does not hold.
+            identity.insert("base digest".into(), format!("{:#}", adapter.base_digest));
+        }
         identity.insert("tokenizer digest".into(), format!("{:#}", tokenizer.digest()));
         let mut optimizer = AdamW::new(model.parameters(), recipe.beta2, recipe.weight_decay);
         let mut past = None;
@@ -224,12 +228,17 @@ mod tests {
 
     use super::*;
     use crate::model::{Landmark, LoadedModel};
+    use crate::train::job::Base;
     use crate::train::recipe::tests::tiny;
     use crate::train::vocabulary::tests::prose;
 
     fn job(out: &Path, recipe: Recipe) -> Job {
         let (texts, validation) = (vec![prose(60_000)], vec![prose(70_000)[60_000..].into()]);
         Job { out: out.into(), recipe, texts, validation, from: None, checkpoint_every: 5 }
+    }
+
+    fn base(path: &Path) -> Base {
+        Base { name: path.display().to_string(), path: path.into() }
     }
 
     fn finish(job: &Job) -> Trained {
@@ -388,14 +397,62 @@ mod tests {
         assert_eq!(LoadedModel::open(&plain).unwrap().config().landmark, None);
 
         let named = |name: &str| Recipe { from: Some(name.into()), ..tiny() };
-        finish(&Job { from: Some(plain.clone()), ..job(&landmark, named("plain")) });
+        finish(&Job { from: Some(base(&plain)), ..job(&landmark, named("plain")) });
         let config = LoadedModel::open(&landmark).unwrap().config().clone();
         assert_eq!(config.landmark, Some(Landmark { id: 299, block_tokens: 9 }));
 
-        let further = |recipe| failure(&Job { from: Some(landmark.clone()), ..job(&other, recipe) });
+        let further = |recipe| failure(&Job { from: Some(base(&landmark)), ..job(&other, recipe) });
         let blocks = further(Recipe { block_tokens: 8, ..named("landmark") });
         assert!(matches!(blocks, TrainError::Invalid { field: "block_tokens", .. }), "{blocks}");
         let no_landmarks = further(Recipe { kind: Kind::Plain, ..named("landmark") });
         assert!(matches!(no_landmarks, TrainError::Invalid { field: "from", .. }), "{no_landmarks}");
+    }
+
+    #[test]
+    fn an_adapter_is_trained_beside_a_base_that_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let [plain, whole, stopped, other] =
+            ["plain", "whole", "stopped", "other"].map(|name| folder.path().join(name));
+        finish(&job(&plain, Recipe { kind: Kind::Plain, ..tiny() }));
+        let weights = fs::read(plain.join("model.safetensors")).unwrap();
+
+        let recipe = || Recipe {
+            from: Some("plain".into()),
+            adapter: Some(4),
+            adapter_alpha: Some(8.0),
+            group_dropout: 0.1,
+            ..tiny()
+        };
+        let adapted = |out: &Path| Job { from: Some(base(&plain)), ..job(out, recipe()) };
+        let trained = finish(&adapted(&whole));
+        assert_eq!(trained.parameters, 16 + 2 * (4 * 16 + 16 * 4 + 4 * 16 + 8 * 4));
+        let stop = AtomicBool::new(false);
+        let unfinished = train(&adapted(&stopped), &stop, &mut |event| {
+            if matches!(event, Event::Step(report) if report.step == 7) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        });
+        assert!(!unfinished.unwrap().finished && !stopped.join("adapter_config.json").exists());
+        assert_eq!(finish(&adapted(&stopped)).resumed_steps, 7);
+        for file in ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"] {
+            assert!(fs::read(whole.join(file)).unwrap() == fs::read(stopped.join(file)).unwrap(), "{file}");
+        }
+        assert_eq!(log(&whole), log(&stopped));
+        assert!(fs::read_to_string(whole.join("README.md")).unwrap().contains("An adapter that gives"));
+        assert!(!whole.join("model.safetensors").exists());
+        assert!(fs::read(plain.join("model.safetensors")).unwrap() == weights);
+
+        let model = LoadedModel::open(&whole).unwrap();
+        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9 }));
+        assert_ne!(model.model_digest, LoadedModel::open(&plain).unwrap().model_digest);
+        let of_adapter = failure(&Job { from: Some(base(&whole)), ..job(&other, recipe()) });
+        assert!(matches!(of_adapter, TrainError::Invalid { field: "from", .. }), "{of_adapter}");
+        let large = failure(&Job { from: Some(base(&plain)), ..job(&other, Recipe { adapter: Some(9), ..recipe() }) });
+        assert!(matches!(large, TrainError::Invalid { field: "adapter", .. }), "{large}");
+
+        fs::remove_dir_all(&plain).unwrap();
+        finish(&job(&plain, Recipe { kind: Kind::Plain, seed: 2, ..tiny() }));
+        let other_base = failure(&adapted(&stopped));
+        assert!(other_base.to_string().contains("base digest"), "{other_base}");
     }
 }

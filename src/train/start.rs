@@ -2,11 +2,11 @@
 
 use super::checkpoint;
 use super::error::TrainError;
-use super::job::{Event, Job};
+use super::job::{Base, Event, Job};
 use super::model::TrainingModel;
 use super::recipe::{Kind, Recipe};
 use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
-use crate::model::{Landmark, LoadedModel, ModelConfig, Tokenizer, replace_file};
+use crate::model::{Adapter, Landmark, LoadedModel, ModelConfig, Tokenizer, is_adapter, replace_file};
 use crate::shape::Rope;
 
 /// Added to the mean square in RMS normalisation of a new model.
@@ -27,7 +27,7 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
     let write = |json: String| {
         replace_file(&path, json.as_bytes()).map_err(|source| TrainError::Io { path: path.clone(), source })
     };
-    let Some(from) = &job.from else {
+    let Some(base) = &job.from else {
         if !resumes {
             on_event(Event::Stage("making the vocabulary"));
             write(train_vocabulary(&job.texts, job.recipe.vocab)?)?;
@@ -37,13 +37,38 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
         return Ok(Start { tokenizer, model });
     };
     on_event(Event::Stage("loading the model"));
-    let known = LoadedModel::open(from)?;
+    let known = LoadedModel::open(&base.path)?;
     let landmark = landmark_of(&job.recipe, known.config(), &known.tokenizer)?;
     if !resumes {
         write(known.tokenizer.to_json()?)?;
     }
+    let adapter = adapter(&job.recipe, base, &known, landmark)?;
     drop(known);
-    Ok(Start { tokenizer: Tokenizer::open(&path)?, model: TrainingModel::open(from, landmark)? })
+    let model = match adapter {
+        Some(adapter) => TrainingModel::open_adapted(&base.path, adapter, job.recipe.seed)?,
+        None => TrainingModel::open(&base.path, landmark)?,
+    };
+    Ok(Start { tokenizer: Tokenizer::open(&path)?, model })
+}
+
+/// The adapter that is to be trained, if one is. The landmark is a new one, or the model's.
+fn adapter(
+    recipe: &Recipe,
+    base: &Base,
+    model: &LoadedModel,
+    landmark: Option<Landmark>,
+) -> Result<Option<Adapter>, TrainError> {
+    let (Some(rank), Some(alpha)) = (recipe.adapter, recipe.adapter_alpha) else { return Ok(None) };
+    let Some(landmark) = landmark.or(model.config().landmark) else { return Ok(None) };
+    if is_adapter(&base.path) {
+        return Err(TrainError::Invalid {
+            field: "from",
+            expected: "a whole model, for an adapter".into(),
+            found: format!("{}, an adapter", base.name),
+        });
+    }
+    let (base, base_digest) = (base.name.clone(), model.model_digest);
+    Ok(Some(Adapter { base, base_digest, rank, alpha, landmark }))
 }
 
 fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, TrainError> {

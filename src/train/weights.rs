@@ -6,12 +6,12 @@ use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
 use super::model::Parameter;
-use crate::model::{Landmark, ModelConfig, NamedTensor, tensor_shapes};
+use crate::model::{Landmark, ModelConfig, NamedTensor, put_row, tensor_shapes};
 
 /// Standard deviation of random weights.
 const DEVIATION: f32 = 0.02;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 const OUTPUT: &str = "lm_head.weight";
 
 /// Random weights: normal, those that write to the residual stream smaller by `sqrt(2 L)` so that its variance does not
@@ -56,11 +56,7 @@ pub(super) fn add_landmark(
     }
     if config.landmark.is_none_or(|known| known.id != landmark.id) {
         for named in tensors.iter_mut().filter(|named| named.name == EMBEDDING || named.name == OUTPUT) {
-            let mean = named.tensor.mean_keepdim(0)?;
-            let before = named.tensor.narrow(0, 0, id)?;
-            let rest = (id + 1).min(config.vocab);
-            let after = named.tensor.narrow(0, rest, config.vocab - rest)?;
-            named.tensor = Tensor::cat(&[before, mean, after], 0)?;
+            named.tensor = put_row(&named.tensor, id, &named.tensor.mean_keepdim(0)?)?;
         }
         config.vocab = config.vocab.max(id + 1);
     }
@@ -73,7 +69,7 @@ fn is_norm(name: &str) -> bool {
 }
 
 /// Normal numbers of mean 0, two from each pair of uniform ones (Box and Muller 1958).
-fn normal(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
+pub(super) fn normal(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
     let mut numbers = Vec::with_capacity(count + 1);
     while numbers.len() < count {
         // 1 - u is above 0, so that its logarithm is finite.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::TASK_ROWS;
 use crate::numeric::{LANES, add_scaled, dot, fma, simd};
-use crate::train::numbers::{argument, gradient, numbers, width};
+use crate::train::numbers::{argument, numbers, wanted, width};
 
 struct RmsNorm {
     epsilon: f32,
@@ -60,17 +60,22 @@ impl CustomOp2 for RmsNorm {
         let parts: Vec<Vec<f32>> = tasks
             .zip(y_gradient.par_chunks(task_numbers))
             .map(|((of_x, x), of_y)| {
-                let mut of_weight = vec![0.0; hidden];
+                let mut of_weight = vec![0.0; if weight.track_op() { hidden } else { 0 }];
                 let rows = of_x.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden));
                 for ((of_x, x), of_y) in rows.zip(of_y.chunks_exact(hidden)) {
-                    pull_back(x, weights, of_y, self.scale(x), of_x, &mut of_weight);
+                    let scale = self.scale(x);
+                    pull_back(x, weights, of_y, scale, of_x);
+                    add_products(&mut of_weight, of_y, x, scale);
                 }
                 of_weight
             })
             .collect();
-        let mut of_weight = vec![0.0; hidden];
-        parts.iter().for_each(|part| add_scaled(&mut of_weight, 1.0, part));
-        Ok((Some(gradient(of_x, x)?), Some(gradient(of_weight, weight)?)))
+        let of_weight = || {
+            let mut of_weight = vec![0.0; hidden];
+            parts.iter().for_each(|part| add_scaled(&mut of_weight, 1.0, part));
+            of_weight
+        };
+        Ok((wanted(x, || of_x)?, wanted(weight, of_weight)?))
     }
 }
 
@@ -91,8 +96,8 @@ simd! {
 }
 
 simd! {
-    /// One row: writes `of_x`, adds to `of_weight`. Slices of equal length.
-    fn pull_back(x: &[f32], weight: &[f32], of_y: &[f32], scale: f32, of_x: &mut [f32], of_weight: &mut [f32]) {
+    /// One row: writes `of_x`. Slices of equal length.
+    fn pull_back(x: &[f32], weight: &[f32], of_y: &[f32], scale: f32, of_x: &mut [f32]) {
         let mut sums = [0f32; LANES];
         for ((x, weight), of_y) in x.chunks(LANES).zip(weight.chunks(LANES)).zip(of_y.chunks(LANES)) {
             for (((sum, x), weight), of_y) in sums.iter_mut().zip(x).zip(weight).zip(of_y) {
@@ -100,11 +105,17 @@ simd! {
             }
         }
         let back = scale * scale * scale * sums.iter().sum::<f32>() / x.len() as f32;
-        for ((((of_x, of_weight), x), weight), of_y) in
-            of_x.iter_mut().zip(of_weight.iter_mut()).zip(x).zip(weight).zip(of_y)
-        {
+        for (((of_x, x), weight), of_y) in of_x.iter_mut().zip(x).zip(weight).zip(of_y) {
             *of_x = scale * of_y * weight - back * x;
-            *of_weight = fma::<FMA>(*of_y * scale, *x, *of_weight);
+        }
+    }
+}
+
+simd! {
+    /// One row of the weights' gradient: `sums += of_y * scale * x`, as far as `sums` reaches.
+    fn add_products(sums: &mut [f32], of_y: &[f32], x: &[f32], scale: f32) {
+        for ((sum, of_y), x) in sums.iter_mut().zip(of_y).zip(x) {
+            *sum = fma::<FMA>(*of_y * scale, *x, *sum);
         }
     }
 }

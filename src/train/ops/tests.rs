@@ -146,6 +146,27 @@ fn cross_entropy_weighs_rows_and_skips_those_of_weight_0() {
 }
 
 #[test]
+fn what_is_frozen_gets_no_gradient() {
+    let frozen = |dims: &[usize]| Tensor::from_vec(random(dims.iter().product(), 3), dims, &Device::Cpu).unwrap();
+    let trained = |dims: &[usize]| Var::from_tensor(&frozen(dims)).unwrap();
+    type Op = fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>;
+    let cases: [(Op, &[usize]); 2] = [(linear, &[5, 4]), (|x, weight| rms_norm(x, weight, 1e-3), &[4])];
+    for (op, dims) in cases {
+        let (x, weight) = (trained(&[3, 4]), trained(dims));
+        let sum = |x: &Tensor, weight: &Tensor| op(x, weight).unwrap().sqr().unwrap().sum_all().unwrap();
+        let both = sum(&x, &weight).backward().unwrap();
+        let still = weight.as_detached_tensor();
+        let of_x = sum(&x, &still).backward().unwrap();
+        assert_eq!(flat(of_x.get(x.as_tensor()).unwrap()), flat(both.get(x.as_tensor()).unwrap()));
+        assert!(of_x.get(&still).is_none());
+        let still = x.as_detached_tensor();
+        let of_weight = sum(&still, &weight).backward().unwrap();
+        assert_eq!(flat(of_weight.get(weight.as_tensor()).unwrap()), flat(both.get(weight.as_tensor()).unwrap()));
+        assert!(of_weight.get(&still).is_none());
+    }
+}
+
+#[test]
 fn shapes_that_do_not_fit_are_refused() {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu).unwrap();
     assert!(linear(&zeros(&[2, 3]), &zeros(&[4, 5])).is_err());

@@ -1,0 +1,403 @@
+//! Adapters: what gives a model landmarks, in a few megabytes beside the model itself.
+//!
+//! A folder with `tokenizer.json`, `adapter_config.json` and `adapter_model.safetensors`. Names are those of the PEFT
+//! library: per layer and projection `W` of queries and keys `lora_A (r, in)` and `lora_B (out, r)`, for
+//! `W + (alpha / r) B A` (Hu et al. 2021). Beside them the weights have the landmark's `landmark_embedding (hidden)`, and
+//! the configuration the landmark (`mem_id`, `mem_freq`, as in the paper's checkpoints) and the base's digest. Nothing of
+//! it is kept apart while the model runs: the updates go into the weights as they are read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::cache::weights_digest;
+use super::config::{Landmark, ModelConfig};
+use super::error::{LoadError, SaveError};
+use super::huggingface::read_json;
+use super::pull::resolve;
+use super::safetensors::{SafeTensorsFolder, huggingface_name};
+use super::tensors::{NamedTensor, Opened, open_weights, put_row, replace};
+use super::weights::{LayerTensor, TensorName, TensorSource};
+use crate::shape::Sha256Digest;
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+const PEFT_TYPE: &str = "LORA";
+const TARGETS: [&str; 2] = ["k_proj", "q_proj"];
+
+/// The landmark's row of the embedding, `(hidden)`.
+pub const LANDMARK_EMBEDDING: &str = "landmark_embedding";
+
+/// What an adapter is, beside its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapter {
+    /// The model that it changes, as [`resolve`] takes it.
+    pub base: String,
+    pub base_digest: Sha256Digest,
+    /// r
+    pub rank: usize,
+    pub alpha: f32,
+    pub landmark: Landmark,
+}
+
+#[derive(Serialize, Deserialize)]
+struct AdapterJson {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f32,
+    target_modules: BTreeSet<String>,
+    base_model_name_or_path: String,
+    /// SHA-256 of the base's weights, in hexadecimal.
+    base_model_digest: String,
+    mem_id: u32,
+    /// Tokens of a block without its landmark.
+    mem_freq: u32,
+}
+
+/// A base model's weights with the updates in them.
+struct Adapted {
+    base: Box<dyn TensorSource>,
+    base_config: ModelConfig,
+    updates: SafeTensorsFolder,
+    rank: usize,
+    scale: f64,
+    landmark: u32,
+}
+
+impl Adapter {
+    /// What the product of an update's matrices is multiplied with.
+    pub fn scale(&self) -> f64 {
+        self.alpha as f64 / self.rank as f64
+    }
+}
+
+/// Whether a path is the folder of an adapter.
+pub fn is_adapter(path: &Path) -> bool {
+    path.join(CONFIG).exists()
+}
+
+/// Names of an update's two matrices, for the projection whose weights have a Hugging Face name.
+pub fn update_names(weight: &str) -> [String; 2] {
+    let module = weight.strip_suffix(".weight").unwrap_or(weight);
+    ["A", "B"].map(|matrix| format!("base_model.model.{module}.lora_{matrix}.weight"))
+}
+
+/// Name and shape of every tensor of an adapter of rank `rank`: the landmark first, then layer by layer.
+pub fn adapter_shapes(config: &ModelConfig, rank: usize) -> Vec<(String, Vec<usize>)> {
+    let mut shapes = vec![(LANDMARK_EMBEDDING.to_string(), vec![config.hidden])];
+    for layer in 0..config.layers {
+        for (tensor, width) in [(LayerTensor::Query, config.query_width()), (LayerTensor::Key, config.kv_width())] {
+            let [a, b] = update_names(&huggingface_name(TensorName::Layer(layer, tensor)));
+            shapes.extend([(a, vec![rank, config.hidden]), (b, vec![width, rank])]);
+        }
+    }
+    shapes
+}
+
+/// Writes `adapter_model.safetensors`, its numbers as `dtype`, and then `adapter_config.json` into `folder`. Each file
+/// replaces an older one at once or not at all. The tensors are those of [`adapter_shapes`].
+pub fn write_adapter(folder: &Path, adapter: &Adapter, tensors: &[NamedTensor], dtype: DType) -> Result<(), SaveError> {
+    let convert = |named: &NamedTensor| Ok((named.name.clone(), named.tensor.to_dtype(dtype)?));
+    let tensors = tensors.iter().map(convert).collect::<Result<BTreeMap<_, _>, candle_core::Error>>()?;
+    let weights = safetensors::serialize(&tensors, None)?;
+    let json = serde_json::json!(AdapterJson {
+        peft_type: PEFT_TYPE.into(),
+        r: adapter.rank,
+        lora_alpha: adapter.alpha,
+        target_modules: TARGETS.map(String::from).into(),
+        base_model_name_or_path: adapter.base.clone(),
+        base_model_digest: format!("{:#}", adapter.base_digest),
+        mem_id: adapter.landmark.id,
+        mem_freq: adapter.landmark.block_tokens - 1,
+    });
+    std::fs::create_dir_all(folder).map_err(|source| SaveError::Io { path: folder.into(), source })?;
+    replace(&folder.join(WEIGHTS), &weights)?;
+    replace(&folder.join(CONFIG), format!("{json:#}\n").as_bytes())
+}
+
+/// Opens an adapter and the model that it changes. The digest is of both, and of the scale.
+pub(super) fn open(folder: &Path) -> Result<(ModelConfig, Box<dyn TensorSource>, Sha256Digest), LoadError> {
+    let path = folder.join(CONFIG);
+    let json = read_config(&path)?;
+    let unresolved = |source| LoadError::Base { path: path.clone(), source: Box::new(source) };
+    let base_path = resolve(&json.base_model_name_or_path).map_err(unresolved)?;
+    if is_adapter(&base_path) {
+        return Err(unsupported(&path, "base_model_name_or_path", "a whole model", "an adapter".into()));
+    }
+    let Opened { config: base_config, weights: base, paths } = open_weights(&base_path)?;
+    let found = weights_digest(paths.iter().map(|path| path.as_path()))?;
+    if json.base_model_digest != format!("{found:#}") {
+        let (base, expected) = (json.base_model_name_or_path, json.base_model_digest);
+        return Err(LoadError::OtherBase { path, base, expected, found });
+    }
+    let landmark = Landmark { id: json.mem_id, block_tokens: json.mem_freq.saturating_add(1) };
+    if landmark.id as usize > base_config.vocab {
+        let expected = format!("at most {}, the one behind the base's last token", base_config.vocab);
+        return Err(unsupported(&path, "mem_id", &expected, landmark.id.to_string()));
+    }
+    let vocab = base_config.vocab.max(landmark.id as usize + 1);
+    let config = ModelConfig { vocab, landmark: Some(landmark), ..base_config.clone() };
+    config.check().map_err(|source| LoadError::Shape { path, source })?;
+
+    let weights = folder.join(WEIGHTS);
+    let updates = SafeTensorsFolder::file(&weights)?;
+    let scale = json.lora_alpha as f64 / json.r as f64;
+    let mut hash = Sha256::new();
+    hash.update(found.0);
+    hash.update(weights_digest(std::iter::once(weights.as_path()))?.0);
+    hash.update(scale.to_le_bytes());
+    let adapted = Adapted { base, base_config, updates, rank: json.r, scale, landmark: landmark.id };
+    Ok((config, Box::new(adapted), Sha256Digest(hash.finalize().into())))
+}
+
+fn read_config(path: &Path) -> Result<AdapterJson, LoadError> {
+    let json: AdapterJson = read_json(&path.to_path_buf())?;
+    if json.peft_type != PEFT_TYPE {
+        return Err(unsupported(path, "peft_type", PEFT_TYPE, json.peft_type));
+    }
+    if !json.target_modules.iter().map(String::as_str).eq(TARGETS) {
+        let found = json.target_modules.into_iter().collect::<Vec<_>>().join(" and ");
+        return Err(unsupported(path, "target_modules", &TARGETS.join(" and "), found));
+    }
+    if json.r == 0 {
+        return Err(unsupported(path, "r", "at least 1", "0".into()));
+    }
+    if !json.lora_alpha.is_finite() {
+        return Err(unsupported(path, "lora_alpha", "a finite number", json.lora_alpha.to_string()));
+    }
+    Ok(json)
+}
+
+fn unsupported(path: &Path, key: &str, expected: &str, found: String) -> LoadError {
+    LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found }
+}
+
+impl Adapted {
+    /// `W + scale B A`
+    fn updated(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
+        let weight = self.base.read(name, shape)?;
+        let &[outs, ins] = shape else { unreachable!("projections are matrices") };
+        let [a, b] = update_names(&huggingface_name(name));
+        let (a, b) =
+            (self.updates.read_named(&a, &[self.rank, ins])?, self.updates.read_named(&b, &[outs, self.rank])?);
+        let update = b.matmul(&a).and_then(|product| product * self.scale);
+        update.and_then(|update| weight + update).map_err(|error| self.failed(error))
+    }
+
+    /// A base's table `(vocab, hidden)` with the landmark's row in its place; without one it is the mean of all rows.
+    fn with_landmark(&self, name: TensorName, row: Option<Tensor>) -> Result<Tensor, LoadError> {
+        let table = self.base.read(name, &[self.base_config.vocab, self.base_config.hidden])?;
+        let row = match row {
+            Some(row) => row.unsqueeze(0),
+            None => table.mean_keepdim(0),
+        };
+        row.and_then(|row| put_row(&table, self.landmark as usize, &row)).map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, error: candle_core::Error) -> LoadError {
+        let path = self.updates.paths().next().map(Path::to_path_buf).unwrap_or_default();
+        LoadError::Damaged { path, detail: error.to_string() }
+    }
+}
+
+impl TensorSource for Adapted {
+    fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
+        match name {
+            TensorName::Layer(_, LayerTensor::Query | LayerTensor::Key) => self.updated(name, shape),
+            TensorName::Embedding => {
+                let row = self.updates.read_named(LANDMARK_EMBEDDING, &[self.base_config.hidden])?;
+                self.with_landmark(name, Some(row))
+            }
+            TensorName::Output if self.base_config.landmark.is_none_or(|known| known.id != self.landmark) => {
+                self.with_landmark(name, None)
+            }
+            _ => self.base.read(name, shape),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::model::{read_tensors, tensor_shapes, write_model};
+    use crate::shape::Rope;
+
+    const RANK: usize = 2;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            layers: 2,
+            query_heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            hidden: 6,
+            ffn: 5,
+            vocab: 9,
+            context_tokens: 64,
+            norm_epsilon: 1e-5,
+            rope: Rope::from_base(100.0, 4),
+            tied_output: false,
+            eos_ids: vec![0],
+            landmark: None,
+        }
+    }
+
+    /// Numbers that tell their tensor and their place.
+    fn numbered((index, (name, shape)): (usize, (String, Vec<usize>))) -> NamedTensor {
+        let count = shape.iter().product::<usize>();
+        let numbers = (0..count).map(|i| ((i * 7 + index * 3) % 11) as f32 / 4.0 - 1.0).collect();
+        NamedTensor { name, tensor: Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap() }
+    }
+
+    /// A folder with a base and an adapter of it.
+    fn adapter(landmark: u32, config: &ModelConfig) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        let tensors: Vec<_> = tensor_shapes(config).into_iter().enumerate().map(numbered).collect();
+        write_model(&base, config, &tensors, DType::F32).unwrap();
+        let adapter = Adapter {
+            base_digest: weights_digest(std::iter::once(base.join("model.safetensors").as_path())).unwrap(),
+            base: base.display().to_string(),
+            rank: RANK,
+            alpha: 3.0,
+            landmark: Landmark { id: landmark, block_tokens: 5 },
+        };
+        let tensors: Vec<_> = adapter_shapes(config, RANK).into_iter().enumerate().map(numbered).collect();
+        write_adapter(&folder.path().join("adapter"), &adapter, &tensors, DType::F32).unwrap();
+        folder
+    }
+
+    fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
+        tensor.to_vec2().unwrap()
+    }
+
+    #[test]
+    fn updates_go_into_queries_and_keys_and_the_landmark_into_its_row() {
+        for (landmark, vocab) in [(9, 10), (4, 9), (0, 9)] {
+            let folder = adapter(landmark, &config());
+            let (_, base) = read_tensors(&folder.path().join("base")).unwrap();
+            let (config, adapted) = read_tensors(&folder.path().join("adapter")).unwrap();
+            assert_eq!((config.vocab, config.landmark), (vocab, Some(Landmark { id: landmark, block_tokens: 5 })));
+            let updates: BTreeMap<_, _> = adapter_shapes(&config, RANK)
+                .into_iter()
+                .enumerate()
+                .map(numbered)
+                .map(|named| (named.name, named.tensor))
+                .collect();
+            for (before, after) in base.iter().zip(&adapted) {
+                assert_eq!(before.name, after.name);
+                let [a, b] = update_names(&before.name);
+                if let (Some(a), Some(b)) = (updates.get(&a), updates.get(&b)) {
+                    let (a, b, weight) = (rows(a), rows(b), rows(&before.tensor));
+                    for (row, found) in rows(&after.tensor).iter().enumerate() {
+                        for (column, found) in found.iter().enumerate() {
+                            let product: f32 = (0..RANK).map(|r| b[row][r] * a[r][column]).sum();
+                            let want = weight[row][column] + 1.5 * product;
+                            assert!((found - want).abs() < 1e-5, "{} {row} {column}: {found} {want}", before.name);
+                        }
+                    }
+                } else if before.tensor.dims() == [9, 6] {
+                    let table = rows(&before.tensor);
+                    let row = match &before.name[..] {
+                        "lm_head.weight" => (0..6).map(|i| table.iter().map(|row| row[i]).sum::<f32>() / 9.0).collect(),
+                        _ => updates[LANDMARK_EMBEDDING].to_vec1().unwrap(),
+                    };
+                    for (index, found) in rows(&after.tensor).iter().enumerate() {
+                        let want = if index == landmark as usize { &row } else { &table[index] };
+                        assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{} {index}", before.name);
+                    }
+                } else {
+                    let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    assert_eq!(flat(&before.tensor), flat(&after.tensor), "{}", before.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_digest_is_of_the_base_the_updates_and_the_scale() {
+        let folder = adapter(9, &config());
+        let folder = folder.path().join("adapter");
+        let digest = || open(&folder).unwrap().2;
+        let first = digest();
+        assert_eq!(digest(), first);
+        edit(&folder, "lora_alpha", 4.0.into());
+        assert_ne!(digest(), first);
+    }
+
+    /// Changes one value of the configuration.
+    fn edit(folder: &Path, key: &str, value: serde_json::Value) {
+        let path = folder.join(CONFIG);
+        let mut json: serde_json::Value = read_json(&path).unwrap();
+        json[key] = value;
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_configuration_that_is_no_adapters_is_refused_by_key() {
+        let refused = |key: &str, value: serde_json::Value| {
+            let folder = adapter(9, &config());
+            edit(&folder.path().join("adapter"), key, value);
+            match open(&folder.path().join("adapter")).err().unwrap() {
+                LoadError::Unsupported { key, .. } => key,
+                LoadError::Shape { source, .. } => source.field.into(),
+                other => other.to_string(),
+            }
+        };
+        assert_eq!(refused("peft_type", "IA3".into()), "peft_type");
+        assert_eq!(refused("target_modules", vec!["q_proj", "v_proj"].into()), "target_modules");
+        assert_eq!(refused("r", 0.into()), "r");
+        assert_eq!(refused("mem_id", 10.into()), "mem_id");
+        assert_eq!(refused("mem_freq", 0.into()), "block_tokens");
+        assert_eq!(refused("mem_freq", u32::MAX.into()), "block_tokens");
+        assert!(refused("lora_alpha", serde_json::Value::Null).contains("damaged"));
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_or_are_not_whole_are_refused() {
+        let folder = adapter(9, &config());
+        let path = folder.path().join("adapter");
+        let refused = || read_tensors(&path).err().unwrap();
+        edit(&path, "r", 3.into());
+        assert!(matches!(refused(), LoadError::TensorShape { found, .. } if found.contains(&RANK)));
+        edit(&path, "r", RANK.into());
+        assert!(read_tensors(&path).is_ok());
+
+        let whole = fs::read(path.join(WEIGHTS)).unwrap();
+        for length in [0, 7, 100, whole.len() - 1] {
+            fs::write(path.join(WEIGHTS), &whole[..length]).unwrap();
+            assert!(matches!(refused(), LoadError::Damaged { .. }), "{length}");
+        }
+        for missing in [LANDMARK_EMBEDDING, "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"] {
+            let all: BTreeMap<_, _> =
+                candle_core::safetensors::load_buffer(&whole, &Device::Cpu).unwrap().into_iter().collect();
+            let fewer = all.iter().filter(|(name, _)| *name != missing);
+            fs::write(path.join(WEIGHTS), safetensors::serialize(fewer, None).unwrap()).unwrap();
+            assert!(matches!(refused(), LoadError::MissingTensor { name, .. } if name == missing), "{missing}");
+        }
+        fs::remove_file(path.join(WEIGHTS)).unwrap();
+        assert!(matches!(refused(), LoadError::Io { .. }));
+    }
+
+    #[test]
+    fn a_base_that_is_not_there_or_another_is_refused_with_what_to_do() {
+        let folder = adapter(9, &config());
+        let (path, base) = (folder.path().join("adapter"), folder.path().join("base"));
+        let refused = || open(&path).err().unwrap();
+        let tensors: Vec<_> = tensor_shapes(&config()).into_iter().enumerate().map(numbered).collect();
+        write_model(&base, &config(), &tensors, DType::F16).unwrap();
+        assert!(matches!(refused(), LoadError::OtherBase { .. }), "{}", refused());
+        edit(&path, "base_model_name_or_path", "hf:nobody/nothing".into());
+        let missing = refused();
+        assert!(missing.to_string().contains("landmarkdb model pull hf:nobody/nothing"), "{missing}");
+        edit(&path, "base_model_name_or_path", path.display().to_string().into());
+        assert!(matches!(refused(), LoadError::Unsupported { found, .. } if found == "an adapter"));
+    }
+}
