@@ -96,6 +96,40 @@ fn commands_know_what_a_landmark_model_needs() {
 }
 
 #[test]
+fn a_report_has_every_table_and_plot() {
+    let sandbox = Sandbox::new();
+    let model = shipped();
+    let typed = ["eval", "report", "out", "--model", model.to_str().unwrap(), "--plain", model.to_str().unwrap()];
+    let small = ["--text-tokens", "1024", "--lengths", "256,512", "--top-k", "2", "--samples", "1"];
+    let passkey = ["--passkey-lengths", "512,1024", "--passkey-top-k", "1", "--full-tokens-max", "512", "--json"];
+    let written = sandbox.run(&[&typed[..], &small, &passkey].concat()).exits(0).json();
+    let rows = |table: &str| written["report"][table].as_array().unwrap().clone();
+
+    let perplexity = |method: &str| {
+        let of_method = |row: &&serde_json::Value| row["method"] == method && row["length_tokens"] == 512;
+        rows("perplexity").iter().find(of_method).unwrap()["perplexity"].as_f64().unwrap()
+    };
+    assert!(perplexity("memory") < perplexity("local_only"), "{written}");
+    assert!(perplexity("recent_blocks") < perplexity("local_only"), "{written}");
+    let granularities: Vec<_> = rows("granularity").iter().map(|row| row["granularity"].clone()).collect();
+    assert_eq!(granularities[..5], ["token-head", "head", "token", "kv-group", "shared"]);
+    assert_eq!(rows("repetition").len(), 6);
+    // Two haystacks, each remembered at two lengths and asked under full attention at the shorter one.
+    assert_eq!(rows("passkey").len(), 6);
+    assert!(rows("passkey").iter().all(|row| row["method"] != "memory" || row["correct"] == 1), "{written}");
+
+    let read = |name: &str| std::fs::read_to_string(sandbox.path("out").join(name)).unwrap();
+    for heading in ["Table 1", "Table 2", "A passage read again", "Figure 3", "eval report out --model"] {
+        assert!(read("report.md").contains(heading), "{heading}");
+    }
+    for plot in ["perplexity.svg", "passkey-garbage.svg", "passkey-prose.svg"] {
+        assert!(read("report.md").contains(plot) && read(plot).contains("<polyline"), "{plot}");
+    }
+    let saved: serde_json::Value = serde_json::from_str(&read("report.json")).unwrap();
+    assert_eq!(saved, written["report"]);
+}
+
+#[test]
 fn checkpoints_with_a_landmark_in_the_wrong_place_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let broken = |file: &str, change: &dyn Fn(Vec<u8>) -> Vec<u8>| {

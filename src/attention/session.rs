@@ -538,6 +538,18 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_blocks_leave_first() {
+        let newest = |newest_blocks, blocks: Range<u32>| {
+            let retrieval = Retrieval { newest_blocks, ..Retrieval::default() };
+            retrieval.newest(BlockRange { document: DocumentId(1), blocks }).blocks
+        };
+        assert_eq!(newest(None, 1..9), 1..9);
+        assert_eq!(newest(Some(3), 1..9), 6..9);
+        assert_eq!(newest(Some(30), 1..9), 1..9);
+        assert_eq!(newest(Some(0), 1..9), 9..9);
+    }
+
+    #[test]
     fn grouping_of_tokens_changes_nothing() {
         for (tokens, sink) in [(16, true), (24, false)] {
             let window = Window { tokens, sink, ..Window::default() };
