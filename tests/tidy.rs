@@ -45,6 +45,7 @@ const LIBRARIES: &[(&[&str], &[&str])] = &[
     (&["protox", "tonic_prost_build"], &["build"]),
     (&["candle_core", "tokenizers"], &["attention", "model", "train", "eval"]),
     (&["hf_hub", "zip"], &["model"]),
+    (&["plotters"], &["eval"]),
     (&["clap", "clap_complete", "comfy_table", "indicatif"], &["cli"]),
 ];
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use candle_core::{DType as TensorType, Device, Tensor};
 use serde::Deserialize;
 
-use crate::api::{BlockMemory, CollectionInfo, MemoryError};
+use crate::api::{BlockMemory, MemoryError};
 use crate::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
 use crate::model::{
     self, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelConfig, RememberError,
@@ -23,7 +23,7 @@ use crate::model::{
 };
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::train::grouped_softmax;
-use crate::types::{DType, Granularity};
+use crate::types::{DType, Granularity, KeyRule};
 
 /// Largest difference of a logit that rounding explains, between two implementations in single precision.
 const LOGIT_TOLERANCE: f32 = 1e-3;
@@ -208,7 +208,11 @@ fn model_case(
     let collection = memory.open_collection(&case.collection(shape, model::file_digest(&weights)?))?;
     for (output, granularity) in GRANULARITIES.into_iter().filter(|(output, _)| recorded.has(output)) {
         let document = memory.open_document(collection.id, output)?;
-        let logits = case.run(&llama, memory, &collection, &document, granularity, &ids, &embedded);
+        let retrieval = Retrieval { top_k: case.top_k, granularity, ..Retrieval::landmark() };
+        let window = Window::landmark(case.chunk_tokens);
+        let logits = BlockAttention::write(memory.clone(), &collection, &document, window, Some(retrieval))
+            .map_err(|error| GoldenError::Remember(error.into()))
+            .and_then(|mut session| case.run(&llama, &mut session, &ids, &embedded));
         memory.delete(document.id)?;
         outputs.push(recorded.compare(&case.name, output, &logits?, LOGIT_TOLERANCE)?);
     }
@@ -249,7 +253,7 @@ impl ModelCase {
         CollectionSpec {
             name: name.clone(),
             shape,
-            key_rule: crate::types::KeyRule::Landmark,
+            key_rule: KeyRule::Landmark,
             payload_dtype: DType::F32,
             key_dtype: DType::F16,
             model_digest,
@@ -260,28 +264,20 @@ impl ModelCase {
     }
 
     /// The logits `(T, vocab)` of all tokens, read in the recorded chunks and then one by one, with memory.
-    #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
         llama: &Llama,
-        memory: &Arc<dyn BlockMemory>,
-        collection: &CollectionInfo,
-        document: &crate::api::DocumentInfo,
-        granularity: Granularity,
+        session: &mut BlockAttention,
         ids: &[u32],
         embedded: &[f32],
     ) -> Result<Vec<f32>, GoldenError> {
-        let retrieval = Retrieval { top_k: self.top_k, granularity, ..Retrieval::landmark() };
-        let window = Window::landmark(self.chunk_tokens);
-        let mut session = BlockAttention::write(memory.clone(), collection, document, window, Some(retrieval))
-            .map_err(RememberError::from)?;
         let mut logits = Vec::new();
         let groups =
             std::iter::repeat_n(self.chunk_tokens, self.chunks).chain(std::iter::repeat_n(1, self.decode_steps));
         for tokens in groups {
             let from = session.position();
             let x = embedded[from * self.hidden_size..][..tokens * self.hidden_size].to_vec();
-            logits.extend(llama.forward_embedded(x, &mut session, Logits::All)?);
+            logits.extend(llama.forward_embedded(x, session, Logits::All)?);
             let new = NewTokens { ids: &ids[from..from + tokens], text: &[], offsets: &vec![0; tokens] };
             session.commit(new).map_err(RememberError::from)?;
         }
