@@ -93,6 +93,10 @@ pub enum Normalisation {
     /// Softmax inside each block, weighted by the block's landmark (its last token), which competes in its
     /// block's stead and has no value of its own: landmark-trained models (Mohtashami and Jaggi 2023, section 3.1).
     Grouped,
+    /// As plain, but for the last token of each block, a landmark that only the index reads: no query gives it weight,
+    /// and its own sees its own block and nothing else. For models that were given landmark keys and are otherwise as
+    /// they were.
+    Hidden,
 }
 
 impl DType {
@@ -179,4 +183,4 @@ words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
 words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);
 words!(Granularity, "token-head" => TokenHead, "head" => Head, "token" => Token, "kv-group" => KvGroup, "shared" => Shared);
-words!(Normalisation, "plain" => Plain, "grouped" => Grouped);
+words!(Normalisation, "plain" => Plain, "grouped" => Grouped, "hidden" => Hidden);

@@ -39,6 +39,8 @@ pub(crate) struct Rule {
     /// Grouped: keys lie in blocks of `block_tokens`, each closed by its landmark. The tokens of the query's own block
     /// compete with the landmarks of the blocks before it; a landmark's weight goes to the tokens of its block, by a
     /// softmax of their own. The landmark of the query's own block is hidden, even from itself.
+    ///
+    /// Hidden: blocks as before. All tokens but landmarks compete; for the query of a landmark those of its block.
     pub(crate) normalisation: Normalisation,
     /// B
     pub(crate) block_tokens: usize,
@@ -48,12 +50,36 @@ impl Rule {
     /// Turns the scores of the keys that a query sees, which begin with a block and end with the query itself, into
     /// weights that are not yet divided by their sum. Returns `(log-sum-exp, sum)` of what competes.
     fn weigh(self, seen: &mut [f32]) -> (f32, f32) {
-        let own = match self.normalisation {
-            Normalisation::Plain => 0,
-            Normalisation::Grouped => (seen.len() - 1) / self.block_tokens * self.block_tokens,
-        };
-        let (before, own) = seen.split_at_mut(own);
-        let own = if self.normalisation == Normalisation::Grouped && own.len() == self.block_tokens {
+        match self.normalisation {
+            Normalisation::Plain => compete(seen),
+            Normalisation::Grouped => self.weigh_grouped(seen),
+            Normalisation::Hidden => self.weigh_hidden(seen),
+        }
+    }
+
+    /// Cuts before the block of the query, which is the last.
+    fn split_own(self, seen: &mut [f32]) -> (&mut [f32], &mut [f32]) {
+        seen.split_at_mut((seen.len() - 1) / self.block_tokens * self.block_tokens)
+    }
+
+    fn weigh_hidden(self, seen: &mut [f32]) -> (f32, f32) {
+        if seen.len().is_multiple_of(self.block_tokens) {
+            let (before, own) = self.split_own(seen);
+            before.fill(0.0);
+            let (tokens, landmark) = own.split_at_mut(self.block_tokens - 1);
+            landmark[0] = 0.0;
+            return compete(tokens);
+        }
+        seen.iter_mut()
+            .skip(self.block_tokens - 1)
+            .step_by(self.block_tokens)
+            .for_each(|score| *score = f32::NEG_INFINITY);
+        compete(seen)
+    }
+
+    fn weigh_grouped(self, seen: &mut [f32]) -> (f32, f32) {
+        let (before, own) = self.split_own(seen);
+        let own = if own.len() == self.block_tokens {
             let (tokens, landmark) = own.split_at_mut(self.block_tokens - 1);
             landmark[0] = 0.0;
             tokens
@@ -73,6 +99,13 @@ impl Rule {
         }
         (top + sum.ln(), sum)
     }
+}
+
+/// One softmax, not yet divided by its sum. Returns `(log-sum-exp, sum)`.
+fn compete(scores: &mut [f32]) -> (f32, f32) {
+    let top = numeric::max(scores);
+    let sum = numeric::exp_sum(scores, top);
+    (top + sum.ln(), sum)
 }
 
 /// Part of an attention: what some keys contribute.
@@ -165,18 +198,20 @@ mod tests {
         let scores: Vec<f64> = k.chunks(d).map(|k| q.iter().zip(k).map(|(a, b)| *a as f64 * *b as f64).sum()).collect();
         let exps: Vec<f64> = scores.iter().map(|score| score.exp()).collect();
         let last = scores.len() - 1;
-        let block = |key: usize| match rule.normalisation {
-            Normalisation::Plain => 0,
-            Normalisation::Grouped => key / rule.block_tokens,
+        let block = |key: usize| key / rule.block_tokens;
+        let is_landmark = |key: usize| (key + 1).is_multiple_of(rule.block_tokens);
+        let competes = |key: &usize| match rule.normalisation {
+            Normalisation::Plain => true,
+            Normalisation::Grouped => (block(*key) == block(last)) != is_landmark(*key),
+            Normalisation::Hidden => !is_landmark(*key) && (!is_landmark(last) || block(*key) == block(last)),
         };
-        let is_landmark =
-            |key: usize| rule.normalisation == Normalisation::Grouped && (key + 1).is_multiple_of(rule.block_tokens);
-        let competes = |key: &usize| (block(*key) == block(last)) != is_landmark(*key);
         let total: f64 = (0..=last).filter(competes).map(|key| exps[key]).sum();
-        let weight = |key: usize| match (is_landmark(key), block(key) == block(last)) {
-            (true, _) => 0.0,
-            (false, true) => exps[key] / total,
-            (false, false) => {
+        let weight = |key: usize| match rule.normalisation {
+            Normalisation::Plain | Normalisation::Hidden if competes(&key) => exps[key] / total,
+            Normalisation::Plain | Normalisation::Hidden => 0.0,
+            Normalisation::Grouped if is_landmark(key) => 0.0,
+            Normalisation::Grouped if block(key) == block(last) => exps[key] / total,
+            Normalisation::Grouped => {
                 let first = block(key) * rule.block_tokens;
                 let tokens = first..first + rule.block_tokens - 1;
                 exps[tokens.end] / total * exps[key] / exps[tokens].iter().sum::<f64>()
@@ -192,6 +227,7 @@ mod tests {
     #[test]
     fn agrees_with_double_precision_at_every_edge() {
         let grouped = |block_tokens| Rule { normalisation: Normalisation::Grouped, block_tokens };
+        let hidden = |block_tokens| Rule { normalisation: Normalisation::Hidden, block_tokens };
         for (tokens, group, d, sink, visible, rule) in [
             (1, 1, 4, 0, 1, PLAIN),
             (1, 3, 64, 64, 512, PLAIN),
@@ -203,6 +239,9 @@ mod tests {
             (30, 2, 8, 0, 1, grouped(7)),
             (9, 3, 16, 5, 12, grouped(5)),
             (70, 1, 8, 0, 3, grouped(17)),
+            (1, 1, 4, 0, 1, hidden(2)),
+            (9, 3, 16, 5, 12, hidden(5)),
+            (70, 2, 8, 17, 3, hidden(17)),
         ] {
             let q = numbers(tokens * group * d, 1);
             let (sink_k, sink_v) = (numbers(sink * d, 2), numbers(sink * d, 3));

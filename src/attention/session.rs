@@ -391,6 +391,16 @@ impl BlockAttention {
         local::attend(&queries, sink, window, visible, rule)
     }
 
+    /// Takes away what the queries of hidden landmarks read in the memory: their rows of `lse (T, Hq)`.
+    fn keep_landmarks_to_their_blocks(&self, run: &Run, lse: &mut [f32]) {
+        let rows = lse.chunks_exact_mut(self.shape.query_heads as usize);
+        for (token, lse) in run.tokens.clone().zip(rows) {
+            if (self.position + token + 1).is_multiple_of(self.shape.block_tokens as usize) {
+                lse.fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+
     fn has_earlier_documents(&self) -> bool {
         self.link.as_ref().is_some_and(|link| !link.before.is_empty())
     }
@@ -431,9 +441,13 @@ impl BlockAttention {
         let slots: Vec<usize> =
             requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
         let mut all = Vec::with_capacity(q.len());
-        for (mut partial, request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
+        let at_hand = self.attend_at_hand(layer, &runs, &slots, q);
+        for ((run, mut partial), request) in runs.iter().zip(at_hand).zip(requests) {
             if let (Some(request), Some(link)) = (request, &self.link) {
-                let attended = link.memory.attend(&request)?;
+                let mut attended = link.memory.attend(&request)?;
+                if self.normalisation == Normalisation::Hidden {
+                    self.keep_landmarks_to_their_blocks(run, &mut attended.lse);
+                }
                 let shares = local::merge(&mut partial, &attended.out, &attended.lse);
                 let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
                 self.trace.add(layer, &attended.hits, request.lookup.granularity, &shares, heads);

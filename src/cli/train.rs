@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::model;
-use crate::train::{self, Base, Event, Job, Kind, Phase, Recipe, Trained};
+use crate::train::{self, Base, Event, Job, Kind, Phase, Recipe, Trained, Validation};
 
 use super::Context;
 use super::encode::read;
@@ -28,7 +28,7 @@ Examples:
   landmarkdb train models/austen --text corpus/train/*.txt --validation corpus/validation/*.txt
   landmarkdb train models/plain --plain --text corpus/train/*.txt
   landmarkdb train models/more --from models/austen --lr 1e-3 --phases 60:2:1 --steps 600 --text corpus/train/*.txt
-  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --block-tokens 64 --phases 8:1:1 --text corpus/train/*.txt
+  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --block-tokens 64 --phases 32:1:1 --steps 300 --warmup 20 --lr 1e-3 --text corpus/train/*.txt
   landmarkdb train models/tiny --text texts/persuasion.txt --steps 100 --phases 8:4:1 --json
 ")]
 pub(super) struct Args {
@@ -69,8 +69,9 @@ struct ShapeArgs {
     #[arg(long, value_name = "MODEL", conflicts_with_all = ["layers", "hidden", "heads", "kv_heads", "ffn", "vocab"])]
     from: Option<String>,
 
-    /// Leave the model's weights as they are and train a small adapter: the landmark, and updates of this rank of the
-    /// query and key projections (LoRA). OUT then needs the model that it starts from.
+    /// Leave the model as it is and train landmark keys for it: a token that only the index reads, and updates of this
+    /// rank for it alone (LoRA). One key per block then chooses as all its token keys would. OUT is a small adapter, which
+    /// needs the model that it starts from.
     #[arg(long, value_name = "RANK", requires = "from", conflicts_with_all = ["plain", "recurrent"])]
     adapter: Option<usize>,
 
@@ -188,8 +189,8 @@ struct TrainReport {
     /// On the digits of first answers, in nats.
     answer_loss: Option<f32>,
     /// On the validation texts.
-    perplexity: Option<f64>,
-    counted_tokens: Option<usize>,
+    #[serde(flatten)]
+    validation: Option<Validation>,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
@@ -314,8 +315,7 @@ impl TrainReport {
             tokens_per_s: if trained.tokens == 0 { 0.0 } else { trained.tokens as f64 / trained.train_s },
             loss: trained.loss,
             answer_loss: trained.answer_loss,
-            perplexity: trained.validation.map(|validation| validation.perplexity),
-            counted_tokens: trained.validation.map(|validation| validation.counted_tokens),
+            validation: trained.validation,
         }
     }
 }
@@ -335,9 +335,19 @@ impl Report for TrainReport {
         ];
         facts.extend(self.loss.map(|loss| ("loss", format!("{loss:.3}"))));
         facts.extend(self.answer_loss.map(|loss| ("loss on answers", format!("{loss:.4}"))));
-        if let (Some(perplexity), Some(tokens)) = (self.perplexity, self.counted_tokens) {
-            facts.push(("perplexity", format!("{perplexity:.2} over {} tokens of validation", count(tokens as u64))));
-        }
+        facts.extend(self.validation.map(|validation| match validation {
+            Validation::Prediction { perplexity, counted_tokens } => {
+                ("perplexity", format!("{perplexity:.2} over {} tokens of validation", count(counted_tokens as u64)))
+            }
+            Validation::Choice { shared, top_k, choices } => (
+                "choices",
+                format!(
+                    "{:.1} % of the {top_k} blocks that token keys choose, over {} choices in validation",
+                    100.0 * shared,
+                    count(choices as u64)
+                ),
+            ),
+        }));
         write_facts(to, &facts)
     }
 }

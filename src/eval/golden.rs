@@ -244,7 +244,7 @@ impl ModelCase {
             rope: Rope::from_base(self.rope_theta, head_dim),
             tied_output: false,
             eos_ids: Vec::new(),
-            landmark: Some(Landmark { id: self.mem_id, block_tokens: self.mem_freq + 1 }),
+            landmark: Some(Landmark { id: self.mem_id, block_tokens: self.mem_freq + 1, hidden: false }),
         })
     }
 

@@ -218,6 +218,12 @@ impl Partial {
                 inner.iter_mut().for_each(|number| *number *= factor);
                 *landmark = 0.0;
             }
+            Normalisation::Hidden => {
+                let Some((landmark, tokens)) = scores.split_last_mut() else { return };
+                *landmark = 0.0;
+                self.raise_top(row, numeric::max(tokens));
+                self.sums[row] += numeric::exp_sum(tokens, self.tops[row]);
+            }
         }
     }
 

@@ -1,10 +1,11 @@
-//! Adapters: what gives a model landmarks, in a few megabytes beside the model itself.
+//! Adapters: what gives a model landmark keys, in a few megabytes beside the model itself.
 //!
-//! A folder with `tokenizer.json`, `adapter_config.json` and `adapter_model.safetensors`. Names are those of the PEFT
-//! library: per layer and projection `W` of queries and keys `lora_A (r, in)` and `lora_B (out, r)`, for
-//! `W + (alpha / r) B A` (Hu et al. 2021). Beside them the weights have the landmark's `landmark_embedding (hidden)`, and
-//! the configuration the landmark (`mem_id`, `mem_freq`, as in the paper's checkpoints) and the base's digest. Nothing of
-//! it is kept apart while the model runs: the updates go into the weights as they are read.
+//! A folder with `tokenizer.json`, `adapter_config.json` and `adapter_model.safetensors`. The weights are the landmark's
+//! embedding, `landmark_embedding (hidden)`, and per layer and projection `W` of queries, keys and attention outputs
+//! `lora_A (r, in)` and `lora_B (out, r)`, for `W + (alpha / r) B A` (Hu et al. 2021), under the names of the PEFT library.
+//! Unlike PEFT's, the updates hold for the landmark token alone, and no other token sees a landmark: what the model says
+//! without a memory is what the base says. So the configuration has a type of its own, with the landmark (`mem_id`,
+//! `mem_freq`, as in the paper's checkpoints) and the base's digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -17,6 +18,7 @@ use super::cache::weights_digest;
 use super::config::{Landmark, ModelConfig};
 use super::error::{LoadError, SaveError};
 use super::huggingface::read_json;
+use super::low_rank::{LandmarkUpdates, LowRank};
 use super::pull::resolve;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::tensors::{NamedTensor, Opened, open_weights, put_row, replace};
@@ -25,8 +27,9 @@ use crate::shape::Sha256Digest;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-const PEFT_TYPE: &str = "LORA";
-const TARGETS: [&str; 2] = ["k_proj", "q_proj"];
+/// Not one of PEFT's own: it would apply the updates to every token.
+const PEFT_TYPE: &str = "LANDMARK_LORA";
+const TARGETS: [&str; 3] = ["k_proj", "o_proj", "q_proj"];
 
 /// The landmark's row of the embedding, `(hidden)`.
 pub const LANDMARK_EMBEDDING: &str = "landmark_embedding";
@@ -89,12 +92,30 @@ pub fn update_names(weight: &str) -> [String; 2] {
 pub fn adapter_shapes(config: &ModelConfig, rank: usize) -> Vec<(String, Vec<usize>)> {
     let mut shapes = vec![(LANDMARK_EMBEDDING.to_string(), vec![config.hidden])];
     for layer in 0..config.layers {
-        for (tensor, width) in [(LayerTensor::Query, config.query_width()), (LayerTensor::Key, config.kv_width())] {
+        for tensor in updated(config, layer) {
             let [a, b] = update_names(&huggingface_name(TensorName::Layer(layer, tensor)));
-            shapes.extend([(a, vec![rank, config.hidden]), (b, vec![width, rank])]);
+            let (outs, ins) = sizes(config, tensor);
+            shapes.extend([(a, vec![rank, ins]), (b, vec![outs, rank])]);
         }
     }
     shapes
+}
+
+/// The projections of a layer that have updates: see [`LandmarkUpdates`].
+fn updated(config: &ModelConfig, layer: u32) -> impl Iterator<Item = LayerTensor> {
+    let (is_first, is_last) = (layer == 0, layer + 1 == config.layers);
+    let updated =
+        [(LayerTensor::Query, !is_last), (LayerTensor::Key, !is_first), (LayerTensor::AttentionOutput, !is_last)];
+    updated.into_iter().filter(|(_, has)| *has).map(|(tensor, _)| tensor)
+}
+
+/// `(out, in)` of a projection that has updates.
+fn sizes(config: &ModelConfig, tensor: LayerTensor) -> (usize, usize) {
+    match tensor {
+        LayerTensor::Key => (config.kv_width(), config.hidden),
+        LayerTensor::AttentionOutput => (config.hidden, config.query_width()),
+        _ => (config.query_width(), config.hidden),
+    }
 }
 
 /// Writes `adapter_model.safetensors`, its numbers as `dtype`, and then `adapter_config.json` into `folder`. Each file
@@ -133,7 +154,11 @@ pub(super) fn open(folder: &Path) -> Result<(ModelConfig, Box<dyn TensorSource>,
         let (base, expected) = (json.base_model_name_or_path, json.base_model_digest);
         return Err(LoadError::OtherBase { path, base, expected, found });
     }
-    let landmark = Landmark { id: json.mem_id, block_tokens: json.mem_freq.saturating_add(1) };
+    if base_config.landmark.is_some() {
+        let found = "one that has landmarks".into();
+        return Err(unsupported(&path, "base_model_name_or_path", "a model without landmarks", found));
+    }
+    let landmark = Landmark { id: json.mem_id, block_tokens: json.mem_freq.saturating_add(1), hidden: true };
     if landmark.id as usize > base_config.vocab {
         let expected = format!("at most {}, the one behind the base's last token", base_config.vocab);
         return Err(unsupported(&path, "mem_id", &expected, landmark.id.to_string()));
@@ -176,15 +201,13 @@ fn unsupported(path: &Path, key: &str, expected: &str, found: String) -> LoadErr
 }
 
 impl Adapted {
-    /// `W + scale B A`
-    fn updated(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let weight = self.base.read(name, shape)?;
-        let &[outs, ins] = shape else { unreachable!("projections are matrices") };
-        let [a, b] = update_names(&huggingface_name(name));
+    /// The update of one projection.
+    fn low_rank(&self, layer: u32, tensor: LayerTensor) -> Result<LowRank, LoadError> {
+        let [a, b] = update_names(&huggingface_name(TensorName::Layer(layer, tensor)));
+        let (outs, ins) = sizes(&self.base_config, tensor);
         let (a, b) =
             (self.updates.read_named(&a, &[self.rank, ins])?, self.updates.read_named(&b, &[outs, self.rank])?);
-        let update = b.matmul(&a).and_then(|product| product * self.scale);
-        update.and_then(|update| weight + update).map_err(|error| self.failed(error))
+        LowRank::new(&a, &b, self.scale).map_err(|error| self.failed(error))
     }
 
     /// A base's table `(vocab, hidden)` with the landmark's row in its place; without one it is the mean of all rows.
@@ -206,16 +229,25 @@ impl Adapted {
 impl TensorSource for Adapted {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
         match name {
-            TensorName::Layer(_, LayerTensor::Query | LayerTensor::Key) => self.updated(name, shape),
             TensorName::Embedding => {
                 let row = self.updates.read_named(LANDMARK_EMBEDDING, &[self.base_config.hidden])?;
                 self.with_landmark(name, Some(row))
             }
-            TensorName::Output if self.base_config.landmark.is_none_or(|known| known.id != self.landmark) => {
-                self.with_landmark(name, None)
-            }
+            TensorName::Output => self.with_landmark(name, None),
             _ => self.base.read(name, shape),
         }
+    }
+
+    fn landmark_updates(&self, layer: u32) -> Result<Option<LandmarkUpdates>, LoadError> {
+        let update = |wanted| {
+            let tensor = updated(&self.base_config, layer).find(|&tensor| tensor == wanted);
+            tensor.map(|tensor| self.low_rank(layer, tensor)).transpose()
+        };
+        Ok(Some(LandmarkUpdates {
+            query: update(LayerTensor::Query)?,
+            key: update(LayerTensor::Key)?,
+            output: update(LayerTensor::AttentionOutput)?,
+        }))
     }
 }
 
@@ -226,7 +258,8 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::model::{read_tensors, tensor_shapes, write_model};
+    use crate::attention::{AttentionError, SequenceAttention};
+    use crate::model::{Llama, Logits, tensor_shapes, write_model};
     use crate::shape::Rope;
 
     const RANK: usize = 2;
@@ -267,7 +300,7 @@ mod tests {
             base: base.display().to_string(),
             rank: RANK,
             alpha: 3.0,
-            landmark: Landmark { id: landmark, block_tokens: 5 },
+            landmark: Landmark { id: landmark, block_tokens: 5, hidden: true },
         };
         let tensors: Vec<_> = adapter_shapes(config, RANK).into_iter().enumerate().map(numbered).collect();
         write_adapter(&folder.path().join("adapter"), &adapter, &tensors, DType::F32).unwrap();
@@ -278,44 +311,105 @@ mod tests {
         tensor.to_vec2().unwrap()
     }
 
+    /// Keeps what it is called with, `(q, k)` per layer, and answers with the queries.
+    struct Calls(Vec<[Vec<f32>; 2]>);
+
+    impl SequenceAttention for Calls {
+        fn attend(&mut self, _: usize, _: usize, q: &[f32], k: &[f32], _: &[f32]) -> Result<Vec<f32>, AttentionError> {
+            self.0.push([q.to_vec(), k.to_vec()]);
+            Ok(q.to_vec())
+        }
+
+        fn position(&self) -> usize {
+            2
+        }
+    }
+
+    /// `y = W x + 1.5 B A x`, `W` from the base's tensors and the update from the adapter's.
+    fn projected(
+        base: &BTreeMap<String, Tensor>,
+        updates: &BTreeMap<String, Tensor>,
+        name: &str,
+        x: &[f64],
+    ) -> Vec<f64> {
+        let times = |matrix: &Tensor, x: &[f64]| -> Vec<f64> {
+            rows(matrix).iter().map(|row| row.iter().zip(x).map(|(a, b)| *a as f64 * b).sum()).collect()
+        };
+        let mut y = times(&base[name], x);
+        let [a, b] = update_names(name);
+        if let (Some(a), Some(b)) = (updates.get(&a), updates.get(&b)) {
+            y.iter_mut().zip(times(b, &times(a, x))).for_each(|(y, update)| *y += 1.5 * update);
+        }
+        y
+    }
+
     #[test]
-    fn updates_go_into_queries_and_keys_and_the_landmark_into_its_row() {
-        for (landmark, vocab) in [(9, 10), (4, 9), (0, 9)] {
+    fn landmarks_are_updated_and_nobody_else() {
+        for landmark in [9, 4] {
             let folder = adapter(landmark, &config());
-            let (_, base) = read_tensors(&folder.path().join("base")).unwrap();
-            let (config, adapted) = read_tensors(&folder.path().join("adapter")).unwrap();
-            assert_eq!((config.vocab, config.landmark), (vocab, Some(Landmark { id: landmark, block_tokens: 5 })));
-            let updates: BTreeMap<_, _> = adapter_shapes(&config, RANK)
-                .into_iter()
-                .enumerate()
-                .map(numbered)
-                .map(|named| (named.name, named.tensor))
-                .collect();
-            for (before, after) in base.iter().zip(&adapted) {
-                assert_eq!(before.name, after.name);
-                let [a, b] = update_names(&before.name);
-                if let (Some(a), Some(b)) = (updates.get(&a), updates.get(&b)) {
-                    let (a, b, weight) = (rows(a), rows(b), rows(&before.tensor));
-                    for (row, found) in rows(&after.tensor).iter().enumerate() {
-                        for (column, found) in found.iter().enumerate() {
-                            let product: f32 = (0..RANK).map(|r| b[row][r] * a[r][column]).sum();
-                            let want = weight[row][column] + 1.5 * product;
-                            assert!((found - want).abs() < 1e-5, "{} {row} {column}: {found} {want}", before.name);
-                        }
-                    }
-                } else if before.tensor.dims() == [9, 6] {
-                    let table = rows(&before.tensor);
-                    let row = match &before.name[..] {
-                        "lm_head.weight" => (0..6).map(|i| table.iter().map(|row| row[i]).sum::<f32>() / 9.0).collect(),
-                        _ => updates[LANDMARK_EMBEDDING].to_vec1().unwrap(),
-                    };
-                    for (index, found) in rows(&after.tensor).iter().enumerate() {
-                        let want = if index == landmark as usize { &row } else { &table[index] };
-                        assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{} {index}", before.name);
-                    }
-                } else {
-                    let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                    assert_eq!(flat(&before.tensor), flat(&after.tensor), "{}", before.name);
+            let open = |name: &str| {
+                let path = folder.path().join(name);
+                match is_adapter(&path) {
+                    true => open(&path).map(|(config, source, _)| Llama::load(config, &*source).unwrap()),
+                    false => Llama::open(&path),
+                }
+            };
+            let (base, adapted) = (open("base").unwrap(), open("adapter").unwrap());
+            let vocab = adapted.config().vocab;
+            assert_eq!(vocab, 9.max(landmark as usize + 1));
+            let expected = Landmark { id: landmark, block_tokens: 5, hidden: true };
+            assert_eq!(adapted.config().landmark, Some(expected));
+
+            let named = |shapes: Vec<(String, Vec<usize>)>| -> BTreeMap<String, Tensor> {
+                shapes.into_iter().enumerate().map(numbered).map(|named| (named.name, named.tensor)).collect()
+            };
+            let (tensors, updates) = (named(tensor_shapes(&config())), named(adapter_shapes(&config(), RANK)));
+            let row: Vec<f32> = updates[LANDMARK_EMBEDDING].to_vec1().unwrap();
+            assert_eq!(adapted.embed(&[landmark]).unwrap(), row);
+            assert_eq!(adapted.embed(&[0, 8]).unwrap(), base.embed(&[0, 8]).unwrap());
+
+            // After two tokens, the third of these closes the block.
+            let x: Vec<f32> = [base.embed(&[1, 2]).unwrap(), row, base.embed(&[3]).unwrap()].concat();
+            let run = |model: &Llama| {
+                let mut calls = Calls(Vec::new());
+                let logits = model.forward_embedded(x.clone(), &mut calls, Logits::All).unwrap();
+                let words = model.config().vocab;
+                (calls.0, logits.chunks(words).map(|row| row[..4].to_vec()).collect::<Vec<_>>())
+            };
+            let ((before, logits_before), (after, logits)) = (run(&base), run(&adapted));
+            for token in [0, 1, 3] {
+                assert_eq!(logits_before[token], logits[token]);
+                for (before, after) in before.iter().zip(&after) {
+                    assert_eq!(before[0][token * 8..][..8], after[0][token * 8..][..8]);
+                    assert_eq!(before[1][token * 4..][..4], after[1][token * 4..][..4]);
+                }
+            }
+
+            // The landmark from its embedding to the second layer's key, in double precision.
+            let normed = |x: &[f64], name: &str| -> Vec<f64> {
+                let scale = (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + 1e-5).sqrt().recip();
+                let weight: Vec<f32> = tensors[name].to_vec1().unwrap();
+                x.iter().zip(weight).map(|(x, weight)| x * scale * weight as f64).collect()
+            };
+            let plain = |name: &str, x: &[f64]| -> Vec<f64> {
+                rows(&tensors[name]).iter().map(|row| row.iter().zip(x).map(|(a, b)| *a as f64 * b).sum()).collect()
+            };
+            let mut x: Vec<f64> = x[12..18].iter().map(|&x| x as f64).collect();
+            for (layer, call) in after.iter().enumerate() {
+                let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+                let h = normed(&x, &name("input_layernorm"));
+                let q = projected(&tensors, &updates, &name("self_attn.q_proj"), &h);
+                let k = projected(&tensors, &updates, &name("self_attn.k_proj"), &h);
+                for (got, want) in call[0][16..24].iter().zip(&q).chain(call[1][8..12].iter().zip(&k)) {
+                    assert!((*got as f64 - want).abs() < 1e-3 * want.abs().max(1.0), "layer {layer}: {got} {want}");
+                }
+                if layer == 0 {
+                    let o = projected(&tensors, &updates, &name("self_attn.o_proj"), &q);
+                    x.iter_mut().zip(o).for_each(|(x, o)| *x += o);
+                    let h = normed(&x, &name("post_attention_layernorm"));
+                    let (gate, up) = (plain(&name("mlp.gate_proj"), &h), plain(&name("mlp.up_proj"), &h));
+                    let gated: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+                    x.iter_mut().zip(plain(&name("mlp.down_proj"), &gated)).for_each(|(x, d)| *x += d);
                 }
             }
         }
@@ -364,11 +458,12 @@ mod tests {
     fn weights_that_do_not_fit_or_are_not_whole_are_refused() {
         let folder = adapter(9, &config());
         let path = folder.path().join("adapter");
-        let refused = || read_tensors(&path).err().unwrap();
+        let load = || open(&path).and_then(|(config, source, _)| Llama::load(config, &*source));
+        let refused = || load().err().unwrap();
         edit(&path, "r", 3.into());
         assert!(matches!(refused(), LoadError::TensorShape { found, .. } if found.contains(&RANK)));
         edit(&path, "r", RANK.into());
-        assert!(read_tensors(&path).is_ok());
+        assert!(load().is_ok());
 
         let whole = fs::read(path.join(WEIGHTS)).unwrap();
         for length in [0, 7, 100, whole.len() - 1] {

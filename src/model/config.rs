@@ -27,11 +27,11 @@ pub struct ModelConfig {
     pub tied_output: bool,
     /// Tokens that end a text.
     pub eos_ids: Vec<u32>,
-    /// Of a model that was trained with landmarks.
+    /// Of a model with landmarks.
     pub landmark: Option<Landmark>,
 }
 
-/// How a landmark-trained model reads a text: cut into blocks, each closed by the landmark token (Mohtashami and Jaggi
+/// How a model with landmarks reads a text: cut into blocks, each closed by the landmark token (Mohtashami and Jaggi
 /// 2023, section 3.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Landmark {
@@ -39,6 +39,9 @@ pub struct Landmark {
     pub id: u32,
     /// B, the landmark included: `mem_freq + 1` of the paper's checkpoints.
     pub block_tokens: u32,
+    /// Whether only the index reads it ([`Normalisation::Hidden`](crate::types::Normalisation::Hidden)): the landmark of a model
+    /// that was given one by an adapter and not trained with it.
+    pub hidden: bool,
 }
 
 /// How a model stretches its rotation beyond the context it was first trained with.

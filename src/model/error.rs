@@ -50,6 +50,8 @@ pub enum SaveError {
          found {frequencies:?}; start from a model with plain or linearly scaled rotation"
     )]
     Rotation { frequencies: Vec<f32> },
+    #[error("config.json cannot tell landmarks that only the index reads: save the adapter that gives them instead")]
+    HiddenLandmark,
     #[error("tokenizer.json: {detail}")]
     Tokenizer { detail: String },
     #[error("weights: {0}")]

@@ -125,7 +125,7 @@ fn landmark(path: &Path, json: &ConfigJson) -> Result<Option<Landmark>, LoadErro
     };
     let (id, mem_freq) = (need("mem_id", json.mem_id)?, need("mem_freq", json.mem_freq)?);
     // What is too large is refused as a shape.
-    Ok(Some(Landmark { id, block_tokens: mem_freq.saturating_add(1) }))
+    Ok(Some(Landmark { id, block_tokens: mem_freq.saturating_add(1), hidden: false }))
 }
 
 fn refuse_other_architectures(path: &Path, json: &ConfigJson) -> Result<(), LoadError> {
@@ -219,7 +219,8 @@ pub(super) fn write_config(config: &ModelConfig, dtype: DType) -> Result<String,
     }
     match config.landmark {
         None => json["architectures"] = serde_json::json!(["LlamaForCausalLM"]),
-        Some(Landmark { id, block_tokens }) => {
+        Some(Landmark { hidden: true, .. }) => return Err(SaveError::HiddenLandmark),
+        Some(Landmark { id, block_tokens, .. }) => {
             json["model_type"] = LANDMARK_TYPE.into();
             json["mem_id"] = id.into();
             json["mem_freq"] = (block_tokens - 1).into();
@@ -311,7 +312,7 @@ mod tests {
             read_config(folder.path())
         };
         let config = read(r#", "mem_id": 99, "mem_freq": 50"#).unwrap();
-        assert_eq!(config.landmark, Some(Landmark { id: 99, block_tokens: 51 }));
+        assert_eq!(config.landmark, Some(Landmark { id: 99, block_tokens: 51, hidden: false }));
         assert!(matches!(read(r#", "mem_id": 99"#), Err(LoadError::MissingKey { key, .. }) if key == "mem_freq"));
         let field = |more: &str| match read(more).unwrap_err() {
             LoadError::Shape { source, .. } => source.field,
@@ -339,7 +340,7 @@ mod tests {
             eos_ids: vec![0, 7],
             landmark: None,
         };
-        let landmark = Some(Landmark { id: 511, block_tokens: 17 });
+        let landmark = Some(Landmark { id: 511, block_tokens: 17, hidden: false });
         let variants = [
             plain.clone(),
             ModelConfig { landmark, tied_output: false, eos_ids: Vec::new(), ..plain.clone() },

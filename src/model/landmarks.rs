@@ -1,7 +1,7 @@
 //! What landmark training changes about a model's use: how it reads a text, and what it keeps and retrieves.
 
-use super::config::ModelConfig;
-use crate::attention::{Retrieval, Window};
+use super::config::{Landmark, ModelConfig};
+use crate::attention::{Layers, Retrieval, Window};
 use crate::types::{KeyRule, Normalisation};
 
 /// Tokens of a block of a model without landmarks, where nothing else is asked for.
@@ -61,26 +61,42 @@ impl ModelConfig {
     }
 
     pub fn normalisation(&self) -> Normalisation {
-        if self.landmark.is_some() { Normalisation::Grouped } else { Normalisation::Plain }
+        match self.landmark {
+            None => Normalisation::Plain,
+            Some(Landmark { hidden: true, .. }) => Normalisation::Hidden,
+            Some(_) => Normalisation::Grouped,
+        }
     }
 
     /// The local window that the model works best with.
     pub fn window(&self) -> Window {
-        match self.landmark {
+        match self.trained_landmark() {
             Some(landmark) => Window::landmark(CHUNK_BLOCKS * landmark.block_tokens as usize),
-            None => Window::default(),
+            None => Window { normalisation: self.normalisation(), ..Window::default() },
         }
     }
 
-    /// What to retrieve for the model.
+    /// What to retrieve for the model. Layer 0 does not retrieve by hidden landmarks: before any layer they are all equal.
     pub fn retrieval(&self) -> Retrieval {
-        if self.landmark.is_some() { Retrieval::landmark() } else { Retrieval::default() }
+        match self.landmark {
+            None => Retrieval::default(),
+            Some(Landmark { hidden: true, .. }) => {
+                let layers = (0..self.layers).map(|layer| layer > 0).collect();
+                Retrieval { layers: Layers::These(layers), ..Retrieval::default() }
+            }
+            Some(_) => Retrieval::landmark(),
+        }
     }
 
-    /// What to retrieve while a text is encoded. A landmark-trained model reads on through its memory, as in the paper; a
-    /// model without landmarks keeps to its window, which costs less and serves it as well.
+    /// What to retrieve while a text is encoded. A landmark-trained model reads on through its memory, as in the paper;
+    /// any other keeps to its window, which costs less and serves it as well.
     pub fn encode_retrieval(&self) -> Option<Retrieval> {
-        self.landmark.map(|_| self.retrieval())
+        self.trained_landmark().map(|_| self.retrieval())
+    }
+
+    /// The landmark, if attention was trained with it.
+    fn trained_landmark(&self) -> Option<Landmark> {
+        self.landmark.filter(|landmark| !landmark.hidden)
     }
 }
 
@@ -104,7 +120,7 @@ mod tests {
             rope: Rope::from_base(1e4, 2),
             tied_output: true,
             eos_ids: vec![],
-            landmark: block_tokens.map(|block_tokens| Landmark { id: 99, block_tokens }),
+            landmark: block_tokens.map(|block_tokens| Landmark { id: 99, block_tokens, hidden: false }),
         }
     }
 

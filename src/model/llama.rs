@@ -10,6 +10,7 @@ use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
 use super::huggingface::read_config;
 use super::kernels::{multiply, rms_norm, swiglu, take_columns};
+use super::low_rank::LandmarkUpdates;
 use super::safetensors::SafeTensorsFolder;
 use super::weights::{LayerTensor, Matrix, TensorName, TensorSource};
 use crate::attention::SequenceAttention;
@@ -40,6 +41,8 @@ struct Layer {
     gate_up: Matrix,
     /// `(hidden, ffn)`
     down: Matrix,
+    /// Of a model whose landmarks were given to it by an adapter.
+    landmark: Option<LandmarkUpdates>,
 }
 
 /// Of which tokens the logits are wanted. The output matrix is the largest of a small model: ask for no more.
@@ -147,15 +150,22 @@ impl Llama {
         if tokens == 0 {
             return Ok(Vec::new());
         }
+        let landmarks = self.landmark_rows(attention.position(), tokens);
         let mut scratch = Scratch::new(&self.config, tokens);
         for (index, layer) in self.layers.iter().enumerate() {
-            let mut attended = self.attend(index, &x, attention, &mut scratch)?;
+            let mut attended = self.attend(index, &x, &landmarks, attention, &mut scratch)?;
             if index + 1 == self.layers.len() {
                 // Past the last attention a token serves its own logits only.
                 x.drain(..(tokens - wanted) * hidden);
                 attended.drain(..(tokens - wanted) * self.config.query_width());
             }
             multiply(&attended, &layer.attention_output, &mut x, Write::Add);
+            if let Some(output) = layer.landmark.as_ref().and_then(|updates| updates.output.as_ref()) {
+                let width = self.config.query_width();
+                for &row in &landmarks {
+                    output.add(&attended[row * width..][..width], &mut x[row * hidden..][..hidden]);
+                }
+            }
             self.feed_forward(layer, &mut x, &mut scratch);
         }
         let normed = &mut scratch.normed[..x.len()];
@@ -165,11 +175,19 @@ impl Llama {
         Ok(out)
     }
 
-    /// Attention of one layer for `x (T, hidden)`: `(T, Hq, D)`, before the output matrix.
+    /// Which of the tokens after `position` are landmarks that have updates of their own.
+    fn landmark_rows(&self, position: usize, tokens: usize) -> Vec<usize> {
+        let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) else { return Vec::new() };
+        let block_tokens = landmark.block_tokens as usize;
+        (0..tokens).filter(|row| (position + row + 1).is_multiple_of(block_tokens)).collect()
+    }
+
+    /// Attention of one layer for `x (T, hidden)`, of which `landmarks` are rows: `(T, Hq, D)`, before the output matrix.
     fn attend(
         &self,
         index: usize,
         x: &[f32],
+        landmarks: &[usize],
         attention: &mut dyn SequenceAttention,
         scratch: &mut Scratch,
     ) -> Result<Vec<f32>, ForwardError> {
@@ -179,6 +197,18 @@ impl Llama {
         let Scratch { normed, qkv, q, k, v, .. } = scratch;
         rms_norm(x, &layer.attention_norm, config.norm_epsilon, normed);
         multiply(normed, &layer.qkv, qkv, Write::Replace);
+        if let Some(updates) = &layer.landmark {
+            for &row in landmarks {
+                let normed = &normed[row * config.hidden..][..config.hidden];
+                let (query, rest) = qkv[row * columns..].split_at_mut(query_width);
+                if let Some(update) = &updates.query {
+                    update.add(normed, query);
+                }
+                if let Some(key) = &updates.key {
+                    key.add(normed, &mut rest[..kv_width]);
+                }
+            }
+        }
         take_columns(qkv, columns, 0, q);
         take_columns(qkv, columns, query_width, k);
         take_columns(qkv, columns, query_width + kv_width, v);
@@ -222,6 +252,7 @@ impl Layer {
             ffn_norm: stack(&[read(FfnNorm, &[hidden])?]),
             gate_up: stack(&[read(Gate, &[ffn, hidden])?, read(Up, &[ffn, hidden])?]),
             down: stack(&[read(Down, &[hidden, ffn])?]),
+            landmark: source.landmark_updates(layer)?,
         })
     }
 }

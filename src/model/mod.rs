@@ -21,6 +21,7 @@ mod huggingface;
 mod kernels;
 mod landmarks;
 mod llama;
+mod low_rank;
 mod pull;
 mod pulled;
 mod safetensors;

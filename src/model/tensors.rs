@@ -11,7 +11,7 @@ use super::error::{LoadError, SaveError};
 use super::files::replace_file;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::weights::{LayerTensor, TensorName, TensorSource};
-use super::{adapter, gguf, huggingface};
+use super::{gguf, huggingface};
 
 /// One tensor of a model.
 #[derive(Clone, Debug)]
@@ -47,16 +47,10 @@ pub(super) fn open_weights(path: &Path) -> Result<Opened, LoadError> {
     }
 }
 
-/// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights or with an adapter,
-/// as f32 on the CPU. Names, order and shapes are those of [`tensor_shapes`].
+/// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights, as f32 on the CPU.
+/// Names, order and shapes are those of [`tensor_shapes`].
 pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), LoadError> {
-    let (config, source) = if adapter::is_adapter(path) {
-        let (config, source, _) = adapter::open(path)?;
-        (config, source)
-    } else {
-        let Opened { config, weights, .. } = open_weights(path)?;
-        (config, weights)
-    };
+    let Opened { config, weights: source, .. } = open_weights(path)?;
     let read = |(name, shape): (TensorName, Vec<usize>)| {
         Ok(NamedTensor { name: huggingface_name(name), tensor: source.read(name, &shape)? })
     };

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, Storage, Tensor};
 
 use super::error::LoadError;
+use super::low_rank::LandmarkUpdates;
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,11 @@ pub(super) enum LayerTensor {
 pub(super) trait TensorSource: Sync {
     /// Reads one tensor as contiguous f32 on the CPU. Its shape is compared with `shape` before memory is taken for it.
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError>;
+
+    /// What changes a layer for landmarks alone.
+    fn landmark_updates(&self, _layer: u32) -> Result<Option<LandmarkUpdates>, LoadError> {
+        Ok(None)
+    }
 }
 
 /// Numbers that stay where they are for the life of a model: `(rows, columns)` row-major, or a vector as one row.

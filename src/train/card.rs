@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::checkpoint::Identity;
 use super::job::Trained;
+use super::validation::Validation;
 use crate::model::Adapter;
 
 /// `README.md` of a model folder.
@@ -17,18 +18,23 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
     };
     let what = match (adapter, kind) {
         (Some(Adapter { base, .. }), _) => format!(
-            "An adapter that gives {base} landmark attention (Mohtashami and Jaggi 2023): the landmark's embedding and \
-             low-rank updates of queries and keys (LoRA), {parameters} parameters in f16. It needs {base}, whose weights \
-             it leaves as they are. Trained by"
+            "An adapter that gives {base} landmark keys (after Mohtashami and Jaggi 2023): the embedding of a token that only \
+             the index reads, and low-rank updates of projections for that token alone (LoRA), {parameters} parameters in \
+             f16. It needs {base}, which says what it says without it. Trained by"
         ),
         (None, "landmark") => whole("landmark attention (Mohtashami and Jaggi 2023)"),
         (None, "recurrent") => whole("plain attention and the K and V of the window before (Transformer-XL)"),
         (None, _) => whole("plain attention"),
     };
     let judged = match &trained.validation {
-        Some(validation) => format!(
-            "Perplexity on texts that it was not trained on: {:.2}, over {} tokens in sequences of the last phase's length.",
-            validation.perplexity, validation.counted_tokens
+        Some(Validation::Prediction { perplexity, counted_tokens }) => format!(
+            "Perplexity on texts that it was not trained on: {perplexity:.2}, over {counted_tokens} tokens in sequences of the \
+             last phase's length."
+        ),
+        Some(Validation::Choice { shared, top_k, choices }) => format!(
+            "Of {top_k} blocks that all token keys choose, one landmark key per block chooses {:.1} % as well, in texts that \
+             it was not trained on ({choices} choices of all layers but the first, in sequences of the last phase's length).",
+            100.0 * shared
         ),
         None => "It was not judged by texts that it was not trained on.".into(),
     };
@@ -50,7 +56,6 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::validation::Validation;
 
     #[test]
     fn a_card_names_the_model_its_recipe_and_its_result() {
@@ -63,7 +68,7 @@ mod tests {
             train_s: 1.0,
             loss: None,
             answer_loss: None,
-            validation: Some(Validation { perplexity: 17.456, counted_tokens: 999 }),
+            validation: Some(Validation::Prediction { perplexity: 17.456, counted_tokens: 999 }),
             finished: true,
         };
         let text = card(Path::new("models/austen"), None, &identity, &trained);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::model::{LoadError, SaveError, TokenizeError};
+use crate::model::{ForwardError, LoadError, SaveError, TokenizeError};
 use crate::shape::InvalidShape;
 
 /// Why a model cannot be trained, or not be trained further.
@@ -58,6 +58,8 @@ pub enum TrainError {
     Io { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     #[error("a tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
 }

@@ -142,7 +142,7 @@ mod tests {
             rope: Rope::from_base(10_000.0, 8),
             tied_output: true,
             eos_ids: vec![0],
-            landmark: landmark.then_some(Landmark { id: LANDMARK, block_tokens: 9 }),
+            landmark: landmark.then_some(Landmark { id: LANDMARK, block_tokens: 9, hidden: false }),
         };
         Parts { tokenizer, texts, model }
     }

@@ -6,7 +6,8 @@
 //!
 //! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one
 //! row), `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
-//! `weights` (where parameters come from), `adapter` (few parameters beside frozen weights). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
+//! `weights` (where parameters come from), `adapter` (landmark keys for a model that stays as it is), `learner` (either of
+//! them). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
 //! `sequence` (landmarks go in), `mixture` (a step's batch). How it learns: `job`, `start`, `schedule`, `optimizer`,
 //! `checkpoint`, `run` (the loop), `validation`, `log` and `card`.
 
@@ -19,6 +20,7 @@ mod documents;
 mod error;
 mod grouped;
 mod job;
+mod learner;
 mod log;
 mod mixture;
 mod model;
@@ -38,6 +40,7 @@ mod weights;
 #[cfg(test)]
 mod tests;
 
+pub use adapter::AdapterModel;
 pub use batch::Batch;
 pub use error::{Difference, TrainError};
 pub use grouped::{GroupDropout, grouped_softmax};

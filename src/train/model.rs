@@ -6,14 +6,13 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
 
-use super::adapter::{self, Projection, Update};
 use super::attention::{Attention, Softmax};
 use super::batch::Batch;
 use super::error::TrainError;
 use super::grouped::GroupDropout;
-use super::ops::{LandmarkRow, Targets, Turns, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
+use super::ops::{Targets, Turns, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
 use super::weights;
-use crate::model::{Adapter, Landmark, ModelConfig, NamedTensor, read_tensors, write_adapter, write_model};
+use crate::model::{Landmark, ModelConfig, NamedTensor, read_tensors, write_model};
 use crate::types::DType;
 
 /// One tensor that training changes.
@@ -36,21 +35,13 @@ pub struct TrainingModel {
     norm: Tensor,
     /// `(vocab, hidden)`; the embedding where they are tied.
     output: Tensor,
-    /// Where only an adapter is trained, and everything else is frozen.
-    adapted: Option<Adapted>,
 }
 
-struct Adapted {
-    adapter: Adapter,
-    /// What is missing in the embedding.
-    landmark: LandmarkRow,
-}
-
-/// Handles to the tensors of one layer, trained or frozen; shapes are those of `model::weights`.
+/// Handles to the tensors of one layer; shapes are those of `model::weights`.
 struct Layer {
     attention_norm: Tensor,
-    query: Projection,
-    key: Projection,
+    query: Tensor,
+    key: Tensor,
     value: Tensor,
     attention_output: Tensor,
     ffn_norm: Tensor,
@@ -93,46 +84,16 @@ impl TrainingModel {
         Ok(Self::all_trained(config, parameters))
     }
 
-    /// A model from a file or a folder, as [`TrainingModel::open`] reads it, whose weights stay as they are. Trained are
-    /// the landmark's row of the embedding and low-rank updates of queries and keys, random for each seed, and zero in
-    /// effect at first.
-    ///
-    /// # Errors
-    /// Those of reading the model; a landmark or a rank that it cannot have.
-    pub fn open_adapted(path: &Path, adapter: Adapter, seed: u64) -> Result<Self, TrainError> {
-        let (mut config, mut tensors) = read_tensors(path)?;
-        weights::add_landmark(&mut config, &mut tensors, adapter.landmark)?;
-        config.check()?;
-        let parameters = adapter::parameters(&config, &tensors, &adapter, seed)?;
-        let landmark = adapter::landmark_row(&mut tensors, &adapter, &parameters)?;
-        let tensors = tensors.into_iter().map(|named| (named.name, named.tensor)).collect();
-        Ok(Self::assemble(config, tensors, parameters, Some(Adapted { adapter, landmark })))
-    }
-
+    /// From all tensors.
     fn all_trained(config: ModelConfig, parameters: Vec<Parameter>) -> Self {
-        let tensors = parameters.iter().map(|p| (p.name.clone(), p.var.as_tensor().clone())).collect();
-        Self::assemble(config, tensors, parameters, None)
-    }
-
-    /// From all tensors by their names, those that are trained among them or beside them.
-    fn assemble(
-        config: ModelConfig,
-        tensors: HashMap<String, Tensor>,
-        parameters: Vec<Parameter>,
-        adapted: Option<Adapted>,
-    ) -> Self {
-        let tensor = |name: &str| tensors[&format!("{name}.weight")].clone();
+        let tensors: HashMap<&str, &Var> = parameters.iter().map(|p| (p.name.as_str(), &p.var)).collect();
+        let tensor = |name: &str| tensors[format!("{name}.weight").as_str()].as_tensor().clone();
         let layer = |layer: u32| {
-            let name = |name: &str| format!("model.layers.{layer}.{name}");
-            let tensor = |part: &str| tensor(&name(part));
-            let projection = |part: &str| Projection {
-                weight: tensor(part),
-                update: adapted.as_ref().map(|adapted| Update::of(&parameters, &name(part), adapted.adapter.scale())),
-            };
+            let tensor = |part: &str| tensor(&format!("model.layers.{layer}.{part}"));
             Layer {
                 attention_norm: tensor("input_layernorm"),
-                query: projection("self_attn.q_proj"),
-                key: projection("self_attn.k_proj"),
+                query: tensor("self_attn.q_proj"),
+                key: tensor("self_attn.k_proj"),
                 value: tensor("self_attn.v_proj"),
                 attention_output: tensor("self_attn.o_proj"),
                 ffn_norm: tensor("post_attention_layernorm"),
@@ -148,7 +109,6 @@ impl TrainingModel {
             output: tensor(if config.tied_output { "model.embed_tokens" } else { "lm_head" }),
             config,
             parameters,
-            adapted,
         }
     }
 
@@ -160,11 +120,6 @@ impl TrainingModel {
     /// Every tensor that training changes, from the embedding to the output.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
-    }
-
-    /// What is trained, unless it is the whole model.
-    pub fn adapter(&self) -> Option<&Adapter> {
-        self.adapted.as_ref().map(|adapted| &adapted.adapter)
     }
 
     /// Mean cross-entropy of the batch, weighed, in nats: a scalar. Attention is grouped in a model with landmarks,
@@ -221,17 +176,13 @@ impl TrainingModel {
     /// Logits `(N, T, vocab)`; keys and values of all layers if there is a past, which then is their beginning.
     fn forward(&self, batch: &Batch, dropout: GroupDropout, past: Option<&Past>) -> Result<(Tensor, Past), TrainError> {
         let turns = Arc::new(Turns::new(&self.config.rope, &batch.positions));
-        let landmark = self.adapted.as_ref().map(|adapted| &adapted.landmark);
         let mut x = embed(&self.embedding, batch.ids.as_slice().into(), batch.sequences)?;
-        if let Some(landmark) = landmark {
-            x = landmark.embed(&x, &batch.ids)?;
-        }
         let mut seen = Past { layers: Vec::new() };
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.attention_norm, self.config.norm_epsilon)?;
             let head_dim = self.config.head_dim as usize;
-            let q = rotate(&layer.query.apply(&normed)?, &turns, head_dim)?;
-            let mut k = rotate(&layer.key.apply(&normed)?, &turns, head_dim)?;
+            let q = rotate(&linear(&normed, &layer.query)?, &turns, head_dim)?;
+            let mut k = rotate(&linear(&normed, &layer.key)?, &turns, head_dim)?;
             let mut v = linear(&normed, &layer.value)?;
             if let Some(past) = past {
                 if let Some((past_k, past_v)) = past.layers.get(index) {
@@ -246,11 +197,7 @@ impl TrainingModel {
             x = (x + linear(&gated, &layer.down)?)?;
         }
         let normed = rms_norm(&x, &self.norm, self.config.norm_epsilon)?;
-        let logits = match landmark {
-            Some(landmark) if self.config.tied_output => landmark.project(&normed, &self.output)?,
-            _ => linear(&normed, &self.output)?,
-        };
-        Ok((logits, seen))
+        Ok((linear(&normed, &self.output)?, seen))
     }
 
     fn attention(&self, layer: usize, dropout: GroupDropout) -> Attention {
@@ -268,31 +215,26 @@ impl TrainingModel {
     }
 
     /// Writes `model.safetensors`, its numbers as `dtype`, and `config.json` into a folder, each in the place of an
-    /// older one at once. [`Llama::open`](crate::model::Llama::open) reads them. Of an adapter, the files of
-    /// [`write_adapter`] instead.
+    /// older one at once. [`Llama::open`](crate::model::Llama::open) reads them.
     ///
     /// # Errors
     /// A dtype that is no float, rotary frequencies that a configuration cannot tell, and those of writing files.
     pub fn save(&self, folder: &Path, dtype: DType) -> Result<(), TrainError> {
-        let dtype = match dtype {
-            DType::F32 => candle_core::DType::F32,
-            DType::F16 => candle_core::DType::F16,
-            DType::BF16 => candle_core::DType::BF16,
-            DType::Int8 => {
-                return Err(TrainError::Invalid {
-                    field: "dtype",
-                    expected: "f32, f16 or bf16".into(),
-                    found: dtype.to_string(),
-                });
-            }
-        };
         let named = |p: &Parameter| NamedTensor { name: p.name.clone(), tensor: p.var.as_detached_tensor() };
         let tensors: Vec<NamedTensor> = self.parameters.iter().map(named).collect();
-        match self.adapter() {
-            Some(adapter) => write_adapter(folder, adapter, &tensors, dtype)?,
-            None => write_model(folder, &self.config, &tensors, dtype)?,
+        Ok(write_model(folder, &self.config, &tensors, float(dtype)?)?)
+    }
+}
+
+/// The dtype of a file's numbers.
+pub(super) fn float(dtype: DType) -> Result<candle_core::DType, TrainError> {
+    match dtype {
+        DType::F32 => Ok(candle_core::DType::F32),
+        DType::F16 => Ok(candle_core::DType::F16),
+        DType::BF16 => Ok(candle_core::DType::BF16),
+        DType::Int8 => {
+            Err(TrainError::Invalid { field: "dtype", expected: "f32, f16 or bf16".into(), found: dtype.to_string() })
         }
-        Ok(())
     }
 }
 

@@ -16,7 +16,7 @@ pub struct Recipe {
     /// Name of the model that the training starts from; none for random weights. With a name the model's own sizes
     /// replace the ones from `layers` to `vocab`.
     pub from: Option<String>,
-    /// Rank of the updates of queries and keys if only those and the landmark are trained, as an adapter.
+    /// Rank of the landmark's updates if only those and its embedding are trained, as an adapter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<usize>,
     /// What an adapter's updates are scaled with, times its rank.
@@ -96,6 +96,13 @@ impl Recipe {
                 self.adapter.is_some() == self.adapter_alpha.is_some()
                     && self.adapter_alpha.is_none_or(|alpha| alpha > 0.0 && alpha.is_finite()),
                 "a positive number with an adapter, none without one",
+            ),
+            ("pos_jump", self.adapter.is_none() || self.pos_jump == 0, "0 for an adapter"),
+            ("group_dropout", self.adapter.is_none() || self.group_dropout == 0.0, "0 for an adapter"),
+            (
+                "phases",
+                self.adapter.is_none() || self.phases.iter().all(|phase| phase.blocks >= 3),
+                "sequences of at least 3 blocks, for an adapter",
             ),
             ("passkey_share", (0.0..=1.0).contains(&self.passkey_share), "0 to 1"),
             (

@@ -13,13 +13,12 @@ use super::batch::Batch;
 use super::card;
 use super::checkpoint::{self, Identity, State};
 use super::error::TrainError;
-use super::grouped::GroupDropout;
 use super::job::{Event, Job, StepReport, Trained};
+use super::learner::Learner;
 use super::log::Log;
 use super::mixture::Mixture;
-use super::model::{Past, TrainingModel};
+use super::model::Past;
 use super::optimizer::{AdamW, Gradients};
-use super::recipe::{Kind, Recipe};
 use super::schedule::learning_rate;
 use super::start;
 use super::texts::Texts;
@@ -34,7 +33,7 @@ const ANSWER_STEPS: u64 = 25;
 /// A training under way.
 struct Run<'a> {
     job: &'a Job,
-    model: &'a TrainingModel,
+    learner: &'a Learner,
     mixture: Mixture<'a>,
     optimizer: AdamW,
     past: Option<Past>,
@@ -59,16 +58,16 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
         [] => None,
         held_out => Some(Texts::new(held_out, &start.tokenizer)?),
     };
-    let mixture = Mixture::new(&job.recipe, start.model.config(), &texts, &start.tokenizer)?;
-    let mut run = Run::resume(job, &start.model, &start.tokenizer, mixture)?;
+    let mixture = Mixture::new(&job.recipe, start.learner.config(), &texts, &start.tokenizer)?;
+    let mut run = Run::resume(job, &start.learner, &start.tokenizer, mixture)?;
     run.steps(stop, on_event)?;
     if run.trained.finished {
         if let Some(texts) = &validation {
             on_event(Event::Stage("validation"));
-            run.trained.validation = Some(validate(&start.model, &job.recipe, texts)?);
+            run.trained.validation = Some(validate(&start.learner, &job.recipe, texts)?);
         }
-        start.model.save(&job.out, DType::F16)?;
-        let card = card::card(&job.out, start.model.adapter(), &run.identity, &run.trained);
+        start.learner.save(&job.out, DType::F16)?;
+        let card = card::card(&job.out, start.learner.adapter(), &run.identity, &run.trained);
         let path = job.out.join("README.md");
         replace_file(&path, card.as_bytes()).map_err(|source| TrainError::Io { path, source })?;
     }
@@ -79,13 +78,13 @@ impl<'a> Run<'a> {
     /// From the checkpoint where there is one.
     fn resume(
         job: &'a Job,
-        model: &'a TrainingModel,
+        learner: &'a Learner,
         tokenizer: &Tokenizer,
         mixture: Mixture<'a>,
     ) -> Result<Self, TrainError> {
         let recipe = &job.recipe;
         let mut identity: Identity = recipe.values().into_iter().collect();
-        let config = model.config();
+        let config = learner.config();
         // Of a model that is trained further they are its own.
         let sizes = [
             ("layers", config.layers as usize),
@@ -97,18 +96,18 @@ impl<'a> Run<'a> {
         ];
         identity.extend(sizes.map(|(name, size)| (name.to_string(), size.to_string())));
         identity.insert("text digest".into(), format!("{:#}", text_digest(&job.texts)));
-        if let Some(adapter) = model.adapter() {
+        if let Some(adapter) = learner.adapter() {
             // What a checkpoint does not hold.
             identity.insert("base digest".into(), format!("{:#}", adapter.base_digest));
         }
         identity.insert("tokenizer digest".into(), format!("{:#}", tokenizer.digest()));
-        let mut optimizer = AdamW::new(model.parameters(), recipe.beta2, recipe.weight_decay);
+        let mut optimizer = AdamW::new(learner.parameters(), recipe.beta2, recipe.weight_decay);
         let mut past = None;
-        let mut state = State { parameters: model.parameters(), optimizer: &mut optimizer, past: &mut past };
+        let mut state = State { parameters: learner.parameters(), optimizer: &mut optimizer, past: &mut past };
         let saved_step = checkpoint::load(&job.out.join(checkpoint::FILE), &identity, &mut state)?;
         let done = saved_step.unwrap_or(0);
         let trained = Trained {
-            parameters: model.parameters().iter().map(|parameter| parameter.var.elem_count()).sum(),
+            parameters: learner.parameters().iter().map(|parameter| parameter.var.elem_count()).sum(),
             steps: done,
             resumed_steps: done,
             tokens: 0,
@@ -119,7 +118,7 @@ impl<'a> Run<'a> {
             finished: false,
         };
         let log = Log::open(&job.out, done)?;
-        Ok(Run { job, model, mixture, optimizer, past, identity, log, saved_step, trained })
+        Ok(Run { job, learner, mixture, optimizer, past, identity, log, saved_step, trained })
     }
 
     fn steps(&mut self, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
@@ -157,24 +156,19 @@ impl<'a> Run<'a> {
             true => self.answer_loss(&read.batch, read.answers)?,
             false => None,
         };
-        let loss = match recipe.kind {
-            Kind::Landmark | Kind::Plain => self.model.loss(&read.batch, group_dropout(recipe, step))?,
-            Kind::Recurrent => {
-                // Sequences of another phase are others, and so many more or fewer.
-                let past = self.past.take().filter(|_| step > first_step);
-                let (loss, seen) = self.model.loss_with_past(&read.batch, past.as_ref(), read.batch.tokens)?;
-                self.past = Some(seen);
-                loss
-            }
-        };
+        if step == first_step {
+            // Sequences of another phase are others, and so many more or fewer.
+            self.past = None;
+        }
+        let loss = self.learner.loss(recipe, step, &read.batch, &mut self.past)?;
         let value = loss.to_scalar::<f32>()?;
         self.finite(step, "loss", value as f64)?;
-        let gradients = Gradients::take(&loss.backward()?, self.model.parameters())?;
+        let gradients = Gradients::take(&loss.backward()?, self.learner.parameters())?;
         let gradient_norm = gradients.norm();
         self.finite(step, "length of the gradient", gradient_norm)?;
         let scale = (recipe.clip / gradient_norm.max(recipe.clip)).min(1.0);
         let learning_rate = learning_rate(recipe, step);
-        self.optimizer.step(self.model.parameters(), &gradients, scale, learning_rate)?;
+        self.optimizer.step(self.learner.parameters(), &gradients, scale, learning_rate)?;
         let report =
             StepReport { step: step + 1, loss: value, answer_loss, learning_rate, gradient_norm, tokens_per_s: 0.0 };
         Ok((report, read.batch.ids.len()))
@@ -185,8 +179,8 @@ impl<'a> Run<'a> {
         if weights.iter().all(|&weight| weight == 0.0) {
             return Ok(None);
         }
-        let loss = self.model.loss(&Batch { weights, ..batch.clone() }, GroupDropout::NONE)?;
-        Ok(Some(loss.to_scalar()?))
+        let loss = self.learner.measured_loss(&Batch { weights, ..batch.clone() })?;
+        Ok(loss.map(|loss| loss.to_scalar()).transpose()?)
     }
 
     /// Refuses a number that would spoil the weights. The checkpoint on disk is from before.
@@ -199,16 +193,12 @@ impl<'a> Run<'a> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         self.log.flush()?;
-        let state = State { parameters: self.model.parameters(), optimizer: &mut self.optimizer, past: &mut self.past };
+        let state =
+            State { parameters: self.learner.parameters(), optimizer: &mut self.optimizer, past: &mut self.past };
         checkpoint::save(&self.job.out.join(checkpoint::FILE), self.trained.steps, &self.identity, &state)?;
         self.saved_step = Some(self.trained.steps);
         Ok(())
     }
-}
-
-/// Another pattern in every step.
-fn group_dropout(recipe: &Recipe, step: u64) -> GroupDropout {
-    GroupDropout { rate: recipe.group_dropout, seed: (recipe.seed << 32) ^ step }
 }
 
 /// Of all texts, one after the other, with their lengths.
@@ -230,6 +220,8 @@ mod tests {
     use crate::model::{Landmark, LoadedModel};
     use crate::train::job::Base;
     use crate::train::recipe::tests::tiny;
+    use crate::train::recipe::{Kind, Recipe};
+    use crate::train::validation::Validation;
     use crate::train::vocabulary::tests::prose;
 
     fn job(out: &Path, recipe: Recipe) -> Job {
@@ -281,7 +273,7 @@ mod tests {
             });
             let trained = trained.unwrap();
             assert_eq!((trained.steps, trained.resumed_steps), (20, 0));
-            let perplexity = trained.validation.unwrap().perplexity;
+            let Some(Validation::Prediction { perplexity, .. }) = trained.validation else { panic!("{trained:?}") };
             assert!((2.0..300.0).contains(&perplexity), "{perplexity}");
 
             let resumed = finish(&job(&killed, recipe.clone()));
@@ -333,7 +325,7 @@ mod tests {
         assert_eq!(trained.tokens, 10 * 2 * (180 + 216));
 
         let model = LoadedModel::open(folder.path()).unwrap();
-        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9 }));
+        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9, hidden: false }));
         assert_eq!((model.config().context_tokens, &model.config().eos_ids[..]), (216, &[0][..]));
         assert_eq!(model.tokenizer.vocab(), 300);
         // Asked again it has nothing left to do.
@@ -399,7 +391,7 @@ mod tests {
         let named = |name: &str| Recipe { from: Some(name.into()), ..tiny() };
         finish(&Job { from: Some(base(&plain)), ..job(&landmark, named("plain")) });
         let config = LoadedModel::open(&landmark).unwrap().config().clone();
-        assert_eq!(config.landmark, Some(Landmark { id: 299, block_tokens: 9 }));
+        assert_eq!(config.landmark, Some(Landmark { id: 299, block_tokens: 9, hidden: false }));
 
         let further = |recipe| failure(&Job { from: Some(base(&landmark)), ..job(&other, recipe) });
         let blocks = further(Recipe { block_tokens: 8, ..named("landmark") });
@@ -416,16 +408,14 @@ mod tests {
         finish(&job(&plain, Recipe { kind: Kind::Plain, ..tiny() }));
         let weights = fs::read(plain.join("model.safetensors")).unwrap();
 
-        let recipe = || Recipe {
-            from: Some("plain".into()),
-            adapter: Some(4),
-            adapter_alpha: Some(8.0),
-            group_dropout: 0.1,
-            ..tiny()
-        };
+        let recipe = || Recipe { from: Some("plain".into()), adapter: Some(4), adapter_alpha: Some(8.0), ..tiny() };
         let adapted = |out: &Path| Job { from: Some(base(&plain)), ..job(out, recipe()) };
         let trained = finish(&adapted(&whole));
-        assert_eq!(trained.parameters, 16 + 2 * (4 * 16 + 16 * 4 + 4 * 16 + 8 * 4));
+        // The landmark; queries and outputs of the first layer, keys of the second.
+        let (query, key, output) = (4 * (16 + 16), 4 * (16 + 8), 4 * (16 + 16));
+        assert_eq!(trained.parameters, 16 + query + key + output);
+        let Some(Validation::Choice { shared, top_k: 4, .. }) = trained.validation else { panic!("{trained:?}") };
+        assert!((0.2..=1.0).contains(&shared), "{shared}");
         let stop = AtomicBool::new(false);
         let unfinished = train(&adapted(&stopped), &stop, &mut |event| {
             if matches!(event, Event::Step(report) if report.step == 7) {
@@ -443,7 +433,7 @@ mod tests {
         assert!(fs::read(plain.join("model.safetensors")).unwrap() == weights);
 
         let model = LoadedModel::open(&whole).unwrap();
-        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9 }));
+        assert_eq!(model.config().landmark, Some(Landmark { id: 299, block_tokens: 9, hidden: true }));
         assert_ne!(model.model_digest, LoadedModel::open(&plain).unwrap().model_digest);
         let of_adapter = failure(&Job { from: Some(base(&whole)), ..job(&other, recipe()) });
         assert!(matches!(of_adapter, TrainError::Invalid { field: "from", .. }), "{of_adapter}");

@@ -1,8 +1,10 @@
 //! What a training begins with: a tokenizer and a model, made or taken from another model.
 
+use super::adapter::AdapterModel;
 use super::checkpoint;
 use super::error::TrainError;
-use super::job::{Base, Event, Job};
+use super::job::{Event, Job};
+use super::learner::Learner;
 use super::model::TrainingModel;
 use super::recipe::{Kind, Recipe};
 use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
@@ -17,7 +19,7 @@ const ROPE_BASE: f64 = 10_000.0;
 
 pub(super) struct Start {
     pub(super) tokenizer: Tokenizer,
-    pub(super) model: TrainingModel,
+    pub(super) learner: Learner,
 }
 
 /// Leaves `tokenizer.json` in the folder. One that belongs to a checkpoint there is used as it is.
@@ -34,41 +36,34 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
         }
         let tokenizer = Tokenizer::open(&path)?;
         let model = TrainingModel::new(new_config(&job.recipe, &tokenizer)?, job.recipe.seed)?;
-        return Ok(Start { tokenizer, model });
+        return Ok(Start { tokenizer, learner: Learner::Whole(model) });
     };
+    if is_adapter(&base.path) {
+        return Err(TrainError::Invalid {
+            field: "from",
+            expected: "a whole model".into(),
+            found: format!("{}, an adapter", base.name),
+        });
+    }
     on_event(Event::Stage("loading the model"));
     let known = LoadedModel::open(&base.path)?;
     let landmark = landmark_of(&job.recipe, known.config(), &known.tokenizer)?;
     if !resumes {
         write(known.tokenizer.to_json()?)?;
     }
-    let adapter = adapter(&job.recipe, base, &known, landmark)?;
-    drop(known);
-    let model = match adapter {
-        Some(adapter) => TrainingModel::open_adapted(&base.path, adapter, job.recipe.seed)?,
-        None => TrainingModel::open(&base.path, landmark)?,
+    let learner = match (job.recipe.adapter, job.recipe.adapter_alpha, landmark) {
+        (Some(rank), Some(alpha), Some(landmark)) => {
+            let (base_name, base_digest) = (base.name.clone(), known.model_digest);
+            let landmark = Landmark { hidden: true, ..landmark };
+            let adapter = Adapter { base: base_name, base_digest, rank, alpha, landmark };
+            Learner::Adapter(AdapterModel::open(&base.path, known.llama, adapter, job.recipe.seed)?)
+        }
+        _ => {
+            drop(known);
+            Learner::Whole(TrainingModel::open(&base.path, landmark)?)
+        }
     };
-    Ok(Start { tokenizer: Tokenizer::open(&path)?, model })
-}
-
-/// The adapter that is to be trained, if one is. The landmark is a new one, or the model's.
-fn adapter(
-    recipe: &Recipe,
-    base: &Base,
-    model: &LoadedModel,
-    landmark: Option<Landmark>,
-) -> Result<Option<Adapter>, TrainError> {
-    let (Some(rank), Some(alpha)) = (recipe.adapter, recipe.adapter_alpha) else { return Ok(None) };
-    let Some(landmark) = landmark.or(model.config().landmark) else { return Ok(None) };
-    if is_adapter(&base.path) {
-        return Err(TrainError::Invalid {
-            field: "from",
-            expected: "a whole model, for an adapter".into(),
-            found: format!("{}, an adapter", base.name),
-        });
-    }
-    let (base, base_digest) = (base.name.clone(), model.model_digest);
-    Ok(Some(Adapter { base, base_digest, rank, alpha, landmark }))
+    Ok(Start { tokenizer: Tokenizer::open(&path)?, learner })
 }
 
 fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, TrainError> {
@@ -80,7 +75,7 @@ fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, Tra
         })
     };
     let head_dim = recipe.hidden as u32 / recipe.heads;
-    let landmark = Landmark { id: token(LANDMARK)?, block_tokens: recipe.block_tokens };
+    let landmark = Landmark { id: token(LANDMARK)?, block_tokens: recipe.block_tokens, hidden: false };
     Ok(ModelConfig {
         layers: recipe.layers,
         query_heads: recipe.heads,
@@ -107,13 +102,16 @@ fn landmark_of(recipe: &Recipe, config: &ModelConfig, tokenizer: &Tokenizer) -> 
         (kind @ (Kind::Plain | Kind::Recurrent), Some(_)) => {
             wrong("from", format!("a model without landmarks, for a {kind:?} one"), "one with landmarks".into())
         }
+        (Kind::Landmark, Some(_)) if recipe.adapter.is_some() => {
+            wrong("from", "a model without landmarks, for an adapter".into(), "one with landmarks".into())
+        }
         (Kind::Landmark, Some(known)) if known.block_tokens != recipe.block_tokens => {
             wrong("block_tokens", format!("{}, as the model has", known.block_tokens), recipe.block_tokens.to_string())
         }
         (Kind::Landmark, Some(_)) => Ok(None),
         (Kind::Landmark, None) => {
             let id = tokenizer.token_id(LANDMARK).unwrap_or(config.vocab as u32);
-            Ok(Some(Landmark { id, block_tokens: recipe.block_tokens }))
+            Ok(Some(Landmark { id, block_tokens: recipe.block_tokens, hidden: false }))
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::model::{Landmark, Llama, LoadedModel, Logits, ModelConfig, pull};
 use crate::shape::Rope;
 use crate::types::DType;
 
-const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5 };
+const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5, hidden: false };
 
 pub(super) fn config(landmark: Option<Landmark>) -> ModelConfig {
     ModelConfig {
@@ -73,15 +73,16 @@ fn gradients_of_every_parameter_agree_with_finite_differences() {
     for (config, dropout) in cases {
         let model = TrainingModel::new(config.clone(), 1).unwrap();
         enlarge(&model);
-        check_gradients(&model, &batch(&config, 2, 17, 2), dropout);
+        let batch = batch(&config, 2, 17, 2);
+        check_gradients(model.parameters(), || model.loss(&batch, dropout).unwrap());
     }
 }
 
 /// Compares the gradient of every parameter with finite differences.
-pub(super) fn check_gradients(model: &TrainingModel, batch: &Batch, dropout: GroupDropout) {
-    let loss = || scalar(&model.loss(batch, dropout).unwrap()) as f64;
-    let grads = model.loss(batch, dropout).unwrap().backward().unwrap();
-    for parameter in model.parameters() {
+pub(super) fn check_gradients(parameters: &[Parameter], loss: impl Fn() -> Tensor) {
+    let grads = loss().backward().unwrap();
+    let loss = || scalar(&loss()) as f64;
+    for parameter in parameters {
         let gradient = flat(grads.get(parameter.var.as_tensor()).unwrap());
         let kept = parameter.var.as_detached_tensor().copy().unwrap();
         // Along the gradient itself the loss changes by its square: one number that every entry has a part in.
@@ -101,7 +102,7 @@ pub(super) fn check_gradients(model: &TrainingModel, batch: &Batch, dropout: Gro
 }
 
 /// Mean weighted cross-entropy of what the model that answers says, in double precision.
-pub(super) fn inference_loss(llama: &Llama, batch: &Batch) -> f64 {
+fn inference_loss(llama: &Llama, batch: &Batch) -> f64 {
     let (mut sum, mut total) = (0.0, 0.0);
     let rows = batch.targets.chunks(batch.tokens).zip(batch.weights.chunks(batch.tokens));
     for (ids, (targets, weights)) in batch.ids.chunks(batch.tokens).zip(rows) {
@@ -248,7 +249,7 @@ fn a_landmark_added_to_a_model_begins_as_the_mean_token() {
     let plain = TrainingModel::new(ModelConfig { tied_output: false, ..config(None) }, 8).unwrap();
     let folder = tempfile::tempdir().unwrap();
     plain.save(folder.path(), DType::F32).unwrap();
-    let open = |id| TrainingModel::open(folder.path(), Some(Landmark { id, block_tokens: 5 }));
+    let open = |id| TrainingModel::open(folder.path(), Some(Landmark { id, block_tokens: 5, hidden: false }));
     let before = plain.parameters()[0].var.as_tensor().to_vec2::<f32>().unwrap();
     let mean: Vec<f32> = (0..16).map(|i| before.iter().map(|row| row[i]).sum::<f32>() / 30.0).collect();
     for (id, vocab) in [(30, 31), (0, 30), (12, 30), (29, 30)] {
@@ -272,7 +273,7 @@ fn a_landmark_added_to_a_model_begins_as_the_mean_token() {
         .set(&Tensor::from_vec(vec![0.5f32; 480], (30, 16), &candle_core::Device::Cpu).unwrap())
         .unwrap();
     model.save(trained.path(), DType::F32).unwrap();
-    let again = TrainingModel::open(trained.path(), Some(Landmark { id: 12, block_tokens: 9 })).unwrap();
+    let again = TrainingModel::open(trained.path(), Some(Landmark { id: 12, block_tokens: 9, hidden: false })).unwrap();
     assert_eq!(again.config().landmark.unwrap().block_tokens, 9, "another block length");
     assert!(flat(again.parameters()[0].var.as_tensor()).iter().all(|&x| x == 0.5), "a trained landmark stays");
 }
@@ -325,7 +326,7 @@ fn fastest(runs: usize, mut run: impl FnMut()) -> f64 {
 fn a_step_takes() {
     use super::attention::{Attention, Softmax};
     use super::ops::*;
-    let landmark = Landmark { id: 511, block_tokens: 17 };
+    let landmark = Landmark { id: 511, block_tokens: 17, hidden: false };
     let shipped = ModelConfig {
         layers: 3,
         head_dim: 32,

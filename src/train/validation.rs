@@ -1,28 +1,47 @@
-//! How well a model predicts texts that it was not trained on.
+//! How well a model does on texts that it was not trained on.
 
 use candle_core::Tensor;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+use super::adapter::{AdapterModel, Choices};
 use super::error::TrainError;
 use super::grouped::GroupDropout;
+use super::learner::Learner;
 use super::mixture::{layout, plain_text};
 use super::model::{Past, TrainingModel};
 use super::recipe::{Kind, Recipe};
 use super::sequence::{Layout, Token};
 use super::texts::Texts;
+use crate::attention::Retrieval;
 
-/// Sequences that are read: enough to tell models apart by a percent, few enough to take seconds.
+/// Sequences that are predicted: enough to tell models apart by a percent, few enough to take seconds.
 const SEQUENCES_MAX: usize = 128;
+
+/// Sequences that an adapter is judged by: each has choices by the ten thousand, and reading one costs seconds.
+const ADAPTER_SEQUENCES_MAX: usize = 8;
 
 /// The result over all texts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Validation {
-    /// `e^` mean negative log-likelihood.
-    pub perplexity: f64,
-    /// Tokens that were predicted.
-    pub counted_tokens: usize,
+#[serde(untagged)]
+pub enum Validation {
+    /// Of a whole model.
+    Prediction {
+        /// `e^` mean negative log-likelihood.
+        perplexity: f64,
+        /// Tokens that were predicted.
+        counted_tokens: usize,
+    },
+    /// Of an adapter.
+    Choice {
+        /// Which share of the blocks that token keys choose its landmarks choose too, as many being chosen.
+        shared: f64,
+        /// Blocks that are chosen for a query.
+        top_k: usize,
+        /// Choices that were compared.
+        choices: usize,
+    },
 }
 
 /// Negative log-likelihood, added up.
@@ -32,9 +51,29 @@ struct Sum {
     tokens: f64,
 }
 
-/// Perplexity on windows of the length of the recipe's last phase, evenly spaced over the texts. Each begins without a
-/// past; of a recurrent model each stream of windows does.
-pub(super) fn validate(model: &TrainingModel, recipe: &Recipe, texts: &Texts) -> Result<Validation, TrainError> {
+/// On windows of the length of the recipe's last phase, evenly spaced over the texts.
+pub(super) fn validate(learner: &Learner, recipe: &Recipe, texts: &Texts) -> Result<Validation, TrainError> {
+    match learner {
+        Learner::Whole(model) => predict(model, recipe, texts),
+        Learner::Adapter(model) => choose(model, recipe, texts),
+    }
+}
+
+fn choose(model: &AdapterModel, recipe: &Recipe, texts: &Texts) -> Result<Validation, TrainError> {
+    let (phase, _) = recipe.phase(recipe.steps);
+    let layout = layout(recipe, &phase, model.config().landmark.map(|landmark| landmark.id));
+    texts.check_window(layout.document_tokens())?;
+    let top_k = Retrieval::default().top_k as usize;
+    let mut compared = Choices::default();
+    for window in texts.spread(layout.document_tokens(), ADAPTER_SEQUENCES_MAX) {
+        compared += model.choices(&layout.step(&[plain_text(window)], 0, no_jumps).batch, top_k)?;
+    }
+    let shared = compared.shared as f64 / compared.chosen as f64;
+    Ok(Validation::Choice { shared, top_k, choices: compared.chosen / top_k })
+}
+
+/// Perplexity. Each window begins without a past; of a recurrent model each stream of windows does.
+fn predict(model: &TrainingModel, recipe: &Recipe, texts: &Texts) -> Result<Validation, TrainError> {
     let (phase, _) = recipe.phase(recipe.steps);
     let layout = Layout { pos_jump: 0, ..layout(recipe, &phase, model.config().landmark.map(|landmark| landmark.id)) };
     let tokens = layout.document_tokens();
@@ -63,7 +102,7 @@ pub(super) fn validate(model: &TrainingModel, recipe: &Recipe, texts: &Texts) ->
             }
         }
     }
-    Ok(Validation { perplexity: (sum.nats / sum.tokens).exp(), counted_tokens: sum.tokens as usize })
+    Ok(Validation::Prediction { perplexity: (sum.nats / sum.tokens).exp(), counted_tokens: sum.tokens as usize })
 }
 
 impl Sum {

@@ -71,7 +71,7 @@ enums! {
     KeyRule = KeyRule { Landmark = Landmark, Tokens = Tokens, Mean = Mean }
     BlockScore = BlockScore { Max = Max, LogSumExp = LogSumExp }
     Granularity = Granularity { TokenHead = TokenHead, Head = Head, Token = Token, KvGroup = KvGroup, Shared = Shared }
-    Normalisation = Normalisation { Plain = Plain, Grouped = Grouped }
+    Normalisation = Normalisation { Plain = Plain, Grouped = Grouped, Hidden = Hidden }
 }
 
 /// The tensor called `field`, its byte count checked against its shape. Copies no numbers.

@@ -32,6 +32,7 @@ fn reference(
         let values = head_rows(&v, shape, layer, kv_head).into_iter().map(<[f32]>::to_vec);
         match request.normalisation {
             Normalisation::Plain => weighed.extend(scores.into_iter().zip(values)),
+            Normalisation::Hidden => weighed.extend(scores.into_iter().zip(values).take(block_tokens as usize - 1)),
             Normalisation::Grouped => {
                 let (&landmark, inner) = scores.split_last().unwrap();
                 let inside = log_sum_exp(inner);
@@ -41,7 +42,9 @@ fn reference(
         }
     }
     let lse = match request.normalisation {
-        Normalisation::Plain => log_sum_exp(&weighed.iter().map(|(score, _)| *score).collect::<Vec<_>>()),
+        Normalisation::Plain | Normalisation::Hidden => {
+            log_sum_exp(&weighed.iter().map(|(score, _)| *score).collect::<Vec<_>>())
+        }
         Normalisation::Grouped => log_sum_exp(&landmarks),
     };
     let mut out = vec![0.0; dim];
@@ -98,7 +101,7 @@ fn attention_equals_double_precision_for_every_choice() {
         let mut world = World::new(CollectionSpec { payload_dtype, ..spec("c") });
         let (a, b) = (world.document("a", 7), world.document("b", 4));
         for granularity in GRANULARITIES {
-            for normalisation in [Normalisation::Plain, Normalisation::Grouped] {
+            for normalisation in [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden] {
                 for (distances, top_k) in [(vec![2], 3), (vec![0, 1, 2, 3, 30], 3), (vec![1, 9], 20)] {
                     for scope in [vec![range(a, 0..7)], vec![range(b, 1..4), range(a, 3..5)]] {
                         let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope) };

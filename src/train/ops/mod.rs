@@ -5,7 +5,6 @@
 
 mod cross_entropy;
 mod embedding;
-mod landmark_row;
 mod linear;
 mod rms_norm;
 mod rotate;
@@ -16,7 +15,6 @@ mod tests;
 
 pub(super) use cross_entropy::{Targets, cross_entropy};
 pub(super) use embedding::embed;
-pub(super) use landmark_row::LandmarkRow;
 pub(super) use linear::linear;
 pub(super) use rms_norm::rms_norm;
 pub(super) use rotate::{Turns, rotate};

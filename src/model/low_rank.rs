@@ -1,0 +1,38 @@
+//! What an adapter changes: low-rank updates of a layer's projections, for the tokens that are landmarks and no others.
+
+use candle_core::Tensor;
+
+use super::kernels::multiply;
+use super::weights::Matrix;
+use crate::numeric::Write;
+
+/// `y += scale B A x` (Hu et al. 2021).
+pub(super) struct LowRank {
+    /// `A (r, in)`
+    down: Matrix,
+    /// `scale B (out, r)`
+    up: Matrix,
+}
+
+/// The updates of one layer. In the first layer all landmarks are equal, so their keys have none; nor has what a landmark
+/// reads in the last layer, after which nobody sees it.
+pub(super) struct LandmarkUpdates {
+    pub(super) query: Option<LowRank>,
+    pub(super) key: Option<LowRank>,
+    /// Of the attention's output matrix.
+    pub(super) output: Option<LowRank>,
+}
+
+impl LowRank {
+    /// From `A (r, in)` and `B (out, r)`.
+    pub(super) fn new(down: &Tensor, up: &Tensor, scale: f64) -> candle_core::Result<Self> {
+        Ok(LowRank { down: Matrix::stack(&[down.clone()])?, up: Matrix::stack(&[(up * scale)?])? })
+    }
+
+    /// For one token: `x (in)`, `y (out)`.
+    pub(super) fn add(&self, x: &[f32], y: &mut [f32]) {
+        let mut inner = vec![0.0; self.up.columns()];
+        multiply(x, &self.down, &mut inner, Write::Replace);
+        multiply(&inner, &self.up, y, Write::Add);
+    }
+}

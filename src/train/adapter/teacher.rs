@@ -1,0 +1,197 @@
+//! What the token keys of a model say about a sequence: the model's own pass over it, and the choice of each query.
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use crate::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
+use crate::model::{Llama, Logits, ModelConfig};
+use crate::numeric::{self, Matrix, Threads, Write};
+use crate::shape::ModelShape;
+use crate::train::error::TrainError;
+use crate::types::Normalisation;
+
+/// Of a query and a block that it cannot choose.
+const NEVER: f32 = -1e9;
+
+/// The model as it answers, with the window that it reads a text with.
+pub(super) struct Teacher {
+    llama: Llama,
+    shape: ModelShape,
+    window: Window,
+}
+
+/// What is learned from one sequence.
+pub(super) struct Lesson {
+    /// n
+    pub(super) blocks: usize,
+    /// `(M * G, n)`: 0 for a block that is whole before the query's own, else far below anything. Rows of a query token
+    /// are those of the heads of a group.
+    pub(super) mask: Tensor,
+    pub(super) layers: Vec<LayerLesson>,
+}
+
+/// Its part in one layer.
+pub(super) struct LayerLesson {
+    /// `(n, Hkv, B - 1, D)`: the text's keys, turned to their places in the block.
+    pub(super) k: Tensor,
+    /// `(n, Hkv, B - 1, D)`
+    pub(super) v: Tensor,
+    /// `(Hkv, M * G, D)`: queries, turned to the distance at which they look blocks up, multiplied with the softmax scale.
+    pub(super) q: Tensor,
+    /// `(Hkv, M * G, n)`: how likely token keys choose each block, times the share that the query has in the loss.
+    pub(super) p: Tensor,
+    /// Mean of `sum p log p` by the same shares.
+    pub(super) negative_entropy: f64,
+}
+
+/// Remembers what attention was called with.
+struct Recorder {
+    attention: BlockAttention,
+    /// q, k and v of each layer, before RoPE.
+    layers: Vec<[Vec<f32>; 3]>,
+}
+
+impl SequenceAttention for Recorder {
+    fn attend(
+        &mut self,
+        layer: usize,
+        tokens: usize,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<Vec<f32>, AttentionError> {
+        for (record, numbers) in self.layers[layer].iter_mut().zip([q, k, v]) {
+            record.extend_from_slice(numbers);
+        }
+        self.attention.attend(layer, tokens, q, k, v)
+    }
+
+    fn position(&self) -> usize {
+        self.attention.position()
+    }
+}
+
+impl Teacher {
+    /// `config` is the model's with the landmark that it is to get.
+    pub(super) fn new(llama: Llama, config: &ModelConfig, block_tokens: u32) -> Result<Self, TrainError> {
+        Ok(Teacher { llama, shape: config.shape(block_tokens)?, window: config.window() })
+    }
+
+    /// For the tokens `ids (T)`, each block closed by a landmark, and some of their queries, which count by `weights (T)`.
+    pub(super) fn lesson(&self, ids: &[u32], queries: &[usize], weights: &[f32]) -> Result<Lesson, TrainError> {
+        let block_tokens = self.shape.block_tokens as usize;
+        // Nobody sees a landmark, and the model does not know the token.
+        let is_landmark = |place: usize| (place + 1).is_multiple_of(block_tokens);
+        let known = |(place, &id): (usize, &u32)| if is_landmark(place) { 0 } else { id };
+        let ids: Vec<u32> = ids.iter().enumerate().map(known).collect();
+        debug_assert_eq!(self.window.normalisation, Normalisation::Hidden);
+        let attention = BlockAttention::window_only(&self.shape, self.window);
+        let mut recorder = Recorder { attention, layers: vec![Default::default(); self.shape.layers as usize] };
+        for chunk in ids.chunks(self.window.chunk_tokens) {
+            self.llama.forward(chunk, &mut recorder, Logits::None)?;
+        }
+
+        let blocks = ids.len() / block_tokens;
+        let group = self.shape.group();
+        let total: f32 = queries.iter().map(|&token| weights[token]).sum();
+        // The mean over queries, heads and layers.
+        let heads = (self.shape.query_heads * self.shape.layers) as f32;
+        let rows = Rows {
+            queries,
+            eligible: queries.iter().map(|&token| token / block_tokens).collect(),
+            shares: queries.iter().map(|&token| weights[token] / (total * heads)).collect(),
+        };
+        let layers = recorder.layers.into_par_iter().map(|record| self.layer(blocks, record, &rows));
+        let layers = layers.collect::<candle_core::Result<_>>()?;
+        let mask = rows.eligible.iter().flat_map(|&eligible| {
+            let row = (0..blocks).map(move |block| if block < eligible { 0.0 } else { NEVER });
+            std::iter::repeat_n(row, group).flatten()
+        });
+        let mask = Tensor::from_iter(mask, &Device::Cpu)?.reshape((queries.len() * group, blocks))?;
+        Ok(Lesson { blocks, mask, layers })
+    }
+
+    fn layer(&self, blocks: usize, [q, k, v]: [Vec<f32>; 3], rows: &Rows) -> candle_core::Result<LayerLesson> {
+        let shape = &self.shape;
+        let (kv_heads, group, d) = (shape.kv_heads as usize, shape.group(), shape.head_dim as usize);
+        let (block_tokens, row) = (shape.block_tokens as usize, kv_heads * d);
+        let inner = block_tokens - 1;
+        // (n, Hkv, B - 1, D), and as often (Hkv, n * (B - 1), D) for scores.
+        let by_block = |numbers: &[f32]| {
+            let block = |index: usize| {
+                let block = &numbers[index * block_tokens * row..][..inner * row];
+                (0..kv_heads)
+                    .flat_map(move |head| block.chunks_exact(row).flat_map(move |token| &token[head * d..][..d]))
+            };
+            (0..blocks).flat_map(block).copied().collect::<Vec<f32>>()
+        };
+        let (mut k, v) = (by_block(&k), by_block(&v));
+        let turns: Vec<_> = (0..inner).map(|place| shape.rope.turn(place as i64)).collect();
+        k.chunks_exact_mut(d).enumerate().for_each(|(i, key)| turns[i % inner].apply(key));
+
+        let reach = shape.rope.turn(self.reach());
+        let mut queries = Vec::with_capacity(rows.queries.len() * kv_heads * group * d);
+        for head in 0..kv_heads {
+            for &token in rows.queries {
+                let heads = &q[(token * kv_heads + head) * group * d..][..group * d];
+                queries.extend(heads.iter().map(|number| number * shape.softmax_scale));
+            }
+        }
+        queries.chunks_exact_mut(d).for_each(|query| reach.apply(query));
+
+        let count = rows.queries.len() * group;
+        let mut p = vec![0.0; kv_heads * count * blocks];
+        let mut negative_entropy = 0.0;
+        let mut keys = vec![0.0; blocks * inner * d];
+        let mut scores = vec![0.0; count * blocks * inner];
+        for head in 0..kv_heads {
+            for (block, keys) in keys.chunks_exact_mut(inner * d).enumerate() {
+                keys.copy_from_slice(&k[(block * kv_heads + head) * inner * d..][..inner * d]);
+            }
+            let queries = Matrix::new(&queries[head * count * d..][..count * d], count, d);
+            let keys = Matrix::new(&keys, blocks * inner, d).transposed();
+            numeric::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace, Threads::One);
+            let p = p[head * count * blocks..][..count * blocks].chunks_exact_mut(blocks);
+            for (row, (p, scores)) in p.zip(scores.chunks_exact(blocks * inner)).enumerate() {
+                let (eligible, share) = (rows.eligible[row / group], rows.shares[row / group]);
+                let p = &mut p[..eligible];
+                for (p, scores) in p.iter_mut().zip(scores.chunks_exact(inner)) {
+                    *p = numeric::log_sum_exp(scores);
+                }
+                let total = numeric::log_sum_exp(p);
+                for p in p.iter_mut() {
+                    let log = *p - total;
+                    *p = log.exp();
+                    negative_entropy += (share * *p * log) as f64;
+                    *p *= share;
+                }
+            }
+        }
+        let tensor = |numbers, shape: &[usize]| Tensor::from_vec(numbers, shape, &Device::Cpu);
+        Ok(LayerLesson {
+            k: tensor(k, &[blocks, kv_heads, inner, d])?,
+            v: tensor(v, &[blocks, kv_heads, inner, d])?,
+            q: tensor(queries, &[kv_heads, count, d])?,
+            p: tensor(p, &[kv_heads, count, blocks])?,
+            negative_entropy,
+        })
+    }
+
+    /// From the first token of a block in the slot of older blocks to a query in the middle of the block after the window:
+    /// see the slots of [`AttendRequest`](crate::api::AttendRequest).
+    fn reach(&self) -> i64 {
+        let block_tokens = self.shape.block_tokens as usize;
+        let slots = Retrieval::default().top_k as usize + 1;
+        (slots * block_tokens + self.window.tokens + block_tokens / 2) as i64
+    }
+}
+
+/// The queries of a lesson.
+struct Rows<'a> {
+    /// `(M)`: their tokens.
+    queries: &'a [usize],
+    /// `(M)`: blocks before each.
+    eligible: Vec<usize>,
+    /// `(M)`: what each of its heads and layers counts in the mean.
+    shares: Vec<f32>,
+}
