@@ -26,9 +26,19 @@ fn retrieval(top_k: u32, granularity: Granularity) -> Retrieval {
 }
 
 fn write(memory: &Arc<dyn BlockMemory>, name: &str, payload: DType, retrieval: Option<Retrieval>) -> BlockAttention {
+    write_within(WINDOW, memory, name, payload, retrieval)
+}
+
+fn write_within(
+    window: Window,
+    memory: &Arc<dyn BlockMemory>,
+    name: &str,
+    payload: DType,
+    retrieval: Option<Retrieval>,
+) -> BlockAttention {
     let collection = memory.open_collection(&spec(&format!("{name}-{payload}"), payload)).unwrap();
     let document = memory.open_document(collection.id, name).unwrap();
-    BlockAttention::write(memory.clone(), &collection, &document, WINDOW, retrieval).unwrap()
+    BlockAttention::write(memory.clone(), &collection, &document, window, retrieval).unwrap()
 }
 
 fn local(folder: &std::path::Path) -> Arc<dyn BlockMemory> {
@@ -40,19 +50,24 @@ fn with_everything_retrieved_attention_is_full_attention() {
     let folder = tempfile::tempdir().unwrap();
     let memory = local(folder.path());
     let text = Activations::random(TOKENS, 1);
-    let full = text.feed(&mut BlockAttention::full(&shape(), Normalisation::Plain), 0, TOKENS, 16);
     let all =
         [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
-    for granularity in all {
-        for (payload, tolerance) in [(DType::F32, 2e-5), (DType::F16, 2e-3), (DType::Int8, 5e-2)] {
-            let mut session = write(&memory, &granularity.to_string(), payload, Some(retrieval(1000, granularity)));
-            let with_memory = text.feed(&mut session, 0, TOKENS, 16);
-            let off = difference(&full, &with_memory);
-            assert!(off < tolerance, "{granularity}, {payload}: {off}");
+    // With hidden landmarks, what a landmark reads in its own block must not change with the memory either.
+    for normalisation in [Normalisation::Plain, Normalisation::Hidden] {
+        let full = text.feed(&mut BlockAttention::full(&shape(), normalisation), 0, TOKENS, 16);
+        let window = Window { normalisation, ..WINDOW };
+        for granularity in all {
+            for (payload, tolerance) in [(DType::F32, 2e-5), (DType::F16, 2e-3), (DType::Int8, 5e-2)] {
+                let name = format!("{normalisation} {granularity}");
+                let mut session = write_within(window, &memory, &name, payload, Some(retrieval(1000, granularity)));
+                let with_memory = text.feed(&mut session, 0, TOKENS, 16);
+                let off = difference(&full, &with_memory);
+                assert!(off < tolerance, "{normalisation}, {granularity}, {payload}: {off}");
+            }
         }
+        let mut window_only = BlockAttention::window_only(&shape(), window);
+        assert!(difference(&full, &text.feed(&mut window_only, 0, TOKENS, 16)) > 0.05, "retrieval made the difference");
     }
-    let mut window_only = BlockAttention::window_only(&shape(), WINDOW);
-    assert!(difference(&full, &text.feed(&mut window_only, 0, TOKENS, 16)) > 0.05, "retrieval made the difference");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use super::perplexity::{PerplexityMode, PerplexitySettings, perplexity, repetiti
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{Retrieval, Window};
 use crate::model::{LoadedModel, RememberError};
-use crate::types::Granularity;
+use crate::types::{Granularity, Normalisation};
 
 /// Tokens of the passage that the repetition test says twice.
 const PASSAGE_TOKENS: usize = 128;
@@ -233,7 +233,7 @@ impl Run<'_> {
         let local = subject.window.tokens.max(subject.window.chunk_tokens.min(length));
         let whole = (length / block_tokens) as u32;
         let mut modes = vec![(Method::LocalOnly, PerplexityMode::Window)];
-        if subject.model.config().landmark.is_none() && length <= self.settings.full_tokens_max {
+        if subject.model.config().normalisation() != Normalisation::Grouped && length <= self.settings.full_tokens_max {
             modes.push((Method::Full, PerplexityMode::Full));
         }
         for &top_k in &self.settings.top_k {
