@@ -54,6 +54,8 @@ pub enum TrainError {
         checkpoint.map_or("no checkpoint was written yet".into(), |step| format!("the checkpoint of step {step} stands"))
     )]
     NotFinite { step: u64, what: &'static str, value: f64, checkpoint: Option<u64> },
+    #[error("{path} is being trained into by another process: wait for it, or give another folder")]
+    InUse { path: PathBuf },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(transparent)]

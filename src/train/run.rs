@@ -4,6 +4,8 @@
 //! `model.safetensors`, `config.json` and `README.md` at the end, or an adapter's files in place of the first two. A training that stopped goes on from its checkpoint when
 //! the same is asked for again, and ends with the same weights, bit for bit, as if it had not stopped.
 
+use std::fs::{File, TryLockError};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -51,6 +53,7 @@ struct Run<'a> {
 pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> Result<Trained, TrainError> {
     job.recipe.check()?;
     std::fs::create_dir_all(&job.out).map_err(|source| TrainError::Io { path: job.out.clone(), source })?;
+    let _lock = lock(&job.out)?;
     let start = start::start(job, on_event)?;
     on_event(Event::Stage("reading the texts"));
     let texts = Texts::new(&job.texts, &start.tokenizer)?;
@@ -72,6 +75,17 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
         replace_file(&path, card.as_bytes()).map_err(|source| TrainError::Io { path, source })?;
     }
     Ok(run.trained)
+}
+
+/// The folder, held until this is dropped or the process ends. Its files come and go, so it is locked itself.
+fn lock(folder: &Path) -> Result<File, TrainError> {
+    let io = |source| TrainError::Io { path: folder.into(), source };
+    let file = File::open(folder).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: folder.into() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
 }
 
 impl<'a> Run<'a> {
@@ -214,7 +228,6 @@ fn text_digest(texts: &[String]) -> Sha256Digest {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::path::Path;
 
     use super::*;
     use crate::model::{Landmark, LoadedModel};
@@ -355,6 +368,9 @@ mod tests {
         // Repeated enough for a vocabulary, and still shorter than a sequence.
         let short = with_texts(&"one two three four five six seven eight nine ten ".repeat(3));
         assert!(matches!(short, TrainError::TextTooShort { .. } | TrainError::VocabularyTooLarge { .. }), "{short}");
+        let held = lock(folder.path()).unwrap();
+        assert!(matches!(failure(&good), TrainError::InUse { path } if path == folder.path()));
+        drop(held);
         let no_validation = failure(&Job { validation: vec!["too short".into()], ..good.clone() });
         assert!(matches!(no_validation, TrainError::TextTooShort { .. }), "{no_validation}");
 
