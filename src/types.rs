@@ -51,9 +51,9 @@ pub enum DType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeyRule {
-    /// m = 1: the key of the block's last token, which landmark training made its representative.
+    /// m = 1: the key of the block's last token, a landmark that was trained to represent it.
     Landmark,
-    /// m = B: every token key of the block. What a model without landmark training needs.
+    /// m = B: every token key of the block. What a model without landmarks needs.
     Tokens,
     /// m = 1: the mean of the block's token keys. Cheap and weak.
     Mean,
@@ -93,9 +93,8 @@ pub enum Normalisation {
     /// Softmax inside each block, weighted by the block's landmark (its last token), which competes in its
     /// block's stead and has no value of its own: landmark-trained models (Mohtashami and Jaggi 2023, section 3.1).
     Grouped,
-    /// As plain, but for the last token of each block, a landmark that only the index reads: no query gives it weight,
-    /// and its own sees its own block and nothing else. For models that were given landmark keys and are otherwise as
-    /// they were.
+    /// As plain, without the last token of each block, a landmark that only the index reads: models that were given
+    /// landmark keys and are otherwise as they were. Its own query reads its block alone, so it asks for nothing.
     Hidden,
 }
 

@@ -76,6 +76,8 @@ struct Run {
     tokens: Range<usize>,
     /// Position of the first visible token.
     start: usize,
+    /// A hidden landmark, alone: it reads its own block and asks the memory for nothing.
+    hidden: bool,
 }
 
 impl BlockAttention {
@@ -309,14 +311,17 @@ impl BlockAttention {
         (start * block_tokens).max(self.window.base())
     }
 
-    /// The group's tokens, cut where the window start changes.
+    /// The group's tokens, cut where the window start changes and around hidden landmarks.
     fn runs(&self) -> Vec<Run> {
+        let closes_block = |position: usize| (position + 1).is_multiple_of(self.shape.block_tokens as usize);
         let mut runs: Vec<Run> = Vec::new();
         for token in 0..self.group.tokens {
-            let start = self.window_start(self.position + token);
+            let position = self.position + token;
+            let start = self.window_start(position);
+            let hidden = self.normalisation == Normalisation::Hidden && closes_block(position);
             match runs.last_mut() {
-                Some(run) if run.start == start => run.tokens.end = token + 1,
-                _ => runs.push(Run { tokens: token..token + 1, start }),
+                Some(run) if run.start == start && !run.hidden && !hidden => run.tokens.end = token + 1,
+                _ => runs.push(Run { tokens: token..token + 1, start, hidden }),
             }
         }
         runs
@@ -330,7 +335,7 @@ impl BlockAttention {
 
     /// What may be retrieved for the queries of a run; `None` if nothing or not in this layer.
     fn request(&self, layer: usize, run: &Run, q: &[f32]) -> Option<AttendRequest> {
-        let link = self.link.as_ref().filter(|link| link.retrieval.layers.include(layer))?;
+        let link = self.link.as_ref().filter(|link| link.retrieval.layers.include(layer) && !run.hidden)?;
         let mut blocks = (run.start / self.shape.block_tokens as usize) as u32;
         if let Some(writer) = &self.writer {
             blocks = blocks.min(writer.blocks() as u32);
@@ -391,16 +396,6 @@ impl BlockAttention {
         local::attend(&queries, sink, window, visible, rule)
     }
 
-    /// Takes away what the queries of hidden landmarks read in the memory: their rows of `lse (T, Hq)`.
-    fn keep_landmarks_to_their_blocks(&self, run: &Run, lse: &mut [f32]) {
-        let rows = lse.chunks_exact_mut(self.shape.query_heads as usize);
-        for (token, lse) in run.tokens.clone().zip(rows) {
-            if (self.position + token + 1).is_multiple_of(self.shape.block_tokens as usize) {
-                lse.fill(f32::NEG_INFINITY);
-            }
-        }
-    }
-
     fn has_earlier_documents(&self) -> bool {
         self.link.as_ref().is_some_and(|link| !link.before.is_empty())
     }
@@ -441,13 +436,9 @@ impl BlockAttention {
         let slots: Vec<usize> =
             requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
         let mut all = Vec::with_capacity(q.len());
-        let at_hand = self.attend_at_hand(layer, &runs, &slots, q);
-        for ((run, mut partial), request) in runs.iter().zip(at_hand).zip(requests) {
+        for (mut partial, request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
             if let (Some(request), Some(link)) = (request, &self.link) {
-                let mut attended = link.memory.attend(&request)?;
-                if self.normalisation == Normalisation::Hidden {
-                    self.keep_landmarks_to_their_blocks(run, &mut attended.lse);
-                }
+                let attended = link.memory.attend(&request)?;
                 let shares = local::merge(&mut partial, &attended.out, &attended.lse);
                 let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
                 self.trace.add(layer, &attended.hits, request.lookup.granularity, &shares, heads);

@@ -23,16 +23,16 @@ pub(super) struct ModelArgs {
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct WindowArgs {
     /// Tokens that are seen without retrieval, in blocks before the one that --window-from names [default: 512; for a
-    /// model with landmarks 0].
+    /// model trained with landmarks 0].
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
 
     /// The block that the window is counted back from: query (each token's own) or chunk (that of the first token of its
-    /// chunk) [default: query; for a model with landmarks chunk].
+    /// chunk) [default: query; for a model trained with landmarks chunk].
     #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
     window_from: Option<CountedFrom>,
 
-    /// Most tokens that go through the model at once [default: 512; for a model with landmarks 8 blocks].
+    /// Most tokens that go through the model at once [default: 512; for a model trained with landmarks 8 blocks].
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
 
@@ -49,11 +49,12 @@ pub(super) struct RetrievalArgs {
     block_score: Option<BlockScore>,
 
     /// For whom one choice of blocks is made: token-head, head, token, kv-group or shared [default: kv-group; for a
-    /// model with landmarks token-head].
+    /// model trained with landmarks token-head].
     #[arg(long, value_name = "GRANULARITY", value_parser = word::<Granularity>)]
     granularity: Option<Granularity>,
 
-    /// The layers that retrieve, as numbers and ranges: 1-2,5 [default: all].
+    /// The layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
+    /// first].
     #[arg(long, value_name = "LAYERS", value_parser = layers)]
     retrieve_layers: Option<Layers>,
 
@@ -66,7 +67,7 @@ pub(super) struct RetrievalArgs {
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct EncodeArgs {
     /// Blocks that are retrieved while a text is encoded; 0: the model keeps to its window [default: 0; for a model
-    /// with landmarks 4].
+    /// trained with landmarks 4].
     #[arg(long, value_name = "K")]
     encode_top_k: Option<u32>,
 }
@@ -195,6 +196,13 @@ impl StorageArgs {
             }));
         }
         let key_rule = self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(config.key_rule());
+        if config.landmark.is_some_and(|landmark| landmark.hidden) && key_rule != KeyRule::Landmark {
+            return Err(CliError::Memory(MemoryError::Invalid {
+                field: "key rule".into(),
+                expected: "landmark, as the adapter's landmarks are no text; for other rules take its base".into(),
+                found: key_rule.to_string(),
+            }));
+        }
         let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
         Ok(CollectionSpec {
             name: name.into(),

@@ -70,7 +70,7 @@ struct ShapeArgs {
     from: Option<String>,
 
     /// Leave the model as it is and train landmark keys for it: a token that only the index reads, and updates of this
-    /// rank for it alone (LoRA). One key per block then chooses as all its token keys would. OUT is a small adapter, which
+    /// rank for it alone (LoRA). One key per block is trained to choose as all its token keys do. OUT is a small adapter, which
     /// needs the model that it starts from.
     #[arg(long, value_name = "RANK", requires = "from", conflicts_with_all = ["plain", "recurrent"])]
     adapter: Option<usize>,
@@ -139,7 +139,7 @@ struct ReadingArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "How it learns")]
 struct LearningArgs {
-    #[arg(long, default_value_t = 2400)]
+    #[arg(long, default_value_t = 4800)]
     steps: u64,
 
     /// Peak learning rate.
@@ -189,7 +189,6 @@ struct TrainReport {
     /// On the digits of first answers, in nats.
     answer_loss: Option<f32>,
     /// On the validation texts.
-    #[serde(flatten)]
     validation: Option<Validation>,
 }
 
@@ -339,11 +338,12 @@ impl Report for TrainReport {
             Validation::Prediction { perplexity, counted_tokens } => {
                 ("perplexity", format!("{perplexity:.2} over {} tokens of validation", count(counted_tokens as u64)))
             }
-            Validation::Choice { shared, top_k, choices } => (
+            Validation::Choice { shared, by_chance, top_k, choices } => (
                 "choices",
                 format!(
-                    "{:.1} % of the {top_k} blocks that token keys choose, over {} choices in validation",
+                    "{:.1} % of the {top_k} blocks that token keys choose ({:.1} % by chance), over {} choices in validation",
                     100.0 * shared,
+                    100.0 * by_chance,
                     count(choices as u64)
                 ),
             ),

@@ -1,11 +1,11 @@
 //! Adapters: what gives a model landmark keys, in a few megabytes beside the model itself.
 //!
 //! A folder with `tokenizer.json`, `adapter_config.json` and `adapter_model.safetensors`. The weights are the landmark's
-//! embedding, `landmark_embedding (hidden)`, and per layer and projection `W` of queries, keys and attention outputs
-//! `lora_A (r, in)` and `lora_B (out, r)`, for `W + (alpha / r) B A` (Hu et al. 2021), under the names of the PEFT library.
-//! Unlike PEFT's, the updates hold for the landmark token alone, and no other token sees a landmark: what the model says
-//! without a memory is what the base says. So the configuration has a type of its own, with the landmark (`mem_id`,
-//! `mem_freq`, as in the paper's checkpoints) and the base's digest.
+//! embedding, `landmark_embedding (hidden)`, and for projections `W` of queries, keys and attention outputs (all that matter:
+//! see [`LandmarkUpdates`]) `lora_A (r, in)` and `lora_B (out, r)`, for `W + (alpha / r) B A` (Hu et al. 2021), under the names
+//! of the PEFT library. Unlike PEFT's, the updates hold for the landmark token alone, and no other token sees a landmark: but
+//! for the positions that landmarks take, the model says what the base says. So the configuration has a type of its own,
+//! with the landmark (`mem_id`, `mem_freq`, as in the paper's checkpoints) and the base's digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -31,6 +31,9 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const PEFT_TYPE: &str = "LANDMARK_LORA";
 const TARGETS: [&str; 3] = ["k_proj", "o_proj", "q_proj"];
 
+/// Layers that a base has at least: in the first one landmarks are all equal.
+pub(crate) const LAYERS_MIN: u32 = 2;
+
 /// The landmark's row of the embedding, `(hidden)`.
 pub const LANDMARK_EMBEDDING: &str = "landmark_embedding";
 
@@ -43,7 +46,10 @@ pub struct Adapter {
     /// r
     pub rank: usize,
     pub alpha: f32,
-    pub landmark: Landmark,
+    /// The landmark token: one that the base does not use, or the one behind its last.
+    pub landmark: u32,
+    /// B, the landmark included.
+    pub block_tokens: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,7 +66,7 @@ struct AdapterJson {
     mem_freq: u32,
 }
 
-/// A base model's weights with the updates in them.
+/// A base model's weights, and beside them the updates.
 struct Adapted {
     base: Box<dyn TensorSource>,
     base_config: ModelConfig,
@@ -131,8 +137,8 @@ pub fn write_adapter(folder: &Path, adapter: &Adapter, tensors: &[NamedTensor], 
         target_modules: TARGETS.map(String::from).into(),
         base_model_name_or_path: adapter.base.clone(),
         base_model_digest: format!("{:#}", adapter.base_digest),
-        mem_id: adapter.landmark.id,
-        mem_freq: adapter.landmark.block_tokens - 1,
+        mem_id: adapter.landmark,
+        mem_freq: adapter.block_tokens - 1,
     });
     std::fs::create_dir_all(folder).map_err(|source| SaveError::Io { path: folder.into(), source })?;
     replace(&folder.join(WEIGHTS), &weights)?;
@@ -157,6 +163,10 @@ pub(super) fn open(folder: &Path) -> Result<(ModelConfig, Box<dyn TensorSource>,
     if base_config.landmark.is_some() {
         let found = "one that has landmarks".into();
         return Err(unsupported(&path, "base_model_name_or_path", "a model without landmarks", found));
+    }
+    if base_config.layers < LAYERS_MIN {
+        let (expected, found) = (format!("a model of at least {LAYERS_MIN} layers"), base_config.layers.to_string());
+        return Err(unsupported(&path, "base_model_name_or_path", &expected, found));
     }
     let landmark = Landmark { id: json.mem_id, block_tokens: json.mem_freq.saturating_add(1), hidden: true };
     if landmark.id as usize > base_config.vocab {
@@ -300,7 +310,8 @@ mod tests {
             base: base.display().to_string(),
             rank: RANK,
             alpha: 3.0,
-            landmark: Landmark { id: landmark, block_tokens: 5, hidden: true },
+            landmark,
+            block_tokens: 5,
         };
         let tensors: Vec<_> = adapter_shapes(config, RANK).into_iter().enumerate().map(numbered).collect();
         write_adapter(&folder.path().join("adapter"), &adapter, &tensors, DType::F32).unwrap();
@@ -377,8 +388,11 @@ mod tests {
                 (calls.0, logits.chunks(words).map(|row| row[..4].to_vec()).collect::<Vec<_>>())
             };
             let ((before, logits_before), (after, logits)) = (run(&base), run(&adapted));
+            let all = adapted.forward_embedded(x.clone(), &mut Calls(Vec::new()), Logits::All).unwrap();
+            let unlikely: Vec<f32> = all.chunks(vocab).map(|row| row[landmark as usize]).collect();
             for token in [0, 1, 3] {
                 assert_eq!(logits_before[token], logits[token]);
+                assert_eq!(unlikely[token], f32::NEG_INFINITY, "a landmark is never predicted");
                 for (before, after) in before.iter().zip(&after) {
                     assert_eq!(before[0][token * 8..][..8], after[0][token * 8..][..8]);
                     assert_eq!(before[1][token * 4..][..4], after[1][token * 4..][..4]);
@@ -445,7 +459,7 @@ mod tests {
                 other => other.to_string(),
             }
         };
-        assert_eq!(refused("peft_type", "IA3".into()), "peft_type");
+        assert_eq!(refused("peft_type", "LORA".into()), "peft_type");
         assert_eq!(refused("target_modules", vec!["q_proj", "v_proj"].into()), "target_modules");
         assert_eq!(refused("r", 0.into()), "r");
         assert_eq!(refused("mem_id", 10.into()), "mem_id");
@@ -479,6 +493,19 @@ mod tests {
         }
         fs::remove_file(path.join(WEIGHTS)).unwrap();
         assert!(matches!(refused(), LoadError::Io { .. }));
+    }
+
+    #[test]
+    fn a_base_that_cannot_have_one_is_refused() {
+        let landmark = Some(Landmark { id: 8, block_tokens: 5, hidden: false });
+        for (base, expected) in [
+            (ModelConfig { landmark, ..config() }, "a model without landmarks"),
+            (ModelConfig { layers: 1, ..config() }, "a model of at least 2 layers"),
+        ] {
+            let folder = adapter(9, &base);
+            let refused = open(&folder.path().join("adapter")).err().unwrap().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
     }
 
     #[test]

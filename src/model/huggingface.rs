@@ -356,6 +356,9 @@ mod tests {
             std::fs::write(folder.path().join("config.json"), write_config(&config, DType::F16).unwrap()).unwrap();
             assert_eq!(read_config(folder.path()).unwrap(), config);
         }
+        let hidden = Some(Landmark { id: 511, block_tokens: 17, hidden: true });
+        let adapted = ModelConfig { landmark: hidden, ..plain.clone() };
+        assert!(matches!(write_config(&adapted, DType::F32), Err(SaveError::HiddenLandmark)));
         let mut odd = plain;
         odd.rope.frequencies[3] *= 2.0;
         assert!(matches!(write_config(&odd, DType::F32), Err(SaveError::Rotation { .. })));

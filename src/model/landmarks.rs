@@ -155,4 +155,15 @@ mod tests {
         assert_eq!(config(Some(4)).reading(7, &[5]).ids, [99, 5]);
         assert_eq!(config(None).reading(7, &[5, 6]).ids, [5, 6]);
     }
+
+    #[test]
+    fn a_hidden_landmark_leaves_a_model_its_window() {
+        let landmark = Some(Landmark { id: 99, block_tokens: 4, hidden: true });
+        let hidden = ModelConfig { layers: 3, landmark, ..config(None) };
+        assert_eq!(hidden.window(), Window { normalisation: Normalisation::Hidden, ..Window::default() });
+        let layers = Layers::These(vec![false, true, true]);
+        assert_eq!(hidden.retrieval(), Retrieval { layers, ..Retrieval::default() });
+        assert_eq!((hidden.encode_retrieval(), hidden.key_rule()), (None, KeyRule::Landmark));
+        assert_eq!(hidden.reading(0, &[1, 2, 3, 4]).ids, [1, 2, 3, 99, 4]);
+    }
 }

@@ -172,6 +172,10 @@ impl Llama {
         rms_norm(&x, &self.norm, self.config.norm_epsilon, normed);
         let mut out = vec![0.0; wanted * self.config.vocab];
         multiply(normed, self.output.as_ref().unwrap_or(&self.embedding), &mut out, Write::Replace);
+        if let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) {
+            // The model that it was given to does not know the token.
+            out.chunks_exact_mut(self.config.vocab).for_each(|row| row[landmark.id as usize] = f32::NEG_INFINITY);
+        }
         Ok(out)
     }
 

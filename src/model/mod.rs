@@ -5,8 +5,8 @@
 //! `ask` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`,
-//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama` and `kernels` (the
-//! mathematics), `sample` and `generate`, then `encode` and `ask`.
+//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank` and `kernels`
+//! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
 
 mod adapter;
 mod ask;
@@ -38,6 +38,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
+pub(crate) use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
 pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
 pub use ask::{Answer, Question, ask};
 pub use cache::{file_digest, models_folder};

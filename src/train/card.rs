@@ -20,7 +20,7 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
         (Some(Adapter { base, .. }), _) => format!(
             "An adapter that gives {base} landmark keys (after Mohtashami and Jaggi 2023): the embedding of a token that only \
              the index reads, and low-rank updates of projections for that token alone (LoRA), {parameters} parameters in \
-             f16. It needs {base}, which says what it says without it. Trained by"
+             f16. It needs {base}, whose weights it leaves as they are. Trained by"
         ),
         (None, "landmark") => whole("landmark attention (Mohtashami and Jaggi 2023)"),
         (None, "recurrent") => whole("plain attention and the K and V of the window before (Transformer-XL)"),
@@ -31,10 +31,12 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
             "Perplexity on texts that it was not trained on: {perplexity:.2}, over {counted_tokens} tokens in sequences of the \
              last phase's length."
         ),
-        Some(Validation::Choice { shared, top_k, choices }) => format!(
-            "Of {top_k} blocks that all token keys choose, one landmark key per block chooses {:.1} % as well, in texts that \
-             it was not trained on ({choices} choices of all layers but the first, in sequences of the last phase's length).",
-            100.0 * shared
+        Some(Validation::Choice { choices: 0, .. }) => "Its sequences are too short to judge it by.".into(),
+        Some(Validation::Choice { shared, by_chance, top_k, choices }) => format!(
+            "Of {top_k} blocks that all token keys choose, one landmark key per block chooses {:.1} % as well ({:.1} % would be \
+             chance), in texts that it was not trained on ({choices} choices, in sequences of the last phase's length).",
+            100.0 * shared,
+            100.0 * by_chance
         ),
         None => "It was not judged by texts that it was not trained on.".into(),
     };
@@ -56,6 +58,7 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::Sha256Digest;
 
     #[test]
     fn a_card_names_the_model_its_recipe_and_its_result() {
@@ -76,6 +79,23 @@ mod tests {
         {
             assert!(text.contains(part), "{part} in {text}");
         }
+        let choice = |choices| Validation::Choice { shared: 0.7251, by_chance: 0.2, top_k: 4, choices };
+        let adapter = Adapter {
+            base: "smollm2".into(),
+            base_digest: Sha256Digest([0; 32]),
+            rank: 16,
+            alpha: 32.0,
+            landmark: 7,
+            block_tokens: 64,
+        };
+        let of_adapter = |choices| {
+            let trained = Trained { validation: Some(choice(choices)), ..trained.clone() };
+            card(Path::new("m"), Some(&adapter), &identity, &trained)
+        };
+        for part in ["gives smollm2 landmark keys", "Of 4 blocks", "72.5 % as well (20.0 %", "(1234 choices"] {
+            assert!(of_adapter(1234).contains(part), "{part} in {}", of_adapter(1234));
+        }
+        assert!(of_adapter(0).contains("too short to judge"));
         let unjudged = card(Path::new("m"), None, &identity, &Trained { validation: None, ..trained });
         assert!(unjudged.contains("not judged"));
     }

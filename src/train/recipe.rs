@@ -101,8 +101,8 @@ impl Recipe {
             ("group_dropout", self.adapter.is_none() || self.group_dropout == 0.0, "0 for an adapter"),
             (
                 "phases",
-                self.adapter.is_none() || self.phases.iter().all(|phase| phase.blocks >= 3),
-                "sequences of at least 3 blocks, for an adapter",
+                self.adapter.is_none() || self.phases.iter().all(|phase| phase.blocks >= 4),
+                "sequences of at least 4 blocks, for an adapter",
             ),
             ("passkey_share", (0.0..=1.0).contains(&self.passkey_share), "0 to 1"),
             (
@@ -111,6 +111,7 @@ impl Recipe {
                 "0 for a recurrent model, which reads prose in its order",
             ),
             ("answer_weight", self.answer_weight > 0.0 && self.answer_weight.is_finite(), "a positive number"),
+            ("answer_weight", self.adapter.is_none() || self.answer_weight > 1.0, "more than 1 for an adapter"),
             ("pos_jump", self.kind == Kind::Landmark || self.pos_jump == 0, "0 for a model without landmarks"),
             ("group_dropout", (0.0..1.0).contains(&self.group_dropout), "0 or more, and less than 1"),
             (
@@ -311,6 +312,10 @@ pub(super) mod tests {
         assert!(adapted(|r| r.adapter_alpha = None).contains("found none"));
         assert!(adapted(|r| r.adapter_alpha = Some(-1.0)).contains("found -1"));
         assert!(adapted(|r| r.adapter = None).contains("none without one, found 8"));
+        assert!(adapted(|r| r.pos_jump = 4).starts_with("pos_jump"));
+        assert!(adapted(|r| r.group_dropout = 0.1).starts_with("group_dropout"));
+        assert!(adapted(|r| r.answer_weight = 1.0).starts_with("answer_weight"));
+        assert!(adapted(|r| r.phases = vec!["3:1:1".parse().unwrap()]).contains("at least 4 blocks"));
         assert_eq!(refused(|r| r.passkey_share = 1.5), ("passkey_share", "1.5".into()));
         assert_eq!(refused(|r| r.kind = Kind::Recurrent), ("passkey_share", "0.5".into()));
         assert_eq!(refused(|r| r.phases.clear()), ("phases", "".into()));

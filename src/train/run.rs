@@ -77,14 +77,17 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
     Ok(run.trained)
 }
 
-/// The folder, held until this is dropped or the process ends. Its files come and go, so it is locked itself.
+/// The folder, held until this is dropped or the process ends. Its files come and go, so it is locked itself; on a file
+/// system that cannot do that, it is not.
 fn lock(folder: &Path) -> Result<File, TrainError> {
-    let io = |source| TrainError::Io { path: folder.into(), source };
-    let file = File::open(folder).map_err(io)?;
+    let file = File::open(folder).map_err(|source| TrainError::Io { path: folder.into(), source })?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: folder.into() }),
-        Err(TryLockError::Error(source)) => Err(io(source)),
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!("{} cannot be locked, so nothing keeps a second training out: {error}", folder.display());
+            Ok(file)
+        }
     }
 }
 
@@ -430,8 +433,10 @@ mod tests {
         // The landmark; queries and outputs of the first layer, keys of the second.
         let (query, key, output) = (4 * (16 + 16), 4 * (16 + 8), 4 * (16 + 16));
         assert_eq!(trained.parameters, 16 + query + key + output);
-        let Some(Validation::Choice { shared, top_k: 4, .. }) = trained.validation else { panic!("{trained:?}") };
-        assert!((0.2..=1.0).contains(&shared), "{shared}");
+        let Some(Validation::Choice { shared, by_chance, top_k: 4, choices }) = trained.validation else {
+            panic!("{trained:?}")
+        };
+        assert!(shared > by_chance && choices > 1000, "{:?}", trained.validation);
         let stop = AtomicBool::new(false);
         let unfinished = train(&adapted(&stopped), &stop, &mut |event| {
             if matches!(event, Event::Step(report) if report.step == 7) {

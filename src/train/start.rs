@@ -51,14 +51,13 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
     if !resumes {
         write(known.tokenizer.to_json()?)?;
     }
-    let learner = match (job.recipe.adapter, job.recipe.adapter_alpha, landmark) {
-        (Some(rank), Some(alpha), Some(landmark)) => {
+    let learner = match (job.recipe.adapter.zip(job.recipe.adapter_alpha), landmark) {
+        (Some((rank, alpha)), Some(Landmark { id, block_tokens, .. })) => {
             let (base_name, base_digest) = (base.name.clone(), known.model_digest);
-            let landmark = Landmark { hidden: true, ..landmark };
-            let adapter = Adapter { base: base_name, base_digest, rank, alpha, landmark };
+            let adapter = Adapter { base: base_name, base_digest, rank, alpha, landmark: id, block_tokens };
             Learner::Adapter(AdapterModel::open(&base.path, known.llama, adapter, job.recipe.seed)?)
         }
-        _ => {
+        (_, landmark) => {
             drop(known);
             Learner::Whole(TrainingModel::open(&base.path, landmark)?)
         }
@@ -102,9 +101,7 @@ fn landmark_of(recipe: &Recipe, config: &ModelConfig, tokenizer: &Tokenizer) -> 
         (kind @ (Kind::Plain | Kind::Recurrent), Some(_)) => {
             wrong("from", format!("a model without landmarks, for a {kind:?} one"), "one with landmarks".into())
         }
-        (Kind::Landmark, Some(_)) if recipe.adapter.is_some() => {
-            wrong("from", "a model without landmarks, for an adapter".into(), "one with landmarks".into())
-        }
+        (Kind::Landmark, known @ Some(_)) if recipe.adapter.is_some() => Ok(known),
         (Kind::Landmark, Some(known)) if known.block_tokens != recipe.block_tokens => {
             wrong("block_tokens", format!("{}, as the model has", known.block_tokens), recipe.block_tokens.to_string())
         }

@@ -33,13 +33,15 @@ pub enum Validation {
         /// Tokens that were predicted.
         counted_tokens: usize,
     },
-    /// Of an adapter.
+    /// Of an adapter: how its landmarks choose blocks, where there are more than are chosen.
     Choice {
         /// Which share of the blocks that token keys choose its landmarks choose too, as many being chosen.
         shared: f64,
-        /// Blocks that are chosen for a query.
+        /// The same share of keys that know nothing.
+        by_chance: f64,
+        /// Blocks of a choice.
         top_k: usize,
-        /// Choices that were compared.
+        /// Choices that were compared, in all layers but the first.
         choices: usize,
     },
 }
@@ -65,11 +67,12 @@ fn choose(model: &AdapterModel, recipe: &Recipe, texts: &Texts) -> Result<Valida
     texts.check_window(layout.document_tokens())?;
     let top_k = Retrieval::default().top_k as usize;
     let mut compared = Choices::default();
-    for window in texts.spread(layout.document_tokens(), ADAPTER_SEQUENCES_MAX) {
-        compared += model.choices(&layout.step(&[plain_text(window)], 0, no_jumps).batch, top_k)?;
+    for (seed, window) in texts.spread(layout.document_tokens(), ADAPTER_SEQUENCES_MAX).into_iter().enumerate() {
+        compared += model.choices(&layout.step(&[plain_text(window)], 0, no_jumps).batch, top_k, seed as u64)?;
     }
-    let shared = compared.shared as f64 / compared.chosen as f64;
-    Ok(Validation::Choice { shared, top_k, choices: compared.chosen / top_k })
+    let Choices { count: choices, shared, by_chance } = compared;
+    let mean = |sum: f64| sum / choices.max(1) as f64;
+    Ok(Validation::Choice { shared: mean(shared), by_chance: mean(by_chance), top_k, choices })
 }
 
 /// Perplexity. Each window begins without a past; of a recurrent model each stream of windows does.

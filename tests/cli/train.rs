@@ -39,7 +39,10 @@ fn a_model_is_trained_from_a_text() {
     let sandbox = sandbox();
     let report = sandbox.run(&args("landmark", &["--validation", "held-out.txt", "--json"])).exits(0).json();
     assert_eq!((&report["steps"], &report["tokens"]), (&20.into(), &(20 * 2 * 180).into()));
-    assert!(report["perplexity"].as_f64().is_some_and(|perplexity| (2.0..300.0).contains(&perplexity)), "{report}");
+    assert!(
+        report["validation"]["perplexity"].as_f64().is_some_and(|perplexity| (2.0..300.0).contains(&perplexity)),
+        "{report}"
+    );
     let config = std::fs::read_to_string(sandbox.path("landmark").join("config.json")).unwrap();
     assert!(config.contains(r#""mem_freq": 8"#) && config.contains(r#""mem_id": 299"#), "{config}");
     let card = std::fs::read_to_string(sandbox.path("landmark").join("README.md")).unwrap();
@@ -49,6 +52,29 @@ fn a_model_is_trained_from_a_text() {
     assert!(text.contains("steps") && text.contains("loss on answers"), "{text}");
     sandbox.write_file("note.txt", &BOOK[..2000]);
     sandbox.run(&["encode", "note.txt", "--model", "plain", "--data", "data"]).exits(0);
+}
+
+#[test]
+fn an_adapter_gives_a_model_landmark_keys() {
+    let sandbox = sandbox();
+    sandbox.run(&args("plain", &["--plain"])).exits(0);
+    let adapter =
+        ["train", "adapter", "--text", "book.txt", "--from", "plain", "--adapter", "4", "--block-tokens", "9"];
+    let recipe = ["--phases", "20:2:1", "--steps", "5", "--warmup", "1", "--validation", "held-out.txt", "--json"];
+    let report = sandbox.run(&[&adapter[..], &recipe].concat()).exits(0).json();
+    let number = |name: &str| report["validation"][name].as_f64().unwrap_or_else(|| panic!("{report}"));
+    assert!(number("shared") > number("by_chance") && number("choices") > 100.0, "{report}");
+    let refused = sandbox.run(&[&adapter[..], &["--answer-weight", "1"]].concat()).exits(2).stderr;
+    assert!(refused.contains("more than 1 for an adapter"), "{refused}");
+
+    sandbox.write_file("note.txt", &BOOK[..3000]);
+    let encode = ["encode", "note.txt", "--model", "adapter", "--data", "data"];
+    let refused = sandbox.run(&[&encode[..], &["--key-rule", "tokens"]].concat()).exits(1).stderr;
+    assert!(refused.contains("expected landmark"), "{refused}");
+    sandbox.run(&encode).exits(0);
+    let ask = ["ask", "What?", "--doc", "note", "--model", "adapter", "--data", "data", "--window", "18", "--json"];
+    let answer = sandbox.run(&ask).exits(0).json();
+    assert!(answer["blocks"].as_array().is_some_and(|blocks| !blocks.is_empty()), "{answer}");
 }
 
 #[test]

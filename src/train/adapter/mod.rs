@@ -9,8 +9,9 @@
 //! l_b(q) = q k_b                   what its landmark says                  loss = KL(p || softmax(l))
 //! ```
 //!
-//! for the queries `q` of every layer and head as the model itself makes them, at the distance at which a block is looked
-//! up. One inference pass over a sequence gives `q`, `k` and `v` ([`teacher`]); then B - 1 of B tokens are done with, and
+//! for the queries `q` of every head as the model itself makes them, at the distance at which a block is looked up. The
+//! text's first block, the sink, is no candidate, here as in a lookup; and in the first layer landmarks have nothing to say,
+//! for they are all equal before any layer. One inference pass over a sequence gives `q`, `k` and `v` ([`teacher`]); then B - 1 of B tokens are done with, and
 //! gradients flow through the landmarks alone ([`student`]).
 
 mod student;
@@ -33,7 +34,8 @@ use super::error::TrainError;
 use super::model::{Parameter, float};
 use super::weights::{EMBEDDING, normal};
 use crate::model::{
-    Adapter, LANDMARK_EMBEDDING, Llama, ModelConfig, NamedTensor, adapter_shapes, read_tensors, write_adapter,
+    ADAPTED_LAYERS_MIN, Adapter, LANDMARK_EMBEDDING, Landmark, Llama, ModelConfig, NamedTensor, adapter_shapes,
+    read_tensors, write_adapter,
 };
 use crate::types::DType;
 
@@ -42,6 +44,9 @@ const QUERIES: usize = 256;
 
 /// Tokens before a key's digit whose queries are learned from too: where a question is read, the answer is looked for.
 const QUESTION_TOKENS: usize = 24;
+
+/// The first block that may be chosen: the one before it is the sink.
+const FIRST_BLOCK: usize = 1;
 
 /// An adapter in training, and the model that it is for.
 pub struct AdapterModel {
@@ -52,13 +57,15 @@ pub struct AdapterModel {
     student: Student,
 }
 
-/// How well landmark keys choose, over some queries of all layers but the first, in which all landmarks are equal.
+/// How well landmark keys choose `top_k` blocks, added up over queries and KV heads that have more to choose from.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Choices {
-    /// Blocks that token keys choose.
-    pub(super) chosen: usize,
-    /// Those among them that landmark keys choose as well.
-    pub(super) shared: usize,
+    /// Choices of `top_k` blocks.
+    pub(super) count: usize,
+    /// Share of the blocks that token keys choose which landmark keys choose as well.
+    pub(super) shared: f64,
+    /// The same of keys that know nothing.
+    pub(super) by_chance: f64,
 }
 
 impl AdapterModel {
@@ -70,19 +77,26 @@ impl AdapterModel {
         let (base_config, tensors) = read_tensors(path)?;
         let tensors: HashMap<String, Tensor> =
             tensors.into_iter().map(|NamedTensor { name, tensor }| (name, tensor)).collect();
-        let id = adapter.landmark.id as usize;
-        if id > base_config.vocab {
-            return Err(TrainError::Invalid {
-                field: "landmark token",
-                expected: format!("one of the model's {0} tokens, or {0}, the next one", base_config.vocab),
-                found: id.to_string(),
-            });
+        let id = adapter.landmark as usize;
+        let (vocab, layers) = (base_config.vocab, base_config.layers);
+        let rules = [
+            ("landmark token", id <= vocab, format!("one of the model's {vocab} tokens, or {vocab}"), id.to_string()),
+            (
+                "from",
+                layers >= ADAPTED_LAYERS_MIN,
+                format!("a model of at least {ADAPTED_LAYERS_MIN} layers"),
+                layers.to_string(),
+            ),
+            ("from", base_config.landmark.is_none(), "a model without landmarks".into(), "one with landmarks".into()),
+        ];
+        if let Some((field, _, expected, found)) = rules.into_iter().find(|(_, holds, ..)| !holds) {
+            return Err(TrainError::Invalid { field, expected, found });
         }
-        let vocab = base_config.vocab.max(id + 1);
-        let config = ModelConfig { vocab, landmark: Some(adapter.landmark), ..base_config };
+        let landmark = Landmark { id: adapter.landmark, block_tokens: adapter.block_tokens, hidden: true };
+        let config = ModelConfig { vocab: vocab.max(id + 1), landmark: Some(landmark), ..base_config };
         config.check()?;
         let parameters = parameters(&config, &tensors[EMBEDDING], &adapter, seed)?;
-        let teacher = Teacher::new(base, &config, adapter.landmark.block_tokens)?;
+        let teacher = Teacher::new(base, &config, adapter.block_tokens)?;
         let student = Student::new(&config, tensors, &parameters, &adapter);
         Ok(AdapterModel { config, adapter, parameters, teacher, student })
     }
@@ -118,9 +132,9 @@ impl AdapterModel {
     }
 
     /// How many of the `top_k` blocks that token keys choose the landmarks choose too.
-    pub(super) fn choices(&self, batch: &Batch, top_k: usize) -> Result<Choices, TrainError> {
+    pub(super) fn choices(&self, batch: &Batch, top_k: usize, seed: u64) -> Result<Choices, TrainError> {
         let mut choices = Choices::default();
-        for lesson in self.lessons(batch, 0)? {
+        for lesson in self.lessons(batch, seed)? {
             choices += self.student.choices(&lesson, top_k)?;
         }
         Ok(choices)
@@ -129,13 +143,22 @@ impl AdapterModel {
     /// One per sequence that there is something to learn from.
     fn lessons(&self, batch: &Batch, seed: u64) -> Result<Vec<Lesson>, TrainError> {
         batch.check(&self.config)?;
+        if let Some((at, position)) =
+            batch.positions.iter().enumerate().find(|(at, p)| at % batch.tokens != **p as usize)
+        {
+            return Err(TrainError::Invalid {
+                field: "positions",
+                expected: format!("{}, the token's place in its sequence", at % batch.tokens),
+                found: position.to_string(),
+            });
+        }
         let mut lessons = Vec::with_capacity(batch.sequences);
         for (sequence, (ids, weights)) in
             batch.ids.chunks_exact(batch.tokens).zip(batch.weights.chunks_exact(batch.tokens)).enumerate()
         {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(sequence as u64);
-            let queries = queries(weights, self.adapter.landmark.block_tokens as usize, &mut rng);
+            let queries = queries(weights, self.adapter.block_tokens as usize, &mut rng);
             if !queries.is_empty() {
                 lessons.push(self.teacher.lesson(ids, &queries, weights)?);
             }
@@ -156,20 +179,21 @@ impl AdapterModel {
 
 impl std::ops::AddAssign for Choices {
     fn add_assign(&mut self, other: Self) {
-        self.chosen += other.chosen;
+        self.count += other.count;
         self.shared += other.shared;
+        self.by_chance += other.by_chance;
     }
 }
 
-/// Tokens whose queries are learned from, in order: keys' digits and what leads to them first, then others by chance. Each has
-/// two blocks to choose from at least; none is a landmark.
+/// Tokens whose queries are learned from, in order: keys' digits, which weigh more than other text, and what leads to them
+/// first, then others by chance. Each has two blocks to choose from at least; none is a landmark.
 fn queries(weights: &[f32], block_tokens: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     let usual = weights.iter().copied().filter(|&weight| weight > 0.0).fold(f32::INFINITY, f32::min);
     let mut wanted = vec![false; weights.len()];
     for (token, _) in weights.iter().enumerate().filter(|(_, weight)| **weight > usual) {
         wanted[token.saturating_sub(QUESTION_TOKENS)..=token].fill(true);
     }
-    let may = |token: &usize| *token >= 2 * block_tokens && weights[*token] > 0.0;
+    let may = |token: &usize| *token >= (FIRST_BLOCK + 2) * block_tokens && weights[*token] > 0.0;
     let (mut queries, mut others): (Vec<usize>, Vec<usize>) =
         (0..weights.len()).filter(may).partition(|&token| wanted[token]);
     queries.truncate(QUERIES);

@@ -1,12 +1,13 @@
 //! What landmarks make of their blocks, differentiable: the layers of the model again, for one token per block.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, Result, Tensor, Var};
 
 use super::Choices;
-use super::teacher::{LayerLesson, Lesson};
+use super::teacher::{BlockText, Lesson};
 use crate::model::{Adapter, LANDMARK_EMBEDDING, ModelConfig, update_names};
 use crate::shape::Rope;
 use crate::train::model::Parameter;
@@ -98,28 +99,28 @@ impl Student {
             query_heads: config.query_heads as usize,
             kv_heads: config.kv_heads as usize,
             head_dim: config.head_dim as usize,
-            block_tokens: adapter.landmark.block_tokens,
+            block_tokens: adapter.block_tokens,
             norm_epsilon: config.norm_epsilon,
         }
     }
 
-    /// The landmarks' keys in each layer, `(Hkv, D, n)`, turned to their places in the block.
+    /// The landmarks' keys in each layer but the first, `(Hkv, D, n)`, turned to their places in the block.
     fn keys(&self, lesson: &Lesson) -> Result<Vec<Tensor>> {
-        let (blocks, group) = (lesson.blocks, self.query_heads / self.kv_heads);
-        let turns = Arc::new(Turns::new(&self.rope, &vec![self.block_tokens - 1; blocks]));
-        let mut x = self.embedding.as_tensor().broadcast_left((1, blocks))?.contiguous()?;
+        let turns = Arc::new(Turns::new(&self.rope, &vec![self.block_tokens - 1; lesson.blocks]));
+        let mut x = self.embedding.as_tensor().broadcast_left((1, lesson.blocks))?.contiguous()?;
         let mut keys = Vec::with_capacity(self.layers.len());
-        for (index, (layer, lesson)) in self.layers.iter().zip(&lesson.layers).enumerate() {
+        for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.attention_norm, self.norm_epsilon)?;
-            // In the first layer they are all equal: nothing to choose by, and no gradient.
-            let k = rotate(&layer.key.apply(&normed)?, &turns, self.head_dim)?;
-            keys.push(k.reshape((blocks, self.kv_heads, self.head_dim))?.permute((1, 2, 0))?.contiguous()?);
+            if index > 0 {
+                let k = rotate(&layer.key.apply(&normed)?, &turns, self.head_dim)?;
+                let k = k.reshape((lesson.blocks, self.kv_heads, self.head_dim))?;
+                keys.push(k.permute((1, 2, 0))?.contiguous()?);
+            }
             if index + 1 == self.layers.len() {
                 break;
             }
             let q = rotate(&layer.query.apply(&normed)?, &turns, self.head_dim)?;
-            let q = q.reshape((blocks, self.kv_heads, group, self.head_dim))?;
-            let attended = self.attend(&q, lesson)?.reshape((1, blocks, self.query_heads * self.head_dim))?;
+            let attended = self.attend(&q, &lesson.text[index])?;
             x = (x + layer.attention_output.apply(&attended)?)?;
             let normed = rms_norm(&x, &layer.ffn_norm, self.norm_epsilon)?;
             let gated = swiglu(&linear(&normed, &layer.gate)?, &linear(&normed, &layer.up)?)?;
@@ -128,11 +129,13 @@ impl Student {
         Ok(keys)
     }
 
-    /// Attention of landmarks `q (n, Hkv, G, D)` over the tokens of their blocks.
-    fn attend(&self, q: &Tensor, lesson: &LayerLesson) -> Result<Tensor> {
+    /// Attention of landmarks `q (1, n, Hq * D)` over the tokens of their blocks.
+    fn attend(&self, q: &Tensor, text: &BlockText) -> Result<Tensor> {
+        let (_, blocks, width) = q.dims3()?;
+        let q = q.reshape((blocks, self.kv_heads, self.query_heads / self.kv_heads, self.head_dim))?;
         let scale = (self.head_dim as f64).sqrt().recip();
-        let scores = (q.matmul(&lesson.k.t()?)? * scale)?;
-        log_softmax(&scores)?.exp()?.matmul(&lesson.v)
+        let scores = (q.matmul(&text.k.t()?)? * scale)?;
+        log_softmax(&scores)?.exp()?.matmul(&text.v)?.reshape((1, blocks, width))
     }
 
     /// Divergence of the landmarks' choice from the lesson's, in nats: a scalar.
@@ -148,7 +151,7 @@ impl Student {
                 Some(total) => (total + likelihood)?,
             });
         }
-        let likelihood = total.expect("a model has layers");
+        let likelihood = total.expect("a base has more than one layer");
         (likelihood.neg()? + negative_entropy)?.reshape(())
     }
 
@@ -157,14 +160,20 @@ impl Student {
     pub(super) fn choices(&self, lesson: &Lesson, top_k: usize) -> Result<Choices> {
         let mut choices = Choices::default();
         let group = self.query_heads / self.kv_heads;
-        for (keys, layer) in self.keys(lesson)?.iter().zip(&lesson.layers).skip(1) {
+        for (keys, layer) in self.keys(lesson)?.iter().zip(&lesson.layers) {
             let likely = log_softmax(&layer.q.matmul(keys)?.broadcast_add(&lesson.mask)?)?.exp()?;
             let (likely, p) = (numbers(&likely)?, numbers(&layer.p)?);
             let rows = group * lesson.blocks;
-            for (likely, p) in likely.chunks_exact(rows).zip(p.chunks_exact(rows)) {
-                let (found, wanted) = (best(likely, lesson.blocks, top_k), best(p, lesson.blocks, top_k));
-                choices.chosen += wanted.len();
-                choices.shared += wanted.iter().filter(|block| found.contains(block)).count();
+            let queries = likely.chunks_exact(rows).zip(p.chunks_exact(rows)).zip(lesson.eligible.iter().cycle());
+            for ((likely, p), eligible) in queries.filter(|(_, eligible)| eligible.len() > top_k) {
+                let best = |rows| best(rows, lesson.blocks, eligible.clone(), top_k);
+                let (found, wanted) = (best(likely), best(p));
+                let shared = wanted.iter().filter(|block| found.contains(block)).count();
+                choices += Choices {
+                    count: 1,
+                    shared: shared as f64 / top_k as f64,
+                    by_chance: top_k as f64 / eligible.len() as f64,
+                };
             }
         }
         Ok(choices)
@@ -179,10 +188,10 @@ fn log_softmax(x: &Tensor) -> Result<Tensor> {
     x.broadcast_sub(&total)
 }
 
-/// The blocks that are likeliest in the sum of the rows `(G, n)`, none that is impossible.
-fn best(rows: &[f32], blocks: usize, top_k: usize) -> Vec<usize> {
+/// Of the eligible blocks those that are likeliest in the sum of the rows `(G, n)`.
+fn best(rows: &[f32], blocks: usize, eligible: Range<usize>, top_k: usize) -> Vec<usize> {
     let likely: Vec<f32> = (0..blocks).map(|block| rows.iter().skip(block).step_by(blocks).sum()).collect();
-    let mut order: Vec<usize> = (0..blocks).filter(|&block| likely[block] > 0.0).collect();
+    let mut order: Vec<usize> = eligible.collect();
     order.sort_by(|&a, &b| likely[b].total_cmp(&likely[a]));
     order.truncate(top_k);
     order

@@ -1,14 +1,17 @@
 //! What the token keys of a model say about a sequence: the model's own pass over it, and the choice of each query.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
+use super::FIRST_BLOCK;
 use crate::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
 use crate::model::{Llama, Logits, ModelConfig};
 use crate::numeric::{self, Matrix, Threads, Write};
 use crate::shape::ModelShape;
 use crate::train::error::TrainError;
-use crate::types::Normalisation;
+use crate::train::numbers::numbers;
 
 /// Of a query and a block that it cannot choose.
 const NEVER: f32 = -1e9;
@@ -24,18 +27,26 @@ pub(super) struct Teacher {
 pub(super) struct Lesson {
     /// n
     pub(super) blocks: usize,
-    /// `(M * G, n)`: 0 for a block that is whole before the query's own, else far below anything. Rows of a query token
-    /// are those of the heads of a group.
+    /// `(M)`: blocks that each query may choose, from [`FIRST_BLOCK`] to the one before its own.
+    pub(super) eligible: Vec<Range<usize>>,
+    /// `(M * G, n)`: 0 for a block that the query may choose, else far below anything. Rows of a query token are those of
+    /// the heads of a group.
     pub(super) mask: Tensor,
+    /// Of all layers.
+    pub(super) text: Vec<BlockText>,
+    /// Of all layers but the first.
     pub(super) layers: Vec<LayerLesson>,
 }
 
-/// Its part in one layer.
-pub(super) struct LayerLesson {
-    /// `(n, Hkv, B - 1, D)`: the text's keys, turned to their places in the block.
+/// What landmarks read in one layer: `(n, Hkv, B - 1, D)` each.
+pub(super) struct BlockText {
+    /// Turned to their places in the block.
     pub(super) k: Tensor,
-    /// `(n, Hkv, B - 1, D)`
     pub(super) v: Tensor,
+}
+
+/// What they should be chosen by in one layer.
+pub(super) struct LayerLesson {
     /// `(Hkv, M * G, D)`: queries, turned to the distance at which they look blocks up, multiplied with the softmax scale.
     pub(super) q: Tensor,
     /// `(Hkv, M * G, n)`: how likely token keys choose each block, times the share that the query has in the loss.
@@ -84,7 +95,6 @@ impl Teacher {
         let is_landmark = |place: usize| (place + 1).is_multiple_of(block_tokens);
         let known = |(place, &id): (usize, &u32)| if is_landmark(place) { 0 } else { id };
         let ids: Vec<u32> = ids.iter().enumerate().map(known).collect();
-        debug_assert_eq!(self.window.normalisation, Normalisation::Hidden);
         let attention = BlockAttention::window_only(&self.shape, self.window);
         let mut recorder = Recorder { attention, layers: vec![Default::default(); self.shape.layers as usize] };
         for chunk in ids.chunks(self.window.chunk_tokens) {
@@ -95,28 +105,29 @@ impl Teacher {
         let group = self.shape.group();
         let total: f32 = queries.iter().map(|&token| weights[token]).sum();
         // The mean over queries, heads and layers.
-        let heads = (self.shape.query_heads * self.shape.layers) as f32;
+        let heads = (self.shape.query_heads * (self.shape.layers - 1)) as f32;
         let rows = Rows {
             queries,
-            eligible: queries.iter().map(|&token| token / block_tokens).collect(),
+            eligible: queries.iter().map(|&token| FIRST_BLOCK..token / block_tokens).collect(),
             shares: queries.iter().map(|&token| weights[token] / (total * heads)).collect(),
         };
-        let layers = recorder.layers.into_par_iter().map(|record| self.layer(blocks, record, &rows));
+        let text = recorder.layers.par_iter().map(|[_, k, v]| self.text(blocks, k, v));
+        let text = text.collect::<candle_core::Result<Vec<_>>>()?;
+        let layers = recorder.layers.par_iter().zip(&text).skip(1).map(|([q, ..], text)| self.layer(q, text, &rows));
         let layers = layers.collect::<candle_core::Result<_>>()?;
-        let mask = rows.eligible.iter().flat_map(|&eligible| {
-            let row = (0..blocks).map(move |block| if block < eligible { 0.0 } else { NEVER });
+        let mask = rows.eligible.iter().flat_map(|eligible| {
+            let row = (0..blocks).map(move |block| if eligible.contains(&block) { 0.0 } else { NEVER });
             std::iter::repeat_n(row, group).flatten()
         });
         let mask = Tensor::from_iter(mask, &Device::Cpu)?.reshape((queries.len() * group, blocks))?;
-        Ok(Lesson { blocks, mask, layers })
+        Ok(Lesson { blocks, eligible: rows.eligible, mask, text, layers })
     }
 
-    fn layer(&self, blocks: usize, [q, k, v]: [Vec<f32>; 3], rows: &Rows) -> candle_core::Result<LayerLesson> {
-        let shape = &self.shape;
-        let (kv_heads, group, d) = (shape.kv_heads as usize, shape.group(), shape.head_dim as usize);
-        let (block_tokens, row) = (shape.block_tokens as usize, kv_heads * d);
+    /// Keys and values `(T, Hkv, D)` by block, without the landmarks'.
+    fn text(&self, blocks: usize, k: &[f32], v: &[f32]) -> candle_core::Result<BlockText> {
+        let (kv_heads, d) = (self.shape.kv_heads as usize, self.shape.head_dim as usize);
+        let (block_tokens, row) = (self.shape.block_tokens as usize, kv_heads * d);
         let inner = block_tokens - 1;
-        // (n, Hkv, B - 1, D), and as often (Hkv, n * (B - 1), D) for scores.
         let by_block = |numbers: &[f32]| {
             let block = |index: usize| {
                 let block = &numbers[index * block_tokens * row..][..inner * row];
@@ -125,10 +136,18 @@ impl Teacher {
             };
             (0..blocks).flat_map(block).copied().collect::<Vec<f32>>()
         };
-        let (mut k, v) = (by_block(&k), by_block(&v));
-        let turns: Vec<_> = (0..inner).map(|place| shape.rope.turn(place as i64)).collect();
+        let mut k = by_block(k);
+        let turns: Vec<_> = (0..inner).map(|place| self.shape.rope.turn(place as i64)).collect();
         k.chunks_exact_mut(d).enumerate().for_each(|(i, key)| turns[i % inner].apply(key));
+        let tensor = |numbers| Tensor::from_vec(numbers, (blocks, kv_heads, inner, d), &Device::Cpu);
+        Ok(BlockText { k: tensor(k)?, v: tensor(by_block(v))? })
+    }
 
+    /// How the token keys of `text` are chosen by some of the queries `q (T, Hq, D)`.
+    fn layer(&self, q: &[f32], text: &BlockText, rows: &Rows) -> candle_core::Result<LayerLesson> {
+        let shape = &self.shape;
+        let (blocks, kv_heads, inner, d) = text.k.dims4()?;
+        let (group, k) = (shape.group(), numbers(&text.k)?);
         let reach = shape.rope.turn(self.reach());
         let mut queries = Vec::with_capacity(rows.queries.len() * kv_heads * group * d);
         for head in 0..kv_heads {
@@ -153,8 +172,8 @@ impl Teacher {
             numeric::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace, Threads::One);
             let p = p[head * count * blocks..][..count * blocks].chunks_exact_mut(blocks);
             for (row, (p, scores)) in p.zip(scores.chunks_exact(blocks * inner)).enumerate() {
-                let (eligible, share) = (rows.eligible[row / group], rows.shares[row / group]);
-                let p = &mut p[..eligible];
+                let (eligible, share) = (rows.eligible[row / group].clone(), rows.shares[row / group]);
+                let (p, scores) = (&mut p[eligible.clone()], &scores[eligible.start * inner..]);
                 for (p, scores) in p.iter_mut().zip(scores.chunks_exact(inner)) {
                     *p = numeric::log_sum_exp(scores);
                 }
@@ -169,8 +188,6 @@ impl Teacher {
         }
         let tensor = |numbers, shape: &[usize]| Tensor::from_vec(numbers, shape, &Device::Cpu);
         Ok(LayerLesson {
-            k: tensor(k, &[blocks, kv_heads, inner, d])?,
-            v: tensor(v, &[blocks, kv_heads, inner, d])?,
             q: tensor(queries, &[kv_heads, count, d])?,
             p: tensor(p, &[kv_heads, count, blocks])?,
             negative_entropy,
@@ -190,8 +207,8 @@ impl Teacher {
 struct Rows<'a> {
     /// `(M)`: their tokens.
     queries: &'a [usize],
-    /// `(M)`: blocks before each.
-    eligible: Vec<usize>,
+    /// See [`Lesson::eligible`].
+    eligible: Vec<Range<usize>>,
     /// `(M)`: what each of its heads and layers counts in the mean.
     shares: Vec<f32>,
 }
