@@ -12,7 +12,13 @@ pub(super) struct Line {
 }
 
 /// Width and height.
-const SIZE_PIXELS: (u32, u32) = (720, 420);
+const SIZE_PIXELS: (u32, u32) = (760, 420);
+
+/// Of the legend, at the right, where it covers no line.
+const LEGEND_PIXELS: u32 = 210;
+
+/// Distance of its lines.
+const LEGEND_STEP_PIXELS: i32 = 20;
 
 /// Colours that are told apart without red against green (Okabe and Ito 2008).
 const COLOURS: [RGBColor; 7] = [
@@ -46,30 +52,64 @@ fn draw(
     y: std::ops::Range<f64>,
     lines: &[Line],
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let xs = || lines.iter().flat_map(|line| line.points.iter().map(|point| point.0));
-    let (first, last) = (xs().fold(f64::INFINITY, f64::min), xs().fold(1.0, f64::max));
+    let mut xs: Vec<f64> = lines.iter().flat_map(|line| line.points.iter().map(|point| point.0)).collect();
+    xs.sort_by(f64::total_cmp);
+    xs.dedup();
+    let (first, last) = (xs.first().copied().unwrap_or(1.0), xs.last().copied().unwrap_or(1.0));
+    let decimals = match y.end - y.start {
+        ..2.0 => 2,
+        ..20.0 => 1,
+        _ => 0,
+    };
     let root = SVGBackend::new(path, SIZE_PIXELS).into_drawing_area();
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
+    let (left, legend) = root.split_horizontally(SIZE_PIXELS.0 - LEGEND_PIXELS);
+    let mut chart = ChartBuilder::on(&left)
         .caption(title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(56)
-        .build_cartesian_2d((first.min(last) * 0.9..last * 1.1).log_scale(), y)?;
+        .build_cartesian_2d((first * 0.9..last * 1.1).log_scale().with_key_points(xs), y)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
         .x_desc("tokens")
         .y_desc(y_title)
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_label_formatter(&|x| thousands(*x))
+        .y_label_formatter(&|y| format!("{y:.decimals$}"))
         .draw()?;
-    for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
-        chart
-            .draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)).point_size(3))?
-            .label(&line.label)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+    for (index, (line, colour)) in lines.iter().zip(COLOURS.iter().cycle()).enumerate() {
+        // Lines that lie on one another are seen all the same: what is drawn first is wider.
+        let style = colour.stroke_width(2 + (lines.len() - 1 - index) as u32);
+        chart.draw_series(LineSeries::new(line.points.iter().copied(), style).point_size(3))?;
+        let y = 48 + index as i32 * LEGEND_STEP_PIXELS;
+        legend.draw(&PathElement::new([(0, y), (16, y)], colour.stroke_width(3)))?;
+        legend.draw(&Text::new(line.label.as_str(), (24, y - 5), ("sans-serif", 12)))?;
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
     root.present()?;
     Ok(())
+}
+
+/// A whole number with its thousands apart.
+fn thousands(x: f64) -> String {
+    let digits = format!("{x:.0}");
+    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|g| std::str::from_utf8(g).unwrap_or("")).collect();
+    groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_name_what_was_measured() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("chart.svg");
+        let line = |label: &str, y: f64| Line { label: label.into(), points: vec![(512.0, y), (32_768.0, y + 1.0)] };
+        line_chart(&path, "Title", "perplexity", 10.0..20.0, &[line("one", 12.0), line("two", 14.0)]).unwrap();
+        let svg = std::fs::read_to_string(path).unwrap();
+        for part in ["Title", "perplexity", "one", "two", "\n512\n", "\n32,768\n", "\n12.0\n"] {
+            assert!(svg.contains(part), "{part:?} in {svg}");
+        }
+    }
 }
