@@ -100,7 +100,7 @@ fn a_report_has_every_table_and_plot() {
     let sandbox = Sandbox::new();
     let model = shipped();
     let typed = ["eval", "report", "out", "--model", model.to_str().unwrap(), "--plain", model.to_str().unwrap()];
-    let small = ["--text-tokens", "1024", "--lengths", "256,512", "--top-k", "2", "--samples", "1"];
+    let small = ["--text-tokens", "4096", "--lengths", "256,512", "--top-k", "2", "--samples", "1"];
     let passkey = ["--passkey-lengths", "512,1024", "--passkey-top-k", "1", "--full-tokens-max", "512", "--json"];
     let written = sandbox.run(&[&typed[..], &small, &passkey].concat()).exits(0).json();
     let rows = |table: &str| written["report"][table].as_array().unwrap().clone();
@@ -113,7 +113,12 @@ fn a_report_has_every_table_and_plot() {
     assert!(perplexity("recent_blocks") < perplexity("local_only"), "{written}");
     let granularities: Vec<_> = rows("granularity").iter().map(|row| row["granularity"].clone()).collect();
     assert_eq!(granularities[..5], ["token-head", "head", "token", "kv-group", "shared"]);
+    let again = |method: &str| {
+        let of_method = |row: &&serde_json::Value| row["method"] == method && row["gap_tokens"] == 512;
+        rows("repetition").iter().find(of_method).unwrap()["perplexity"].as_f64().unwrap()
+    };
     assert_eq!(rows("repetition").len(), 6);
+    assert!(again("memory") < 0.97 * again("recent_blocks"), "far text helps: {written}");
     // Two haystacks, each remembered at two lengths and asked under full attention at the shorter one.
     assert_eq!(rows("passkey").len(), 6);
     assert!(rows("passkey").iter().all(|row| row["method"] != "memory" || row["correct"] == 1), "{written}");
