@@ -26,7 +26,7 @@ pub(super) struct LandmarkUpdates {
 impl LowRank {
     /// From `A (r, in)` and `B (out, r)`.
     pub(super) fn new(down: &Tensor, up: &Tensor, scale: f64) -> candle_core::Result<Self> {
-        Ok(LowRank { down: Matrix::stack(&[down.clone()])?, up: Matrix::stack(&[(up * scale)?])? })
+        Ok(LowRank { down: Matrix::stack(std::slice::from_ref(down))?, up: Matrix::stack(&[(up * scale)?])? })
     }
 
     /// For one token: `x (in)`, `y (out)`.

@@ -15,7 +15,7 @@ use crate::types::DType;
 
 pub(super) enum Learner {
     Whole(TrainingModel),
-    Adapter(AdapterModel),
+    Adapter(Box<AdapterModel>),
 }
 
 impl Learner {

@@ -55,7 +55,7 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
         (Some((rank, alpha)), Some(Landmark { id, block_tokens, .. })) => {
             let (base_name, base_digest) = (base.name.clone(), known.model_digest);
             let adapter = Adapter { base: base_name, base_digest, rank, alpha, landmark: id, block_tokens };
-            Learner::Adapter(AdapterModel::open(&base.path, known.llama, adapter, job.recipe.seed)?)
+            Learner::Adapter(Box::new(AdapterModel::open(&base.path, known.llama, adapter, job.recipe.seed)?))
         }
         (_, landmark) => {
             drop(known);
