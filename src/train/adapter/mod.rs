@@ -10,8 +10,10 @@
 //! ```
 //!
 //! for the queries `q` of every head as the model itself makes them, at the distance at which a block is looked up. The
-//! text's first block, the sink, is no candidate, here as in a lookup; and in the first layer landmarks have nothing to say,
-//! for they are all equal before any layer. One inference pass over a sequence gives `q`, `k` and `v` ([`teacher`]); then B - 1 of B tokens are done with, and
+//! text's first block, the sink, is no candidate, here as in a lookup; and in the first layer landmarks have nothing to
+//! say, for they are all equal before any layer.
+//!
+//! One inference pass over a sequence gives `q`, `k` and `v` ([`teacher`]); then B - 1 of B tokens are done with, and
 //! gradients flow through the landmarks alone ([`student`]).
 
 mod student;

@@ -56,10 +56,17 @@ pub(super) struct LayerLesson {
 }
 
 /// Remembers what attention was called with.
-struct Recorder {
+pub(super) struct Recorder {
     attention: BlockAttention,
     /// q, k and v of each layer, before RoPE.
-    layers: Vec<[Vec<f32>; 3]>,
+    pub(super) layers: Vec<[Vec<f32>; 3]>,
+}
+
+impl Recorder {
+    pub(super) fn new(shape: &ModelShape, window: Window) -> Self {
+        let attention = BlockAttention::window_only(shape, window);
+        Recorder { attention, layers: vec![Default::default(); shape.layers as usize] }
+    }
 }
 
 impl SequenceAttention for Recorder {
@@ -95,8 +102,7 @@ impl Teacher {
         let is_landmark = |place: usize| (place + 1).is_multiple_of(block_tokens);
         let known = |(place, &id): (usize, &u32)| if is_landmark(place) { 0 } else { id };
         let ids: Vec<u32> = ids.iter().enumerate().map(known).collect();
-        let attention = BlockAttention::window_only(&self.shape, self.window);
-        let mut recorder = Recorder { attention, layers: vec![Default::default(); self.shape.layers as usize] };
+        let mut recorder = Recorder::new(&self.shape, self.window);
         for chunk in ids.chunks(self.window.chunk_tokens) {
             self.llama.forward(chunk, &mut recorder, Logits::None)?;
         }

@@ -6,8 +6,9 @@ use candle_core::Tensor;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::teacher::Recorder;
 use super::{AdapterModel, QUERIES, queries};
-use crate::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention};
+use crate::attention::Retrieval;
 use crate::model::{Adapter, LoadedModel, Logits, ModelConfig, adapter_shapes};
 use crate::train::tests::{batch, check_gradients, config, enlarge, scalar};
 use crate::train::vocabulary::tests::prose;
@@ -70,30 +71,6 @@ fn loss(model: &AdapterModel, batch: &Batch) -> Tensor {
     model.loss(batch, 0).unwrap().unwrap()
 }
 
-/// Queries and keys of all layers as attention was called with them.
-struct Calls {
-    attention: BlockAttention,
-    layers: Vec<[Vec<f32>; 2]>,
-}
-
-impl SequenceAttention for Calls {
-    fn attend(
-        &mut self,
-        layer: usize,
-        tokens: usize,
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
-    ) -> Result<Vec<f32>, AttentionError> {
-        self.layers.push([q.to_vec(), k.to_vec()]);
-        self.attention.attend(layer, tokens, q, k, v)
-    }
-
-    fn position(&self) -> usize {
-        self.attention.position()
-    }
-}
-
 /// The loss by its definition, in double precision, from what the adapted model that answers computes.
 fn defined(model: &LoadedModel, batch: &Batch) -> f64 {
     let config = model.config();
@@ -112,10 +89,9 @@ fn defined(model: &LoadedModel, batch: &Batch) -> f64 {
     for sequence in 0..batch.sequences {
         let (mut total, mut losses) = (0.0, 0.0);
         let range = sequence * batch.tokens..(sequence + 1) * batch.tokens;
-        let attention = BlockAttention::window_only(&shape, config.window());
-        let mut calls = Calls { attention, layers: Vec::new() };
+        let mut calls = Recorder::new(&shape, config.window());
         model.llama.forward(&batch.ids[range.clone()], &mut calls, Logits::None).unwrap();
-        for [q, k] in &calls.layers[1..] {
+        for [q, k, _] in &calls.layers[1..] {
             for (token, weight) in batch.weights[range.clone()].iter().map(|&weight| weight as f64).enumerate() {
                 if token < 3 * BLOCK_TOKENS || weight == 0.0 {
                     continue;
