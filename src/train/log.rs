@@ -1,7 +1,7 @@
 //! What happened in every step, in two files for programs: `log.csv` for a plotting tool, `log.jsonl` for everything else.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::TrainError;
@@ -14,8 +14,8 @@ const CSV_HEAD: &str = "step,loss,answer_loss,learning_rate,gradient_norm,tokens
 
 /// Both files, open for more lines.
 pub(super) struct Log {
-    csv: (PathBuf, BufWriter<File>),
-    json: (PathBuf, BufWriter<File>),
+    csv: (PathBuf, File),
+    json: (PathBuf, File),
 }
 
 impl Log {
@@ -27,25 +27,18 @@ impl Log {
         Ok(Log { csv, json: reopen(folder.join(JSON), None, done_steps, json_step)? })
     }
 
+    /// A line is in the files as soon as its step is done, so that a training can be watched.
     pub(super) fn write(&mut self, report: &StepReport) -> Result<(), TrainError> {
         let StepReport { step, loss, answer_loss, learning_rate, gradient_norm, tokens_per_s } = report;
         let answer_loss = answer_loss.map(|loss| loss.to_string()).unwrap_or_default();
-        let csv = format!("{step},{loss},{answer_loss},{learning_rate},{gradient_norm},{tokens_per_s:.0}");
+        let csv = format!("{step},{loss},{answer_loss},{learning_rate},{gradient_norm},{tokens_per_s:.0}\n");
         line(&mut self.csv, &csv)?;
-        line(&mut self.json, &serde_json::json!(report).to_string())
-    }
-
-    /// Lines reach the files when a checkpoint makes their steps stand.
-    pub(super) fn flush(&mut self) -> Result<(), TrainError> {
-        for (path, file) in [&mut self.csv, &mut self.json] {
-            file.flush().map_err(|source| TrainError::Io { path: path.clone(), source })?;
-        }
-        Ok(())
+        line(&mut self.json, &format!("{}\n", serde_json::json!(report)))
     }
 }
 
-fn line((path, file): &mut (PathBuf, BufWriter<File>), text: &str) -> Result<(), TrainError> {
-    writeln!(file, "{text}").map_err(|source| TrainError::Io { path: path.clone(), source })
+fn line((path, file): &mut (PathBuf, File), text: &str) -> Result<(), TrainError> {
+    file.write_all(text.as_bytes()).map_err(|source| TrainError::Io { path: path.clone(), source })
 }
 
 /// Keeps the lines that stay and goes on behind them.
@@ -54,17 +47,19 @@ fn reopen(
     head: Option<&str>,
     done_steps: u64,
     step: impl Fn(&str) -> Option<u64>,
-) -> Result<(PathBuf, BufWriter<File>), TrainError> {
+) -> Result<(PathBuf, File), TrainError> {
     let old = match fs::read_to_string(&path) {
         Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
         read => read.map_err(|source| TrainError::Io { path: path.clone(), source })?,
     };
+    // A line that a full disk or a kill cut short may begin like that of another step.
+    let whole = old.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
     let stays = |line: &&str| step(line).is_some_and(|step| step <= done_steps);
-    let lines = head.into_iter().chain(old.lines().filter(stays));
+    let lines = head.into_iter().chain(whole.filter(stays));
     let text: String = lines.flat_map(|line| [line, "\n"]).collect();
     let opened = replace_file(&path, text.as_bytes()).and_then(|()| File::options().append(true).open(&path));
     let file = opened.map_err(|source| TrainError::Io { path: path.clone(), source })?;
-    Ok((path, BufWriter::new(file)))
+    Ok((path, file))
 }
 
 #[cfg(test)]
@@ -83,12 +78,12 @@ mod tests {
         for step in 1..=3 {
             log.write(&report(step, None)).unwrap();
         }
-        log.flush().unwrap();
         assert_eq!(read(CSV).lines().count(), 4);
+        // Step 20, cut short by a kill.
+        fs::write(folder.path().join(CSV), read(CSV) + "2").unwrap();
 
         let mut log = Log::open(folder.path(), 2).unwrap();
         log.write(&report(3, Some(0.5))).unwrap();
-        log.flush().unwrap();
         let row = "1.5,,0.001,0.25,100";
         assert_eq!(read(CSV), format!("{CSV_HEAD}\n1,{row}\n2,{row}\n3,1.5,0.5,0.001,0.25,100\n"));
         let steps =

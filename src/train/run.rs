@@ -209,7 +209,6 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
-        self.log.flush()?;
         let state =
             State { parameters: self.learner.parameters(), optimizer: &mut self.optimizer, past: &mut self.past };
         checkpoint::save(&self.job.out.join(checkpoint::FILE), self.trained.steps, &self.identity, &state)?;
