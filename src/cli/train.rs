@@ -28,7 +28,7 @@ Examples:
   landmarkdb train models/austen --text corpus/train/*.txt --validation corpus/validation/*.txt
   landmarkdb train models/plain --plain --text corpus/train/*.txt
   landmarkdb train models/more --from models/austen --lr 1e-3 --phases 60:2:1 --steps 600 --text corpus/train/*.txt
-  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --block-tokens 64 --phases 32:1:1 --steps 300 --warmup 20 --lr 1e-3 --text corpus/train/*.txt
+  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --text corpus/train/*.txt
   landmarkdb train models/tiny --text texts/persuasion.txt --steps 100 --phases 8:4:1 --json
 ")]
 pub(super) struct Args {
@@ -109,26 +109,29 @@ struct ShapeArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     vocab: usize,
 
-    /// Tokens of a block, the landmark included.
-    #[arg(long, value_name = "TOKENS", default_value_t = 17)]
-    block_tokens: u32,
+    /// Tokens of a block, the landmark included [default: 17, with --adapter 64]
+    #[arg(long, value_name = "TOKENS")]
+    block_tokens: Option<u32>,
 }
 
 /// What is read.
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "What it reads")]
 struct ReadingArgs {
-    /// Share of sequences that are passkey documents; the others are windows of the texts.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
-    passkey_share: f64,
+    /// Share of sequences that are passkey documents; the others are windows of the texts [default: 0.5, with --adapter
+    /// 0.6]
+    #[arg(long, value_name = "SHARE")]
+    passkey_share: Option<f64>,
 
-    /// Parts of the steps, with sequences of growing length: BLOCKS:SEQUENCES:SHARE each.
-    #[arg(long, value_delimiter = ',', default_value = "8:16:35,16:8:35,30:4:30")]
-    phases: Vec<Phase>,
+    /// Parts of the steps, with sequences of growing length: BLOCKS:SEQUENCES:SHARE each [default:
+    /// 8:16:35,16:8:35,30:4:30, with --adapter 32:1:1]
+    #[arg(long, value_delimiter = ',', value_name = "PHASES")]
+    phases: Option<Vec<Phase>>,
 
-    /// Weight in the loss of a key's digit that can be known, against 1 of any other token.
-    #[arg(long, value_name = "WEIGHT", default_value_t = 10.0)]
-    answer_weight: f32,
+    /// Weight in the loss of a key's digit that can be known, against 1 of any other token [default: 10, with --adapter
+    /// 20]
+    #[arg(long, value_name = "WEIGHT")]
+    answer_weight: Option<f32>,
 
     /// At each landmark, let positions jump by a random number below this.
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
@@ -139,16 +142,17 @@ struct ReadingArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "How it learns")]
 struct LearningArgs {
-    #[arg(long, default_value_t = 4800)]
-    steps: u64,
+    /// [default: 4800, with --adapter 400]
+    #[arg(long)]
+    steps: Option<u64>,
 
-    /// Peak learning rate.
-    #[arg(long, value_name = "RATE", default_value_t = 2e-3)]
-    lr: f64,
+    /// Peak learning rate [default: 0.002, with --adapter 0.001]
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
 
-    /// Steps over which the learning rate rises to its peak.
-    #[arg(long, value_name = "STEPS", default_value_t = 150)]
-    warmup: u64,
+    /// Steps over which the learning rate rises to its peak [default: 150, with --adapter 20]
+    #[arg(long, value_name = "STEPS")]
+    warmup: Option<u64>,
 
     /// What the learning rate falls to, as a share of its peak.
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
@@ -169,6 +173,43 @@ struct LearningArgs {
     /// Rate at which retrieved blocks are dropped for a query.
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     group_dropout: f32,
+}
+
+/// What suits a whole small model does not suit landmark keys of a model that exists.
+struct Defaults {
+    block_tokens: u32,
+    passkey_share: f64,
+    phases: &'static [Phase],
+    answer_weight: f32,
+    steps: u64,
+    lr: f64,
+    warmup: u64,
+}
+
+/// The circuit that copies forms in sequences of 128 tokens; then they may grow.
+const WHOLE_MODEL: Defaults = Defaults {
+    block_tokens: 17,
+    passkey_share: 0.5,
+    phases: &[phase(8, 16, 35.0), phase(16, 8, 35.0), phase(30, 4, 30.0)],
+    answer_weight: 10.0,
+    steps: 4800,
+    lr: 2e-3,
+    warmup: 150,
+};
+
+/// docs/landmark-keys.md has what these lead to.
+const ADAPTER: Defaults = Defaults {
+    block_tokens: 64,
+    passkey_share: 0.6,
+    phases: &[phase(32, 1, 1.0)],
+    answer_weight: 20.0,
+    steps: 400,
+    lr: 1e-3,
+    warmup: 20,
+};
+
+const fn phase(blocks: usize, sequences: usize, share: f64) -> Phase {
+    Phase { blocks, sequences, share }
 }
 
 /// A model that was trained.
@@ -227,6 +268,8 @@ impl Args {
             (false, true) => Kind::Plain,
             (false, false) => Kind::Landmark,
         };
+        let defaults = if shape.adapter.is_some() { &ADAPTER } else { &WHOLE_MODEL };
+        let passkey_share = reading.passkey_share.unwrap_or(defaults.passkey_share);
         Recipe {
             kind,
             from: from.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()),
@@ -238,15 +281,15 @@ impl Args {
             kv_heads: shape.kv_heads,
             ffn: shape.ffn,
             vocab: shape.vocab,
-            block_tokens: shape.block_tokens,
+            block_tokens: shape.block_tokens.unwrap_or(defaults.block_tokens),
             // Passkey documents have no order that a past could go on.
-            passkey_share: if shape.recurrent { 0.0 } else { reading.passkey_share },
-            answer_weight: reading.answer_weight,
+            passkey_share: if shape.recurrent { 0.0 } else { passkey_share },
+            answer_weight: reading.answer_weight.unwrap_or(defaults.answer_weight),
             pos_jump: reading.pos_jump,
-            phases: reading.phases.clone(),
-            steps: learning.steps,
-            lr: learning.lr,
-            warmup: learning.warmup,
+            phases: reading.phases.clone().unwrap_or_else(|| defaults.phases.to_vec()),
+            steps: learning.steps.unwrap_or(defaults.steps),
+            lr: learning.lr.unwrap_or(defaults.lr),
+            warmup: learning.warmup.unwrap_or(defaults.warmup),
             lr_floor: learning.lr_floor,
             weight_decay: learning.weight_decay,
             beta2: learning.beta2,
