@@ -1,7 +1,7 @@
 //! `landmarkdb train`: a small landmark model from texts.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -236,7 +236,7 @@ struct TrainReport {
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let texts = |files: &[PathBuf]| files.iter().map(|file| read(file)).collect::<Result<Vec<_>, _>>();
     let from = match &args.shape.from {
-        Some(name) => Some(Base { name: name.clone(), path: model::resolve(name)? }),
+        Some(name) => Some(base(name)?),
         None => None,
     };
     let job = Job {
@@ -298,6 +298,16 @@ impl Args {
             seed: self.seed,
         }
     }
+}
+
+/// The model that a training starts from. An adapter remembers its name, so a path must mean the same from everywhere.
+fn base(name: &str) -> Result<Base, CliError> {
+    let path = model::resolve(name)?;
+    let name = match path == Path::new(name) {
+        true => absolute(&path).map_err(|source| CliError::Io { what: "finding the model", source })?,
+        false => PathBuf::from(name),
+    };
+    Ok(Base { name: name.display().to_string(), path })
 }
 
 /// Sets `stop` at the first signal, on a thread of its own.

@@ -18,8 +18,13 @@ pub enum LoadError {
     NotAModel { path: PathBuf },
     #[error("{path} is damaged or cut short: {detail}; fetch it again")]
     Damaged { path: PathBuf, detail: String },
-    #[error("{path}: {key} is missing; only models of the Llama family with their own tokenizer can be loaded")]
+    #[error("{path}: {key} is missing; the file is incomplete, or not of a model of the Llama family")]
     MissingKey { path: PathBuf, key: String },
+    #[error(
+        "{path} is missing; from a tokenizer.model, `AutoTokenizer.from_pretrained(..).save_pretrained(..)` of \
+         Hugging Face transformers makes it"
+    )]
+    NoTokenizer { path: PathBuf },
     #[error("{path}: {key}: expected {expected}, found {found}")]
     Unsupported { path: PathBuf, key: String, expected: String, found: String },
     #[error("{path}: there is no tensor {name}; the file is incomplete or of another architecture")]

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::config::{Landmark, ModelConfig, RopeScaling};
 use super::error::{LoadError, SaveError};
+use crate::limits::HEAD_DIM_MAX;
 use crate::shape::Rope;
 
 /// What the paper's code calls a Llama model trained with landmarks.
@@ -26,6 +27,8 @@ struct ConfigJson {
     hidden_size: usize,
     intermediate_size: usize,
     vocab_size: usize,
+    /// Hugging Face leaves its default out of some files.
+    #[serde(default = "default_context_tokens")]
     max_position_embeddings: u32,
     rms_norm_eps: f32,
     rope_theta: Option<f64>,
@@ -46,6 +49,11 @@ struct ConfigJson {
     mem_id: Option<u32>,
     /// Tokens of a block of the paper's checkpoints, without its landmark.
     mem_freq: Option<u32>,
+}
+
+/// Of Hugging Face's `LlamaConfig`.
+fn default_context_tokens() -> u32 {
+    2048
 }
 
 #[derive(Deserialize)]
@@ -143,6 +151,12 @@ fn refuse_other_architectures(path: &Path, json: &ConfigJson) -> Result<(), Load
     }
     if let Some(window) = json.sliding_window {
         return refuse("sliding_window", "null", window.to_string());
+    }
+    if let Some(share) = json.partial_rotary_factor.filter(|share| !(0.0..=1.0).contains(share)) {
+        return refuse("partial_rotary_factor", "0 to 1", share.to_string());
+    }
+    if let Some(head_dim) = json.head_dim.filter(|&head_dim| head_dim > HEAD_DIM_MAX) {
+        return refuse("head_dim", &format!("at most {HEAD_DIM_MAX}"), head_dim.to_string());
     }
     if json.num_attention_heads == 0 {
         return refuse("num_attention_heads", "at least 1", "0".into());
@@ -375,6 +389,7 @@ mod tests {
         assert_eq!(key(r#", "sliding_window": 4096"#), "sliding_window");
         assert_eq!(key(r#", "rope_scaling": {"rope_type": "yarn", "factor": 2}"#), "rope_type");
         assert_eq!(key(r#", "rope_scaling": {"rope_type": "linear"}"#), "rope scaling's factor");
-        assert!(key(r#", "head_dim": 100000"#).contains("head_dim"));
+        assert_eq!(key(r#", "head_dim": 4294967295"#), "head_dim");
+        assert_eq!(key(r#", "partial_rotary_factor": 1e12"#), "partial_rotary_factor");
     }
 }

@@ -103,6 +103,9 @@ impl LoadedModel {
             return Err(LoadError::NotAModel { path: folder.into() });
         };
         let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            return Err(LoadError::NoTokenizer { path });
+        }
         let tokenizer = Tokenizer::open(&path)?;
         if let Some(text) = config.landmark.and_then(|landmark| tokenizer.text_of(landmark.id)) {
             return Err(LoadError::Unsupported {

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
+use tokenizers::AddedToken;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
@@ -84,8 +85,9 @@ impl Tokenizer {
         Ok(Tokenizer { inner, prefix, bytes, starts, digest })
     }
 
-    /// As a `tokenizer.json`, which [`Tokenizer::open`] reads back.
-    pub fn to_json(&self) -> Result<String, SaveError> {
+    /// As a `tokenizer.json`, which [`Tokenizer::open`] reads back, with a control token more if one is given that it
+    /// does not have.
+    pub fn to_json(&self, control: Option<&str>) -> Result<String, SaveError> {
         let failed = |error: &dyn std::fmt::Display| SaveError::Tokenizer { detail: error.to_string() };
         let mut inner = self.inner.clone();
         if inner.get_post_processor().is_none() && !self.prefix.is_empty() {
@@ -96,6 +98,9 @@ impl Tokenizer {
             builder.try_single(format!("{template}$A")).map_err(|error| failed(&error))?.special_tokens(tokens);
             inner.with_post_processor(Some(builder.build().map_err(|error| failed(&error))?));
         }
+        let control = control.filter(|token| inner.token_to_id(token).is_none());
+        let control = control.map(|token| AddedToken::from(token, true));
+        inner.add_special_tokens(control).map_err(|error| failed(&error))?;
         inner.to_string(false).map_err(|error| failed(&error))
     }
 
@@ -309,7 +314,7 @@ mod tests {
         for prefix in [vec![], vec![0]] {
             let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
             let tokenizer = Tokenizer::new(&path, inner, Some(prefix.clone()), Sha256Digest([0; 32])).unwrap();
-            std::fs::write(&path, tokenizer.to_json().unwrap()).unwrap();
+            std::fs::write(&path, tokenizer.to_json(None).unwrap()).unwrap();
             let read = Tokenizer::open(&path).unwrap();
             assert_eq!((read.prefix(), read.vocab()), (&prefix[..], 4));
             assert_eq!(read.encode("abab<s>b").unwrap(), tokenizer.encode("abab<s>b").unwrap());

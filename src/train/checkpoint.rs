@@ -2,8 +2,8 @@
 //!
 //! Tensors, all f32: `weight.NAME`, `first.NAME` and `second.NAME` (the optimizer's moments) of every parameter, and of a
 //! recurrent model `past.LAYER.key` and `past.LAYER.value`. In the
-//! metadata: `format`, `step` (steps done), `recipe` (what decides the result: names and values) and `crc32` (of the tensors'
-//! bytes, in the order of their names). The file is replaced as a whole, so there is always one that can be continued.
+//! metadata: `format`, `step` (steps done), `recipe` (what decides the result: names and values) and `crc32` (of these and of
+//! every tensor's name, shape and bytes, in the order of their names). The file is replaced as a whole, so there is always one that can be continued.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
@@ -56,11 +56,13 @@ pub(super) fn save(path: &Path, step: u64, identity: &Identity, state: &State) -
         put(past_name(layer, "key"), key.dims(), &numbers(key)?);
         put(past_name(layer, "value"), value.dims(), &numbers(value)?);
     }
+    let (step, recipe) = (step.to_string(), serde_json::json!(identity).to_string());
+    let pieces = tensors.iter().map(|(name, (shape, bytes))| (&name[..], &shape[..], &bytes[..]));
     let metadata = HashMap::from([
         ("format".to_string(), FORMAT.to_string()),
-        ("step".to_string(), step.to_string()),
-        ("recipe".to_string(), serde_json::json!(identity).to_string()),
-        ("crc32".to_string(), checksum(tensors.values().map(|(_, bytes)| &bytes[..])).to_string()),
+        ("crc32".to_string(), checksum([FORMAT, &step, &recipe], pieces).to_string()),
+        ("step".to_string(), step),
+        ("recipe".to_string(), recipe),
     ]);
     let damaged = |error: safetensors::SafeTensorError| damaged(path, error.to_string());
     let views = tensors
@@ -90,13 +92,15 @@ pub(super) fn load(path: &Path, identity: &Identity, state: &mut State) -> Resul
         return Err(damaged(path, format!("expected format {FORMAT:?}, found {:?}", entry("format")?)));
     }
     let sorted: BTreeMap<&str, TensorView> = file.iter().collect();
-    let found = checksum(sorted.values().map(TensorView::data)).to_string();
+    let texts = [entry("format")?, entry("step")?, entry("recipe")?].map(|text| &text[..]);
+    let found = checksum(texts, sorted.iter().map(|(name, view)| (*name, view.shape(), view.data()))).to_string();
     if found != *entry("crc32")? {
         return Err(damaged(path, format!("expected checksum {}, found {found}", entry("crc32")?)));
     }
     let recipe = serde_json::from_str(entry("recipe")?).map_err(|error| damaged(path, error.to_string()))?;
     refuse_another(path, &recipe, identity)?;
-    let step = entry("step")?.parse().map_err(|_| damaged(path, format!("{:?} is no step", entry("step"))))?;
+    let step = entry("step")?;
+    let step = step.parse().map_err(|_| damaged(path, format!("{step:?} is no step")))?;
 
     let mut read = Vec::with_capacity(state.parameters.len());
     for parameter in state.parameters {
@@ -155,9 +159,14 @@ fn refuse_another(path: &Path, found: &Identity, asked: &Identity) -> Result<(),
     if differences.is_empty() { Ok(()) } else { Err(TrainError::OtherRecipe { path: path.into(), differences }) }
 }
 
-fn checksum<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> u32 {
+/// Of the metadata, and of the name, shape and bytes of every tensor.
+fn checksum<'a>(texts: [&str; 3], tensors: impl Iterator<Item = (&'a str, &'a [usize], &'a [u8])>) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
-    pieces.for_each(|piece| hasher.update(piece));
+    texts.iter().for_each(|text| hasher.update(text.as_bytes()));
+    for (name, shape, bytes) in tensors {
+        hasher.update(format!("{name} {shape:?}").as_bytes());
+        hasher.update(bytes);
+    }
     hasher.finalize()
 }
 
@@ -255,7 +264,7 @@ mod tests {
             refuses(&whole[..length], &format!("cut to {length}"));
         }
         let header_bytes = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-        for at in (header_bytes..whole.len()).step_by(5) {
+        for at in (0..header_bytes).chain((header_bytes..whole.len()).step_by(5)) {
             let mut flipped = whole.clone();
             flipped[at] ^= 1;
             refuses(&flipped, &format!("bit at {at}"));

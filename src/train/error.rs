@@ -50,10 +50,15 @@ pub enum TrainError {
     OtherRecipe { path: PathBuf, differences: Vec<Difference> },
     #[error(
         "step {step}: the {what} is {value}, expected a finite number; {}; \
-         try a smaller learning rate or a longer warm-up",
+         begin anew in another folder with a smaller learning rate or a longer warm-up",
         checkpoint.map_or("no checkpoint was written yet".into(), |step| format!("the checkpoint of step {step} stands"))
     )]
     NotFinite { step: u64, what: &'static str, value: f64, checkpoint: Option<u64> },
+    #[error(
+        "{path} has a {file} and no checkpoint that could go on: expected a new folder, or that of a training; \
+         give another, or move the file away"
+    )]
+    FolderTaken { path: PathBuf, file: &'static str },
     #[error("{path} is being trained into by another process: wait for it, or give another folder")]
     InUse { path: PathBuf },
     #[error("{path}: {source}")]

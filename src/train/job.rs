@@ -49,9 +49,10 @@ pub enum Event<'a> {
 pub struct StepReport {
     /// Counted from 1.
     pub step: u64,
-    /// Weighed mean over all predicted tokens, in nats.
+    /// What the step lowered, in nats: the weighed mean of the cross-entropy over all predicted tokens; of an adapter,
+    /// of the divergence of its choices.
     pub loss: f32,
-    /// Mean over the digits of first answers, in nats; measured in some steps, before their update.
+    /// The same over the digits of first answers; measured in some steps, before their update.
     pub answer_loss: Option<f32>,
     pub learning_rate: f64,
     /// Before clipping.

@@ -128,18 +128,10 @@ impl TrainingModel {
     /// # Errors
     /// A batch or a dropout that does not fit the model.
     pub fn loss(&self, batch: &Batch, group_dropout: GroupDropout) -> Result<Tensor, TrainError> {
-        let logits = self.logits(batch, group_dropout)?;
-        batch_loss(&logits, batch)
-    }
-
-    /// Logits `(N, T, vocab)` of every token of the batch, for losses of one's own.
-    ///
-    /// # Errors
-    /// A batch or a dropout that does not fit the model.
-    pub fn logits(&self, batch: &Batch, group_dropout: GroupDropout) -> Result<Tensor, TrainError> {
         batch.check(&self.config)?;
         group_dropout.check()?;
-        Ok(self.forward(batch, group_dropout, None)?.0)
+        let (logits, _) = self.forward(batch, group_dropout, None)?;
+        batch_loss(&logits, batch)
     }
 
     /// [`TrainingModel::loss`] of a batch that goes on where `past` ends, and the past for the next one: the last

@@ -88,6 +88,9 @@ impl Recipe {
             ("heads", self.heads > 0 && self.hidden.is_multiple_of(self.heads as usize), "a divisor of hidden"),
             ("kv_heads", self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "a divisor of heads"),
             ("vocab", self.from.is_some() || self.vocab >= VOCABULARY_MIN, "at least 258, which any text needs"),
+            ("vocab", self.vocab <= VOCABULARY_MAX, "at most 1048576"),
+            ("hidden", self.hidden <= WIDTH_MAX, "at most 65536"),
+            ("ffn", (1..=WIDTH_MAX).contains(&self.ffn), "1 to 65536"),
             ("adapter", self.adapter.is_none_or(|rank| rank > 0), "a rank of at least 1"),
             ("adapter", self.adapter.is_none() || self.from.is_some(), "none without a model to start from"),
             ("adapter", self.adapter.is_none() || self.kind == Kind::Landmark, "none for a model without landmarks"),
@@ -98,6 +101,7 @@ impl Recipe {
                 "a positive number with an adapter, none without one",
             ),
             ("pos_jump", self.adapter.is_none() || self.pos_jump == 0, "0 for an adapter"),
+            ("pos_jump", self.last_position() <= POSITION_MAX, "jumps that keep every position below 16777216"),
             ("group_dropout", self.adapter.is_none() || self.group_dropout == 0.0, "0 for an adapter"),
             (
                 "phases",
@@ -162,6 +166,12 @@ impl Recipe {
         unreachable!("`check` saw that there are phases, and the last one returns")
     }
 
+    /// No token of a sequence has a position beyond this.
+    fn last_position(&self) -> u64 {
+        let jumps = self.phases.iter().map(|phase| phase.blocks as u64).max().unwrap_or(0);
+        self.longest_tokens() as u64 + jumps * self.pos_jump as u64
+    }
+
     /// Tokens of the longest sequence, landmarks included.
     pub fn longest_tokens(&self) -> usize {
         self.phases.iter().map(|phase| phase.tokens(self.block_tokens)).max().unwrap_or(0)
@@ -222,6 +232,13 @@ impl FromStr for Phase {
         parsed().ok_or_else(|| format!("expected BLOCKS:SEQUENCES:SHARE with positive numbers, found {text:?}"))
     }
 }
+
+/// Of a model made here: far beyond what a CPU trains, and small enough to refuse a slip before memory is taken for it.
+const VOCABULARY_MAX: usize = 1 << 20;
+const WIDTH_MAX: usize = 1 << 16;
+
+/// The angles of later positions are no longer whole numbers times a frequency: f32 counts to here.
+const POSITION_MAX: u64 = 1 << 24;
 
 /// Bounds that keep the product with `block_tokens` far from overflow; memory is exhausted long before.
 const PHASE_BLOCKS_MAX: usize = 1 << 20;
@@ -300,6 +317,10 @@ pub(super) mod tests {
         assert_eq!(refused(|r| r.heads = 3), ("heads", "3".into()));
         assert_eq!(refused(|r| r.kv_heads = 0), ("kv_heads", "0".into()));
         assert_eq!(refused(|r| r.vocab = 257), ("vocab", "257".into()));
+        assert_eq!(refused(|r| r.vocab = 1 << 40), ("vocab", (1u64 << 40).to_string()));
+        assert_eq!(refused(|r| r.hidden = 1 << 40), ("hidden", (1u64 << 40).to_string()));
+        assert_eq!(refused(|r| r.ffn = 0), ("ffn", "0".into()));
+        assert_eq!(refused(|r| r.pos_jump = 1_000_000_000), ("pos_jump", "1000000000".into()));
         assert_eq!(refused(|r| (r.adapter, r.adapter_alpha) = (Some(4), Some(8.0))), ("adapter", "4".into()));
         let adapted = |change: fn(&mut Recipe)| {
             let mut recipe = Recipe { from: Some("m".into()), adapter: Some(4), adapter_alpha: Some(8.0), ..tiny() };

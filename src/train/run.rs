@@ -1,14 +1,16 @@
 //! The training loop: from texts and a recipe to a model folder.
 //!
 //! The folder holds `tokenizer.json`, `checkpoint.safetensors`, `log.csv` and `log.jsonl` from the beginning, and
-//! `model.safetensors`, `config.json` and `README.md` at the end, or an adapter's files in place of the first two. A training that stopped goes on from its checkpoint when
-//! the same is asked for again, and ends with the same weights, bit for bit, as if it had not stopped.
+//! `model.safetensors`, `config.json` and `README.md` at the end, or an adapter's files in place of the first two. A training
+//! that stopped goes on from its checkpoint when the same is asked for again, and ends with the same weights, bit for
+//! bit, as if it had not stopped.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use candle_core::Tensor;
 use sha2::{Digest, Sha256};
 
 use super::batch::Batch;
@@ -54,6 +56,7 @@ pub fn train(job: &Job, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> R
     job.recipe.check()?;
     std::fs::create_dir_all(&job.out).map_err(|source| TrainError::Io { path: job.out.clone(), source })?;
     let _lock = lock(&job.out)?;
+    start::check_folder(&job.out)?;
     let start = start::start(job, on_event)?;
     on_event(Event::Stage("reading the texts"));
     let texts = Texts::new(&job.texts, &start.tokenizer)?;
@@ -178,11 +181,7 @@ impl<'a> Run<'a> {
             self.past = None;
         }
         let loss = self.learner.loss(recipe, step, &read.batch, &mut self.past)?;
-        let value = loss.to_scalar::<f32>()?;
-        self.finite(step, "loss", value as f64)?;
-        let gradients = Gradients::take(&loss.backward()?, self.learner.parameters())?;
-        let gradient_norm = gradients.norm();
-        self.finite(step, "length of the gradient", gradient_norm)?;
+        let (value, gradients, gradient_norm) = self.differentiate(step, &loss)?;
         let scale = (recipe.clip / gradient_norm.max(recipe.clip)).min(1.0);
         let learning_rate = learning_rate(recipe, step);
         self.optimizer.step(self.learner.parameters(), &gradients, scale, learning_rate)?;
@@ -200,7 +199,7 @@ impl<'a> Run<'a> {
         Ok(loss.map(|loss| loss.to_scalar()).transpose()?)
     }
 
-    /// Refuses a number that would spoil the weights. The checkpoint on disk is from before.
+    /// Refuses a number that would spoil the weights. The checkpoint on disk is from before, and was [judged](Self::judge).
     fn finite(&self, step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
         match value.is_finite() {
             true => Ok(()),
@@ -208,7 +207,28 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The value of a loss, its gradients and their length.
+    fn differentiate(&self, step: u64, loss: &Tensor) -> Result<(f32, Gradients, f64), TrainError> {
+        let value = loss.to_scalar::<f32>()?;
+        self.finite(step, "loss", value as f64)?;
+        let gradients = Gradients::take(&loss.backward()?, self.learner.parameters())?;
+        let gradient_norm = gradients.norm();
+        self.finite(step, "length of the gradient", gradient_norm)?;
+        Ok((value, gradients, gradient_norm))
+    }
+
+    /// Refuses weights that the last update ruined, so that the checkpoint before them stands: the same batch must still
+    /// have a loss and a gradient.
+    fn judge(&self) -> Result<(), TrainError> {
+        let last = self.trained.steps.saturating_sub(1);
+        if let Some(loss) = self.learner.measured_loss(&self.mixture.step(last)?.batch)? {
+            self.differentiate(last, &loss)?;
+        }
+        Ok(())
+    }
+
     fn save(&mut self) -> Result<(), TrainError> {
+        self.judge()?;
         let state =
             State { parameters: self.learner.parameters(), optimizer: &mut self.optimizer, past: &mut self.past };
         checkpoint::save(&self.job.out.join(checkpoint::FILE), self.trained.steps, &self.identity, &state)?;
@@ -354,11 +374,36 @@ mod tests {
         let recipe = Recipe { lr: 1e30, warmup: 0, clip: f64::INFINITY, ..tiny() };
         let job = Job { checkpoint_every: 1, ..job(folder.path(), recipe) };
         let error = failure(&job);
-        let TrainError::NotFinite { step, checkpoint: Some(saved), .. } = error else { panic!("{error}") };
-        assert_eq!(saved + 1, step);
-        // It goes on from there, and stops there again.
-        let again = failure(&job);
-        assert!(matches!(again, TrainError::NotFinite { step: s, .. } if s == step), "{again}");
+        // The weights of the first step are ruined, so they never become a checkpoint.
+        assert!(matches!(error, TrainError::NotFinite { step: 1, checkpoint: None, .. }), "{error}");
+        assert!(!folder.path().join(checkpoint::FILE).exists());
+
+        // A checkpoint from before stands: here one weight is ruined by hand.
+        let folder = tempfile::tempdir().unwrap();
+        let job = Job { checkpoint_every: 1, ..self::job(folder.path(), tiny()) };
+        let start = start::start(&job, &mut |_| {}).unwrap();
+        let texts = Texts::new(&job.texts, &start.tokenizer).unwrap();
+        let mixture = Mixture::new(&job.recipe, start.learner.config(), &texts, &start.tokenizer).unwrap();
+        let mut run = Run::resume(&job, &start.learner, &start.tokenizer, mixture).unwrap();
+        run.save().unwrap();
+        let saved = fs::read(folder.path().join(checkpoint::FILE)).unwrap();
+        let weights = &start.learner.parameters()[0].var;
+        weights.set(&weights.affine(f64::NAN, 0.0).unwrap()).unwrap();
+        let error = run.save().unwrap_err();
+        assert!(matches!(error, TrainError::NotFinite { checkpoint: Some(0), .. }), "{error}");
+        assert!(fs::read(folder.path().join(checkpoint::FILE)).unwrap() == saved);
+    }
+
+    #[test]
+    fn a_folder_with_another_model_is_left_alone() {
+        for file in ["config.json", "adapter_config.json", "README.md"] {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join(file), "{}").unwrap();
+            fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+            let refused = failure(&job(folder.path(), tiny()));
+            assert!(matches!(refused, TrainError::FolderTaken { file: found, .. } if found == file), "{refused}");
+            assert_eq!(fs::read_to_string(folder.path().join("tokenizer.json")).unwrap(), "{}");
+        }
     }
 
     #[test]
@@ -410,6 +455,17 @@ mod tests {
         finish(&Job { from: Some(base(&plain)), ..job(&landmark, named("plain")) });
         let config = LoadedModel::open(&landmark).unwrap().config().clone();
         assert_eq!(config.landmark, Some(Landmark { id: 299, block_tokens: 9, hidden: false }));
+
+        // A tokenizer that knows no landmark gets one, behind its last token.
+        let unknowing = folder.path().join("unknowing");
+        copy_folder(&plain, &unknowing);
+        let path = unknowing.join("tokenizer.json");
+        fs::write(&path, fs::read_to_string(&path).unwrap().replace("<landmark>", "<marker>")).unwrap();
+        let taught = folder.path().join("taught");
+        finish(&Job { from: Some(base(&unknowing)), ..job(&taught, named("unknowing")) });
+        let model = LoadedModel::open(&taught).unwrap();
+        assert_eq!(model.config().landmark, Some(Landmark { id: 300, block_tokens: 9, hidden: false }));
+        assert_eq!((model.tokenizer.token_id("<landmark>"), model.config().vocab), (Some(300), 301));
 
         let further = |recipe| failure(&Job { from: Some(base(&landmark)), ..job(&other, recipe) });
         let blocks = further(Recipe { block_tokens: 8, ..named("landmark") });

@@ -1,5 +1,7 @@
 //! What a training begins with: a tokenizer and a model, made or taken from another model.
 
+use std::path::Path;
+
 use super::adapter::AdapterModel;
 use super::checkpoint;
 use super::error::TrainError;
@@ -20,6 +22,22 @@ const ROPE_BASE: f64 = 10_000.0;
 pub(super) struct Start {
     pub(super) tokenizer: Tokenizer,
     pub(super) learner: Learner,
+}
+
+/// Files that a finished training leaves, and other models have: without a checkpoint beside them they are not ours to
+/// replace.
+const FINISHED: [&str; 5] =
+    ["config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "README.md"];
+
+/// Refuses a folder with a model in it that no checkpoint belongs to.
+pub(super) fn check_folder(out: &Path) -> Result<(), TrainError> {
+    if out.join(checkpoint::FILE).exists() {
+        return Ok(());
+    }
+    match FINISHED.into_iter().find(|file| out.join(file).exists()) {
+        None => Ok(()),
+        Some(file) => Err(TrainError::FolderTaken { path: out.into(), file }),
+    }
 }
 
 /// Leaves `tokenizer.json` in the folder. One that belongs to a checkpoint there is used as it is.
@@ -49,7 +67,9 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
     let known = LoadedModel::open(&base.path)?;
     let landmark = landmark_of(&job.recipe, known.config(), &known.tokenizer)?;
     if !resumes {
-        write(known.tokenizer.to_json()?)?;
+        // What only the index reads is no token of texts.
+        let control = landmark.filter(|_| job.recipe.adapter.is_none()).map(|_| LANDMARK);
+        write(known.tokenizer.to_json(control)?)?;
     }
     let learner = match (job.recipe.adapter.zip(job.recipe.adapter_alpha), landmark) {
         (Some((rank, alpha)), Some(Landmark { id, block_tokens, .. })) => {
@@ -93,7 +113,7 @@ fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, Tra
 }
 
 /// The landmark to give to a model that is trained further: none if it is to have none or has it already. A tokenizer
-/// made here keeps a token for it; otherwise it is the one behind the vocabulary.
+/// made here keeps a token for it.
 fn landmark_of(recipe: &Recipe, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Option<Landmark>, TrainError> {
     let wrong = |field, expected: String, found: String| Err(TrainError::Invalid { field, expected, found });
     match (recipe.kind, config.landmark) {
@@ -107,7 +127,9 @@ fn landmark_of(recipe: &Recipe, config: &ModelConfig, tokenizer: &Tokenizer) -> 
         }
         (Kind::Landmark, Some(_)) => Ok(None),
         (Kind::Landmark, None) => {
-            let id = tokenizer.token_id(LANDMARK).unwrap_or(config.vocab as u32);
+            // An adapter's landmark needs no name; another becomes the tokenizer's next token.
+            let next = if recipe.adapter.is_some() { config.vocab } else { tokenizer.vocab() };
+            let id = tokenizer.token_id(LANDMARK).unwrap_or(next as u32);
             Ok(Some(Landmark { id, block_tokens: recipe.block_tokens, hidden: false }))
         }
     }

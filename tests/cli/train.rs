@@ -66,15 +66,34 @@ fn an_adapter_gives_a_model_landmark_keys() {
     assert!(number("shared") > number("by_chance") && number("choices") > 100.0, "{report}");
     let refused = sandbox.run(&[&adapter[..], &["--answer-weight", "1"]].concat()).exits(2).stderr;
     assert!(refused.contains("more than 1 for an adapter"), "{refused}");
+    let config = std::fs::read_to_string(sandbox.path("adapter/adapter_config.json")).unwrap();
+    let base = sandbox.path("plain");
+    assert!(config.contains(base.to_str().unwrap()), "the base is found from any working directory: {config}");
 
     sandbox.write_file("note.txt", &BOOK[..3000]);
     let encode = ["encode", "note.txt", "--model", "adapter", "--data", "data"];
     let refused = sandbox.run(&[&encode[..], &["--key-rule", "tokens"]].concat()).exits(1).stderr;
     assert!(refused.contains("expected landmark"), "{refused}");
-    sandbox.run(&encode).exits(0);
+    let unmarked = ["encode", "note.txt", "--model", "plain", "--data", "plain-data", "--key-rule", "landmark"];
+    let refused = sandbox.run(&unmarked).exits(1).stderr;
+    assert!(refused.contains("tokens or mean") && refused.contains("found landmark"), "{refused}");
+    sandbox.run(&[&encode[..], &["--encode-top-k", "1", "--retrieve-layers", "1"]].concat()).exits(0);
     let ask = ["ask", "What?", "--doc", "note", "--model", "adapter", "--data", "data", "--window", "18", "--json"];
     let answer = sandbox.run(&ask).exits(0).json();
     assert!(answer["blocks"].as_array().is_some_and(|blocks| !blocks.is_empty()), "{answer}");
+    let refused = sandbox.run(&[&ask[..], &["--retrieve-layers", "1-2"]].concat()).exits(1).stderr;
+    assert!(refused.contains("0 to 1") && refused.contains("found 2"), "{refused}");
+}
+
+#[test]
+fn a_model_that_no_training_left_there_is_not_replaced() {
+    let sandbox = sandbox();
+    sandbox.run(&args("model", &["--plain"])).exits(0);
+    std::fs::remove_file(sandbox.path("model/checkpoint.safetensors")).unwrap();
+    let before = std::fs::read(sandbox.path("model/tokenizer.json")).unwrap();
+    let refused = sandbox.run(&args("model", &["--seed", "2"])).exits(2).stderr;
+    assert!(refused.contains("has a config.json and no checkpoint"), "{refused}");
+    assert!(std::fs::read(sandbox.path("model/tokenizer.json")).unwrap() == before);
 }
 
 #[test]
