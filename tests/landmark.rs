@@ -4,12 +4,16 @@
 #[allow(dead_code, reason = "the sandbox serves other tests too")]
 mod sandbox;
 
-use std::path::PathBuf;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use landmarkdb::api::BlockMemory;
+use landmarkdb::api::{BlockMemory, CollectionInfo};
 use landmarkdb::attention::Window;
-use landmarkdb::eval::{BOOK, Haystack, PasskeySettings, PasskeyTexts, passkey, passkey_full};
+use landmarkdb::eval::{
+    BOOK, Haystack, PasskeySettings, PasskeyTexts, PerplexityMode, PerplexitySettings, passkey, passkey_full,
+    perplexity, segments,
+};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::model::LoadedModel;
 use landmarkdb::shape::CollectionSpec;
@@ -22,12 +26,10 @@ fn shipped() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/austen")
 }
 
-#[test]
-fn it_finds_keys_at_many_times_its_training_length_where_full_attention_does_not() {
-    let model = LoadedModel::open(&shipped()).unwrap();
+/// A memory in a folder, and a collection for the model.
+fn collection(folder: &Path, model: &LoadedModel) -> (Arc<dyn BlockMemory>, CollectionInfo) {
+    let memory: Arc<dyn BlockMemory> = Arc::new(LocalMemory::open(folder).unwrap());
     let config = model.config();
-    let folder = tempfile::tempdir().unwrap();
-    let memory: Arc<dyn BlockMemory> = Arc::new(LocalMemory::open(folder.path()).unwrap());
     let spec = CollectionSpec {
         name: "keys".into(),
         shape: model.shape(config.block_tokens()).unwrap(),
@@ -40,6 +42,15 @@ fn it_finds_keys_at_many_times_its_training_length_where_full_attention_does_not
     };
     assert_eq!((spec.shape.block_tokens, spec.key_rule), (BLOCK_TOKENS, KeyRule::Landmark));
     let collection = memory.open_collection(&spec).unwrap();
+    (memory, collection)
+}
+
+#[test]
+fn it_finds_keys_at_many_times_its_training_length_where_full_attention_does_not() {
+    let model = LoadedModel::open(&shipped()).unwrap();
+    let config = model.config();
+    let folder = tempfile::tempdir().unwrap();
+    let (memory, collection) = collection(folder.path(), &model);
     let settings = PasskeySettings {
         top_k: vec![1, 4],
         window: config.window(),
@@ -99,7 +110,15 @@ fn commands_know_what_a_landmark_model_needs() {
 fn a_report_has_every_table_and_plot() {
     let sandbox = Sandbox::new();
     let model = shipped();
-    let typed = ["eval", "report", "out", "--model", model.to_str().unwrap(), "--plain", model.to_str().unwrap()];
+    sandbox.write_file("book.txt", &BOOK[..60_000]);
+    for (out, kind) in [("plain", "--plain"), ("recurrent", "--recurrent")] {
+        let shape =
+            ["--layers", "1", "--hidden", "16", "--heads", "2", "--kv-heads", "1", "--ffn", "24", "--vocab", "300"];
+        let recipe = ["--block-tokens", "9", "--phases", "20:2:1", "--steps", "2", "--text", "book.txt"];
+        sandbox.run(&[&["train", out, kind], &shape[..], &recipe].concat()).exits(0);
+    }
+    let twins = ["--plain", "plain", "--recurrent", "recurrent"];
+    let typed = [&["eval", "report", "out", "--model", model.to_str().unwrap()], &twins[..]].concat();
     let small = ["--text-tokens", "4096", "--lengths", "256,512", "--top-k", "2", "--samples", "1"];
     let passkey = ["--passkey-lengths", "512,1024", "--passkey-top-k", "1", "--full-tokens-max", "512", "--json"];
     let written = sandbox.run(&[&typed[..], &small, &passkey].concat()).exits(0).json();
@@ -111,6 +130,10 @@ fn a_report_has_every_table_and_plot() {
     };
     assert!(perplexity("memory") < perplexity("local_only"), "{written}");
     assert!(perplexity("recent_blocks") < perplexity("local_only"), "{written}");
+    // Twins of two steps know little, but no less than to name a byte.
+    for method in ["plain_window", "recurrent"] {
+        assert!((10.0..400.0).contains(&perplexity(method)), "{method}: {written}");
+    }
     let granularities: Vec<_> = rows("granularity").iter().map(|row| row["granularity"].clone()).collect();
     assert_eq!(granularities[..5], ["token-head", "head", "token", "kv-group", "shared"]);
     let again = |method: &str| {
@@ -132,6 +155,48 @@ fn a_report_has_every_table_and_plot() {
     }
     let saved: serde_json::Value = serde_json::from_str(&read("report.json")).unwrap();
     assert_eq!(saved, written["report"]);
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    let sandbox = Sandbox::new();
+    let model = shipped();
+    let with_model = ["--model", model.to_str().unwrap()];
+    let refused = |typed: &[&str], expected: &str| {
+        let error = sandbox.run(&[typed, &with_model].concat()).exits(1).stderr;
+        assert!(error.contains(expected), "{expected} in {error}");
+    };
+    refused(&["eval", "perplexity", "--tokens", "512"], "more than the 1024 tokens that are not counted");
+    refused(&["eval", "perplexity", "--samples", "0"], "found 0 texts");
+    sandbox.write_file("empty.txt", "");
+    sandbox.write_file("short.txt", "Too short for a table.");
+    refused(&["eval", "passkey", "--tokens", "512", "--text", "empty.txt"], "expected a text, found an empty one");
+    refused(&["eval", "report", "out", "--text", "short.txt"], "4096 tokens or more, the longest evaluation length");
+    refused(&["eval", "report", "out", "--samples", "0"], "samples: expected 1 or more");
+    assert!(!sandbox.path("out").exists());
+}
+
+#[test]
+fn an_evaluation_does_not_read_what_another_left() {
+    let model = LoadedModel::open(&shipped()).unwrap();
+    let config = model.config();
+    let folder = tempfile::tempdir().unwrap();
+    let (memory, collection) = collection(folder.path(), &model);
+    let ids = model.tokenizer.encode(&BOOK[..8000]).unwrap().ids;
+    let texts = segments(&ids, 1200, 1);
+    let settings = PerplexitySettings { skip_tokens: 0, window: config.window(), retrieval: config.retrieval() };
+    let mode = PerplexityMode::Memory { top_k: 4, newest_blocks: None };
+    let measure = |progress: &mut dyn FnMut(usize, usize)| {
+        perplexity(&model, &memory, &collection, &texts, mode, &settings, progress).unwrap().perplexity
+    };
+    let before = measure(&mut |_, _| {});
+    let stopped = catch_unwind(AssertUnwindSafe(|| {
+        measure(&mut |done, _| assert!(done < 600, "stopped here"));
+    }));
+    assert!(stopped.is_err());
+    let left = memory.documents(collection.id).unwrap();
+    assert!(left.len() == 1 && left[0].blocks > 20, "{left:?}");
+    assert_eq!(measure(&mut |_, _| {}), before);
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub(super) struct Args {
     #[arg(long)]
     raw: bool,
 
-    /// Blocks that each KV head reads per token.
+    /// k, the blocks of every choice.
     #[arg(long, value_name = "K", default_value_t = 4)]
     top_k: u32,
 
@@ -145,7 +145,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         documents: &documents,
         prompt: &prompt,
         window: args.window.window(model.config()),
-        retrieval: args.retrieval.retrieval(model.config(), args.top_k),
+        retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
         options,
     };
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;

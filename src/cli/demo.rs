@@ -54,7 +54,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0.4)]
     depth: f64,
 
-    /// Blocks that each KV head reads per token.
+    /// k, the blocks of every choice.
     #[arg(long, value_name = "K", default_value_t = 4)]
     top_k: u32,
 

@@ -13,7 +13,7 @@ use super::Context;
 use super::error::CliError;
 use super::output::{Report, count, size};
 use super::report::DocumentReport;
-use super::settings::{EncodeArgs, ModelArgs, StorageArgs, WindowArgs};
+use super::settings::{EncodeArgs, ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
 
 /// Encode a text into a document: the model reads it once, its blocks are kept.
 ///
@@ -40,7 +40,10 @@ pub(super) struct Args {
     window: WindowArgs,
 
     #[command(flatten)]
-    retrieval: EncodeArgs,
+    encode: EncodeArgs,
+
+    #[command(flatten)]
+    retrieval: RetrievalArgs,
 
     #[command(flatten)]
     storage: StorageArgs,
@@ -75,7 +78,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         name: &name,
         text: &text,
         window: args.window.window(config),
-        retrieval: args.retrieval.retrieval(config, &config.retrieval()),
+        retrieval: args.encode.retrieval(config, &args.retrieval.retrieval(config, 1)?),
     };
     let document = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;

@@ -137,15 +137,21 @@ impl WindowArgs {
 }
 
 impl RetrievalArgs {
-    pub(super) fn retrieval(&self, model: &ModelConfig, top_k: u32) -> Retrieval {
+    pub(super) fn retrieval(&self, model: &ModelConfig, top_k: u32) -> Result<Retrieval, CliError> {
+        if let Some(Layers::These(layers)) = &self.retrieve_layers
+            && layers.len() > model.layers as usize
+        {
+            let expected = format!("0 to {}, the model's layers", model.layers.saturating_sub(1));
+            return Err(invalid("retrieve layers", expected, layers.len() - 1));
+        }
         let best = model.retrieval();
-        Retrieval {
+        Ok(Retrieval {
             top_k,
             block_score: self.block_score.unwrap_or(best.block_score),
             granularity: self.granularity.unwrap_or(best.granularity),
             layers: self.retrieve_layers.clone().unwrap_or(best.layers),
             newest_blocks: self.newest_blocks.or(best.newest_blocks),
-        }
+        })
     }
 }
 
@@ -158,8 +164,8 @@ impl EncodeArgs {
 }
 
 impl SetupArgs {
-    pub(super) fn encode_retrieval(&self, model: &ModelConfig) -> Option<Retrieval> {
-        self.encode.retrieval(model, &self.retrieval.retrieval(model, 1))
+    pub(super) fn encode_retrieval(&self, model: &ModelConfig) -> Result<Option<Retrieval>, CliError> {
+        Ok(self.encode.retrieval(model, &self.retrieval.retrieval(model, 1)?))
     }
 }
 
@@ -189,19 +195,17 @@ impl StorageArgs {
         let block_tokens = self.block_tokens.or(existing.map(|spec| spec.shape.block_tokens));
         let block_tokens = block_tokens.unwrap_or(config.block_tokens());
         if config.landmark.is_some() && block_tokens != config.block_tokens() {
-            return Err(CliError::Memory(MemoryError::Invalid {
-                field: "block tokens".into(),
-                expected: format!("{}, where the model's landmarks are", config.block_tokens()),
-                found: block_tokens.to_string(),
-            }));
+            let expected = format!("{}, where the model's landmarks are", config.block_tokens());
+            return Err(invalid("block tokens", expected, block_tokens));
         }
         let key_rule = self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(config.key_rule());
         if config.landmark.is_some_and(|landmark| landmark.hidden) && key_rule != KeyRule::Landmark {
-            return Err(CliError::Memory(MemoryError::Invalid {
-                field: "key rule".into(),
-                expected: "landmark, as the adapter's landmarks are no text; for other rules take its base".into(),
-                found: key_rule.to_string(),
-            }));
+            let expected = "landmark, as the adapter's landmarks are no text; for other rules take its base";
+            return Err(invalid("key rule", expected, key_rule));
+        }
+        if config.landmark.is_none() && key_rule == KeyRule::Landmark {
+            let expected = "tokens or mean, as the model has no landmarks (`landmarkdb train --adapter` gives it some)";
+            return Err(invalid("key rule", expected, key_rule));
         }
         let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
         Ok(CollectionSpec {
@@ -217,6 +221,11 @@ impl StorageArgs {
     }
 }
 
+fn invalid(field: &str, expected: impl ToString, found: impl ToString) -> CliError {
+    let (expected, found) = (expected.to_string(), found.to_string());
+    CliError::Memory(MemoryError::Invalid { field: field.into(), expected, found })
+}
+
 /// Numbers and ranges of layers.
 fn layers(typed: &str) -> Result<Layers, String> {
     let mut layers = Vec::new();
@@ -227,8 +236,11 @@ fn layers(typed: &str) -> Result<Layers, String> {
             _ => Err(format!("expected numbers and ranges of layers like 1-2,5, found {item:?}")),
         };
         let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("expected the lower layer of a range first, found {item:?}"));
+        }
         layers.resize(layers.len().max(last + 1), false);
-        layers[first.min(last)..=last].fill(true);
+        layers[first..=last].fill(true);
     }
     Ok(Layers::These(layers))
 }
@@ -249,5 +261,6 @@ mod tests {
         for bad in ["", "a", "1-", "99999999", "1;2"] {
             assert!(layers(bad).unwrap_err().contains("1-2,5"), "{bad:?}");
         }
+        assert!(layers("5-2").unwrap_err().contains("lower layer"));
     }
 }

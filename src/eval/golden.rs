@@ -15,6 +15,7 @@ use std::sync::Arc;
 use candle_core::{DType as TensorType, Device, Tensor};
 use serde::Deserialize;
 
+use super::unused_name;
 use crate::api::{BlockMemory, MemoryError};
 use crate::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
 use crate::model::{
@@ -68,7 +69,7 @@ pub enum GoldenError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
-        "{path}: no case here: expected NAME.json with NAME.model.safetensors and NAME.expected.safetensors, or NAME.safetensors with recorded prompts"
+        "{path}: no case here: expected NAME.json with NAME.model.safetensors and NAME.expected.safetensors, or NAME.safetensors with recorded prompts, which --no-prompts leaves out"
     )]
     NoCase { path: PathBuf },
     #[error("{path}: {detail}")]
@@ -120,6 +121,25 @@ struct Recorded {
     tensors: HashMap<String, Tensor>,
 }
 
+/// Whether a folder has recorded prompts, which need the model that they were given to.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn golden_prompts(folder: &Path) -> Result<bool, GoldenError> {
+    for path in files(folder)? {
+        if is_recording(&path) && Recorded::open(path)?.has_prompts() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// A file of its own, not one that belongs to a model case.
+fn is_recording(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.strip_suffix(".safetensors").is_some_and(|name| !name.ends_with(".model") && !name.ends_with(".expected"))
+}
+
 /// Checks every case of a folder. Model cases keep their blocks in `memory`, in collections named `golden-NAME`, and
 /// delete their documents afterwards. `prompts` is the model that recorded prompts were given to; without it those
 /// cases are left out. `progress` is told each case by name.
@@ -138,18 +158,15 @@ pub fn golden(
         if let Some(name) = name.strip_suffix(".json") {
             progress(name);
             outputs.extend(model_case(folder, name, &path, memory)?);
-        } else if let Some(name) = name.strip_suffix(".safetensors")
-            && !name.ends_with(".model")
-            && !name.ends_with(".expected")
-        {
+        } else if is_recording(&path) {
+            let name = name.trim_end_matches(".safetensors");
             let recorded = Recorded::open(path)?;
-            let has_prompts = recorded.tensors.keys().any(|name| name.ends_with(".input_ids"));
             match prompts {
                 _ if recorded.has("scores") => {
                     progress(name);
                     outputs.extend(softmax_case(name, &recorded)?);
                 }
-                Some(model) if has_prompts => {
+                Some(model) if recorded.has_prompts() => {
                     progress(name);
                     outputs.extend(prompt_case(name, &recorded, model)?);
                 }
@@ -207,7 +224,7 @@ fn model_case(
     }
     let collection = memory.open_collection(&case.collection(shape, model::file_digest(&weights)?))?;
     for (output, granularity) in GRANULARITIES.into_iter().filter(|(output, _)| recorded.has(output)) {
-        let document = memory.open_document(collection.id, output)?;
+        let document = memory.open_document(collection.id, &unused_name(output))?;
         let retrieval = Retrieval { top_k: case.top_k, granularity, ..Retrieval::landmark() };
         let window = Window::landmark(case.chunk_tokens);
         let logits = BlockAttention::write(memory.clone(), &collection, &document, window, Some(retrieval))
@@ -350,6 +367,10 @@ impl Recorded {
 
     fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    fn has_prompts(&self) -> bool {
+        self.tensors.keys().any(|name| name.ends_with(".input_ids"))
     }
 
     fn invalid(&self, name: &str, expected: String, found: String) -> GoldenError {

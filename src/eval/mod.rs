@@ -8,7 +8,10 @@ mod passkey;
 mod perplexity;
 mod report;
 
-pub use golden::{GoldenError, GoldenOutput, golden};
+use crate::api::MemoryError;
+use crate::model::RememberError;
+
+pub use golden::{GoldenError, GoldenOutput, golden, golden_prompts};
 pub use haystack::{BOOK, Haystack, Needle};
 pub use passkey::{
     PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts, Remembered, RememberedScore, passkey, passkey_full,
@@ -16,3 +19,13 @@ pub use passkey::{
 };
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
 pub use report::{Report, ReportSettings, Subject, report, write_report};
+
+/// A document name that no other run uses, whether it goes on at the same time or was stopped halfway: what an
+/// evaluation finds in a document would count as read.
+fn unused_name(what: &str) -> String {
+    format!("{what}-{:016x}", rand::random::<u64>())
+}
+
+fn invalid(field: &str, expected: impl ToString, found: impl ToString) -> RememberError {
+    MemoryError::Invalid { field: field.into(), expected: expected.to_string(), found: found.to_string() }.into()
+}

@@ -8,6 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::haystack::{Haystack, Maker, Needle};
+use super::{invalid, unused_name};
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use crate::attention::{BlockAttention, Retrieval, Window};
 use crate::model::{
@@ -136,7 +137,7 @@ pub fn passkey(
 ) -> Result<Vec<PasskeyCase>, RememberError> {
     let mut cases = Vec::new();
     texts.each(model, &mut |tokens, sample, needle| {
-        let name = format!("passkey-{}-{tokens}-{sample}", texts.haystack);
+        let name = unused_name("passkey");
         let begin = Instant::now();
         let mut encoded: Vec<DocumentInfo> = Vec::new();
         for collection in collections {
@@ -223,6 +224,9 @@ impl PasskeyTexts {
         model: &LoadedModel,
         run: &mut dyn FnMut(usize, usize, &Needle) -> Result<(), RememberError>,
     ) -> Result<(), RememberError> {
+        if self.haystack == Haystack::Prose && self.prose.is_empty() {
+            return Err(invalid("prose", "a text", "an empty one"));
+        }
         let longest = self.tokens.iter().copied().max().unwrap_or(0);
         let maker = Maker::new(self.haystack, &self.prose, longest, &model.tokenizer)?;
         for &tokens in &self.tokens {

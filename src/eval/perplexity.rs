@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::{invalid, unused_name};
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{BlockAttention, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window};
 use crate::model::{LoadedModel, Logits, Reading, RememberError};
@@ -65,7 +66,7 @@ pub fn repetitions(source: &[u32], passage_tokens: usize, gap_tokens: usize, sam
 /// which is deleted afterwards. `progress` is told the tokens done and in all.
 ///
 /// # Errors
-/// Whatever the model or the memory report.
+/// Texts of which no token would be counted, and whatever the model or the memory report.
 pub fn perplexity(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,
@@ -76,14 +77,21 @@ pub fn perplexity(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, RememberError> {
     let all_tokens: usize = texts.iter().map(Vec::len).sum();
+    // Nothing can be known before the first token.
+    let skipped = settings.skip_tokens.max(1);
+    let counted: usize = texts.iter().map(|text| text.len().saturating_sub(skipped)).sum();
+    if counted == 0 {
+        let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+        let found = format!("{} texts of at most {longest} tokens", texts.len());
+        return Err(invalid("texts", format!("more than the {skipped} tokens that are not counted"), found));
+    }
     let begin = std::time::Instant::now();
-    let (mut loss, mut counted, mut done) = (0.0, 0, 0);
-    for (sample, text) in texts.iter().enumerate() {
-        let name = format!("perplexity-{sample}");
+    let (mut loss, mut done) = (0.0, 0);
+    for text in texts {
         let shape = &collection.spec.shape;
         let mut written = None;
         let mut write = |top_k, newest_blocks| -> Result<BlockAttention, RememberError> {
-            let document = memory.open_document(collection.id, &name)?;
+            let document = memory.open_document(collection.id, &unused_name("perplexity"))?;
             written = Some(document.id);
             let retrieval = Some(Retrieval { top_k, newest_blocks, ..settings.retrieval.clone() });
             Ok(BlockAttention::write(memory.clone(), collection, &document, settings.window, retrieval)?)
@@ -102,7 +110,6 @@ pub fn perplexity(
         }
         loss += lost?;
         done += text.len();
-        counted += text.len() - settings.skip_tokens.max(1).min(text.len());
     }
     let tokens_per_s = all_tokens as f64 / begin.elapsed().as_secs_f64();
     Ok(Perplexity { mode, perplexity: (loss / counted as f64).exp(), counted_tokens: counted, tokens_per_s })

@@ -83,12 +83,12 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
 
     let bar = token_bar(context, "encoding");
     let begin = Instant::now();
-    let encoding = Encoding { name: "bench", text, window, retrieval: args.setup.encode_retrieval(model.config()) };
+    let encoding = Encoding { name: "bench", text, window, retrieval: args.setup.encode_retrieval(model.config())? };
     let document = model::encode(&model, &scratch.memory, collection, &encoding, &mut |step| bar.show(step))?;
     bar.finish();
     let encode = document.tokens as f64 / begin.elapsed().as_secs_f64();
 
-    let retrieval = args.setup.retrieval.retrieval(model.config(), args.top_k);
+    let retrieval = args.setup.retrieval.retrieval(model.config(), args.top_k)?;
     let documents = [document.clone()];
     let mut with_memory = BlockAttention::read(scratch.memory.clone(), collection, &documents, window, retrieval)
         .map_err(RememberError::from)?;

@@ -54,7 +54,8 @@ struct Output {
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
-    let prompts = if args.no_prompts { None } else { Some(args.model.load(context)?) };
+    let wanted = !args.no_prompts && eval::golden_prompts(&args.folder)?;
+    let prompts = if wanted { Some(args.model.load(context)?) } else { None };
     let scratch = context.scratch_memory()?;
     let spinner = context.output.spinner("");
     let outputs = eval::golden(&args.folder, &scratch.memory, prompts.as_ref(), &mut |case| {

@@ -38,7 +38,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, default_value_t = 10)]
     samples: usize,
 
-    /// Blocks that each KV head reads per token; several are asked about the same encoded text.
+    /// k, the blocks of every choice; several are asked about the same encoded text.
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4")]
     top_k: Vec<u32>,
 
@@ -120,8 +120,8 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         let settings = PasskeySettings {
             top_k: args.top_k.clone(),
             window: args.setup.window.window(model.config()),
-            encode_retrieval: args.setup.encode_retrieval(model.config()),
-            retrieval: args.setup.retrieval.retrieval(model.config(), 1),
+            encode_retrieval: args.setup.encode_retrieval(model.config())?,
+            retrieval: args.setup.retrieval.retrieval(model.config(), 1)?,
         };
         eval::passkey(&model, &scratch.memory, &collections, &texts, &settings, &mut |tokens, sample, step| {
             label(tokens, sample);

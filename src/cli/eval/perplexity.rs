@@ -37,7 +37,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, default_value_t = 1)]
     samples: usize,
 
-    /// Blocks that each KV head reads per token.
+    /// k, the blocks of every choice.
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8")]
     top_k: Vec<u32>,
 
@@ -90,7 +90,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
     let settings = PerplexitySettings {
         skip_tokens: args.skip,
         window: args.setup.window.window(model.config()),
-        retrieval: args.setup.retrieval.retrieval(model.config(), 1),
+        retrieval: args.setup.retrieval.retrieval(model.config(), 1)?,
     };
     let bar = token_bar(context, "");
     let mut results: Vec<PerplexityResult> = Vec::new();

@@ -108,7 +108,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         plain.as_ref().map(|model| collection("report-plain", model)).transpose()?,
         recurrent.as_ref().map(|model| collection("report-recurrent", model)).transpose()?,
     );
-    let subject = args.subject(&model, &of_model);
+    let subject = args.subject(&model, &of_model)?;
     let plain = plain.as_ref().zip(of_plain.as_ref()).map(|(model, collection)| baseline(model, collection));
     let recurrent =
         recurrent.as_ref().zip(of_recurrent.as_ref()).map(|(model, collection)| baseline(model, collection));
@@ -127,7 +127,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
 }
 
 impl Args {
-    /// A collection for one of the models. What is typed of blocks and keys is meant for the model that is evaluated.
+    /// A collection for one of the models.
     fn collection(
         &self,
         name: &str,
@@ -137,15 +137,15 @@ impl Args {
         Ok(memory.open_collection(&self.setup.storage.spec(name, model, None, None)?)?)
     }
 
-    fn subject<'a>(&self, model: &'a LoadedModel, collection: &'a CollectionInfo) -> Subject<'a> {
+    fn subject<'a>(&self, model: &'a LoadedModel, collection: &'a CollectionInfo) -> Result<Subject<'a>, CliError> {
         let config = model.config();
-        Subject {
+        Ok(Subject {
             model,
             collection,
             window: self.setup.window.window(config),
-            retrieval: self.setup.retrieval.retrieval(config, 1),
-            encode_retrieval: self.setup.encode_retrieval(config),
-        }
+            retrieval: self.setup.retrieval.retrieval(config, 1)?,
+            encode_retrieval: self.setup.encode_retrieval(config)?,
+        })
     }
 }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 pub use markdown::write_report;
 
 use super::haystack::Haystack;
+use super::invalid;
 use super::passkey::{PasskeySettings, PasskeyTexts, passkey, passkey_full, passkey_scores};
 use super::perplexity::{PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
 use crate::api::{BlockMemory, CollectionInfo};
@@ -146,7 +147,7 @@ pub struct PasskeyRow {
 /// with a cache of what came before. `progress` is told what is measured and how far it is, from 0 to 1.
 ///
 /// # Errors
-/// Whatever models and memory report.
+/// Nothing to measure, a text that is shorter than what is measured on it, and whatever models and memory report.
 pub fn report(
     subject: &Subject,
     memory: &Arc<dyn BlockMemory>,
@@ -155,8 +156,12 @@ pub fn report(
     settings: &ReportSettings,
     progress: &mut dyn FnMut(&str, f64),
 ) -> Result<Report, RememberError> {
+    settings.check()?;
     let config = subject.model.config();
     let mut run = Run { memory, settings, progress };
+    for of in [Some(subject), plain, recurrent].into_iter().flatten() {
+        run.check_text(of)?;
+    }
     let mut report = Report {
         model: subject.model.name.clone(),
         plain: plain.map(|plain| plain.model.name.clone()),
@@ -164,7 +169,7 @@ pub fn report(
         landmarks: config.landmark.is_some(),
         block_tokens: subject.collection.spec.shape.block_tokens,
         context_tokens: config.context_tokens,
-        text_tokens: settings.text_tokens,
+        text_tokens: run.source(subject)?.len(),
         samples: settings.samples,
         seed: settings.seed,
         ..Report::default()
@@ -176,13 +181,30 @@ pub fn report(
     for &length in &settings.lengths {
         run.granularity(subject, length, &mut report.granularity)?;
     }
-    for &gap in &settings.lengths {
+    // A passage and what lies between are taken from the text.
+    for &gap in settings.lengths.iter().filter(|&&gap| PASSAGE_TOKENS + gap <= report.text_tokens) {
         run.repetition(subject, gap, &mut report.repetition)?;
     }
     for haystack in [Haystack::Garbage, Haystack::Prose] {
         run.passkey(subject, plain, haystack, &mut report.passkey)?;
     }
     Ok(report)
+}
+
+impl ReportSettings {
+    fn check(&self) -> Result<(), RememberError> {
+        let rules = [
+            ("lengths", self.lengths.iter().all(|&length| length > 1) && !self.lengths.is_empty(), "2 tokens or more"),
+            ("top-k", self.top_k.iter().all(|&k| k > 0) && !self.top_k.is_empty(), "1 or more"),
+            ("passkey lengths", self.passkey_lengths.iter().all(|&length| length > 0), "1 token or more"),
+            ("passkey top-k", self.passkey_top_k.iter().all(|&k| k > 0), "1 or more"),
+            ("samples", self.samples > 0, "1 or more"),
+        ];
+        match rules.into_iter().find(|(_, holds, _)| !holds) {
+            None => Ok(()),
+            Some((field, _, expected)) => Err(invalid(field, expected, "0, or none")),
+        }
+    }
 }
 
 /// What the measurements share.
@@ -213,6 +235,21 @@ impl Run<'_> {
         let mut ids = subject.model.tokenizer.encode(&self.settings.text)?.ids;
         ids.truncate(self.settings.text_tokens);
         Ok(ids)
+    }
+
+    fn check_text(&self, subject: &Subject) -> Result<(), RememberError> {
+        let longest = self.settings.lengths.iter().copied().max().unwrap_or(0);
+        match self.source(subject)?.len() {
+            enough if enough >= longest => Ok(()),
+            found => {
+                let expected = format!("{longest} tokens or more, the longest evaluation length");
+                Err(invalid(
+                    "text",
+                    expected,
+                    format!("{found}: give a longer text, or --text-tokens or --lengths to fit"),
+                ))
+            }
+        }
     }
 
     /// Segments of a length that cover the text.
