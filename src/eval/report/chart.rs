@@ -20,8 +20,8 @@ const LEGEND_PIXELS: u32 = 210;
 /// Distance of its lines.
 const LEGEND_STEP_PIXELS: i32 = 20;
 
-/// Colours that are told apart without red against green (Okabe and Ito 2008).
-const COLOURS: [RGBColor; 7] = [
+/// Colours that are told apart without red against green (the first six: Okabe and Ito 2008), as many as a report has lines.
+const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -29,7 +29,13 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 180, 233),
     RGBColor(213, 94, 0),
     RGBColor(90, 90, 90),
+    RGBColor(0, 0, 0),
+    RGBColor(140, 86, 75),
+    RGBColor(110, 64, 170),
 ];
+
+/// Ticks are at least this factor apart, so that their labels do not cover one another.
+const TICK_FACTOR: f64 = 1.1;
 
 /// Draws lines over a logarithmic count of tokens. `y` is the range of the other axis.
 ///
@@ -54,7 +60,7 @@ fn draw(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let mut xs: Vec<f64> = lines.iter().flat_map(|line| line.points.iter().map(|point| point.0)).collect();
     xs.sort_by(f64::total_cmp);
-    xs.dedup();
+    xs.dedup_by(|next, kept| *next < *kept * TICK_FACTOR);
     let (first, last) = (xs.first().copied().unwrap_or(1.0), xs.last().copied().unwrap_or(1.0));
     let decimals = match y.end - y.start {
         ..2.0 => 2,
@@ -105,11 +111,15 @@ mod tests {
     fn axes_name_what_was_measured() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("chart.svg");
-        let line = |label: &str, y: f64| Line { label: label.into(), points: vec![(512.0, y), (32_768.0, y + 1.0)] };
+        let line = |label: &str, y: f64| Line {
+            label: label.into(),
+            points: vec![(510.0, y), (512.0, y), (32_768.0, y + 1.0)],
+        };
         line_chart(&path, "Title", "perplexity", 10.0..20.0, &[line("one", 12.0), line("two", 14.0)]).unwrap();
         let svg = std::fs::read_to_string(path).unwrap();
-        for part in ["Title", "perplexity", "one", "two", "\n512\n", "\n32,768\n", "\n12.0\n"] {
+        for part in ["Title", "perplexity", "one", "two", "\n510\n", "\n32,768\n", "\n12.0\n"] {
             assert!(svg.contains(part), "{part:?} in {svg}");
         }
+        assert!(!svg.contains("\n512\n"), "a label on another: {svg}");
     }
 }
