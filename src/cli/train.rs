@@ -25,11 +25,11 @@ use super::signals::Signals;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  landmarkdb train models/austen --text corpus/train/*.txt --validation corpus/validation/*.txt
-  landmarkdb train models/plain --plain --text corpus/train/*.txt
-  landmarkdb train models/more --from models/austen --lr 1e-3 --phases 60:2:1 --steps 600 --text corpus/train/*.txt
-  landmarkdb train models/smollm2-landmark --from smollm2 --adapter 16 --text corpus/train/*.txt
-  landmarkdb train models/tiny --text texts/persuasion.txt --steps 100 --phases 8:4:1 --json
+  landmarkdb train my-austen --text corpus/train/*.txt --validation corpus/validation/*.txt
+  landmarkdb train my-plain --plain --text corpus/train/*.txt
+  landmarkdb train my-more --from models/austen --lr 1e-3 --phases 60:2:1 --steps 600 --text corpus/train/*.txt
+  landmarkdb train smollm2-landmark --from smollm2 --adapter 16 --text corpus/train/*.txt
+  landmarkdb train tiny --text texts/persuasion.txt --steps 100 --phases 8:4:1 --json
 ")]
 pub(super) struct Args {
     /// The folder of the model; a training that stopped there goes on.
