@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use half::f16;
 
-use crate::numeric::{self, LANES};
+use crate::numeric;
 use crate::types::DType;
 
-/// Keys of one panel.
-pub(super) const PANEL: usize = LANES;
+/// Keys of one panel: four AVX-512 registers of sums for each of the kernel's rows.
+pub(super) const PANEL: usize = 64;
 
 /// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
 /// tiles of about this size anyway.
