@@ -113,7 +113,8 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
 /// Half floats that [`widen`] takes at once: one AVX-512 register of single ones.
 pub(crate) const HALVES: usize = 16;
 
-/// Widens half floats, by the instruction for it where the machine has one.
+/// Widens half floats, by the instruction for it where the machine has one. What infinities become differs between
+/// machines; callers check for them where numbers come in.
 #[inline(always)]
 pub(crate) fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
     #[cfg(target_arch = "x86_64")]
@@ -129,8 +130,7 @@ pub(crate) fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
     halves.map(widen_one)
 }
 
-/// Widens one half float. Vectorises, which a call per number does not. Infinities become large numbers; callers
-/// check for them where numbers come in.
+/// Widens one half float. Vectorises, which a call per number does not. Infinities become large numbers.
 #[inline(always)]
 fn widen_one(half: f16) -> f32 {
     let bits = half.to_bits() as u32;

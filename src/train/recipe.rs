@@ -101,7 +101,11 @@ impl Recipe {
                 "a positive number with an adapter, none without one",
             ),
             ("pos_jump", self.adapter.is_none() || self.pos_jump == 0, "0 for an adapter"),
-            ("pos_jump", self.last_position() <= POSITION_MAX, "jumps that keep every position below 16777216"),
+            (
+                "pos_jump",
+                self.pos_jump == 0 || self.last_position() <= POSITION_MAX,
+                "jumps that keep every position below 16777216",
+            ),
             ("group_dropout", self.adapter.is_none() || self.group_dropout == 0.0, "0 for an adapter"),
             (
                 "phases",
