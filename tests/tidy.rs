@@ -36,7 +36,6 @@ const IMPORTS: &[(&str, &[&str])] = &[
 
 /// Outside libraries and the only top-level modules (or `build`, the build script) that name them.
 const LIBRARIES: &[(&[&str], &[&str])] = &[
-    (&["gemm"], &["numeric"]),
     (&["sled", "bincode"], &["store"]),
     (
         &["tonic", "tonic_prost", "tonic_health", "tonic_reflection", "prost", "prost_types"],

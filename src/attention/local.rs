@@ -8,7 +8,7 @@
 
 use std::cell::RefCell;
 
-use crate::numeric::{self, Matrix, Threads, Write};
+use crate::numeric::{self, Matrix, Write};
 use crate::types::Normalisation;
 
 /// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
@@ -132,7 +132,7 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
         let scores = &mut scores[..rows * columns];
         let score = |queries, keys: Matrix, scores: &mut [f32]| {
             let keys = keys.transposed();
-            numeric::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace, Threads::One);
+            numeric::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace);
         };
         if sink_rows > 0 {
             score(queries.sink, matrix(sink.k, sink_rows), scores);
@@ -152,7 +152,7 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
         let mut out = vec![0.0; rows * head_dim];
         let mut mix = |weights, seen_rows, values| {
             let weights = Matrix::with_stride(weights, rows, seen_rows, columns);
-            numeric::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add, Threads::One);
+            numeric::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add);
         };
         mix(&*scores, sink_rows, sink.v);
         mix(&scores[sink_rows..], window_rows, window.v);

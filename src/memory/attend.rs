@@ -10,7 +10,7 @@ use super::geometry::Turns;
 use super::lookup::Prepared;
 use crate::api::{AttendRequest, Attended, Result};
 use crate::index::Found;
-use crate::numeric::{self, Matrix, Threads, Write};
+use crate::numeric::{self, Matrix, Write};
 use crate::store::piece::PieceLayout;
 use crate::types::Normalisation;
 
@@ -138,14 +138,14 @@ impl Attention<'_> {
             scores.resize(uses.len() * tokens, 0.0);
             let rows = Matrix::new(&queries, uses.len(), dim);
             let keys = Matrix::new(&k, tokens, dim).transposed();
-            numeric::multiply(rows, keys, &mut scores, tokens, Write::Replace, Threads::One);
+            numeric::multiply(rows, keys, &mut scores, tokens, Write::Replace);
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
                 partial.weigh(block_use.row as usize, self.normalisation, scores);
             }
             mixed.resize(uses.len() * dim, 0.0);
             let weights = Matrix::new(&scores, uses.len(), tokens);
             let values = Matrix::new(&v, tokens, dim);
-            numeric::multiply(weights, values, &mut mixed, dim, Write::Replace, Threads::One);
+            numeric::multiply(weights, values, &mut mixed, dim, Write::Replace);
             for (block_use, mixed) in uses.iter().zip(mixed.chunks_exact(dim)) {
                 numeric::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
             }

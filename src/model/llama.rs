@@ -9,38 +9,38 @@ use rayon::prelude::*;
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
 use super::huggingface::read_config;
-use super::kernels::{multiply, rms_norm, swiglu, take_columns};
+use super::kernels::{rms_norm, swiglu, take_columns};
 use super::low_rank::LandmarkUpdates;
 use super::safetensors::SafeTensorsFolder;
-use super::weights::{LayerTensor, Matrix, TensorName, TensorSource};
+use super::weights::{LayerTensor, TensorName, TensorSource, numbers, pack};
 use crate::attention::SequenceAttention;
-use crate::numeric::Write;
+use crate::numeric::{Packed, Write};
 
 /// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
 pub struct Llama {
     config: ModelConfig,
     /// `(vocab, hidden)`
-    embedding: Matrix,
+    embedding: Packed,
     layers: Vec<Layer>,
     /// `(hidden)`
-    norm: Matrix,
+    norm: Vec<f32>,
     /// `(vocab, hidden)`; none when it is the embedding.
-    output: Option<Matrix>,
+    output: Option<Packed>,
 }
 
 struct Layer {
     /// `(hidden)`
-    attention_norm: Matrix,
+    attention_norm: Vec<f32>,
     /// `(Hq * D + 2 * Hkv * D, hidden)`: q, k and v in one product.
-    qkv: Matrix,
+    qkv: Packed,
     /// `(hidden, Hq * D)`
-    attention_output: Matrix,
+    attention_output: Packed,
     /// `(hidden)`
-    ffn_norm: Matrix,
+    ffn_norm: Vec<f32>,
     /// `(2 * ffn, hidden)`: gate and up in one product.
-    gate_up: Matrix,
+    gate_up: Packed,
     /// `(hidden, ffn)`
-    down: Matrix,
+    down: Packed,
     /// Of a model whose landmarks were given to it by an adapter.
     landmark: Option<LandmarkUpdates>,
 }
@@ -89,16 +89,16 @@ impl Llama {
     pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
         let read = |name, shape: &[usize]| source.read(name, shape);
         let embedding = [read(TensorName::Embedding, &[config.vocab, config.hidden])?];
-        let norm = [read(TensorName::OutputNorm, &[config.hidden])?];
+        let norm = read(TensorName::OutputNorm, &[config.hidden])?;
         let output = match config.tied_output {
             true => None,
-            false => Some(stack(&[read(TensorName::Output, &[config.vocab, config.hidden])?])),
+            false => Some(packed(&[read(TensorName::Output, &[config.vocab, config.hidden])?])),
         };
         let layers = (0..config.layers)
             .into_par_iter()
             .map(|layer| Layer::load(&config, layer, source))
             .collect::<Result<_, _>>()?;
-        Ok(Llama { embedding: stack(&embedding), norm: stack(&norm), output, layers, config })
+        Ok(Llama { embedding: packed(&embedding), norm: vector(&norm), output, layers, config })
     }
 
     /// The hyperparameters.
@@ -121,13 +121,13 @@ impl Llama {
     pub fn embed(&self, ids: &[u32]) -> Result<Vec<f32>, ForwardError> {
         let (vocab, hidden) = (self.config.vocab, self.config.hidden);
         let mut x = Vec::with_capacity(ids.len() * hidden);
-        self.embedding.with(|embedding| {
-            for &id in ids {
-                let row = embedding.chunks_exact(hidden).nth(id as usize);
-                x.extend_from_slice(row.ok_or(ForwardError::UnknownToken { id, vocab })?);
+        for &id in ids {
+            if id as usize >= vocab {
+                return Err(ForwardError::UnknownToken { id, vocab });
             }
-            Ok(x)
-        })
+            x.extend(self.embedding.column(id as usize));
+        }
+        Ok(x)
     }
 
     /// [`Llama::forward`] from embeddings `x (T, hidden)`.
@@ -159,7 +159,7 @@ impl Llama {
                 x.drain(..(tokens - wanted) * hidden);
                 attended.drain(..(tokens - wanted) * self.config.query_width());
             }
-            multiply(&attended, &layer.attention_output, &mut x, Write::Add);
+            layer.attention_output.multiply(&attended, &mut x, Write::Add);
             if let Some(output) = layer.landmark.as_ref().and_then(|updates| updates.output.as_ref()) {
                 let width = self.config.query_width();
                 for &row in &landmarks {
@@ -171,7 +171,7 @@ impl Llama {
         let normed = &mut scratch.normed[..x.len()];
         rms_norm(&x, &self.norm, self.config.norm_epsilon, normed);
         let mut out = vec![0.0; wanted * self.config.vocab];
-        multiply(normed, self.output.as_ref().unwrap_or(&self.embedding), &mut out, Write::Replace);
+        self.output.as_ref().unwrap_or(&self.embedding).multiply(normed, &mut out, Write::Replace);
         if let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) {
             // The model that it was given to does not know the token.
             out.chunks_exact_mut(self.config.vocab).for_each(|row| row[landmark.id as usize] = f32::NEG_INFINITY);
@@ -200,7 +200,7 @@ impl Llama {
         let columns = query_width + 2 * kv_width;
         let Scratch { normed, qkv, q, k, v, .. } = scratch;
         rms_norm(x, &layer.attention_norm, config.norm_epsilon, normed);
-        multiply(normed, &layer.qkv, qkv, Write::Replace);
+        layer.qkv.multiply(normed, qkv, Write::Replace);
         if let Some(updates) = &layer.landmark {
             for &row in landmarks {
                 let normed = &normed[row * config.hidden..][..config.hidden];
@@ -233,9 +233,9 @@ impl Llama {
         let gate_up = &mut scratch.gate_up[..tokens * 2 * ffn];
         let gated = &mut scratch.gated[..tokens * ffn];
         rms_norm(x, &layer.ffn_norm, self.config.norm_epsilon, normed);
-        multiply(normed, &layer.gate_up, gate_up, Write::Replace);
+        layer.gate_up.multiply(normed, gate_up, Write::Replace);
         swiglu(gate_up, ffn, gated);
-        multiply(gated, &layer.down, x, Write::Add);
+        layer.down.multiply(gated, x, Write::Add);
     }
 }
 
@@ -246,23 +246,27 @@ impl Layer {
         let (query_width, kv_width) = (config.query_width(), config.kv_width());
         let read = |tensor, shape: &[usize]| source.read(TensorName::Layer(layer, tensor), shape);
         Ok(Layer {
-            attention_norm: stack(&[read(AttentionNorm, &[hidden])?]),
-            qkv: stack(&[
+            attention_norm: vector(&read(AttentionNorm, &[hidden])?),
+            qkv: packed(&[
                 read(Query, &[query_width, hidden])?,
                 read(Key, &[kv_width, hidden])?,
                 read(Value, &[kv_width, hidden])?,
             ]),
-            attention_output: stack(&[read(AttentionOutput, &[hidden, query_width])?]),
-            ffn_norm: stack(&[read(FfnNorm, &[hidden])?]),
-            gate_up: stack(&[read(Gate, &[ffn, hidden])?, read(Up, &[ffn, hidden])?]),
-            down: stack(&[read(Down, &[hidden, ffn])?]),
+            attention_output: packed(&[read(AttentionOutput, &[hidden, query_width])?]),
+            ffn_norm: vector(&read(FfnNorm, &[hidden])?),
+            gate_up: packed(&[read(Gate, &[ffn, hidden])?, read(Up, &[ffn, hidden])?]),
+            down: packed(&[read(Down, &[hidden, ffn])?]),
             landmark: source.landmark_updates(layer)?,
         })
     }
 }
 
-fn stack(parts: &[Tensor]) -> Matrix {
-    Matrix::stack(parts).expect("a source gives f32 tensors of the shapes it was asked for")
+fn packed(parts: &[Tensor]) -> Packed {
+    pack(parts).expect("a source gives f32 tensors of the shapes it was asked for")
+}
+
+fn vector(tensor: &Tensor) -> Vec<f32> {
+    numbers(tensor).expect("a source gives f32 tensors")
 }
 
 impl Scratch {

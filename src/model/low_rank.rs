@@ -2,16 +2,15 @@
 
 use candle_core::Tensor;
 
-use super::kernels::multiply;
-use super::weights::Matrix;
-use crate::numeric::Write;
+use super::weights::pack;
+use crate::numeric::{Packed, Write};
 
 /// `y += scale B A x` (Hu et al. 2021).
 pub(super) struct LowRank {
     /// `A (r, in)`
-    down: Matrix,
+    down: Packed,
     /// `scale B (out, r)`
-    up: Matrix,
+    up: Packed,
 }
 
 /// The updates of one layer. In the first layer all landmarks are equal, so their keys have none; nor has what a landmark
@@ -26,13 +25,13 @@ pub(super) struct LandmarkUpdates {
 impl LowRank {
     /// From `A (r, in)` and `B (out, r)`.
     pub(super) fn new(down: &Tensor, up: &Tensor, scale: f64) -> candle_core::Result<Self> {
-        Ok(LowRank { down: Matrix::stack(std::slice::from_ref(down))?, up: Matrix::stack(&[(up * scale)?])? })
+        Ok(LowRank { down: pack(std::slice::from_ref(down))?, up: pack(&[(up * scale)?])? })
     }
 
     /// For one token: `x (in)`, `y (out)`.
     pub(super) fn add(&self, x: &[f32], y: &mut [f32]) {
-        let mut inner = vec![0.0; self.up.columns()];
-        multiply(x, &self.down, &mut inner, Write::Replace);
-        multiply(&inner, &self.up, y, Write::Add);
+        let mut inner = vec![0.0; self.down.columns()];
+        self.down.multiply(x, &mut inner, Write::Replace);
+        self.up.multiply(&inner, y, Write::Add);
     }
 }

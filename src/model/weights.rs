@@ -1,9 +1,10 @@
 //! Which tensors a Llama-family model consists of, and where they come from.
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
+use crate::numeric::{Matrix, Packed};
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,35 +52,17 @@ pub(super) trait TensorSource: Sync {
     }
 }
 
-/// Numbers that stay where they are for the life of a model: `(rows, columns)` row-major, or a vector as one row.
-pub(super) struct Matrix {
-    /// Contiguous f32 on the CPU.
-    tensor: Tensor,
-    columns: usize,
+/// Tensors `(out, in)` of equal width, on top of each other, as the right factor of products: `x (T, in)` to `(T, out)`.
+pub(super) fn pack(parts: &[Tensor]) -> candle_core::Result<Packed> {
+    let tensor = match parts {
+        [only] => only.clone(),
+        _ => Tensor::cat(parts, 0)?,
+    };
+    let (rows, columns) = tensor.dims2()?;
+    Ok(Packed::new(Matrix::new(&numbers(&tensor)?, rows, columns).transposed()))
 }
 
-impl Matrix {
-    /// Stacks tensors of equal width on top of each other.
-    pub(super) fn stack(parts: &[Tensor]) -> candle_core::Result<Self> {
-        let tensor = match parts {
-            [only] => only.clone(),
-            _ => Tensor::cat(parts, 0)?,
-        };
-        let tensor = tensor.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?.contiguous()?;
-        let columns = tensor.dims().last().copied().unwrap_or(1);
-        Ok(Matrix { tensor, columns })
-    }
-
-    pub(super) fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Lends all numbers, `(rows, columns)`.
-    pub(super) fn with<R>(&self, read: impl FnOnce(&[f32]) -> R) -> R {
-        let (storage, layout) = self.tensor.storage_and_layout();
-        match (&*storage, layout.contiguous_offsets()) {
-            (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => read(&numbers[start..end]),
-            _ => unreachable!("`stack` made it contiguous f32 on the CPU"),
-        }
-    }
+/// All numbers of a tensor, row-major.
+pub(super) fn numbers(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()
 }

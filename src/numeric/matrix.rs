@@ -1,5 +1,9 @@
-//! Products of matrices: the `gemm` crate for many rows, plain vector loops where its packing would not pay.
+//! Products of matrices that are at hand once: in panels for many rows, plain vector loops where packing would not pay.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::packed::{multiply_panels, pack};
 use super::{add_scaled, dot};
 
 /// Rows from which packing the operands for a blocked product pays.
@@ -8,11 +12,11 @@ const PACKED_ROWS_MIN: usize = 8;
 /// Numbers read as `rows` x `columns`; strides count numbers.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
-    numbers: &'a [f32],
-    rows: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
+    pub(super) numbers: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) row_stride: usize,
+    pub(super) column_stride: usize,
 }
 
 /// What a product does with what was in its place before.
@@ -20,15 +24,6 @@ pub struct Matrix<'a> {
 pub enum Write {
     Replace,
     Add,
-}
-
-/// Who computes a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Threads {
-    /// The calling thread: callers share out other work.
-    One,
-    /// All threads of rayon's pool.
-    All,
 }
 
 impl<'a> Matrix<'a> {
@@ -49,6 +44,15 @@ impl<'a> Matrix<'a> {
         Matrix { numbers, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
+    /// Some rows and columns, in their place.
+    pub(super) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && columns.end <= self.columns);
+        let first = rows.start * self.row_stride + columns.start * self.column_stride;
+        // Nothing may begin behind the last number.
+        let numbers = self.numbers.get(first..).unwrap_or_default();
+        Matrix { numbers, rows: rows.len(), columns: columns.len(), ..self }
+    }
+
     /// The same numbers read as `columns` x `rows`.
     pub fn transposed(self) -> Self {
         Matrix {
@@ -62,58 +66,36 @@ impl<'a> Matrix<'a> {
 }
 
 /// Numbers from the first to the last of a row-major matrix.
-fn reach(rows: usize, columns: usize, stride: usize) -> usize {
+pub(super) fn reach(rows: usize, columns: usize, stride: usize) -> usize {
     if rows == 0 { 0 } else { (rows - 1) * stride + columns }
 }
 
-/// `out (a.rows, b.columns) = a b`, or `out += a b`. Rows of `out` begin `out_stride` numbers apart; what lies between
-/// them stays.
+thread_local! {
+    /// The right factor of the last product: kept so that small products do not allocate.
+    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `out (a.rows, b.columns) = a b`, or `out += a b`, on the calling thread: callers share out other work. Rows of `out` begin
+/// `out_stride` numbers apart; what lies between them stays.
 ///
 /// # Panics
 /// When the sizes do not fit each other.
-pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write, threads: Threads) {
+pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write) {
     assert_eq!(a.columns, b.rows);
     assert!(b.columns <= out_stride && reach(a.rows, b.columns, out_stride) <= out.len());
     if a.rows == 0 || b.columns == 0 {
         return;
     }
-    if a.rows < PACKED_ROWS_MIN && threads == Threads::One && a.column_stride == 1 {
+    if a.rows < PACKED_ROWS_MIN && a.column_stride == 1 {
         let row = |row: usize| &a.numbers[row * a.row_stride..][..a.columns];
         let outs = out.chunks_mut(out_stride).take(a.rows);
         outs.enumerate().for_each(|(index, out)| multiply_row(row(index), b, &mut out[..b.columns], write));
         return;
     }
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(rayon::current_num_threads()),
-    };
-    let strides = |matrix: Matrix| (matrix.column_stride as isize, matrix.row_stride as isize);
-    let ((a_column, a_row), (b_column, b_row)) = (strides(a), strides(b));
-    // SAFETY: the constructors of `Matrix` keep every number that its strides reach inside its slice, and transposing
-    // reaches the same ones; the assertion above does so for `out`. `out` is borrowed mutably, so it overlaps neither.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.columns,
-            a.columns,
-            out.as_mut_ptr(),
-            1,
-            out_stride as isize,
-            write == Write::Add,
-            a.numbers.as_ptr(),
-            a_column,
-            a_row,
-            b.numbers.as_ptr(),
-            b_column,
-            b_row,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+    PANELS.with_borrow_mut(|panels| {
+        pack(b, panels);
+        multiply_panels(a, panels, b.columns, out, out_stride, write);
+    });
 }
 
 /// `out (b.columns) = row b`, or `out += row b`, whichever way `b` is contiguous.
@@ -142,31 +124,45 @@ mod tests {
 
     #[test]
     fn products_agree_with_plain_loops() {
-        let sizes = [(0, 3, 2), (1, 1, 1), (3, 5, 7), (7, 16, 24), (8, 17, 33), (33, 40, 64), (2, 1, 0), (20, 1, 1)];
+        let sizes = [
+            (0, 3, 2),
+            (1, 1, 1),
+            (3, 5, 7),
+            (7, 16, 24),
+            (8, 17, 33),
+            (33, 40, 64),
+            (2, 1, 0),
+            (20, 1, 1),
+            (13, 130, 1030),
+        ];
         for (m, n, k) in sizes {
             let (a, b) = (numbers(m * k, 7), numbers(n * k, 5));
-            let b_transposed: Vec<f32> = (0..k * n).map(|i| b[(i % n) * k + i / n]).collect();
+            let (a_turned, b_turned) = (turned(&a, m, k), turned(&b, n, k));
+            let lefts = [Matrix::new(&a, m, k), Matrix::new(&a_turned, k, m).transposed()];
+            let rights = [Matrix::new(&b, n, k).transposed(), Matrix::new(&b_turned, k, n)];
             let stride = n + 3;
-            for write in [Write::Replace, Write::Add] {
-                for threads in [Threads::One, Threads::All] {
-                    for matrix in [Matrix::new(&b, n, k).transposed(), Matrix::new(&b_transposed, k, n)] {
-                        let mut out = vec![0.5; m * stride];
-                        multiply(Matrix::new(&a, m, k), matrix, &mut out, stride, write, threads);
-                        for (i, out) in out.iter().enumerate() {
-                            let (row, column) = (i / stride, i % stride);
-                            let sum =
-                                (0..k).map(|j| a[row * k + j] * b.get(column * k + j).unwrap_or(&0.0)).sum::<f32>();
-                            let want = match (column < n, write) {
-                                (false, _) => 0.5,
-                                (true, Write::Replace) => sum,
-                                (true, Write::Add) => sum + 0.5,
-                            };
-                            assert!((out - want).abs() < 1e-4, "{m} {n} {k} {write:?} {threads:?}: {out} {want}");
-                        }
-                    }
+            for (left, right, write) in lefts.iter().flat_map(|left| {
+                rights.iter().flat_map(move |right| [Write::Replace, Write::Add].map(|write| (*left, *right, write)))
+            }) {
+                let mut out = vec![0.5; m * stride];
+                multiply(left, right, &mut out, stride, write);
+                for (i, out) in out.iter().enumerate() {
+                    let (row, column) = (i / stride, i % stride);
+                    let sum = (0..k).map(|j| a[row * k + j] * b.get(column * k + j).unwrap_or(&0.0)).sum::<f32>();
+                    let want = match (column < n, write) {
+                        (false, _) => 0.5,
+                        (true, Write::Replace) => sum,
+                        (true, Write::Add) => sum + 0.5,
+                    };
+                    assert!((out - want).abs() < 1e-4, "{m} {n} {k} {write:?}: {out} {want}");
                 }
             }
         }
+    }
+
+    /// `(rows, columns)` as `(columns, rows)`.
+    fn turned(numbers: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+        (0..rows * columns).map(|i| numbers[i % rows * columns + i / rows]).collect()
     }
 
     #[test]

@@ -6,8 +6,10 @@
 //! than left to right, and may differ in the last bits between machines.
 
 mod matrix;
+mod packed;
 
-pub use matrix::{Matrix, Threads, Write, multiply};
+pub use matrix::{Matrix, Write, multiply};
+pub use packed::Packed;
 
 use half::f16;
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::FIRST_BLOCK;
 use crate::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
 use crate::model::{Llama, Logits, ModelConfig};
-use crate::numeric::{self, Matrix, Threads, Write};
+use crate::numeric::{self, Matrix, Write};
 use crate::shape::ModelShape;
 use crate::train::error::TrainError;
 use crate::train::numbers::numbers;
@@ -175,7 +175,7 @@ impl Teacher {
             }
             let queries = Matrix::new(&queries[head * count * d..][..count * d], count, d);
             let keys = Matrix::new(&keys, blocks * inner, d).transposed();
-            numeric::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace, Threads::One);
+            numeric::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace);
             let p = p[head * count * blocks..][..count * blocks].chunks_exact_mut(blocks);
             for (row, (p, scores)) in p.zip(scores.chunks_exact(blocks * inner)).enumerate() {
                 let (eligible, share) = (rows.eligible[row / group].clone(), rows.shares[row / group]);

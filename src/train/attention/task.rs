@@ -1,7 +1,7 @@
 //! Attention of one sequence and one KV head, tile by tile.
 
 use super::{Attention, Sizes, Softmax};
-use crate::numeric::{self, Matrix, Threads, Write};
+use crate::numeric::{self, Matrix, Write};
 use crate::train::grouped;
 
 /// R at most, unless one token alone has more query heads: two tiles of it over 1,000 keys fill a second-level cache of
@@ -171,7 +171,7 @@ fn landmarks(x: &mut [f32], head_dim: usize, block_tokens: usize) -> impl Iterat
 }
 
 fn product(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write) {
-    numeric::multiply(a, b, out, out_stride, write, Threads::One);
+    numeric::multiply(a, b, out, out_stride, write);
 }
 
 /// Softmax over the first `visible` scores of a row, in place; the others become 0.

@@ -10,7 +10,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::numeric::{Matrix, Threads, Write, multiply};
+use crate::numeric::{Matrix, Write, multiply};
 use crate::train::numbers::{argument, numbers, wanted, width, with_width};
 
 /// Tasks of one product at most. Each packs the other operand anew, so there should not be many more.
@@ -73,7 +73,7 @@ pub(super) fn product(a: &[f32], width: usize, b: Matrix, columns: usize) -> Vec
     let task_rows = task_rows(rows, ROWS_MIN);
     out.par_chunks_mut(task_rows * columns).zip(a.par_chunks(task_rows * width)).for_each(|(out, a)| {
         let a = Matrix::new(a, a.len() / width, width);
-        multiply(a, b, out, columns, Write::Replace, Threads::One);
+        multiply(a, b, out, columns, Write::Replace);
     });
     out
 }
@@ -86,7 +86,7 @@ fn outer(a: &[f32], width: usize, b: &[f32], columns: usize) -> Vec<f32> {
     let task_rows = task_rows(width, OUTER_ROWS_MIN);
     out.par_chunks_mut(task_rows * columns).enumerate().for_each(|(task, out)| {
         let a = Matrix::with_stride(&a[task * task_rows..], rows, out.len() / columns, width);
-        multiply(a.transposed(), b, out, columns, Write::Replace, Threads::One);
+        multiply(a.transposed(), b, out, columns, Write::Replace);
     });
     out
 }
