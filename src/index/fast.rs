@@ -1,16 +1,20 @@
 //! The search that runs: every eligible key is scored, in tiles that rayon's pool shares out, without allocation per key.
 //!
-//! Three steps, as in [`super::exact`]: scores of all blocks for every query token and head; their log-sum-exp; then
-//! for every row of choices the aggregate and its top-k. Scores lie as `(Hkv, tile, T * G, blocks of the tile)`, so that
-//! each tile of each KV head is one contiguous part that one task writes.
+//! Two steps: scores of all blocks for every query token and head, with the log-sum-exp of each row taken while its tile is in
+//! the first-level cache; then for every row of choices the aggregate and its top-k. Scores lie as
+//! `(Hkv, tile, T * G, blocks of the tile)`, so that each tile of each KV head is one contiguous part that one task writes.
+//!
+//! The top-k of a sum over heads needs no sum for most blocks: it is at most their largest share times the number of heads,
+//! and only blocks whose bound beats the k-th best so far are added up.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::select::{self, Best};
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
-use super::{Found, Query, kernel, select};
-use crate::numeric::{self, exp, fma, simd};
+use super::{Found, Query, kernel};
+use crate::numeric::{self, simd};
 use crate::types::{BlockScore, Granularity};
 
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
@@ -50,6 +54,16 @@ struct Scores {
     totals: Vec<f32>,
 }
 
+/// One tile of one KV head, and where its scores go.
+struct Part<'a> {
+    head: usize,
+    tile: &'a Tile<'a>,
+    /// `(T * G, blocks of the tile)`
+    scores: &'a mut [f32],
+    /// `(T * G)`: log-sum-exp over the tile.
+    totals: &'a mut [f32],
+}
+
 /// Chooses the blocks of every row.
 pub fn search(query: &Query<'_>) -> Found {
     let eligible = query.eligible();
@@ -66,14 +80,12 @@ pub fn search(query: &Query<'_>) -> Found {
         head_rows: query.tokens * query.query_heads / query.layout.kv_heads,
         parallel: query.queries.len() * keys >= PARALLEL_WORK_MIN,
     };
-    let numbers = search.score();
-    let totals = search.totals(&numbers);
-    let scores = Scores { numbers, totals };
+    let scores = search.score();
     let choose = |rough: &mut Vec<f32>, row| search.choose(&scores, row, k, rough);
     let chosen: Vec<Vec<select::Candidate>> = if search.parallel {
-        (0..rows).into_par_iter().map_init(|| vec![0.0; eligible], choose).collect()
+        (0..rows).into_par_iter().map_init(Vec::new, choose).collect()
     } else {
-        let mut rough = vec![0.0; eligible];
+        let mut rough = Vec::new();
         (0..rows).map(|row| choose(&mut rough, row)).collect()
     };
     Found {
@@ -120,23 +132,33 @@ impl Search<'_> {
         }
     }
 
-    /// Step 1: `(Hkv, tile, T * G, blocks of the tile)`.
-    fn score(&self) -> Vec<f32> {
+    /// Step 1.
+    fn score(&self) -> Scores {
         let sets: Vec<Vec<f32>> = (0..=self.query.recent()).map(|set| self.head_major(set)).collect();
-        let head_numbers = self.head_rows * self.query.layout.head_dim;
-        let mut scores = vec![0.0; self.query.layout.kv_heads * self.head_rows * self.eligible];
-        let mut tasks = Vec::with_capacity(self.query.layout.kv_heads * self.tiles.len());
-        let mut rest = scores.as_mut_slice();
-        for head in 0..self.query.layout.kv_heads {
+        let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
+        let head_numbers = rows * self.query.layout.head_dim;
+        let mut numbers = vec![0.0; kv_heads * rows * self.eligible];
+        let mut tile_totals = vec![0.0; kv_heads * self.tiles.len() * rows];
+        let mut parts = Vec::with_capacity(kv_heads * self.tiles.len());
+        let (mut scores_left, mut totals_left) = (numbers.as_mut_slice(), tile_totals.as_mut_slice());
+        for head in 0..kv_heads {
             for tile in &self.tiles {
-                let part = rest.split_off_mut(..self.head_rows * tile.blocks.len()).unwrap_or_default();
-                tasks.push((head, tile, part));
+                let scores = scores_left.split_off_mut(..rows * tile.blocks.len()).unwrap_or_default();
+                let totals = totals_left.split_off_mut(..rows).unwrap_or_default();
+                parts.push(Part { head, tile, scores, totals });
             }
         }
-        self.for_each(tasks, |(head, tile, scores)| {
-            self.score_tile(tile, head, &sets[tile.set][head * head_numbers..][..head_numbers], scores);
+        self.for_each(parts, |part| {
+            let queries = &sets[part.tile.set][part.head * head_numbers..][..head_numbers];
+            self.score_part(part, queries);
         });
-        scores
+        let mut totals = vec![f32::NEG_INFINITY; kv_heads * rows];
+        for (totals, tiles) in totals.chunks_exact_mut(rows).zip(tile_totals.chunks_exact(rows * self.tiles.len())) {
+            for tile in tiles.chunks_exact(rows) {
+                totals.iter_mut().zip(tile).for_each(|(total, tile)| *total = add_logs(*total, *tile));
+            }
+        }
+        Scores { numbers, totals }
     }
 
     /// One set of queries times the softmax scale, `(Hkv, T * G, D)`, packed for the kernel in strips.
@@ -157,8 +179,8 @@ impl Search<'_> {
         packed
     }
 
-    /// Scores `(T * G, blocks of the tile)` of packed `queries (T * G, D)`.
-    fn score_tile(&self, tile: &Tile<'_>, head: usize, queries: &[f32], scores: &mut [f32]) {
+    /// Fills a part with the scores of packed `queries (T * G, D)`.
+    fn score_part(&self, Part { head, tile, scores, totals }: Part<'_>, queries: &[f32]) {
         let layout = self.query.layout;
         let (dim, per_block) = (layout.head_dim, layout.keys_per_block);
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
@@ -172,11 +194,14 @@ impl Search<'_> {
         let mut wide = Vec::new();
         let mut strip = vec![0.0; STRIP_ROWS.min(self.head_rows) * width];
         let blocks = tile.blocks.len();
-        for (queries, scores) in queries.chunks(STRIP_ROWS * dim).zip(scores.chunks_mut(STRIP_ROWS * blocks)) {
+        let rows = scores.chunks_mut(STRIP_ROWS * blocks).zip(totals.chunks_mut(STRIP_ROWS));
+        for (queries, (scores, totals)) in queries.chunks(STRIP_ROWS * dim).zip(rows) {
             let strip = &mut strip[..queries.len() / dim * width];
             kernel::score(panels, dim, queries, &mut wide, strip);
-            for (row, scores) in strip.chunks_exact(width).zip(scores.chunks_exact_mut(blocks)) {
+            let rows = strip.chunks_exact(width).zip(scores.chunks_exact_mut(blocks));
+            for ((row, scores), total) in rows.zip(totals) {
                 reduce(self.query.block_score, &row[wanted.clone()], per_block, scores);
+                *total = numeric::log_sum_exp(scores);
             }
         }
     }
@@ -187,54 +212,52 @@ impl Search<'_> {
         &numbers[start..][..tile.blocks.len()]
     }
 
-    /// Step 2: `(Hkv, T * G)`, the log-sum-exp over the eligible blocks.
-    fn totals(&self, numbers: &[f32]) -> Vec<f32> {
-        let total = |row: usize| {
-            let (head, row) = (row / self.head_rows, row % self.head_rows);
-            self.tiles.iter().fold(f32::NEG_INFINITY, |total, tile| {
-                add_logs(total, numeric::log_sum_exp(self.tile_row(numbers, tile, head, row)))
-            })
-        };
-        let rows = self.query.layout.kv_heads * self.head_rows;
-        if self.parallel { (0..rows).into_par_iter().map(total).collect() } else { (0..rows).map(total).collect() }
-    }
-
-    /// Step 3 for one row of choices. `rough` is scratch space for N numbers.
+    /// Step 2 for one row of choices. `rough` is scratch space.
     fn choose(&self, scores: &Scores, row: usize, k: usize, rough: &mut Vec<f32>) -> Vec<select::Candidate> {
         let members = self.members(row);
-        let mut parts = Vec::with_capacity(self.tiles.len());
-        let mut rest = rough.as_mut_slice();
-        for tile in &self.tiles {
-            parts.push((tile, rest.split_off_mut(..tile.blocks.len()).unwrap_or_default()));
-        }
-        let fill = |(tile, part): (&Tile<'_>, &mut [f32])| {
-            part.fill(f32::NEG_INFINITY);
-            for &(head, row) in &members {
-                let total = scores.totals[head * self.head_rows + row];
-                let scores = self.tile_row(&scores.numbers, tile, head, row);
-                match self.query.granularity {
-                    Granularity::KvGroup => add_shares(part, scores, total),
-                    _ => raise(part, scores, total),
-                }
-            }
-        };
         // One row that gathers from many would keep all other threads waiting.
-        if members.len() > STRIP_ROWS {
-            self.for_each(parts, fill);
-        } else {
-            parts.into_iter().for_each(fill);
+        if self.parallel && members.len() > STRIP_ROWS {
+            let of_tile = |rough: &mut Vec<f32>, tile| {
+                let mut best = Best::new(k);
+                self.offer_tile(scores, tile, &members, rough, &mut best);
+                best.into_positions()
+            };
+            let tiles: Vec<_> = self.tiles.par_iter().map_init(Vec::new, of_tile).collect();
+            let mut best = Best::new(k);
+            tiles.into_iter().flatten().for_each(|candidate| best.offer(candidate));
+            return best.into_positions();
+        }
+        let mut best = Best::new(k);
+        for tile in &self.tiles {
+            self.offer_tile(scores, tile, &members, rough, &mut best);
+        }
+        best.into_positions()
+    }
+
+    /// Offers the blocks of one tile to a row of choices that aggregates the scores of `members`.
+    fn offer_tile(
+        &self,
+        scores: &Scores,
+        tile: &Tile<'_>,
+        members: &[(usize, usize)],
+        rough: &mut Vec<f32>,
+        best: &mut Best,
+    ) {
+        let shares = |&(head, row): &(usize, usize)| {
+            (self.tile_row(&scores.numbers, tile, head, row), scores.totals[head * self.head_rows + row])
+        };
+        rough.clear();
+        rough.resize(tile.blocks.len(), f32::NEG_INFINITY);
+        for (scores, total) in members.iter().map(shares) {
+            raise(rough, scores, total);
         }
         if self.query.granularity != Granularity::KvGroup {
-            return select::top_k(rough, k, 0.0, |position| rough[position]);
+            return best.offer_all(tile.start, rough, 0.0, |i| rough[i]);
         }
-        let slack = ADD_SHARES_ERROR * members.len() as f32;
-        select::top_k(rough, k, slack, |position| {
-            let tile = &self.tiles[self.tiles.partition_point(|tile| tile.start <= position) - 1];
-            members.iter().fold(f32::NEG_INFINITY, |sum, &(head, row)| {
-                let score = self.tile_row(&scores.numbers, tile, head, row)[position - tile.start];
-                add_logs(sum, score - scores.totals[head * self.head_rows + row])
-            })
-        })
+        let slack = (members.len() as f32).ln() + ROUNDING;
+        best.offer_all(tile.start, rough, slack, |i| {
+            members.iter().map(shares).fold(f32::NEG_INFINITY, |sum, (scores, total)| add_logs(sum, scores[i] - total))
+        });
     }
 
     /// The (KV head, query row) pairs whose scores a row of choices aggregates.
@@ -280,26 +303,8 @@ fn add_logs(a: f32, b: f32) -> f32 {
     if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
 }
 
-/// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
-const ADD_SHARES_ERROR: f32 = 1e-4;
-
-simd! {
-    /// `sums[i] = log(e^sums[i] + e^(scores[i] - total))`, within [`ADD_SHARES_ERROR`].
-    fn add_shares(sums: &mut [f32], scores: &[f32], total: f32) {
-        for (sum, score) in sums.iter_mut().zip(scores) {
-            let share = *score - total;
-            let (low, high) = if share < *sum { (share, *sum) } else { (*sum, share) };
-            // log(1 + y) for y in 0 to 1, within 1e-5 (Abramowitz and Stegun 4.1.43).
-            let y = exp::<FMA>(low - high);
-            let mut p = 0.032_158_45;
-            p = fma::<FMA>(p, y, -0.136_062_75);
-            p = fma::<FMA>(p, y, 0.289_474_8);
-            p = fma::<FMA>(p, y, -0.491_908_96);
-            p = fma::<FMA>(p, y, 0.999_495_56);
-            *sum = fma::<FMA>(p, y, high);
-        }
-    }
-}
+/// How far the log of a sum may lie above its bound because both are rounded.
+const ROUNDING: f32 = 1e-3;
 
 simd! {
     /// `best[i] = max(best[i], scores[i] - total)`.

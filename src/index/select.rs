@@ -29,42 +29,81 @@ impl PartialOrd for Candidate {
     }
 }
 
-/// The `k` best positions, ascending, with their scores. `exact(position)` is the score, and at most
-/// `rough[position] + slack`; it is asked for only where that could matter. `k` is at most the number of scores.
-pub(super) fn top_k(rough: &[f32], k: usize, slack: f32, exact: impl Fn(usize) -> f32) -> Vec<Candidate> {
-    let mut best: BinaryHeap<Reverse<Candidate>> = BinaryHeap::with_capacity(k + 1);
-    let consider = |best: &mut BinaryHeap<Reverse<Candidate>>, position: usize| {
-        let candidate = Candidate { score: exact(position), position: position as u32 };
-        match best.peek_mut() {
-            Some(mut worst) if candidate > worst.0 => *worst = Reverse(candidate),
-            _ => {}
+/// The best candidates so far.
+pub(super) struct Best {
+    k: usize,
+    /// At most `k`; the worst on top.
+    kept: BinaryHeap<Reverse<Candidate>>,
+}
+
+impl Best {
+    pub(super) fn new(k: usize) -> Self {
+        Best { k, kept: BinaryHeap::with_capacity(k + 1) }
+    }
+
+    /// The score that a candidate has to exceed.
+    fn bar(&self) -> f32 {
+        match self.kept.peek() {
+            Some(worst) if self.kept.len() == self.k => worst.0.score,
+            _ => f32::NEG_INFINITY,
         }
-    };
-    best.extend((0..k).map(|position| Reverse(Candidate { score: exact(position), position: position as u32 })));
-    for (stride, scores) in rough[k..].chunks(STRIDE).enumerate() {
-        let worst = |best: &BinaryHeap<Reverse<Candidate>>| best.peek().map_or(f32::INFINITY, |worst| worst.0.score);
-        if numeric::max(scores) + slack <= worst(&best) {
-            continue;
+    }
+
+    pub(super) fn offer(&mut self, candidate: Candidate) {
+        if self.kept.len() < self.k {
+            self.kept.push(Reverse(candidate));
+        } else if let Some(mut worst) = self.kept.peek_mut().filter(|worst| candidate > worst.0) {
+            *worst = Reverse(candidate);
         }
-        for (i, score) in scores.iter().enumerate() {
-            if score + slack > worst(&best) {
-                consider(&mut best, k + stride * STRIDE + i);
+    }
+
+    /// Offers consecutive positions from `first` on, all later than what was offered before: an equal score does not win. The
+    /// score of the i-th is `exact(i)`, at most `rough[i] + slack`; it is
+    /// asked for only where that could matter.
+    pub(super) fn offer_all(&mut self, first: usize, rough: &[f32], slack: f32, exact: impl Fn(usize) -> f32) {
+        let offer = |best: &mut Self, i| best.offer(Candidate { score: exact(i), position: (first + i) as u32 });
+        let free = (self.k - self.kept.len()).min(rough.len());
+        (0..free).for_each(|i| offer(self, i));
+        for (stride, scores) in rough[free..].chunks(STRIDE).enumerate() {
+            if numeric::max(scores) + slack <= self.bar() {
+                continue;
+            }
+            for (i, score) in scores.iter().enumerate() {
+                if score + slack > self.bar() {
+                    offer(self, free + stride * STRIDE + i);
+                }
             }
         }
     }
-    let mut best: Vec<Candidate> = best.into_iter().map(|Reverse(candidate)| candidate).collect();
-    best.sort_unstable_by_key(|candidate| candidate.position);
-    best
+
+    /// Ascending by position.
+    pub(super) fn into_positions(self) -> Vec<Candidate> {
+        let mut best: Vec<Candidate> = self.kept.into_iter().map(|Reverse(candidate)| candidate).collect();
+        best.sort_unstable_by_key(|candidate| candidate.position);
+        best
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Offered in parts of different lengths.
+    fn top_k(rough: &[f32], k: usize, slack: f32, exact: impl Fn(usize) -> f32) -> Vec<u32> {
+        let mut best = Best::new(k);
+        let mut first = 0;
+        while first < rough.len() {
+            let end = rough.len().min(first + 1 + first % 150);
+            best.offer_all(first, &rough[first..end], slack, |i| exact(first + i));
+            first = end;
+        }
+        best.into_positions().iter().map(|candidate| candidate.position).collect()
+    }
+
     #[test]
     fn ties_go_to_the_earlier_position() {
         let scores: Vec<f32> = (0..200).map(|i| (i % 3) as f32).collect();
-        let positions = |k| top_k(&scores, k, 0.0, |i| scores[i]).iter().map(|c| c.position).collect::<Vec<_>>();
+        let positions = |k| top_k(&scores, k, 0.0, |i| scores[i]);
         assert_eq!(positions(1), [2]);
         assert_eq!(positions(4), [2, 5, 8, 11]);
         assert_eq!(positions(200), (0..200).collect::<Vec<_>>());
@@ -75,9 +114,8 @@ mod tests {
     fn rough_scores_within_the_slack_lose_nothing() {
         let exact: Vec<f32> = (0..500).map(|i| ((i * 7919) % 997) as f32 / 100.0).collect();
         let rough: Vec<f32> = exact.iter().enumerate().map(|(i, x)| x - (i % 5) as f32 / 4.0).collect();
-        let positions = |candidates: Vec<Candidate>| candidates.iter().map(|c| c.position).collect::<Vec<_>>();
-        let want = positions(top_k(&exact, 20, 0.0, |i| exact[i]));
-        assert_eq!(positions(top_k(&rough, 20, 1.0, |i| exact[i])), want);
+        let want = top_k(&exact, 20, 0.0, |i| exact[i]);
+        assert_eq!(top_k(&rough, 20, 1.0, |i| exact[i]), want);
     }
 
     #[test]

@@ -23,6 +23,10 @@ const SHORT_SHARE: f64 = 0.2;
 /// How often a key is made of two or three digits only: repeated digits are what a copying circuit confuses.
 const HARD_SHARE: f64 = 0.5;
 
+/// How often no digit of such a key follows itself. Without them a digit that follows itself is so frequent that a model in
+/// doubt says the last one again: 50676 became 50666.
+const ALTERNATING_SHARE: f64 = 0.5;
+
 /// What the irrelevant text is, with how often: the paper's cycle, its sentences shuffled, or a window of a book.
 const HAYS: [(Hay, f64); 3] = [(Hay::Cycle, 0.4), (Hay::Shuffled, 0.3), (Hay::Prose, 0.3)];
 
@@ -184,9 +188,11 @@ fn key(rng: &mut impl Rng) -> String {
     let mut digits: Vec<char> = ('0'..='9').collect();
     let distinct = rng.random_range(2..=3);
     let (digits, _) = rand::seq::SliceRandom::partial_shuffle(&mut digits[..], rng, distinct);
+    let alternating = rng.random_bool(ALTERNATING_SHARE);
     loop {
         let key: String = (0..KEY_DIGITS).map(|_| digits[rng.random_range(0..distinct)]).collect();
-        if digits.iter().all(|&digit| key.contains(digit)) && !key.starts_with('0') {
+        let doubled = key.as_bytes().windows(2).any(|pair| pair[0] == pair[1]);
+        if digits.iter().all(|&digit| key.contains(digit)) && !key.starts_with('0') && !(alternating && doubled) {
             return key;
         }
     }
