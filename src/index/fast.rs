@@ -4,8 +4,8 @@
 //! the first-level cache; then for every row of choices the aggregate and its top-k. Scores lie as
 //! `(Hkv, tile, T * G, blocks of the tile)`, so that each tile of each KV head is one contiguous part that one task writes.
 //!
-//! The top-k of a sum over heads needs no sum for most blocks: it is at most their largest share times the number of heads,
-//! and only blocks whose bound beats the k-th best so far are added up.
+//! Most blocks need no aggregate: their largest share, or for a sum over heads that times the number of heads, does not reach
+//! the k-th best so far.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::select::{self, Best};
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
 use super::{Found, Query, kernel};
-use crate::numeric::{self, simd};
+use crate::numeric::{self, exp, fma, simd};
 use crate::types::{BlockScore, Granularity};
 
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
@@ -246,18 +246,34 @@ impl Search<'_> {
         let shares = |&(head, row): &(usize, usize)| {
             (self.tile_row(&scores.numbers, tile, head, row), scores.totals[head * self.head_rows + row])
         };
-        rough.clear();
-        rough.resize(tile.blocks.len(), f32::NEG_INFINITY);
-        for (scores, total) in members.iter().map(shares) {
-            raise(rough, scores, total);
+        let sums = self.query.granularity == Granularity::KvGroup;
+        let (room, slack) = match sums {
+            true => ((members.len() as f32).ln() + ROUNDING, ADD_SHARES_ERROR * members.len() as f32),
+            false => (0.0, 0.0),
+        };
+        for first in (0..tile.blocks.len()).step_by(STRIDE) {
+            let stride = first..tile.blocks.len().min(first + STRIDE);
+            let largest = |(scores, total): (&[f32], f32)| numeric::max(&scores[stride.clone()]) - total;
+            let bound = members.iter().map(|member| largest(shares(member))).fold(f32::NEG_INFINITY, f32::max);
+            if !best.may_take(bound + room) {
+                continue;
+            }
+            rough.clear();
+            rough.resize(stride.len(), f32::NEG_INFINITY);
+            for (scores, total) in members.iter().map(shares) {
+                match sums {
+                    true => add_shares(rough, &scores[stride.clone()], total),
+                    false => raise(rough, &scores[stride.clone()], total),
+                }
+            }
+            best.offer_all(tile.start + first, rough, slack, |i| match sums {
+                true => members
+                    .iter()
+                    .map(shares)
+                    .fold(f32::NEG_INFINITY, |sum, (scores, total)| add_logs(sum, scores[first + i] - total)),
+                false => rough[i],
+            });
         }
-        if self.query.granularity != Granularity::KvGroup {
-            return best.offer_all(tile.start, rough, 0.0, |i| rough[i]);
-        }
-        let slack = (members.len() as f32).ln() + ROUNDING;
-        best.offer_all(tile.start, rough, slack, |i| {
-            members.iter().map(shares).fold(f32::NEG_INFINITY, |sum, (scores, total)| add_logs(sum, scores[i] - total))
-        });
     }
 
     /// The (KV head, query row) pairs whose scores a row of choices aggregates.
@@ -303,8 +319,32 @@ fn add_logs(a: f32, b: f32) -> f32 {
     if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
 }
 
+/// Blocks that are compared with the k-th best at once.
+const STRIDE: usize = 64;
+
 /// How far the log of a sum may lie above its bound because both are rounded.
 const ROUNDING: f32 = 1e-3;
+
+/// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
+const ADD_SHARES_ERROR: f32 = 1e-4;
+
+simd! {
+    /// `sums[i] = log(e^sums[i] + e^(scores[i] - total))`, within [`ADD_SHARES_ERROR`].
+    fn add_shares(sums: &mut [f32], scores: &[f32], total: f32) {
+        for (sum, score) in sums.iter_mut().zip(scores) {
+            let share = *score - total;
+            let (low, high) = if share < *sum { (share, *sum) } else { (*sum, share) };
+            // log(1 + y) for y in 0 to 1, within 1e-5 (Abramowitz and Stegun 4.1.43).
+            let y = exp::<FMA>(low - high);
+            let mut p = 0.032_158_45;
+            p = fma::<FMA>(p, y, -0.136_062_75);
+            p = fma::<FMA>(p, y, 0.289_474_8);
+            p = fma::<FMA>(p, y, -0.491_908_96);
+            p = fma::<FMA>(p, y, 0.999_495_56);
+            *sum = fma::<FMA>(p, y, high);
+        }
+    }
+}
 
 simd! {
     /// `best[i] = max(best[i], scores[i] - total)`.

@@ -3,11 +3,6 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
-use crate::numeric;
-
-/// Scores that are compared with the k-th best at once.
-const STRIDE: usize = 64;
-
 /// A block under consideration: better ones are greater.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Candidate {
@@ -41,12 +36,9 @@ impl Best {
         Best { k, kept: BinaryHeap::with_capacity(k + 1) }
     }
 
-    /// The score that a candidate has to exceed.
-    fn bar(&self) -> f32 {
-        match self.kept.peek() {
-            Some(worst) if self.kept.len() == self.k => worst.0.score,
-            _ => f32::NEG_INFINITY,
-        }
+    /// Whether a candidate that is later than all before could be among the best with such a score.
+    pub(super) fn may_take(&self, score: f32) -> bool {
+        self.kept.len() < self.k || self.kept.peek().is_some_and(|worst| score > worst.0.score)
     }
 
     pub(super) fn offer(&mut self, candidate: Candidate) {
@@ -64,14 +56,9 @@ impl Best {
         let offer = |best: &mut Self, i| best.offer(Candidate { score: exact(i), position: (first + i) as u32 });
         let free = (self.k - self.kept.len()).min(rough.len());
         (0..free).for_each(|i| offer(self, i));
-        for (stride, scores) in rough[free..].chunks(STRIDE).enumerate() {
-            if numeric::max(scores) + slack <= self.bar() {
-                continue;
-            }
-            for (i, score) in scores.iter().enumerate() {
-                if score + slack > self.bar() {
-                    offer(self, free + stride * STRIDE + i);
-                }
+        for (i, score) in rough.iter().enumerate().skip(free) {
+            if self.may_take(score + slack) {
+                offer(self, i);
             }
         }
     }
