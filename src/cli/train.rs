@@ -142,7 +142,7 @@ struct ReadingArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "How it learns")]
 struct LearningArgs {
-    /// [default: 4800, with --adapter 400]
+    /// [default: 7200, with --adapter 400]
     #[arg(long)]
     steps: Option<u64>,
 
@@ -192,7 +192,7 @@ const WHOLE_MODEL: Defaults = Defaults {
     passkey_share: 0.5,
     phases: &[phase(8, 16, 35.0), phase(16, 8, 35.0), phase(30, 4, 30.0)],
     answer_weight: 10.0,
-    steps: 4800,
+    steps: 7200,
     lr: 2e-3,
     warmup: 150,
 };
