@@ -22,7 +22,7 @@ use super::low_rank::{LandmarkUpdates, LowRank};
 use super::pull::resolve;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::tensors::{NamedTensor, Opened, open_weights, put_row, replace};
-use super::weights::{LayerTensor, TensorName, TensorSource};
+use super::weights::{Blocks, LayerTensor, TensorName, TensorSource};
 use crate::shape::Sha256Digest;
 
 const CONFIG: &str = "adapter_config.json";
@@ -245,6 +245,14 @@ impl TensorSource for Adapted {
             }
             TensorName::Output => self.with_landmark(name, None),
             _ => self.base.read(name, shape),
+        }
+    }
+
+    fn read_blocks(&self, name: TensorName, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
+        match name {
+            // They have a row that the base does not have.
+            TensorName::Embedding | TensorName::Output => Ok(None),
+            _ => self.base.read_blocks(name, shape),
         }
     }
 

@@ -1,4 +1,4 @@
-//! GGUF files: the configuration and tokenizer in their metadata, and quantized weights widened to f32.
+//! GGUF files: the configuration and tokenizer in their metadata, and weights: as f32, or in the quantized blocks of the file.
 //!
 //! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i turns with 2i + 1). Here
 //! they are put back into the half-split order (i turns with i + rotary_dims / 2) that the rest of the crate uses.
@@ -8,11 +8,13 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::config::{ModelConfig, RopeScaling};
 use super::error::LoadError;
-use super::weights::{LayerTensor, TensorName, TensorSource};
+use super::weights::{Blocks, LayerTensor, TensorName, TensorSource};
+use crate::numeric::BlockFormat;
 
 /// An opened GGUF file: everything but the tensors' bytes.
 pub(super) struct Gguf {
@@ -190,8 +192,22 @@ impl Gguf {
         }
     }
 
-    /// Opens the file anew, so that threads do not share a position.
     fn dequantize(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        let quantized = self.read_tensor(name, shape)?;
+        quantized.dequantize(&Device::Cpu).map_err(|error| damaged(&self.path, &format!("tensor {name}: {error}")))
+    }
+
+    /// Where the rows of a tensor lie in the file, if they have another order there.
+    fn row_order(&self, name: TensorName, rows: usize) -> Option<Vec<usize>> {
+        match name {
+            TensorName::Layer(_, LayerTensor::Query) => Some(half_split(rows, self.query_heads, self.rotary_dims)),
+            TensorName::Layer(_, LayerTensor::Key) => Some(half_split(rows, self.kv_heads, self.rotary_dims)),
+            _ => None,
+        }
+    }
+
+    /// Opens the file anew, so that threads do not share a position.
+    fn read_tensor(&self, name: &str, shape: &[usize]) -> Result<QTensor, LoadError> {
         let Some(info) = self.content.tensor_infos.get(name) else {
             return Err(LoadError::MissingTensor { path: self.path.clone(), name: name.into() });
         };
@@ -205,7 +221,6 @@ impl Gguf {
         }
         let mut file = File::open(&self.path).map_err(|source| LoadError::Io { path: self.path.clone(), source })?;
         info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)
-            .and_then(|quantized| quantized.dequantize(&Device::Cpu))
             .map_err(|error| damaged(&self.path, &format!("tensor {name}: {error}")))
     }
 }
@@ -213,25 +228,45 @@ impl Gguf {
 impl TensorSource for Gguf {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
         let tensor = self.dequantize(&file_name(name), shape)?;
-        let heads = match name {
-            TensorName::Layer(_, LayerTensor::Query) => self.query_heads,
-            TensorName::Layer(_, LayerTensor::Key) => self.kv_heads,
-            _ => return Ok(tensor),
+        match self.row_order(name, shape[0]) {
+            None => Ok(tensor),
+            Some(order) => Tensor::from_iter(order.iter().map(|&row| row as u32), &Device::Cpu)
+                .and_then(|order| tensor.index_select(&order, 0))
+                .map_err(|error| damaged(&self.path, &error)),
+        }
+    }
+
+    fn read_blocks(&self, name: TensorName, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
+        let file_name = file_name(name);
+        let format = match self.content.tensor_infos.get(&file_name).map(|info| info.ggml_dtype) {
+            Some(GgmlDType::Q4_0) => BlockFormat::Q4_0,
+            Some(GgmlDType::Q4_1) => BlockFormat::Q4_1,
+            Some(GgmlDType::Q8_0) => BlockFormat::Q8_0,
+            _ => return Ok(None),
         };
-        half_split(&tensor, heads, self.rotary_dims).map_err(|error| damaged(&self.path, &error))
+        let tensor = self.read_tensor(&file_name, shape)?;
+        let bytes = tensor.data().map_err(|error| damaged(&self.path, &format!("tensor {file_name}: {error}")))?;
+        let bytes = match self.row_order(name, shape[0]) {
+            None => bytes.into_owned(),
+            Some(order) => {
+                let row_bytes = bytes.len() / shape[0];
+                order.iter().flat_map(|row| &bytes[row * row_bytes..][..row_bytes]).copied().collect()
+            }
+        };
+        Ok(Some(Blocks { format, bytes }))
     }
 }
 
-/// Reorders the rows of `weight (heads * D, in)`: within each head's rotary rows, even ones first, then odd ones.
-fn half_split(weight: &Tensor, heads: usize, rotary_dims: usize) -> candle_core::Result<Tensor> {
-    let (rows, columns) = weight.dims2()?;
+/// Where each row of Q or K lies in the file, `rows` of `heads` heads: the first half of a head's rotary rows are the even ones,
+/// the other half the odd ones.
+fn half_split(rows: usize, heads: usize, rotary_dims: usize) -> Vec<usize> {
     let head_dim = rows / heads;
-    let heads_first = weight.reshape((heads, head_dim, columns))?;
-    let turned = heads_first.narrow(1, 0, rotary_dims)?.contiguous()?;
-    let turned = turned.reshape((heads, rotary_dims / 2, 2, columns))?.transpose(1, 2)?.contiguous()?;
-    let turned = turned.reshape((heads, rotary_dims, columns))?;
-    let still = heads_first.narrow(1, rotary_dims, head_dim - rotary_dims)?;
-    Tensor::cat(&[turned, still.contiguous()?], 1)?.reshape((rows, columns))
+    let of_head = |row: usize| match row {
+        row if row < rotary_dims / 2 => 2 * row,
+        row if row < rotary_dims => 2 * (row - rotary_dims / 2) + 1,
+        row => row,
+    };
+    (0..rows).map(|row| row / head_dim * head_dim + of_head(row % head_dim)).collect()
 }
 
 fn file_name(name: TensorName) -> String {
@@ -273,9 +308,7 @@ mod tests {
 
     #[test]
     fn interleaved_rows_become_half_split_and_the_rest_stays() {
-        // Two heads of 6 rows, of which 4 turn; each row holds its own number.
-        let weight = Tensor::arange(0f32, 12.0, &Device::Cpu).unwrap().reshape((12, 1)).unwrap();
-        let rows = half_split(&weight, 2, 4).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(rows, [0.0, 2.0, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, 7.0, 9.0, 10.0, 11.0]);
+        // Two heads of 6 rows, of which 4 turn.
+        assert_eq!(half_split(12, 2, 4), [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]);
     }
 }

@@ -12,7 +12,7 @@ use super::huggingface::read_config;
 use super::kernels::{rms_norm, swiglu, take_columns};
 use super::low_rank::LandmarkUpdates;
 use super::safetensors::SafeTensorsFolder;
-use super::weights::{LayerTensor, TensorName, TensorSource, numbers, pack};
+use super::weights::{LayerTensor, TensorName, TensorSource, numbers, read_packed};
 use crate::attention::SequenceAttention;
 use crate::numeric::{Packed, Write};
 
@@ -88,17 +88,18 @@ impl Llama {
     /// Reads all weights, layers in parallel.
     pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
         let read = |name, shape: &[usize]| source.read(name, shape);
-        let embedding = [read(TensorName::Embedding, &[config.vocab, config.hidden])?];
+        let table = |name| read_packed(source, &[(name, [config.vocab, config.hidden])]);
+        let embedding = table(TensorName::Embedding)?;
         let norm = read(TensorName::OutputNorm, &[config.hidden])?;
         let output = match config.tied_output {
             true => None,
-            false => Some(packed(&[read(TensorName::Output, &[config.vocab, config.hidden])?])),
+            false => Some(table(TensorName::Output)?),
         };
         let layers = (0..config.layers)
             .into_par_iter()
             .map(|layer| Layer::load(&config, layer, source))
             .collect::<Result<_, _>>()?;
-        Ok(Llama { embedding: packed(&embedding), norm: vector(&norm), output, layers, config })
+        Ok(Llama { embedding, norm: vector(&norm), output, layers, config })
     }
 
     /// The hyperparameters.
@@ -125,7 +126,7 @@ impl Llama {
             if id as usize >= vocab {
                 return Err(ForwardError::UnknownToken { id, vocab });
             }
-            x.extend(self.embedding.column(id as usize));
+            self.embedding.push_column(id as usize, &mut x);
         }
         Ok(x)
     }
@@ -245,24 +246,21 @@ impl Layer {
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (query_width, kv_width) = (config.query_width(), config.kv_width());
         let read = |tensor, shape: &[usize]| source.read(TensorName::Layer(layer, tensor), shape);
+        let packed = |parts: &[(LayerTensor, [usize; 2])]| {
+            let parts: Vec<_> =
+                parts.iter().map(|&(tensor, shape)| (TensorName::Layer(layer, tensor), shape)).collect();
+            read_packed(source, &parts)
+        };
         Ok(Layer {
             attention_norm: vector(&read(AttentionNorm, &[hidden])?),
-            qkv: packed(&[
-                read(Query, &[query_width, hidden])?,
-                read(Key, &[kv_width, hidden])?,
-                read(Value, &[kv_width, hidden])?,
-            ]),
-            attention_output: packed(&[read(AttentionOutput, &[hidden, query_width])?]),
+            qkv: packed(&[(Query, [query_width, hidden]), (Key, [kv_width, hidden]), (Value, [kv_width, hidden])])?,
+            attention_output: packed(&[(AttentionOutput, [hidden, query_width])])?,
             ffn_norm: vector(&read(FfnNorm, &[hidden])?),
-            gate_up: packed(&[read(Gate, &[ffn, hidden])?, read(Up, &[ffn, hidden])?]),
-            down: packed(&[read(Down, &[hidden, ffn])?]),
+            gate_up: packed(&[(Gate, [ffn, hidden]), (Up, [ffn, hidden])])?,
+            down: packed(&[(Down, [hidden, ffn])])?,
             landmark: source.landmark_updates(layer)?,
         })
     }
-}
-
-fn packed(parts: &[Tensor]) -> Packed {
-    pack(parts).expect("a source gives f32 tensors of the shapes it was asked for")
 }
 
 fn vector(tensor: &Tensor) -> Vec<f32> {

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
-use crate::numeric::{Matrix, Packed};
+use crate::numeric::{BLOCK, BlockFormat, Matrix, Packed};
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,10 +46,38 @@ pub(super) trait TensorSource: Sync {
     /// Reads one tensor as contiguous f32 on the CPU. Its shape is compared with `shape` before memory is taken for it.
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError>;
 
+    /// Reads one matrix as the quantized blocks that the file holds; none if it holds no such.
+    fn read_blocks(&self, _name: TensorName, _shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
+        Ok(None)
+    }
+
     /// What changes a layer for landmarks alone.
     fn landmark_updates(&self, _layer: u32) -> Result<Option<LandmarkUpdates>, LoadError> {
         Ok(None)
     }
+}
+
+/// A matrix `(out, in)` in quantized blocks, row by row.
+pub(super) struct Blocks {
+    pub(super) format: BlockFormat,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// Reads matrices `(out, in)` of equal width, on top of each other, as the right factor of products: in the blocks of the
+/// file if they all have the same.
+pub(super) fn read_packed(source: &dyn TensorSource, parts: &[(TensorName, [usize; 2])]) -> Result<Packed, LoadError> {
+    let blocks = parts.iter().map(|(name, shape)| source.read_blocks(*name, shape));
+    if let Some(blocks) = blocks.collect::<Result<Option<Vec<Blocks>>, _>>()?
+        && let [first, rest @ ..] = &blocks[..]
+        && rest.iter().all(|part| part.format == first.format)
+    {
+        let width = parts[0].1[1];
+        let row_bytes = width / BLOCK * first.format.bytes();
+        let rows: Vec<&[u8]> = blocks.iter().flat_map(|part| part.bytes.chunks_exact(row_bytes)).collect();
+        return Ok(Packed::from_blocks(first.format, width, &rows));
+    }
+    let tensors = parts.iter().map(|(name, shape)| source.read(*name, shape)).collect::<Result<Vec<_>, _>>()?;
+    Ok(pack(&tensors).expect("a source gives f32 tensors of the shapes it was asked for"))
 }
 
 /// Tensors `(out, in)` of equal width, on top of each other, as the right factor of products: `x (T, in)` to `(T, out)`.

@@ -7,9 +7,11 @@
 
 mod matrix;
 mod packed;
+mod panels;
 
 pub use matrix::{Matrix, Write, multiply};
 pub use packed::Packed;
+pub use panels::{BLOCK, BlockFormat};
 
 use half::f16;
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, Write, reach};
+use super::panels::{BLOCK, BlockFormat, Panels, Slabs};
 use super::{Level, fma, level, simd};
 
 /// Columns of a panel.
@@ -36,8 +37,8 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// A matrix `(rows, columns)` in panels, for products that it is the right factor of.
 pub struct Packed {
-    /// `(panels, rows, PANEL)`; the last panel is filled up with zeros.
-    numbers: Vec<f32>,
+    /// The last panel is filled up with zeros.
+    panels: Panels,
     rows: usize,
     columns: usize,
 }
@@ -46,7 +47,17 @@ impl Packed {
     pub fn new(matrix: Matrix) -> Self {
         let mut numbers = Vec::new();
         pack(matrix, &mut numbers);
-        Packed { numbers, rows: matrix.rows, columns: matrix.columns }
+        Packed { panels: Panels::F32(numbers), rows: matrix.rows, columns: matrix.columns }
+    }
+
+    /// From columns of `rows` numbers each, in quantized blocks, which stay quantized.
+    ///
+    /// # Panics
+    /// When a column has not that many.
+    pub fn from_blocks(format: BlockFormat, rows: usize, columns: &[&[u8]]) -> Self {
+        let fits = |column: &&[u8]| column.len() == rows / BLOCK * format.bytes();
+        assert!(rows.is_multiple_of(BLOCK) && columns.iter().all(fits));
+        Packed { panels: format.panels(rows, columns), rows, columns: columns.len() }
     }
 
     pub fn rows(&self) -> usize {
@@ -57,14 +68,15 @@ impl Packed {
         self.columns
     }
 
-    /// One column, from its first row.
+    /// Appends one column, from its first row.
     ///
     /// # Panics
     /// When there are fewer columns.
-    pub fn column(&self, column: usize) -> impl Iterator<Item = f32> + '_ {
+    pub fn push_column(&self, column: usize, out: &mut Vec<f32>) {
         assert!(column < self.columns);
-        let panel = &self.numbers[column / PANEL * PANEL * self.rows..][..PANEL * self.rows];
-        panel.iter().skip(column % PANEL).step_by(PANEL).copied()
+        let mut wide = Vec::new();
+        let panel = self.panels.slab(self.rows, column / PANEL, 0..self.rows, &mut wide);
+        out.extend(panel.iter().skip(column % PANEL).step_by(PANEL));
     }
 
     /// `out (M, columns) = a (M, rows) self`, or `out += ..`, on all threads of rayon's pool. `a` and `out` have no gaps.
@@ -82,7 +94,7 @@ impl Packed {
         let tasks = a.rows * self.columns * self.rows / (TASK_OPERATIONS_MIN / 2);
         let tasks = tasks.clamp(1, rayon::current_num_threads() * TASKS_PER_THREAD);
         let task_panels = panels.div_ceil(tasks).max(1);
-        let product = Product { a, panels: &self.numbers, columns: self.columns, out_stride: self.columns, write };
+        let product = Product { a, panels: &self.panels, columns: self.columns, out_stride: self.columns, write };
         let out = Out(out.as_mut_ptr());
         // SAFETY: `out` holds all rows and columns of the product (asserted above) and is borrowed mutably until all tasks are done;
         // no two tasks write the same column.
@@ -163,19 +175,18 @@ struct Out(*mut f32);
 unsafe impl Sync for Out {}
 
 /// A product of a matrix and panels.
-#[derive(Clone, Copy)]
-struct Product<'a> {
+struct Product<'a, P: ?Sized> {
     /// `(M, K)`
     a: Matrix<'a>,
-    /// `(panels, K, PANEL)`
-    panels: &'a [f32],
+    /// `(K, PANEL)` each.
+    panels: &'a P,
     /// N
     columns: usize,
     out_stride: usize,
     write: Write,
 }
 
-impl Product<'_> {
+impl<P: Slabs + ?Sized> Product<'_, P> {
     /// Writes the columns of some panels.
     ///
     /// # Safety
@@ -187,17 +198,19 @@ impl Product<'_> {
             Level::Avx2 | Level::Portable => rows_narrow,
         };
         let depth = self.a.columns;
+        let slab_depth = self.panels.few_rows_depth().filter(|_| self.a.rows <= ROWS).unwrap_or(DEPTH);
+        let mut wide = Vec::new();
         let mut sums = [[0f32; PANEL]; ROWS];
         for index in panels {
-            let panel = &self.panels[index * depth * PANEL..][..depth * PANEL];
             let width = PANEL.min(self.columns - index * PANEL);
             // A product of no depth is all zeros: one slab of nothing.
-            for first in (0..depth.max(1)).step_by(DEPTH) {
-                let slab = first..depth.min(first + DEPTH);
+            for first in (0..depth.max(1)).step_by(slab_depth) {
+                let slab = first..depth.min(first + slab_depth);
+                let numbers = self.panels.slab(depth, index, slab.clone(), &mut wide);
                 let add = self.write == Write::Add || first > 0;
                 for row in (0..self.a.rows).step_by(ROWS) {
                     let a = self.a.part(row..self.a.rows.min(row + ROWS), slab.clone());
-                    kernel(a, &panel[slab.start * PANEL..slab.end * PANEL], &mut sums);
+                    kernel(a, numbers, &mut sums);
                     for (r, sums) in sums.iter().take(a.rows).enumerate() {
                         // SAFETY: row + r < M and the panel's columns end before `columns`: the caller keeps them for us.
                         let out = unsafe {
@@ -311,7 +324,58 @@ mod tests {
                 assert!((replaced[at] as f64 - want).abs() < 1e-4, "{m} {n} {k}");
                 assert!((added[at] as f64 - want - *before as f64).abs() < 1e-4, "{m} {n} {k}");
             }
-            assert!((0..n).all(|column| packed.column(column).eq(b[column * k..][..k].iter().copied())));
+            let mut columns = Vec::new();
+            (0..n).for_each(|column| packed.push_column(column, &mut columns));
+            assert_eq!(columns, b);
         }
+    }
+
+    #[test]
+    fn blocks_stand_for_what_their_format_says() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        for format in [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q8_0] {
+            for (m, n, blocks) in [(1, 1, 1), (1, 70, 5), (6, 64, 2), (7, 130, 3), (40, 65, 40)] {
+                let k = blocks * BLOCK;
+                let mut random = |count: usize| (0..count).map(|_| rng.random::<u8>()).collect::<Vec<u8>>();
+                let mut columns: Vec<Vec<u8>> = (0..n).map(|_| random(blocks * format.bytes())).collect();
+                for (i, block) in columns.iter_mut().flat_map(|column| column.chunks_mut(format.bytes())).enumerate() {
+                    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
+                    block[..2].copy_from_slice(&half(0.01 + (i % 7) as f32 / 50.0));
+                    if format == BlockFormat::Q4_1 {
+                        block[2..4].copy_from_slice(&half(-0.5 - (i % 5) as f32 / 10.0));
+                    }
+                }
+                let wide: Vec<f64> = columns.iter().flat_map(|column| plain(format, column)).collect();
+                let packed =
+                    Packed::from_blocks(format, k, &columns.iter().map(|column| &column[..]).collect::<Vec<_>>());
+                let a = numbers(m * k, 5);
+                let mut out = vec![0.0; m * n];
+                packed.multiply(&a, &mut out, Write::Replace);
+                for (at, found) in out.iter().enumerate() {
+                    let (row, column) = (at / n, at % n);
+                    let want: f64 = (0..k).map(|i| a[row * k + i] as f64 * wide[column * k + i]).sum();
+                    assert!((*found as f64 - want).abs() < 1e-3, "{format:?} {m} {n} {k}: {found} {want}");
+                }
+                let mut column = Vec::new();
+                packed.push_column(n - 1, &mut column);
+                assert!(column.iter().zip(&wide[(n - 1) * k..]).all(|(a, b)| (*a as f64 - b).abs() < 1e-5));
+            }
+        }
+    }
+
+    /// A column from its blocks, as the format is defined.
+    fn plain(format: BlockFormat, column: &[u8]) -> Vec<f64> {
+        let half = |bytes: &[u8]| half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f64();
+        let block = |block: &[u8]| -> Vec<f64> {
+            let nibble = |bytes: &[u8], i: usize| (if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 }) as f64;
+            (0..BLOCK)
+                .map(|i| match format {
+                    BlockFormat::Q8_0 => half(block) * (block[2 + i] as i8) as f64,
+                    BlockFormat::Q4_0 => half(block) * (nibble(&block[2..], i) - 8.0),
+                    BlockFormat::Q4_1 => half(block) * nibble(&block[4..], i) + half(&block[2..]),
+                })
+                .collect()
+        };
+        column.chunks_exact(format.bytes()).flat_map(block).collect()
     }
 }
