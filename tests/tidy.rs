@@ -257,7 +257,12 @@ fn check_unsafe(file: &File) -> Vec<Finding> {
                 .any(explains)
     };
     let mut findings = Vec::new();
-    for (at, _) in code::words(&file.code).filter(|(_, word)| *word == "unsafe") {
+    // The type of a function's address promises nothing; what makes a value of it sound is said where it is called.
+    let is_type = |at: usize| {
+        let rest = file.code[at..].trim_start_matches("unsafe").trim_start().trim_start_matches("extern").trim_start();
+        rest.starts_with("fn(")
+    };
+    for (at, _) in code::words(&file.code).filter(|&(at, word)| word == "unsafe" && !is_type(at)) {
         let line = code::line_of(&file.code, at);
         if !explained(line - 1) {
             findings.push(Finding { line, what: "`unsafe` without a reason".into() });
@@ -366,6 +371,7 @@ fn checks_find_what_they_are_for() {
         (check_unsafe, "src/a.rs", "// SAFETY: it is.\nlet x =\n    unsafe { f() };", 0),
         (check_unsafe, "src/a.rs", "/// # Safety\n/// It is.\n#[inline]\nunsafe fn f() {}", 0),
         (check_unsafe, "src/a.rs", "// SAFETY: another.\nf();\nunsafe { g() }", 1),
+        (check_unsafe, "src/a.rs", "type F = unsafe extern \"C\" fn(u8);\nunsafe extern \"C\" fn f() {}", 1),
         (check_unsafe, "src/a.rs", "// unsafe\nlet x = \"unsafe\";", 0),
         (check_unfinished, "src/a.rs", "todo!(); // dbg!()\nlet todo = 1;", 1),
         (check_machine, "a.md", &slash("see |home|me|x, src|work|y, {dir}|tmp|z, unix:||tmp|s"), 2),
