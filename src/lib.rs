@@ -30,6 +30,9 @@ pub mod index;
 pub mod memory;
 pub mod store;
 
+// What makes it faster where there is a GPU.
+pub mod cuda;
+
 // The same product over a network.
 pub mod client;
 pub mod server;

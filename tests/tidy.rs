@@ -20,6 +20,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("passkey", &[]),
     ("api", &[]),
     ("store", &[]),
+    ("cuda", &[]),
     ("index", &[]),
     ("memory", &["api", "store", "index"]),
     ("wire", &["api"]),

@@ -1,0 +1,303 @@
+//! Which blocks does this query want? Sizes, memory and launches for `kernels/score.cu`.
+
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+
+use super::HEAD_DIM_MAX;
+use super::launch::{
+    ArgumentError, ChooseArguments, Kernel, Launch, MergeArguments, Runner, ScoreArguments, THREADS, TotalArguments,
+    below, download, length, multiple, room, upload, within,
+};
+use crate::limits;
+use crate::types::{BlockScore, Granularity};
+
+/// Keys of a panel: `PANEL` of the kernels.
+const PANEL: usize = 64;
+
+/// Query rows that pass over the keys together: `ROWS` of the kernels.
+const ROWS: u32 = 8;
+
+/// Blocks of a slice: `SLICE` of the kernels.
+const SLICE: u32 = 1024;
+
+/// Keys of a tile that has more than one block: a panel for each warp.
+const TILE_KEYS: usize = 512;
+
+/// Blocks of a lookup: no grid has more thread blocks than this, for none has more than there are scores.
+const BLOCKS_MAX: u64 = i32::MAX as u64;
+const _: () = assert!(limits::LOOKUP_SCORES_BYTES_MAX / 4 <= BLOCKS_MAX);
+
+/// Keys that stand for blocks, where kernels find them.
+pub struct Keys<M> {
+    numbers: M,
+    /// Of bytes only.
+    scales: Option<M>,
+    head_dim: usize,
+    panels: usize,
+}
+
+/// Keys in the order of the index's snapshots: panels of 64 keys, the last of each piece filled up with anything.
+#[derive(Clone, Copy, Debug)]
+pub enum Panels<'a> {
+    /// `(panels, D, 64)`
+    F16(&'a [f16]),
+    /// Numbers `(panels, D, 64)`, scales `(panels, 64)`.
+    Int8 { numbers: &'a [i8], scales: &'a [f32] },
+}
+
+/// Consecutive blocks that lie together and are scored with the same queries.
+#[derive(Clone, Debug)]
+pub struct Span {
+    /// First panel of the pieces `(L * Hkv, piece_panels)` that hold them.
+    pub panel: u32,
+    /// Panels of each piece.
+    pub piece_panels: u32,
+    /// Counted within a piece.
+    pub blocks: Range<u32>,
+    /// Which queries.
+    pub set: u32,
+}
+
+/// One lookup.
+#[derive(Clone, Debug)]
+pub struct Choice<'a> {
+    pub layer: u32,
+    /// T
+    pub tokens: u32,
+    /// Hq, a multiple of Hkv.
+    pub query_heads: u32,
+    /// Hkv
+    pub kv_heads: u32,
+    /// m
+    pub keys_per_block: u32,
+    /// `(sets, T, Hq, D)`
+    pub queries: &'a [f32],
+    /// The blocks that may be chosen, in order. A block's position is its place among them.
+    pub spans: &'a [Span],
+    /// Blocks to choose per row.
+    pub top_k: u32,
+    pub block_score: BlockScore,
+    pub granularity: Granularity,
+    /// What `q . key` is multiplied with.
+    pub softmax_scale: f32,
+}
+
+/// The chosen blocks of every row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Chosen {
+    pub rows: usize,
+    /// Blocks per row: as many as were asked for, or all.
+    pub k: usize,
+    /// `(rows, k)`, ascending in each row.
+    pub positions: Vec<u32>,
+    /// `(rows, k)`: log of the block's share in the softmax over all blocks, after aggregation.
+    pub scores: Vec<f32>,
+}
+
+/// `Tile` of the kernels.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Tile {
+    panel: u32,
+    piece_panels: u32,
+    key: u32,
+    blocks: u32,
+    position: u32,
+    set: u32,
+}
+
+impl<M> Keys<M> {
+    /// Copies keys to the runner's memory.
+    pub fn upload<R: Runner<Memory = M>>(runner: &R, panels: Panels<'_>, head_dim: usize) -> Result<Self, R::Error> {
+        within("head_dim", 1..=HEAD_DIM_MAX as u64, head_dim as u64)?;
+        let count = match panels {
+            Panels::F16(numbers) => numbers.len(),
+            Panels::Int8 { numbers, .. } => numbers.len(),
+        };
+        let panel_numbers = head_dim * PANEL;
+        multiple("numbers", panel_numbers as u64, count as u64)?;
+        let panel_count = count / panel_numbers;
+        let (numbers, scales) = match panels {
+            Panels::F16(numbers) => (upload(runner, numbers)?, None),
+            Panels::Int8 { numbers, scales } => {
+                length("scales", panel_count * PANEL, scales.len())?;
+                (upload(runner, numbers)?, Some(upload(runner, scales)?))
+            }
+        };
+        // Other runners of the same device may use them from now on.
+        runner.wait()?;
+        Ok(Keys { numbers, scales, head_dim, panels: panel_count })
+    }
+}
+
+/// Chooses the blocks of every row.
+pub fn choose<R: Runner>(runner: &R, keys: &Keys<R::Memory>, choice: &Choice<'_>) -> Result<Chosen, R::Error> {
+    let tiles = choice.check(keys.head_dim, keys.panels)?;
+    let blocks: u32 = tiles.iter().map(|tile| tile.blocks).sum();
+    let k = choice.top_k.min(blocks);
+    let (query_heads, kv_heads) = (choice.query_heads as usize, choice.kv_heads as usize);
+    let rows = choice.granularity.rows(choice.tokens as usize, query_heads, kv_heads) as u32;
+    if k == 0 || choice.tokens == 0 {
+        return Ok(Chosen { rows: rows as usize, ..Chosen::default() });
+    }
+    let query_rows = choice.tokens * choice.query_heads;
+    let tile_count = tiles.len() as u32;
+    let tile_keys = tiles.iter().map(|tile| tile.blocks * choice.keys_per_block).max().unwrap_or(0);
+    let (slices, kept) = (blocks.div_ceil(SLICE), k.min(SLICE));
+    let (tiles, queries) = (upload(runner, &tiles)?, upload(runner, choice.queries)?);
+    let scores = room::<R, f32>(runner, query_rows as usize * blocks as usize)?;
+    let tile_totals = room::<R, f32>(runner, query_rows as usize * tile_count as usize)?;
+    let totals = room::<R, f32>(runner, query_rows as usize)?;
+    let candidates = room::<R, u64>(runner, rows as usize * slices as usize * kept as usize)?;
+    let positions = room::<R, u32>(runner, rows as usize * k as usize)?;
+    let shares = room::<R, f32>(runner, rows as usize * k as usize)?;
+    let at = |memory| runner.address(memory);
+
+    let score = ScoreArguments {
+        numbers: at(&keys.numbers),
+        scales: keys.scales.as_ref().map_or(0, at),
+        tiles: at(&tiles),
+        queries: at(&queries),
+        scores: at(&scores),
+        tile_totals: at(&tile_totals),
+        blocks,
+        tile_count,
+        tile_keys,
+        tokens: choice.tokens,
+        query_heads: choice.query_heads,
+        kv_heads: choice.kv_heads,
+        first_piece: choice.layer * choice.kv_heads,
+        head_dim: keys.head_dim as u32,
+        keys_per_block: choice.keys_per_block,
+        log_sum_exp: (choice.block_score == BlockScore::LogSumExp).into(),
+        softmax_scale: choice.softmax_scale,
+    };
+    let strips = (query_rows / choice.kv_heads).div_ceil(ROWS);
+    let score_launch = Launch::new([tile_count * strips, choice.kv_heads], 4 * ROWS * (score.head_dim + tile_keys));
+    let score_kernel = if keys.scales.is_some() { Kernel::ScoreInt8 } else { Kernel::ScoreF16 };
+    let total = TotalArguments { tile_totals: at(&tile_totals), totals: at(&totals), rows: query_rows, tile_count };
+    let (token_span, head_span) = choice.spans_of_row();
+    let choose = ChooseArguments {
+        scores: at(&scores),
+        totals: at(&totals),
+        candidates: at(&candidates),
+        blocks,
+        slices,
+        kept,
+        capacity: queue_capacity(kept),
+        tokens: choice.tokens,
+        query_heads: choice.query_heads,
+        kv_heads: choice.kv_heads,
+        token_span,
+        head_span,
+        add: (choice.granularity == Granularity::KvGroup).into(),
+    };
+    let merge = MergeArguments {
+        candidates: at(&candidates),
+        positions: at(&positions),
+        scores: at(&shares),
+        count: slices * kept,
+        k,
+        capacity: queue_capacity(k),
+    };
+    // SAFETY: each kernel gets its own structure. `check` has compared every tile with the keys and the queries, so
+    // that what `score` reads is there, and every size with its limit, so that no product above wraps; all other memory
+    // was made above in the shapes that the kernels' sources give for these very fields. It lives until the downloads
+    // below have waited, or a launch has failed, which leaves nothing running.
+    unsafe {
+        runner.launch(score_kernel, score_launch, &score)?;
+        runner.launch(Kernel::Total, Launch::warps(query_rows), &total)?;
+        runner.launch(Kernel::Choose, Launch::new([rows * slices, 1], queue_bytes(kept)), &choose)?;
+        runner.launch(Kernel::Merge, Launch::new([rows, 1], queue_bytes(k)), &merge)?;
+    }
+    let chosen = rows as usize * k as usize;
+    Ok(Chosen {
+        rows: rows as usize,
+        k: k as usize,
+        positions: download(runner, &positions, chosen)?,
+        scores: download(runner, &shares, chosen)?,
+    })
+}
+
+/// Entries of the kernels' queue for the best k.
+fn queue_capacity(k: u32) -> u32 {
+    (k + THREADS).next_power_of_two()
+}
+
+/// The queue and its count, which keeps what follows aligned.
+fn queue_bytes(k: u32) -> u32 {
+    8 * queue_capacity(k) + 16
+}
+
+impl Choice<'_> {
+    /// Query tokens and heads that share a row of choices; rows are in the order of [`Granularity::row`].
+    fn spans_of_row(&self) -> (u32, u32) {
+        let group = self.query_heads / self.kv_heads;
+        match self.granularity {
+            Granularity::TokenHead => (1, 1),
+            Granularity::Head => (self.tokens, 1),
+            Granularity::Token => (1, self.query_heads),
+            Granularity::KvGroup => (1, group),
+            Granularity::Shared => (self.tokens, self.query_heads),
+        }
+    }
+
+    /// Compares every field with its limit and with the keys, and cuts the spans into tiles.
+    fn check(&self, head_dim: usize, panels: usize) -> Result<Vec<Tile>, ArgumentError> {
+        let (heads, m) = (self.query_heads, self.keys_per_block);
+        within("layer", 0..=limits::LAYERS_MAX.into(), self.layer.into())?;
+        within("tokens", 0..=limits::QUERY_TOKENS_MAX.into(), self.tokens.into())?;
+        within("query_heads", 1..=limits::HEADS_MAX.into(), heads.into())?;
+        within("kv_heads", 1..=heads.into(), self.kv_heads.into())?;
+        multiple("query_heads", self.kv_heads.into(), heads.into())?;
+        within("top_k", 0..=limits::TOP_K_MAX.into(), self.top_k.into())?;
+        within("keys_per_block", 1..=limits::BLOCK_TOKENS_MAX.into(), m.into())?;
+        let set_numbers = self.tokens as usize * heads as usize * head_dim;
+        multiple("queries", set_numbers as u64, self.queries.len() as u64)?;
+        let sets = self.queries.len().checked_div(set_numbers);
+        let rows = self.tokens as u64 * heads as u64;
+
+        let mut tiles = Vec::new();
+        let mut position = 0;
+        for span in self.spans {
+            if span.blocks.is_empty() {
+                continue;
+            }
+            let pieces = (self.layer as u64 + 1) * self.kv_heads as u64;
+            let end = span.panel as u64 + pieces * span.piece_panels as u64;
+            within("end of a span's panels", 0..=panels as u64, end)?;
+            // The kernels count keys in 32 bits.
+            let room = (span.piece_panels as u64 * PANEL as u64).min(u32::MAX.into());
+            within("end of a span's keys", 0..=room, span.blocks.end as u64 * m as u64)?;
+            // Without tokens there are no queries, and none are read.
+            if let Some(sets) = sets {
+                below("set of a span", sets, span.set.into())?;
+            }
+            let blocks = position + span.blocks.len() as u64;
+            within("blocks", 0..=BLOCKS_MAX, blocks)?;
+            within("bytes of scores", 0..=limits::LOOKUP_SCORES_BYTES_MAX, rows * blocks * 4)?;
+            position = self.cut(span, position, &mut tiles);
+        }
+        Ok(tiles)
+    }
+
+    /// Appends the tiles of a span whose first block is at `position`; returns the position behind its last.
+    fn cut(&self, span: &Span, mut position: u64, tiles: &mut Vec<Tile>) -> u64 {
+        let tile_blocks = (TILE_KEYS / self.keys_per_block as usize).max(1);
+        for first in span.blocks.clone().step_by(tile_blocks) {
+            let blocks = (span.blocks.end - first).min(tile_blocks as u32);
+            tiles.push(Tile {
+                panel: span.panel,
+                piece_panels: span.piece_panels,
+                key: first * self.keys_per_block,
+                blocks,
+                position: position as u32,
+                set: span.set,
+            });
+            position += blocks as u64;
+        }
+        position
+    }
+}

@@ -1,0 +1,262 @@
+//! What passes between the operations and whatever runs kernels: the seam, and the arguments of each kernel.
+
+use std::ops::RangeInclusive;
+
+use thiserror::Error;
+
+use crate::types::DType;
+
+/// Threads of every thread block: `THREADS` of the kernels.
+pub(super) const THREADS: u32 = 256;
+
+/// Threads of a warp.
+const WARP: u32 = 32;
+
+/// A stream of work on some memory, or what stands in for one. Work is done in the order in which it was asked for; an
+/// error is returned only when none goes on. Panics if given the memory of another device.
+///
+/// # Safety
+/// [`Runner::memory`] has at least the bytes that were asked for, which stay where [`Runner::address`] says until it is
+/// dropped: kernels are launched over addresses that were computed from that.
+pub unsafe trait Runner {
+    /// Freed when dropped, once the work that was asked for before is done.
+    type Memory;
+    type Error: From<ArgumentError>;
+
+    /// Memory with arbitrary content, aligned for any number.
+    fn memory(&self, bytes: usize) -> Result<Self::Memory, Self::Error>;
+
+    /// Copies to `memory`, from byte `at` on. Panics if that is too long.
+    fn write(&self, memory: &mut Self::Memory, at: usize, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Waits for the work so far and copies the first bytes of `memory`. Panics if it is shorter.
+    fn read(&self, memory: &Self::Memory, bytes: &mut [u8]) -> Result<(), Self::Error>;
+
+    /// Waits for the work so far.
+    fn wait(&self) -> Result<(), Self::Error>;
+
+    /// Where kernels find `memory`.
+    fn address(&self, memory: &Self::Memory) -> u64;
+
+    /// Runs a kernel.
+    ///
+    /// # Safety
+    /// `arguments` is the structure that `kernel` takes. Its addresses are those of live memory of this runner that is
+    /// as long as the kernel's source says for its other fields and for `launch`, and remains so until the work is
+    /// done.
+    unsafe fn launch<A: Arguments>(&self, kernel: Kernel, launch: Launch, arguments: &A) -> Result<(), Self::Error>;
+}
+
+/// What one kernel takes.
+///
+/// # Safety
+/// The twin of a structure in `kernels/`: `repr(C)`, of the same addresses and 4-byte numbers in the same order.
+pub unsafe trait Arguments: Copy {}
+
+/// Something that the kernels cannot do or must not be asked. Nothing has run.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ArgumentError {
+    #[error("{field}: expected {least} to {most}, found {found}")]
+    Range { field: &'static str, least: u64, most: u64, found: u64 },
+    #[error("{field}: expected {expected} numbers for the sizes that were given, found {found}")]
+    Length { field: &'static str, expected: u64, found: u64 },
+    #[error("{field}: expected a multiple of {unit}, found {found}")]
+    Multiple { field: &'static str, unit: u64, found: u64 },
+    #[error("{field}: expected to count from 0 to less than {count}, found {found}")]
+    Index { field: &'static str, count: u64, found: u64 },
+    #[error("dtype: expected {expected}, found {found}; convert the numbers, or make the pages for {found}")]
+    Dtype { expected: &'static str, found: DType },
+    #[error("page {page} is read before anything was written to it: fill it with `Pages::write`")]
+    Unwritten { page: u64 },
+}
+
+/// A kernel of [`super::SOURCE`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    ScoreF16,
+    ScoreInt8,
+    Total,
+    Choose,
+    Merge,
+    AttendF16,
+    AttendInt8,
+    Combine,
+}
+
+/// How many threads run a kernel, and their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Thread blocks, in two dimensions. None is 0.
+    pub grid: [u32; 2],
+    /// Of each thread block.
+    pub threads: u32,
+    /// Of each thread block; at most 48 KB, which every GPU gives.
+    pub shared_bytes: u32,
+}
+
+impl Kernel {
+    pub const ALL: [Kernel; 8] = [
+        Kernel::ScoreF16,
+        Kernel::ScoreInt8,
+        Kernel::Total,
+        Kernel::Choose,
+        Kernel::Merge,
+        Kernel::AttendF16,
+        Kernel::AttendInt8,
+        Kernel::Combine,
+    ];
+
+    /// In the source.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kernel::ScoreF16 => "score_f16",
+            Kernel::ScoreInt8 => "score_int8",
+            Kernel::Total => "total",
+            Kernel::Choose => "choose",
+            Kernel::Merge => "merge",
+            Kernel::AttendF16 => "attend_f16",
+            Kernel::AttendInt8 => "attend_int8",
+            Kernel::Combine => "combine",
+        }
+    }
+}
+
+impl Launch {
+    pub(super) fn new(grid: [u32; 2], shared_bytes: u32) -> Self {
+        Launch { grid, threads: THREADS, shared_bytes }
+    }
+
+    /// A warp for each of `rows`.
+    pub(super) fn warps(rows: u32) -> Self {
+        Launch::new([rows.div_ceil(THREADS / WARP), 1], 0)
+    }
+}
+
+/// Declares the twin of a structure in `kernels/`: addresses are `u64`, the fields are explained there.
+macro_rules! arguments {
+    ($name:ident { $($field:ident: $type:ty),+ $(,)? }) => {
+        #[derive(Clone, Copy, Debug)]
+        #[repr(C)]
+        pub(super) struct $name { $(pub(super) $field: $type),+ }
+
+        // SAFETY: repr(C), and every field is an address or a 4-byte number. The kernels' tests would see one astray.
+        unsafe impl Arguments for $name {}
+    };
+}
+
+arguments!(ScoreArguments {
+    numbers: u64,
+    scales: u64,
+    tiles: u64,
+    queries: u64,
+    scores: u64,
+    tile_totals: u64,
+    blocks: u32,
+    tile_count: u32,
+    tile_keys: u32,
+    tokens: u32,
+    query_heads: u32,
+    kv_heads: u32,
+    first_piece: u32,
+    head_dim: u32,
+    keys_per_block: u32,
+    log_sum_exp: u32,
+    softmax_scale: f32,
+});
+
+arguments!(TotalArguments { tile_totals: u64, totals: u64, rows: u32, tile_count: u32 });
+
+arguments!(ChooseArguments {
+    scores: u64,
+    totals: u64,
+    candidates: u64,
+    blocks: u32,
+    slices: u32,
+    kept: u32,
+    capacity: u32,
+    tokens: u32,
+    query_heads: u32,
+    kv_heads: u32,
+    token_span: u32,
+    head_span: u32,
+    add: u32,
+});
+
+arguments!(MergeArguments { candidates: u64, positions: u64, scores: u64, count: u32, k: u32, capacity: u32 });
+
+arguments!(AttendArguments {
+    numbers: u64,
+    scales: u64,
+    queries: u64,
+    turns: u64,
+    pages: u64,
+    turn_of: u64,
+    out: u64,
+    lse: u64,
+    k: u32,
+    parts: u32,
+    sharing: u32,
+    head_dim: u32,
+    block_tokens: u32,
+    half: u32,
+    normalisation: u32,
+    softmax_scale: f32,
+});
+
+arguments!(CombineArguments { part_out: u64, part_lse: u64, out: u64, lse: u64, rows: u32, parts: u32, head_dim: u32 });
+
+/// Numbers, copied to new memory. No number makes one byte, so that there is an address.
+pub(super) fn upload<R: Runner, N: bytemuck::NoUninit>(runner: &R, numbers: &[N]) -> Result<R::Memory, R::Error> {
+    let bytes: &[u8] = bytemuck::cast_slice(numbers);
+    let mut memory = runner.memory(bytes.len().max(1))?;
+    runner.write(&mut memory, 0, bytes)?;
+    Ok(memory)
+}
+
+/// Memory for so many numbers.
+pub(super) fn room<R: Runner, N>(runner: &R, numbers: usize) -> Result<R::Memory, R::Error> {
+    runner.memory((numbers * size_of::<N>()).max(1))
+}
+
+/// Waits for the work so far and copies the first numbers of `memory`.
+pub(super) fn download<R: Runner, N: bytemuck::Pod>(
+    runner: &R,
+    memory: &R::Memory,
+    numbers: usize,
+) -> Result<Vec<N>, R::Error> {
+    let mut into = vec![N::zeroed(); numbers];
+    runner.read(memory, bytemuck::cast_slice_mut(&mut into))?;
+    Ok(into)
+}
+
+/// Refuses a number outside of `range`.
+pub(super) fn within(field: &'static str, range: RangeInclusive<u64>, found: u64) -> Result<(), ArgumentError> {
+    if range.contains(&found) {
+        return Ok(());
+    }
+    Err(ArgumentError::Range { field, least: *range.start(), most: *range.end(), found })
+}
+
+/// Refuses another number of numbers.
+pub(super) fn length(field: &'static str, expected: usize, found: usize) -> Result<(), ArgumentError> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(ArgumentError::Length { field, expected: expected as u64, found: found as u64 })
+}
+
+/// Refuses what is not so many units; of units of 0, all but 0.
+pub(super) fn multiple(field: &'static str, unit: u64, found: u64) -> Result<(), ArgumentError> {
+    if found.is_multiple_of(unit) {
+        return Ok(());
+    }
+    Err(ArgumentError::Multiple { field, unit, found })
+}
+
+/// Refuses an index of something that is not there.
+pub(super) fn below(field: &'static str, count: usize, found: u64) -> Result<(), ArgumentError> {
+    if found < count as u64 {
+        return Ok(());
+    }
+    Err(ArgumentError::Index { field, count: count as u64, found })
+}

@@ -1,0 +1,28 @@
+//! How does a GPU run the kernels of `kernels/`? Nothing here knows models, documents or bytes on disk: keys, pages and
+//! queries come in as numbers, choices and attention go out.
+//!
+//! Two operations, [`choose()`](fn@choose) and [`attend()`](fn@attend), say which kernels run over which memory, and
+//! check every size and index first. They do so through a narrow seam, [`Runner`]: memory, copies, launches. Tests put
+//! the host in its place. No GPU has run or timed the kernels yet, and nothing else in this crate calls them: the CPU
+//! gives every answer.
+
+mod attend;
+mod choose;
+mod launch;
+
+pub use attend::{Attention, Page, Pages, Part, attend};
+pub use choose::{Choice, Chosen, Keys, Panels, Span, choose};
+pub use launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
+
+/// Longest head dim that the kernels take: what a warp's registers hold.
+pub const HEAD_DIM_MAX: usize = 256;
+
+/// The program that all kernels are part of. Lines of compilers' messages are those of the files.
+pub const SOURCE: &str = concat!(
+    "#line 1 \"kernels/common.cuh\"\n",
+    include_str!("../../kernels/common.cuh"),
+    "#line 1 \"kernels/score.cu\"\n",
+    include_str!("../../kernels/score.cu"),
+    "#line 1 \"kernels/attend.cu\"\n",
+    include_str!("../../kernels/attend.cu"),
+);

@@ -1,0 +1,313 @@
+//! Choices against `index::exact`, which is given the same stored numbers.
+
+use std::sync::Arc;
+
+use half::f16;
+use landmarkdb::cuda::{Choice, Chosen, Keys, Panels, Runner, Span, choose};
+use landmarkdb::index::{Chunk, DocumentKeys, Found, KeyLayout, Keys as ExactKeys, Query, Scoped, exact};
+use landmarkdb::types::{BlockScore, DType, Granularity};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Both read the same stored numbers, so only the order of f32 sums differs, for scores of up to about 20.
+const TOLERANCE_F16: f64 = 1e-4;
+const TOLERANCE_INT8: f64 = 1e-4;
+
+const PANEL: usize = 64;
+
+const GRANULARITIES: [Granularity; 5] =
+    [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
+
+const BLOCK_SCORES: [BlockScore; 2] = [BlockScore::Max, BlockScore::LogSumExp];
+
+/// One random lookup in documents of these many blocks each, at the last of two layers.
+#[derive(Clone, Debug)]
+struct Case {
+    dtype: DType,
+    head_dim: usize,
+    keys_per_block: usize,
+    kv_heads: usize,
+    /// G
+    group: usize,
+    tokens: usize,
+    documents: Vec<usize>,
+    recent: usize,
+    top_k: usize,
+}
+
+/// Keys of all documents, for the kernels and for the definition.
+struct Stored {
+    halves: Vec<f16>,
+    bytes: Vec<i8>,
+    scales: Vec<f32>,
+    scope: Vec<Scoped>,
+    /// First panel and panels of a piece, by document.
+    places: Vec<(usize, usize)>,
+}
+
+fn gaussian(rng: &mut ChaCha8Rng) -> f32 {
+    (0..6).map(|_| rng.random_range(-1.0f32..1.0)).sum::<f32>() * 0.7
+}
+
+impl Case {
+    fn layout(&self) -> KeyLayout {
+        let Case { dtype, head_dim, keys_per_block, kv_heads, .. } = *self;
+        KeyLayout { layers: 2, kv_heads, head_dim, keys_per_block, dtype }
+    }
+
+    fn store(&self, rng: &mut ChaCha8Rng) -> Stored {
+        let (layout, dim, m) = (self.layout(), self.head_dim, self.keys_per_block);
+        let mut stored = Stored { halves: vec![], bytes: vec![], scales: vec![], scope: vec![], places: vec![] };
+        let mut panels = 0;
+        for &wanted in &self.documents {
+            // Blocks before and after the range make sure that only the range counts.
+            let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
+            let blocks = before + wanted + after;
+            let piece_panels = (blocks * m).div_ceil(PANEL);
+            stored.places.push((panels, piece_panels));
+            let first_panel = panels;
+            panels += layout.pieces() * piece_panels;
+            stored.halves.resize(panels * dim * PANEL, f16::NAN);
+            stored.bytes.resize(panels * dim * PANEL, i8::MAX);
+            stored.scales.resize(panels * PANEL, f32::NAN);
+            let mut chunk = Chunk::zeroed(layout, blocks);
+            for piece in 0..layout.pieces() {
+                for block in 0..blocks {
+                    let place = |key: usize| {
+                        let key = block * m + key;
+                        let panel = first_panel + piece * piece_panels + key / PANEL;
+                        (panel * dim * PANEL + key % PANEL, panel * PANEL + key % PANEL)
+                    };
+                    if self.dtype == DType::Int8 {
+                        let numbers: Vec<i8> = (0..m * dim).map(|_| rng.random_range(-127i8..=127)).collect();
+                        let scales: Vec<f32> = (0..m).map(|_| rng.random_range(0.002..0.02)).collect();
+                        for key in 0..m {
+                            let (at, scale_at) = place(key);
+                            (0..dim).for_each(|d| stored.bytes[at + d * PANEL] = numbers[key * dim + d]);
+                            stored.scales[scale_at] = scales[key];
+                        }
+                        chunk.put(block, piece, ExactKeys::Int8 { numbers: &numbers, scales: &scales });
+                    } else {
+                        let numbers: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
+                        for key in 0..m {
+                            let (at, _) = place(key);
+                            (0..dim).for_each(|d| stored.halves[at + d * PANEL] = numbers[key * dim + d]);
+                        }
+                        chunk.put(block, piece, ExactKeys::F16(&numbers));
+                    }
+                }
+            }
+            let keys = Arc::new(DocumentKeys::empty(layout).extended([chunk]));
+            stored.scope.push(Scoped { keys, blocks: before as u32..(before + wanted) as u32 });
+        }
+        stored
+    }
+
+    /// Recent blocks are spans of one block, each with queries of its own.
+    fn spans(&self, stored: &Stored) -> Vec<Span> {
+        let older = self.documents.iter().sum::<usize>() - self.recent;
+        let mut spans = Vec::new();
+        let mut position = 0;
+        for (scoped, &(panel, piece_panels)) in stored.scope.iter().zip(&stored.places) {
+            let span = |blocks, set: usize| {
+                let (panel, piece_panels) = (panel as u32, piece_panels as u32);
+                Span { panel, piece_panels, blocks, set: set as u32 }
+            };
+            let first_recent = scoped.blocks.end.min(scoped.blocks.start + older.saturating_sub(position) as u32);
+            spans.push(span(scoped.blocks.start..first_recent, 0));
+            position += first_recent as usize - scoped.blocks.start as usize;
+            for block in first_recent..scoped.blocks.end {
+                spans.push(span(block..block + 1, 1 + position - older));
+                position += 1;
+            }
+        }
+        spans
+    }
+
+    fn check<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R, granularities: &[Granularity]) {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let stored = self.store(&mut rng);
+        let query_heads = self.kv_heads * self.group;
+        let numbers = self.tokens * query_heads * self.head_dim;
+        let queries: Vec<f32> = (0..(1 + self.recent) * numbers).map(|_| gaussian(&mut rng)).collect();
+        let panels = match self.dtype {
+            DType::Int8 => Panels::Int8 { numbers: &stored.bytes, scales: &stored.scales },
+            _ => Panels::F16(&stored.halves),
+        };
+        let keys = Keys::upload(runner, panels, self.head_dim).unwrap();
+        let spans = self.spans(&stored);
+        for &granularity in granularities {
+            for block_score in BLOCK_SCORES {
+                let softmax_scale = (self.head_dim as f32).powf(-0.5);
+                let choice = Choice {
+                    layer: 1,
+                    tokens: self.tokens as u32,
+                    query_heads: query_heads as u32,
+                    kv_heads: self.kv_heads as u32,
+                    keys_per_block: self.keys_per_block as u32,
+                    queries: &queries,
+                    spans: &spans,
+                    top_k: self.top_k as u32,
+                    block_score,
+                    granularity,
+                    softmax_scale,
+                };
+                // Asked for all blocks, the definition says the score of each.
+                let query = Query {
+                    layout: self.layout(),
+                    layer: 1,
+                    tokens: self.tokens,
+                    query_heads,
+                    queries: &queries[..numbers],
+                    recent_queries: &queries[numbers..],
+                    scope: &stored.scope,
+                    top_k: usize::MAX,
+                    block_score,
+                    granularity,
+                    softmax_scale,
+                };
+                self.compare(&exact::search(&query), &choose(runner, &keys, &choice).unwrap());
+            }
+        }
+    }
+
+    fn compare(&self, all: &Found, got: &Chosen) {
+        let tolerance = if self.dtype == DType::Int8 { TOLERANCE_INT8 } else { TOLERANCE_F16 };
+        let k = self.top_k.min(all.k);
+        assert_eq!((got.rows, got.k), (all.rows, k), "{self:?}");
+        assert_eq!((got.positions.len(), got.scores.len()), (all.rows * k, all.rows * k), "{self:?}");
+        if k == 0 {
+            return;
+        }
+        let rows = got.positions.chunks_exact(k).zip(got.scores.chunks_exact(k));
+        for ((positions, scores), all) in rows.zip(all.scores.chunks_exact(all.k)) {
+            assert!(positions.is_sorted_by(|a, b| a < b), "document order, no block twice: {positions:?}, {self:?}");
+            let mut best = all.to_vec();
+            best.sort_by(|a, b| b.total_cmp(a));
+            let worst = best[k - 1] as f64;
+            for (&position, &score) in positions.iter().zip(scores) {
+                let exact = all[position as usize] as f64;
+                assert!((score as f64 - exact).abs() < tolerance, "{position}: {score} for {exact}, {self:?}");
+                assert!(exact >= worst - tolerance, "{position} of {positions:?} is not among the best, {self:?}");
+            }
+        }
+    }
+}
+
+/// Every edge of the number of blocks and of k, with and without recent blocks.
+pub fn edges<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    let k = 4;
+    for (dtype, keys_per_block) in [(DType::F16, 1), (DType::F16, 17), (DType::Int8, 1), (DType::Int8, 17)] {
+        for blocks in [0, 1, k - 1, k, k + 1, 70] {
+            for recent in [0, blocks.min(k) / 2, blocks.min(k)] {
+                let case = Case {
+                    dtype,
+                    head_dim: 16,
+                    keys_per_block,
+                    kv_heads: 2,
+                    group: 2,
+                    tokens: 2,
+                    documents: vec![blocks],
+                    recent,
+                    top_k: k,
+                };
+                case.check(runner, &GRANULARITIES);
+            }
+        }
+    }
+}
+
+/// Every head dim, number of keys and size of a group; rows that fill a strip, and that do not; several documents.
+pub fn shapes<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    for (i, head_dim) in [1, 64, 80, 128, 256].into_iter().enumerate() {
+        for (j, keys_per_block) in [1, 17, 64].into_iter().enumerate() {
+            for dtype in [DType::F16, DType::Int8] {
+                let group = (3 * i + j + if dtype == DType::F16 { 0 } else { 4 }) % 8 + 1;
+                let case = Case {
+                    dtype,
+                    head_dim,
+                    keys_per_block,
+                    kv_heads: 1 + j % 2,
+                    group,
+                    tokens: 1 + i % 3,
+                    documents: vec![9, 0, 11],
+                    recent: 2,
+                    top_k: 3,
+                };
+                case.check(runner, &[GRANULARITIES[(i + j) % 5]]);
+            }
+        }
+    }
+}
+
+/// More blocks than a tile or a slice holds, more chosen than a queue holds before it is cut, and blocks larger than a
+/// tile.
+pub fn sizes<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    for (dtype, keys_per_block, blocks, top_k) in [
+        (DType::F16, 1, 5000, 8),
+        (DType::Int8, 1, 2500, 64),
+        (DType::F16, 1, 2500, 1024),
+        (DType::Int8, 64, 1500, 7),
+        (DType::Int8, 600, 3, 2),
+    ] {
+        let documents = vec![blocks / 3, blocks - blocks / 3];
+        let case =
+            Case { dtype, head_dim: 8, keys_per_block, kv_heads: 1, group: 2, tokens: 1, documents, recent: 1, top_k };
+        case.check(runner, &[Granularity::TokenHead, Granularity::KvGroup]);
+    }
+}
+
+/// Equal keys, in several tiles and slices.
+pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    let (blocks, head_dim) = (3000usize, 4);
+    let numbers = vec![f16::ONE; blocks.next_multiple_of(PANEL) * head_dim];
+    let keys = Keys::upload(runner, Panels::F16(&numbers), head_dim).unwrap();
+    let piece_panels = blocks.div_ceil(PANEL) as u32;
+    let choice = Choice {
+        layer: 0,
+        tokens: 1,
+        query_heads: 1,
+        kv_heads: 1,
+        keys_per_block: 1,
+        queries: &[1.0; 4],
+        spans: &[Span { panel: 0, piece_panels, blocks: 10..blocks as u32, set: 0 }],
+        top_k: 3,
+        block_score: BlockScore::Max,
+        granularity: Granularity::TokenHead,
+        softmax_scale: 0.5,
+    };
+    let chosen = choose(runner, &keys, &choice).unwrap();
+    assert_eq!(chosen.positions, [0, 1, 2]);
+    assert!(chosen.scores.iter().all(|score| (score - (1.0f32 / 2990.0).ln()).abs() < 1e-5));
+}
+
+/// What would read beyond its memory is refused before anything runs.
+pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    let keys = Keys::upload(runner, Panels::F16(&vec![f16::ONE; 3 * PANEL * 4]), 4).unwrap();
+    let span = Span { panel: 1, piece_panels: 2, blocks: 0..100, set: 0 };
+    let refused = |spans: &[Span], query_numbers: usize, layer: u32, top_k: u32| {
+        let choice = Choice {
+            layer,
+            tokens: 1,
+            query_heads: 1,
+            kv_heads: 1,
+            keys_per_block: 1,
+            queries: &vec![1.0; query_numbers],
+            spans,
+            top_k,
+            block_score: BlockScore::Max,
+            granularity: Granularity::TokenHead,
+            softmax_scale: 0.5,
+        };
+        choose(runner, &keys, &choice).is_err()
+    };
+    assert!(!refused(std::slice::from_ref(&span), 4, 0, 5));
+    assert!(refused(std::slice::from_ref(&span), 4, 1, 5), "a piece beyond the panels");
+    assert!(refused(std::slice::from_ref(&span), 6, 0, 5), "a query that is cut off");
+    assert!(refused(std::slice::from_ref(&span), 4, 0, 1025), "more than can be chosen");
+    assert!(refused(&[Span { panel: 2, ..span.clone() }], 4, 0, 5), "panels beyond the last");
+    assert!(refused(&[Span { blocks: 100..129, ..span.clone() }], 4, 0, 5), "keys beyond the piece");
+    assert!(refused(&[Span { set: 1, ..span }], 4, 0, 5), "queries that are not there");
+    assert!(Keys::upload(runner, Panels::F16(&[f16::ONE; 70]), 1).is_err(), "part of a panel");
+    assert!(Keys::upload(runner, Panels::F16(&[]), 257).is_err(), "a head dim that is too large");
+}

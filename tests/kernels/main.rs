@@ -1,0 +1,52 @@
+//! The kernels of `kernels/`, without a GPU: compiled for the host (see `shim.hpp`) they give the answers of the
+//! definitions.
+//!
+//! On Linux only: elsewhere there is not what the shim makes threads of.
+
+#![cfg(target_os = "linux")]
+
+mod attend;
+mod choose;
+mod host;
+
+use host::host;
+
+#[test]
+fn choices_at_every_edge_of_blocks_and_k() {
+    choose::edges(host());
+}
+
+#[test]
+fn choices_of_every_shape() {
+    choose::shapes(host());
+}
+
+#[test]
+fn choices_across_tiles_and_slices() {
+    choose::sizes(host());
+}
+
+#[test]
+fn equal_keys_tie_to_the_first_blocks() {
+    choose::ties(host());
+}
+
+#[test]
+fn choices_beyond_their_memory_are_refused() {
+    choose::refusals(host());
+}
+
+#[test]
+fn attention_of_every_shape() {
+    attend::shapes(host());
+}
+
+#[test]
+fn attention_of_many_rows() {
+    attend::many_rows(host());
+}
+
+#[test]
+fn attention_beyond_its_memory_is_refused() {
+    attend::refusals(host());
+}
