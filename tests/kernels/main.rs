@@ -1,15 +1,23 @@
-//! The kernels of `kernels/`, without a GPU: compiled for the host (see `shim.hpp`) they give the answers of the
-//! definitions.
+//! The kernels of `kernels/`, without a GPU: they compile for the GPUs of today, and compiled for the host (see
+//! `shim.hpp`) they give the answers of the definitions.
 //!
-//! On Linux only: elsewhere there is not what the shim makes threads of.
+//! On Linux only: elsewhere there is neither what the shim makes threads of, nor NVRTC as a package.
 
 #![cfg(target_os = "linux")]
 
 mod attend;
 mod choose;
 mod host;
+mod nvrtc;
+
+use std::io::Write;
 
 use host::host;
+
+/// Says that a test did nothing, and why. Not with `println!`, which is hidden where a test passes.
+fn skip(test: &str, reason: impl std::fmt::Display) {
+    std::io::stderr().write_all(format!("skipped {test}: {reason}\n").as_bytes()).unwrap();
+}
 
 #[test]
 fn choices_at_every_edge_of_blocks_and_k() {
