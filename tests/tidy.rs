@@ -42,6 +42,7 @@ const LIBRARIES: &[(&[&str], &[&str])] = &[
         &["tonic", "tonic_prost", "tonic_health", "tonic_reflection", "prost", "prost_types"],
         &["wire", "server", "client"],
     ),
+    (&["cudarc"], &["cuda"]),
     (&["protox", "tonic_prost_build"], &["build"]),
     (&["candle_core", "tokenizers"], &["attention", "model", "train", "eval"]),
     (&["hf_hub", "zip"], &["model"]),

@@ -2,16 +2,26 @@
 //! queries come in as numbers, choices and attention go out.
 //!
 //! Two operations, [`choose()`](fn@choose) and [`attend()`](fn@attend), say which kernels run over which memory, and
-//! check every size and index first. They do so through a narrow seam, [`Runner`]: memory, copies, launches. Tests put
-//! the host in its place. No GPU has run or timed the kernels yet, and nothing else in this crate calls them: the CPU
-//! gives every answer.
+//! check every size and index first. They do so through a narrow seam, [`Runner`]: memory, copies, launches. With the
+//! feature `cuda` that is a `Session` of a `Device`, a stream of its own; tests put the host in its place, so that all
+//! but the seam is tested without a GPU.
+//!
+//! The kernels are compiled for the device at hand when it is opened, by NVRTC. Neither CUDA nor a GPU is needed to
+//! build, and both are looked for only when a device is opened. No GPU has run or timed them yet, and nothing else in
+//! this crate calls them: the CPU gives every answer.
 
 mod attend;
 mod choose;
+#[cfg(feature = "cuda")]
+mod device;
 mod launch;
+#[cfg(feature = "cuda")]
+mod module;
 
 pub use attend::{Attention, Page, Pages, Part, attend};
 pub use choose::{Choice, Chosen, Keys, Panels, Span, choose};
+#[cfg(feature = "cuda")]
+pub use device::{CudaError, Device, Session};
 pub use launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
 
 /// Longest head dim that the kernels take: what a warp's registers hold.

@@ -1,5 +1,5 @@
 //! The kernels of `kernels/`, without a GPU: they compile for the GPUs of today, and compiled for the host (see
-//! `shim.hpp`) they give the answers of the definitions.
+//! `shim.hpp`) they give the answers of the definitions. With the feature `cuda` and a GPU, the same on the GPU.
 //!
 //! On Linux only: elsewhere there is neither what the shim makes threads of, nor NVRTC as a package.
 
@@ -57,4 +57,35 @@ fn attention_of_many_rows() {
 #[test]
 fn attention_beyond_its_memory_is_refused() {
     attend::refusals(host());
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_gives_the_same_answers() {
+    use landmarkdb::cuda::{CudaError, Device};
+
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. } | CudaError::NoCompiler)) => {
+            return skip("a_gpu_gives_the_same_answers", error);
+        }
+        Err(error) => panic!("{error}"),
+    };
+    println!("on {}", device.name().unwrap());
+    // Two streams at the same time, as two sessions have.
+    let work = || {
+        let session = device.session().unwrap();
+        choose::edges(&session);
+        choose::shapes(&session);
+        choose::sizes(&session);
+        choose::ties(&session);
+        choose::refusals(&session);
+        attend::shapes(&session);
+        attend::many_rows(&session);
+        attend::refusals(&session);
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(work);
+        scope.spawn(work);
+    });
 }
