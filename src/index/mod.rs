@@ -12,6 +12,7 @@ use crate::types::{BlockScore, Granularity};
 pub mod exact;
 pub mod fast;
 mod kernel;
+mod scratch;
 mod select;
 mod snapshot;
 

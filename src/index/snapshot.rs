@@ -1,19 +1,23 @@
 //! How do keys lie in memory? Chunks of blocks that never change, shared by every snapshot that includes them.
 //!
-//! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys: a
-//! panel is `(D, PANEL)`, so that one vector register holds one dimension of many keys and scores need no sum across
-//! a register. The last panel is filled up with zeros.
+//! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys, so that
+//! one vector register holds the same dimensions of many keys and scores need no sum across a register. An f16 panel is
+//! `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last panel is
+//! filled up with zeros, and so are the last four dimensions.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
 
-use crate::numeric;
+use crate::numeric::{self, simd};
 use crate::types::DType;
 
 /// Keys of one panel: four AVX-512 registers of sums for each of the kernel's rows.
 pub(super) const PANEL: usize = 64;
+
+/// Dimensions of an int8 key that lie together.
+pub(super) const QUAD: usize = 4;
 
 /// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
 /// tiles of about this size anyway.
@@ -55,7 +59,7 @@ pub struct Chunk {
 enum Numbers {
     /// `(L * Hkv, panels, D, PANEL)`
     F16(Vec<f16>),
-    /// Numbers as above, scales `(L * Hkv, panels, PANEL)`.
+    /// Numbers `(L * Hkv, panels, D / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 { numbers: Vec<i8>, scales: Vec<f32> },
 }
 
@@ -64,7 +68,7 @@ enum Numbers {
 pub(super) enum Panels<'a> {
     /// `(panels, D, PANEL)`
     F16(&'a [f16]),
-    /// Numbers as above, scales `(panels, PANEL)`.
+    /// Numbers `(panels, D / 4, PANEL, 4)`, scales `(panels, PANEL)`.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
@@ -83,6 +87,14 @@ impl KeyLayout {
         self.layers * self.kv_heads
     }
 
+    /// Numbers of one key as they lie in a panel, filling zeros included.
+    fn padded_dim(&self) -> usize {
+        match self.dtype {
+            DType::Int8 => self.head_dim.next_multiple_of(QUAD),
+            _ => self.head_dim,
+        }
+    }
+
     /// Blocks that a chunk should hold when many are loaded at once.
     pub fn chunk_blocks(&self) -> usize {
         (CHUNK_KEYS_MAX / self.keys_per_block).max(1)
@@ -94,8 +106,8 @@ impl Chunk {
     pub fn zeroed(layout: KeyLayout, blocks: usize) -> Self {
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
         let numbers = match layout.dtype {
-            DType::Int8 => Numbers::Int8 { numbers: vec![0; keys * layout.head_dim], scales: vec![0.0; keys] },
-            _ => Numbers::F16(vec![f16::ZERO; keys * layout.head_dim]),
+            DType::Int8 => Numbers::Int8 { numbers: vec![0; keys * layout.padded_dim()], scales: vec![0.0; keys] },
+            _ => Numbers::F16(vec![f16::ZERO; keys * layout.padded_dim()]),
         };
         Chunk { layout, blocks, numbers }
     }
@@ -109,7 +121,7 @@ impl Chunk {
     pub fn put(&mut self, block: usize, piece: usize, keys: Keys<'_>) {
         let (dim, count) = (self.layout.head_dim, self.layout.keys_per_block);
         assert!(block < self.blocks && piece < self.layout.pieces());
-        let at = Lane { piece_keys: self.piece_keys(), dim, piece, key: block * count };
+        let at = self.lane(piece, block * count);
         match (&mut self.numbers, keys) {
             (Numbers::F16(into), Keys::F16(numbers)) => {
                 assert_eq!(numbers.len(), count * dim);
@@ -118,7 +130,7 @@ impl Chunk {
             (Numbers::Int8 { numbers: into, scales: scales_into }, Keys::Int8 { numbers, scales }) => {
                 assert_eq!((numbers.len(), scales.len()), (count * dim, count));
                 at.scatter(numbers, into);
-                scales_into[at.piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
+                scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
             _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
         }
@@ -126,11 +138,11 @@ impl Chunk {
 
     /// One key `(D)` as single-precision numbers.
     pub(super) fn key(&self, piece: usize, key: usize) -> Vec<f32> {
-        let at = Lane { piece_keys: self.piece_keys(), dim: self.layout.head_dim, piece, key };
+        let at = self.lane(piece, key);
         match &self.numbers {
             Numbers::F16(numbers) => at.gather(numbers).map(f16::to_f32).collect(),
             Numbers::Int8 { numbers, scales } => {
-                let scale = scales[piece * at.piece_keys + key];
+                let scale = scales[piece * self.piece_keys() + key];
                 at.gather(numbers).map(|number| number as f32 * scale).collect()
             }
         }
@@ -139,12 +151,18 @@ impl Chunk {
     /// Some panels of one piece.
     pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> Panels<'_> {
         let first = piece * self.piece_keys() + panels.start * PANEL;
-        let (keys, dim) = (first..first + panels.len() * PANEL, self.layout.head_dim);
+        let (keys, dim) = (first..first + panels.len() * PANEL, self.layout.padded_dim());
         let numbers_at = keys.start * dim..keys.end * dim;
         match &self.numbers {
             Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
             Numbers::Int8 { numbers, scales } => Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] },
         }
+    }
+
+    fn lane(&self, piece: usize, key: usize) -> Lane {
+        let layout = &self.layout;
+        let quad = if layout.dtype == DType::Int8 { QUAD } else { 1 };
+        Lane { piece_keys: self.piece_keys(), dim: layout.head_dim, padded: layout.padded_dim(), quad, piece, key }
     }
 
     fn piece_keys(&self) -> usize {
@@ -171,16 +189,13 @@ impl Chunk {
 
     /// Copies one piece of `from` to where key `first_key` of this chunk lies.
     fn copy_piece(&mut self, from: &Chunk, piece: usize, first_key: usize) {
-        let dim = self.layout.head_dim;
-        let (to_keys, from_keys) = (self.piece_keys(), from.piece_keys());
         for key in 0..from.blocks * self.layout.keys_per_block {
-            let source = Lane { piece_keys: from_keys, dim, piece, key };
-            let target = Lane { piece_keys: to_keys, dim, piece, key: first_key + key };
+            let (source, target) = (from.lane(piece, key), self.lane(piece, first_key + key));
             match (&mut self.numbers, &from.numbers) {
                 (Numbers::F16(to), Numbers::F16(numbers)) => target.copy(source, numbers, to),
                 (Numbers::Int8 { numbers: to, scales: to_scales }, Numbers::Int8 { numbers, scales }) => {
                     target.copy(source, numbers, to);
-                    to_scales[piece * to_keys + target.key] = scales[piece * from_keys + key];
+                    to_scales[piece * target.piece_keys + target.key] = scales[piece * source.piece_keys + key];
                 }
                 _ => unreachable!("chunks of one document have one dtype"),
             }
@@ -194,30 +209,35 @@ struct Lane {
     /// Keys of one piece, filled up to whole panels.
     piece_keys: usize,
     dim: usize,
+    /// `dim`, filled up to a multiple of `quad`.
+    padded: usize,
+    /// Dimensions that lie together.
+    quad: usize,
     piece: usize,
     key: usize,
 }
 
 impl Lane {
-    /// Index of the key's first number; the next one is `PANEL` further.
-    fn start(self) -> usize {
-        (self.piece * self.piece_keys + self.key / PANEL * PANEL) * self.dim + self.key % PANEL
+    /// Index of the number of one dimension.
+    fn at(self, d: usize) -> usize {
+        let panel = (self.piece * self.piece_keys + self.key / PANEL * PANEL) * self.padded;
+        panel + (d / self.quad * PANEL + self.key % PANEL) * self.quad + d % self.quad
     }
 
     fn gather<N: Copy>(self, numbers: &[N]) -> impl Iterator<Item = N> {
-        numbers[self.start()..].iter().step_by(PANEL).take(self.dim).copied()
+        (0..self.dim).map(move |d| numbers[self.at(d)])
     }
 
     /// Writes consecutive keys `(count, D)` from this one on.
     fn scatter<N: Copy>(self, keys: &[N], into: &mut [N]) {
         for (i, key) in keys.chunks_exact(self.dim).enumerate() {
-            let start = Lane { key: self.key + i, ..self }.start();
-            into[start..].iter_mut().step_by(PANEL).zip(key).for_each(|(to, number)| *to = *number);
+            let lane = Lane { key: self.key + i, ..self };
+            key.iter().enumerate().for_each(|(d, number)| into[lane.at(d)] = *number);
         }
     }
 
     fn copy<N: Copy>(self, source: Lane, from: &[N], into: &mut [N]) {
-        into[self.start()..].iter_mut().step_by(PANEL).zip(source.gather(from)).for_each(|(to, number)| *to = number);
+        (0..self.dim).for_each(|d| into[self.at(d)] = from[source.at(d)]);
     }
 }
 
@@ -282,15 +302,29 @@ impl DocumentKeys {
 
 impl Panels<'_> {
     /// The same panels as single-precision numbers `(panels, D, PANEL)`, scales not yet applied.
-    pub(super) fn widen(self, into: &mut Vec<f32>) {
-        let count = match self {
-            Panels::F16(numbers) => numbers.len(),
-            Panels::Int8 { numbers, .. } => numbers.len(),
-        };
-        into.resize(count, 0.0);
+    pub(super) fn widen(self, dim: usize, into: &mut [f32]) {
         match self {
             Panels::F16(numbers) => numeric::widen_f16(numbers, into),
-            Panels::Int8 { numbers, .. } => numeric::widen_int8(numbers, 1.0, into),
+            Panels::Int8 { numbers, .. } => {
+                let panels = numbers.chunks_exact(dim.next_multiple_of(QUAD) * PANEL);
+                for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
+                    widen_quads(numbers, into);
+                }
+            }
+        }
+    }
+}
+
+simd! {
+    /// One panel `(D / 4, PANEL, 4)` to `(D, PANEL)`.
+    fn widen_quads(numbers: &[i8], into: &mut [f32]) {
+        for (quads, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * QUAD)) {
+            for (d, row) in rows.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+                for (number, quad) in row.iter_mut().zip(quads.as_chunks::<QUAD>().0) {
+                    // The d-th byte, with its sign.
+                    *number = (i32::from_le_bytes(quad.map(i8::cast_unsigned)) << (24 - 8 * d) >> 24) as f32;
+                }
+            }
         }
     }
 }

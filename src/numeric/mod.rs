@@ -82,14 +82,15 @@ pub(crate) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
+/// ln 2 in two parts, so that a whole multiple loses nothing.
+const LN2_HIGH: f32 = 0.693_359_4;
+const LN2_LOW: f32 = -2.121_944_4e-4;
+
 /// `e^x` within 2 units in the last place for `x` in -87 to 88; 0 below (there the true value is under 1.7e-38),
 /// clamped above. A polynomial that vectorises, after Cephes `expf`.
 #[inline(always)]
 pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, so that `x - n ln 2` loses nothing.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     const SMALLEST: f32 = -87.0;
     const LARGEST: f32 = 88.0;
     // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the lowest bits.
@@ -112,6 +113,67 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     let value = e * power;
     if x < SMALLEST { 0.0 } else { value }
+}
+
+/// `ln(x)` within 2 units in the last place (absolute 1e-7 near 1) for normal `x`. Vectorises, after Cephes `logf`.
+#[inline(always)]
+pub(crate) fn ln<const FMA: bool>(x: f32) -> f32 {
+    // x = m 2^e with m from sqrt(1/2) to sqrt(2): subtracting the bits of sqrt(1/2) carries into the exponent where m is above.
+    const HALF_ROOT: u32 = 0x3f35_04f3;
+    let shifted = x.to_bits().wrapping_sub(HALF_ROOT) as i32;
+    let e = (shifted >> 23) as f32;
+    let m = f32::from_bits(((shifted & 0x7f_ffff) as u32).wrapping_add(HALF_ROOT)) - 1.0;
+    let mut p = 7.037_683_6e-2;
+    p = fma::<FMA>(p, m, -1.151_461e-1);
+    p = fma::<FMA>(p, m, 1.167_699_9e-1);
+    p = fma::<FMA>(p, m, -1.242_014_1e-1);
+    p = fma::<FMA>(p, m, 1.424_932_3e-1);
+    p = fma::<FMA>(p, m, -1.666_805_8e-1);
+    p = fma::<FMA>(p, m, 2.000_071_5e-1);
+    p = fma::<FMA>(p, m, -2.499_999_4e-1);
+    p = fma::<FMA>(p, m, 3.333_333e-1);
+    let square = m * m;
+    let tail = fma::<FMA>(p * m, square, fma::<FMA>(e, LN2_LOW, -0.5 * square));
+    fma::<FMA>(e, LN2_HIGH, m + tail)
+}
+
+/// The largest of some accumulators, and their sum: by halves, which stays in registers.
+#[inline(always)]
+pub(crate) fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = N / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = two(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The larger one; the first if the second is no number.
+#[inline(always)]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// How far ahead of its use memory is asked for: two pages. The hardware's own prefetcher stops at every page of 4 KiB;
+/// with this two cores read 1.1 to 1.6 times as fast, and one core 1.2 times. 4 KiB were slower, 16 no faster.
+const AHEAD: usize = 8192;
+
+/// Asks for the `BYTES` that lie [`AHEAD`] of a pointer. Past the end of an allocation this does nothing.
+#[inline(always)]
+pub(crate) fn prefetch<const BYTES: usize>(from: *const i8) {
+    const CACHE_LINE: usize = 64;
+    for line in (0..BYTES).step_by(CACHE_LINE) {
+        let address = from.wrapping_add(AHEAD + line);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing that the program sees, and never faults.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address)
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = address;
+    }
 }
 
 /// Half floats that [`widen`] takes at once: one AVX-512 register of single ones.
@@ -208,7 +270,13 @@ simd! {
 simd! {
     /// `log(sum(e^x))`; -inf for none.
     pub fn log_sum_exp(numbers: &[f32]) -> f32 {
-        let top = max(numbers);
+        log_sum_exp_below(numbers, max(numbers))
+    }
+}
+
+simd! {
+    /// [`log_sum_exp`] of numbers whose largest is `top`.
+    pub fn log_sum_exp_below(numbers: &[f32], top: f32) -> f32 {
         if top == f32::NEG_INFINITY {
             return top;
         }
@@ -300,6 +368,19 @@ mod tests {
         }
         assert_eq!(exp::<true>(0.0), 1.0);
         assert!(exp::<true>(f32::NAN).is_nan() && exp::<false>(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn logarithm_is_within_two_units_in_the_last_place() {
+        let mut cases = numbers(100_000, 20.0, 4);
+        cases.extend([0.0, 1e-4, -1e-4, 0.346_57, 0.346_58, -0.346_57, 80.0, -80.0]);
+        for x in cases.into_iter().map(f32::exp) {
+            let want = (x as f64).ln();
+            for got in [ln::<true>(x), ln::<false>(x)] {
+                assert!((got as f64 - want).abs() < (2.4e-7 * want.abs()).max(1e-7), "ln {x}: {got} {want}");
+            }
+        }
+        assert_eq!(ln::<true>(1.0), 0.0);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::cli::output::{Report, count, size, table, write_table};
 use crate::cli::settings::word;
 use crate::client::{ClientOptions, RemoteMemory};
 use crate::memory::LocalMemory;
+use crate::numeric::{self, simd};
 use crate::server::{self, ListenOptions, Listeners, ServeOptions};
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::{BlockRange, BlockScore, CollectionId, DType, Granularity, KeyRule};
@@ -123,7 +124,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         ),
         seed: args.seed,
         threads: rayon::current_num_threads(),
-        instructions: format!("{:?}", crate::numeric::level()),
+        instructions: format!("{:?}", numeric::level()),
         read_bandwidth_bytes_per_s: read_bandwidth,
         results,
     })
@@ -236,11 +237,26 @@ fn read_bandwidth() -> f64 {
     let part = words.len() / rayon::current_num_threads();
     let pass = || {
         let begin = Instant::now();
-        let sum: u64 = words.par_chunks(part.max(1)).map(|words| words.iter().sum::<u64>()).sum();
+        let sum: u64 = words.par_chunks(part.max(1)).map(sum).sum();
         assert_eq!(sum, words.len() as u64);
         BANDWIDTH_BYTES as f64 / begin.elapsed().as_secs_f64()
     };
     (0..5).map(|_| pass()).fold(0.0, f64::max)
+}
+
+simd! {
+    fn sum(words: &[u64]) -> u64 {
+        const LINES: usize = 32;
+        let (parts, rest) = words.as_chunks::<LINES>();
+        let mut sums = [0u64; LINES];
+        for part in parts {
+            numeric::prefetch::<{ size_of::<[u64; LINES]>() }>(part.as_ptr().cast());
+            for (sum, word) in sums.iter_mut().zip(part) {
+                *sum += word;
+            }
+        }
+        sums.iter().chain(rest).sum()
+    }
 }
 
 impl Args {
@@ -281,7 +297,7 @@ impl Args {
         LookupRequest {
             collection,
             layer,
-            queries: (0..numbers).map(|_| rng.random_range(-1.0..1.0)).collect(),
+            queries: (0..numbers).map(|_| rng.random_range(-9.0..9.0)).collect(),
             distances: (0..self.query_tokens).collect(),
             scope: vec![BlockRange { document: document.id, blocks: 0..document.blocks }],
             top_k: self.top_k,

@@ -1,0 +1,118 @@
+//! Kernels for few rows in AVX-512. The speed of memory decides: keys are asked for well before they are needed.
+
+use std::arch::x86_64::*;
+use std::array::from_fn;
+
+use half::f16;
+
+use super::integers::{Integers, KEY_OFFSET, LOW_STEPS};
+use crate::index::snapshot::{PANEL, QUAD};
+use crate::numeric::prefetch;
+
+/// Numbers in a register.
+const LANES: usize = 16;
+
+/// Registers of one dimension of a panel.
+const PARTS: usize = PANEL / LANES;
+
+/// Scores `(rows, panels * PANEL)` of up to four rows, packed as `(D, rows)`.
+#[target_feature(enable = "avx512f")]
+pub(super) fn score_halves(halves: &[f16], dim: usize, queries: &[f32], scores: &mut [f32]) {
+    match queries.len() / dim {
+        4 => halves_rows::<4>(halves, dim, queries, scores),
+        3 => halves_rows::<3>(halves, dim, queries, scores),
+        2 => halves_rows::<2>(halves, dim, queries, scores),
+        _ => halves_rows::<1>(halves, dim, queries, scores),
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn halves_rows<const R: usize>(halves: &[f16], dim: usize, queries: &[f32], scores: &mut [f32]) {
+    let keys = halves.len() / dim;
+    for (panel, halves) in halves.chunks_exact(dim * PANEL).enumerate() {
+        let mut sums = [[_mm512_setzero_ps(); PARTS]; R];
+        for (halves, queries) in halves.as_chunks::<PANEL>().0.iter().zip(queries.as_chunks::<R>().0) {
+            prefetch::<{ size_of::<[f16; PANEL]>() }>(halves.as_ptr().cast());
+            let numbers: [__m512; PARTS] = from_fn(|part| {
+                // SAFETY: 16 of the panel's 64 numbers; the load needs no alignment.
+                _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().add(part * LANES).cast()) })
+            });
+            for (sums, &query) in sums.iter_mut().zip(queries) {
+                let query = _mm512_set1_ps(query);
+                for (sum, numbers) in sums.iter_mut().zip(numbers) {
+                    *sum = _mm512_fmadd_ps(query, numbers, *sum);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            store(sums, &mut scores[row * keys + panel * PANEL..][..PANEL]);
+        }
+    }
+}
+
+/// Scores `(rows, panels * PANEL)` of up to four rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn score_integers(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    match queries.rows.len() {
+        4 => integers_rows::<4>(queries, numbers, scales, scores),
+        3 => integers_rows::<3>(queries, numbers, scales, scores),
+        2 => integers_rows::<2>(queries, numbers, scales, scores),
+        _ => integers_rows::<1>(queries, numbers, scales, scores),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn integers_rows<const R: usize>(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    /// Registers of four dimensions of a strip: half a panel, so that all sums stay in registers.
+    const STRIP: usize = PARTS / 2;
+    let quads = queries.quads.as_chunks::<R>().0;
+    let keys = scales.len();
+    let offset = _mm512_set1_epi8(KEY_OFFSET as u8 as i8);
+    for (panel, (numbers, scales)) in
+        numbers.chunks_exact(quads.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
+    {
+        for strip in [0, STRIP] {
+            let mut sums = [[[_mm512_setzero_si512(); STRIP]; 2]; R];
+            for (sums, row) in sums.iter_mut().zip(&queries.rows) {
+                // What the offset of the keys will have added.
+                *sums = row.sums.map(|sum| [_mm512_set1_epi32(-KEY_OFFSET * sum); STRIP]);
+            }
+            for (numbers, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(quads) {
+                let from = numbers[strip * LANES * QUAD..].as_ptr();
+                prefetch::<{ STRIP * LANES * QUAD }>(from);
+                let strip_keys: [__m512i; STRIP] = from_fn(|part| {
+                    // SAFETY: 64 of the strip's 128 numbers; the load needs no alignment.
+                    _mm512_xor_si512(unsafe { _mm512_loadu_si512(from.add(part * LANES * QUAD).cast()) }, offset)
+                });
+                for (sums, row) in sums.iter_mut().zip(rows) {
+                    for (sums, quad) in sums.iter_mut().zip(row) {
+                        let query = _mm512_set1_epi32(i32::from_le_bytes(quad.map(i8::cast_unsigned)));
+                        for (sum, keys) in sums.iter_mut().zip(strip_keys) {
+                            *sum = _mm512_dpbusd_epi32(*sum, keys, query);
+                        }
+                    }
+                }
+            }
+            for (row, ([high, low], query)) in sums.iter().zip(&queries.rows).enumerate() {
+                let low_step = _mm512_set1_ps(query.scale / LOW_STEPS);
+                let products: [__m512; STRIP] = from_fn(|part| {
+                    let high = _mm512_mul_ps(_mm512_cvtepi32_ps(high[part]), _mm512_set1_ps(query.scale));
+                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[part]), low_step, high);
+                    // SAFETY: 16 of the panel's 64 scales; the load needs no alignment.
+                    _mm512_mul_ps(sum, unsafe { _mm512_loadu_ps(scales[(strip + part) * LANES..].as_ptr()) })
+                });
+                store(&products, &mut scores[row * keys + panel * PANEL + strip * LANES..]);
+            }
+        }
+    }
+}
+
+/// Stores registers one after the other.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store<const N: usize>(numbers: &[__m512; N], into: &mut [f32]) {
+    for (numbers, into) in numbers.iter().zip(into.as_chunks_mut::<LANES>().0) {
+        // SAFETY: 16 numbers.
+        unsafe { _mm512_storeu_ps(into.as_mut_ptr(), *numbers) };
+    }
+}

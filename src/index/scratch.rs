@@ -1,0 +1,75 @@
+//! Memory that lookups use again: fresh pages cost more than scoring what is written to them.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
+
+/// Numbers that a buffer may hold and still be kept: 32 MiB.
+pub(super) const KEPT_NUMBERS_MAX: usize = 8 << 20;
+
+/// Buffers kept, largest first to go: a few for every thread that searches.
+const KEPT_BUFFERS_MAX: usize = 64;
+
+/// Buffers that nobody uses now.
+static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+
+/// Some numbers, given back when dropped.
+pub(super) struct Scratch {
+    buffer: Vec<f32>,
+    numbers: usize,
+}
+
+impl Scratch {
+    /// So many numbers, of any value.
+    pub(super) fn take(numbers: usize) -> Scratch {
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |buffer: &Vec<f32>| buffer.len() >= numbers;
+        let smallest =
+            free.iter().enumerate().filter(|(_, buffer)| fits(buffer)).min_by_key(|(_, buffer)| buffer.len());
+        let buffer = smallest.map(|(i, _)| i).map(|i| free.swap_remove(i));
+        drop(free);
+        Scratch { buffer: buffer.unwrap_or_else(|| vec![0.0; numbers]), numbers }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        if buffer.len() <= KEPT_NUMBERS_MAX && free.len() < KEPT_BUFFERS_MAX {
+            free.push(buffer);
+        }
+    }
+}
+
+impl Deref for Scratch {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.buffer[..self.numbers]
+    }
+}
+
+impl DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.buffer[..self.numbers]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_as_long_as_asked_and_large_ones_are_not_kept() {
+        let address = {
+            let mut scratch = Scratch::take(1_234_567);
+            assert_eq!(scratch.len(), 1_234_567);
+            scratch[0] = 1.0;
+            scratch.as_ptr()
+        };
+        let free = |address| FREE.lock().unwrap().iter().any(|buffer| buffer.as_ptr() == address);
+        assert!(free(address));
+        let too_large = Scratch::take(KEPT_NUMBERS_MAX + 1).as_ptr();
+        assert!(!free(too_large));
+    }
+}
