@@ -28,11 +28,12 @@ struct Shape {
     keys_per_block: usize,
     blocks: usize,
     keys: DType,
+    compressed: bool,
     /// The plain definition is left out where one lookup of it takes seconds.
     plain_too: bool,
 }
 
-const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 5] = [
     Shape {
         name: "smollm2-4k m=64",
         kv_heads: 3,
@@ -41,6 +42,7 @@ const SHAPES: [Shape; 4] = [
         keys_per_block: 64,
         blocks: 64,
         keys: DType::F16,
+        compressed: false,
         plain_too: true,
     },
     Shape {
@@ -51,6 +53,7 @@ const SHAPES: [Shape; 4] = [
         keys_per_block: 64,
         blocks: 512,
         keys: DType::Int8,
+        compressed: false,
         plain_too: false,
     },
     Shape {
@@ -61,6 +64,7 @@ const SHAPES: [Shape; 4] = [
         keys_per_block: 1,
         blocks: 16_384,
         keys: DType::F16,
+        compressed: false,
         plain_too: true,
     },
     Shape {
@@ -71,6 +75,18 @@ const SHAPES: [Shape; 4] = [
         keys_per_block: 1,
         blocks: 16_384,
         keys: DType::Int8,
+        compressed: false,
+        plain_too: false,
+    },
+    Shape {
+        name: "llama3-8b-1m m=1 compressed",
+        kv_heads: 8,
+        query_heads: 32,
+        head_dim: 128,
+        keys_per_block: 1,
+        blocks: 16_384,
+        keys: DType::F16,
+        compressed: true,
         plain_too: false,
     },
 ];
@@ -82,6 +98,7 @@ fn keys(shape: &Shape, rng: &mut ChaCha8Rng) -> DocumentKeys {
         head_dim: shape.head_dim,
         keys_per_block: shape.keys_per_block,
         dtype: shape.keys,
+        compressed: shape.compressed,
     };
     let chunk_blocks = layout.chunk_blocks();
     let chunks = (0..shape.blocks).step_by(chunk_blocks).map(|from| {

@@ -1,21 +1,19 @@
 //! The search that runs: every eligible key is scored, in tiles that rayon's pool shares out, without allocation per key.
 //!
 //! Two steps: scores of all blocks for every query token and head, with the log-sum-exp of each row taken while its tile is in
-//! the first-level cache; then for every row of choices the aggregate and its top-k. Scores lie as
+//! the first-level cache; then for every row of choices the aggregate and its top-k ([`super::choose`]). Scores lie as
 //! `(Hkv, tile, T * G, blocks of the tile)`, so that each tile of each KV head is one contiguous part that one task writes.
-//!
-//! Most blocks need no aggregate: that of the largest scores of their stride does not reach the k-th best so far.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::choose::{Rough, add_logs};
 use super::kernel::{self, Form, Rows};
 use super::scratch::{self, Scratch};
-use super::select::Best;
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
 use super::{Found, Query};
-use crate::numeric::{self, exp, fma, larger, simd};
+use crate::numeric::{self, exp, larger, simd};
 use crate::types::{BlockScore, Granularity};
 
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
@@ -26,45 +24,56 @@ const PARALLEL_WORK_MIN: usize = 1 << 18;
 const STRIP_ROWS: usize = 16 * kernel::ROWS;
 
 /// Blocks that are compared with the k-th best at once.
-const STRIDE: usize = 64;
+pub(super) const STRIDE: usize = 64;
 
 /// Consecutive eligible blocks of one chunk that are scored with the same queries.
-struct Tile<'a> {
-    chunk: &'a Chunk,
+pub(super) struct Tile<'a> {
+    pub(super) chunk: &'a Chunk,
     /// In the chunk.
-    blocks: Range<usize>,
+    pub(super) blocks: Range<usize>,
     /// Position of the first block among the eligible ones.
-    start: usize,
+    pub(super) start: usize,
     /// Strides of all tiles before.
-    first_stride: usize,
+    pub(super) first_stride: usize,
     /// Which queries: 0 for older blocks, `1 + j` for the j-th recent one.
-    set: usize,
+    pub(super) set: usize,
+}
+
+/// The queries of one set, times the softmax scale.
+struct Set {
+    /// `(Hkv, strips)`
+    strips: Vec<Rows>,
+    /// `(Hkv, T * G, D)`; empty where blocks are not scored again.
+    numbers: Vec<f32>,
+    /// `(Hkv, T * G)`: lengths of the above.
+    norms: Vec<f32>,
 }
 
 /// Everything that the steps share.
-struct Search<'a> {
-    query: &'a Query<'a>,
-    tiles: &'a [Tile<'a>],
+pub(super) struct Search<'a> {
+    pub(super) query: &'a Query<'a>,
+    pub(super) tiles: &'a [Tile<'a>],
     /// Query tokens, those of the query or some of them.
-    tokens: Range<usize>,
+    pub(super) tokens: Range<usize>,
     /// N
-    eligible: usize,
+    pub(super) eligible: usize,
     /// Strides of all tiles.
-    strides: usize,
+    pub(super) strides: usize,
     /// T * G, query rows of one KV head; row `t * G + g`.
-    head_rows: usize,
+    pub(super) head_rows: usize,
     form: Form,
-    parallel: bool,
+    sets: Vec<Set>,
+    pub(super) parallel: bool,
 }
 
 /// Scores of all eligible blocks for all query rows, with what choosing needs to know about many at once.
-struct Scores {
+pub(super) struct Scores {
     /// `(Hkv, tile, T * G, blocks of the tile)`
-    numbers: Scratch,
+    pub(super) numbers: Scratch,
     /// `(Hkv, tile, T * G, strides of the tile)`: the largest score of each.
-    peaks: Scratch,
+    pub(super) peaks: Scratch,
     /// `(Hkv, T * G)`: log-sum-exp of each row.
-    totals: Vec<f32>,
+    pub(super) totals: Vec<f32>,
 }
 
 /// One tile of one KV head, and where its scores go.
@@ -77,15 +86,6 @@ struct Part<'a> {
     peaks: &'a mut [f32],
     /// `(T * G)`: log-sum-exp over the tile.
     totals: &'a mut [f32],
-}
-
-/// What choosing writes down on the way, of one tile.
-#[derive(Default)]
-struct Rough {
-    /// Above the aggregate of every block of a stride.
-    bounds: Vec<f32>,
-    /// The aggregates of one stride, nearly.
-    shares: Vec<f32>,
 }
 
 /// Chooses the blocks of every row.
@@ -155,7 +155,7 @@ fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
 }
 
 impl Tile<'_> {
-    fn strides(&self) -> usize {
+    pub(super) fn strides(&self) -> usize {
         self.blocks.len().div_ceil(STRIDE)
     }
 }
@@ -166,23 +166,47 @@ impl<'a> Search<'a> {
         let keys = eligible * query.layout.keys_per_block;
         let numbers = tokens.len() * query.query_heads * query.layout.head_dim;
         let head_rows = tokens.len() * query.query_heads / query.layout.kv_heads;
-        Search {
+        let mut search = Search {
             query,
             tiles,
             eligible,
             strides: tiles.iter().map(Tile::strides).sum(),
             head_rows,
-            form: Form::of(query.layout.dtype, head_rows),
+            form: Form::of(query.layout.scanned(), head_rows),
+            sets: Vec::new(),
             parallel: numbers * keys >= PARALLEL_WORK_MIN,
             tokens,
-        }
+        };
+        search.sets = (0..=query.recent()).map(|set| search.packed(set)).collect();
+        search
+    }
+
+    /// Whether scores come from compressed keys, and blocks that could be among the best are scored again.
+    pub(super) fn refines(&self) -> bool {
+        self.query.layout.compressed
+    }
+
+    /// The piece of a chunk that belongs to a KV head.
+    pub(super) fn piece(&self, head: usize) -> usize {
+        self.query.layer * self.query.layout.kv_heads + head
+    }
+
+    /// One query `(D)` times the softmax scale.
+    pub(super) fn row(&self, set: usize, head: usize, row: usize) -> &[f32] {
+        let dim = self.query.layout.head_dim;
+        &self.sets[set].numbers[(head * self.head_rows + row) * dim..][..dim]
+    }
+
+    /// Its length.
+    pub(super) fn norm(&self, set: usize, head: usize, row: usize) -> f32 {
+        self.sets[set].norms[head * self.head_rows + row]
     }
 
     /// Chooses `(rows, k)`.
     fn run(&self, k: usize, positions: &mut [u32], shares: &mut [f32]) {
         let scores = self.score();
         let choose = |rough: &mut Rough, (row, (positions, shares)): (usize, (&mut [u32], &mut [f32]))| {
-            let best = self.choose(&scores, row, k, rough).into_positions();
+            let best = scores.choose(self, row, k, rough).into_positions();
             for (candidate, (position, share)) in best.into_iter().zip(positions.iter_mut().zip(shares)) {
                 (*position, *share) = (candidate.position, candidate.score);
             }
@@ -208,7 +232,6 @@ impl<'a> Search<'a> {
 
     /// Step 1.
     fn score(&self) -> Scores {
-        let sets: Vec<Vec<Rows>> = (0..=self.query.recent()).map(|set| self.packed(set)).collect();
         let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
         let strips = rows.div_ceil(STRIP_ROWS);
         let mut numbers = Scratch::take(kv_heads * rows * self.eligible);
@@ -225,7 +248,7 @@ impl<'a> Search<'a> {
             }
         }
         self.for_each(parts, |part| {
-            let queries = &sets[part.tile.set][part.head * strips..][..strips];
+            let queries = &self.sets[part.tile.set].strips[part.head * strips..][..strips];
             self.score_part(part, queries);
         });
         let mut totals = vec![f32::NEG_INFINITY; kv_heads * rows];
@@ -237,24 +260,27 @@ impl<'a> Search<'a> {
         Scores { numbers, peaks, totals }
     }
 
-    /// One set of queries times the softmax scale, `(Hkv, strips)`.
-    fn packed(&self, set: usize) -> Vec<Rows> {
+    fn packed(&self, set: usize) -> Set {
         let query = self.query;
         let dim = query.layout.head_dim;
         let group = query.query_heads / query.layout.kv_heads;
         let token_numbers = query.query_heads * dim;
         let queries = &query.query_set(set)[self.tokens.start * token_numbers..self.tokens.end * token_numbers];
-        let mut packed = Vec::new();
-        let mut numbers = Vec::with_capacity(self.head_rows * dim);
+        let mut numbers = Vec::with_capacity(queries.len());
         for head in 0..query.layout.kv_heads {
-            numbers.clear();
             for token in queries.chunks_exact(token_numbers) {
                 let rows = &token[head * group * dim..][..group * dim];
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
-            packed.extend(numbers.chunks(STRIP_ROWS * dim).map(|strip| Rows::new(self.form, strip, dim)));
         }
-        packed
+        let heads = numbers.chunks_exact(self.head_rows * dim);
+        let strips = heads.flat_map(|rows| rows.chunks(STRIP_ROWS * dim));
+        let strips = strips.map(|strip| Rows::new(self.form, strip, dim)).collect();
+        if !self.refines() {
+            return Set { strips, numbers: Vec::new(), norms: Vec::new() };
+        }
+        let norms = numbers.chunks_exact(dim).map(|row| numeric::dot(row, row).sqrt()).collect();
+        Set { strips, numbers, norms }
     }
 
     /// Fills a part with the scores of packed `queries (strips)`.
@@ -262,9 +288,8 @@ impl<'a> Search<'a> {
         let layout = self.query.layout;
         let (dim, per_block) = (layout.head_dim, layout.keys_per_block);
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
-        let piece = self.query.layer * layout.kv_heads + head;
         let first = keys.start / PANEL;
-        let panels = tile.chunk.panels(piece, first..keys.end.div_ceil(PANEL));
+        let panels = tile.chunk.panels(self.piece(head), first..keys.end.div_ceil(PANEL));
         let width = (keys.end.div_ceil(PANEL) - first) * PANEL;
         let wanted = keys.start - first * PANEL..keys.end - first * PANEL;
 
@@ -295,99 +320,10 @@ impl<'a> Search<'a> {
             }
         }
     }
-
-    /// Step 2 for one row of choices. `rough` is scratch space.
-    fn choose(&self, scores: &Scores, row: usize, k: usize, rough: &mut Rough) -> Best {
-        let members = self.members(row);
-        let mut best = Best::new(k);
-        // One row that gathers from many would keep all other threads waiting.
-        if self.parallel && members.len() > STRIP_ROWS {
-            let of_tile = |rough: &mut Rough, tile| {
-                let mut best = Best::new(k);
-                self.offer_tile(scores, tile, &members, rough, &mut best);
-                best.into_positions()
-            };
-            let tiles: Vec<_> = self.tiles.par_iter().map_init(Rough::default, of_tile).collect();
-            tiles.into_iter().flatten().for_each(|candidate| best.offer(candidate));
-            return best;
-        }
-        for tile in self.tiles {
-            self.offer_tile(scores, tile, &members, rough, &mut best);
-        }
-        best
-    }
-
-    /// Offers the blocks of one tile to a row of choices that aggregates the scores of `members`.
-    fn offer_tile(
-        &self,
-        scores: &Scores,
-        tile: &Tile<'_>,
-        members: &[(usize, usize)],
-        rough: &mut Rough,
-        best: &mut Best,
-    ) {
-        let (blocks, strides) = (tile.blocks.len(), tile.strides());
-        let total = |&(head, row): &(usize, usize)| scores.totals[head * self.head_rows + row];
-        let shares = |member: &(usize, usize)| {
-            let (head, row) = *member;
-            let start = (head * self.eligible + tile.start) * self.head_rows + row * blocks;
-            (&scores.numbers[start..][..blocks], total(member))
-        };
-        let peaks = |member: &(usize, usize)| {
-            let (head, row) = *member;
-            let start = (head * self.strides + tile.first_stride) * self.head_rows + row * strides;
-            (&scores.peaks[start..][..strides], total(member))
-        };
-        let sums = self.query.granularity == Granularity::KvGroup;
-        let slack = if sums { ADD_SHARES_ERROR * members.len() as f32 } else { 0.0 };
-        let Rough { bounds, shares: rough } = rough;
-        aggregate(sums, members.iter().map(peaks), strides, bounds);
-        for (stride, bound) in bounds.iter().enumerate() {
-            if !best.may_take(bound + slack) {
-                continue;
-            }
-            let first = stride * STRIDE;
-            let range = first..blocks.min(first + STRIDE);
-            let of_stride = |member| {
-                let (scores, total) = shares(member);
-                (&scores[range.clone()], total)
-            };
-            aggregate(sums, members.iter().map(of_stride), range.len(), rough);
-            best.offer_all(tile.start + first, rough, slack, |i| match sums {
-                true => members
-                    .iter()
-                    .map(shares)
-                    .fold(f32::NEG_INFINITY, |sum, (scores, total)| add_logs(sum, scores[first + i] - total)),
-                false => rough[i],
-            });
-        }
-    }
-
-    /// The (KV head, query row) pairs whose scores a row of choices aggregates.
-    fn members(&self, row: usize) -> Vec<(usize, usize)> {
-        let query = self.query;
-        let group = query.query_heads / query.layout.kv_heads;
-        let member = |token: usize, head: usize| (head / group, token * group + head % group);
-        let (tokens, heads) = match query.granularity {
-            Granularity::TokenHead => (one(row / query.query_heads), one(row % query.query_heads)),
-            Granularity::Head => (0..self.tokens.len(), one(row)),
-            Granularity::Token => (one(row), 0..query.query_heads),
-            Granularity::KvGroup => {
-                let first = row % query.layout.kv_heads * group;
-                (one(row / query.layout.kv_heads), first..first + group)
-            }
-            Granularity::Shared => (0..self.tokens.len(), 0..query.query_heads),
-        };
-        tokens.flat_map(|token| heads.clone().map(move |head| member(token, head))).collect()
-    }
-}
-
-fn one(number: usize) -> Range<usize> {
-    number..number + 1
 }
 
 /// `keys (blocks * m)` to `scores (blocks)`.
-fn reduce(rule: BlockScore, keys: &[f32], per_block: usize, scores: &mut [f32]) {
+pub(super) fn reduce(rule: BlockScore, keys: &[f32], per_block: usize, scores: &mut [f32]) {
     if per_block == 1 {
         scores.copy_from_slice(keys);
         return;
@@ -395,45 +331,6 @@ fn reduce(rule: BlockScore, keys: &[f32], per_block: usize, scores: &mut [f32]) 
     match rule {
         BlockScore::Max => maxima(keys, per_block, scores),
         BlockScore::LogSumExp => log_sum_exps(keys, per_block, scores),
-    }
-}
-
-/// `log(e^a + e^b)`.
-fn add_logs(a: f32, b: f32) -> f32 {
-    let (low, high) = if a < b { (a, b) } else { (b, a) };
-    if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
-}
-
-/// Adds up, or takes the largest of, the shares of some rows, each given as scores and their total.
-fn aggregate<'a>(sums: bool, rows: impl Iterator<Item = (&'a [f32], f32)>, count: usize, into: &mut Vec<f32>) {
-    into.clear();
-    into.resize(count, f32::NEG_INFINITY);
-    for (scores, total) in rows {
-        match sums {
-            true => add_shares(into, scores, total),
-            false => raise(into, scores, total),
-        }
-    }
-}
-
-/// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
-const ADD_SHARES_ERROR: f32 = 1e-4;
-
-simd! {
-    /// `sums[i] = log(e^sums[i] + e^(scores[i] - total))`, within [`ADD_SHARES_ERROR`].
-    fn add_shares(sums: &mut [f32], scores: &[f32], total: f32) {
-        for (sum, score) in sums.iter_mut().zip(scores) {
-            let share = *score - total;
-            let (low, high) = if share < *sum { (share, *sum) } else { (*sum, share) };
-            // log(1 + y) for y in 0 to 1, within 1e-5 (Abramowitz and Stegun 4.1.43).
-            let y = exp::<FMA>(low - high);
-            let mut p = 0.032_158_45;
-            p = fma::<FMA>(p, y, -0.136_062_75);
-            p = fma::<FMA>(p, y, 0.289_474_8);
-            p = fma::<FMA>(p, y, -0.491_908_96);
-            p = fma::<FMA>(p, y, 0.999_495_56);
-            *sum = fma::<FMA>(p, y, high);
-        }
     }
 }
 
@@ -481,16 +378,6 @@ simd! {
                 *sum += exp::<FMA>(number - top);
             }
             *result = top + numeric::ln::<FMA>(numeric::fold(sums, |a, b| a + b));
-        }
-    }
-}
-
-simd! {
-    /// `best[i] = max(best[i], scores[i] - total)`.
-    fn raise(best: &mut [f32], scores: &[f32], total: f32) {
-        for (best, score) in best.iter_mut().zip(scores) {
-            let share = *score - total;
-            *best = larger(*best, share);
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::types::{BlockScore, Granularity};
 
+mod choose;
 pub mod exact;
 pub mod fast;
 mod kernel;

@@ -36,9 +36,9 @@ impl Best {
         Best { k, kept: BinaryHeap::with_capacity(k + 1) }
     }
 
-    /// Whether a candidate that is later than all before could be among the best with such a score.
+    /// Whether a candidate could be among the best with such a score.
     pub(super) fn may_take(&self, score: f32) -> bool {
-        self.kept.len() < self.k || self.kept.peek().is_some_and(|worst| score > worst.0.score)
+        self.kept.len() < self.k || self.kept.peek().is_some_and(|worst| score >= worst.0.score)
     }
 
     pub(super) fn offer(&mut self, candidate: Candidate) {
@@ -49,16 +49,12 @@ impl Best {
         }
     }
 
-    /// Offers consecutive positions from `first` on, all later than what was offered before: an equal score does not win. The
-    /// score of the i-th is `exact(i)`, at most `rough[i] + slack`; it is
-    /// asked for only where that could matter.
-    pub(super) fn offer_all(&mut self, first: usize, rough: &[f32], slack: f32, exact: impl Fn(usize) -> f32) {
-        let offer = |best: &mut Self, i| best.offer(Candidate { score: exact(i), position: (first + i) as u32 });
-        let free = (self.k - self.kept.len()).min(rough.len());
-        (0..free).for_each(|i| offer(self, i));
-        for (i, score) in rough.iter().enumerate().skip(free) {
-            if self.may_take(score + slack) {
-                offer(self, i);
+    /// Offers consecutive positions from `first` on. The score of the i-th is `exact(i)`, at most `bounds[i]`; it is asked for
+    /// only where that could matter.
+    pub(super) fn offer_all(&mut self, first: usize, bounds: &[f32], mut exact: impl FnMut(usize) -> f32) {
+        for (i, &bound) in bounds.iter().enumerate() {
+            if self.may_take(bound) {
+                self.offer(Candidate { score: exact(i), position: (first + i) as u32 });
             }
         }
     }
@@ -75,14 +71,14 @@ impl Best {
 mod tests {
     use super::*;
 
-    /// Offered in parts of different lengths.
-    fn top_k(rough: &[f32], k: usize, slack: f32, exact: impl Fn(usize) -> f32) -> Vec<u32> {
+    /// Offered in parts of different lengths, the last ones first.
+    fn top_k(bounds: &[f32], k: usize, exact: impl Fn(usize) -> f32) -> Vec<u32> {
         let mut best = Best::new(k);
-        let mut first = 0;
-        while first < rough.len() {
-            let end = rough.len().min(first + 1 + first % 150);
-            best.offer_all(first, &rough[first..end], slack, |i| exact(first + i));
-            first = end;
+        let mut end = bounds.len();
+        while end > 0 {
+            let first = end.saturating_sub(1 + end % 150);
+            best.offer_all(first, &bounds[first..end], |i| exact(first + i));
+            end = first;
         }
         best.into_positions().iter().map(|candidate| candidate.position).collect()
     }
@@ -90,7 +86,7 @@ mod tests {
     #[test]
     fn ties_go_to_the_earlier_position() {
         let scores: Vec<f32> = (0..200).map(|i| (i % 3) as f32).collect();
-        let positions = |k| top_k(&scores, k, 0.0, |i| scores[i]);
+        let positions = |k| top_k(&scores, k, |i| scores[i]);
         assert_eq!(positions(1), [2]);
         assert_eq!(positions(4), [2, 5, 8, 11]);
         assert_eq!(positions(200), (0..200).collect::<Vec<_>>());
@@ -98,16 +94,16 @@ mod tests {
     }
 
     #[test]
-    fn rough_scores_within_the_slack_lose_nothing() {
+    fn bounds_lose_nothing() {
         let exact: Vec<f32> = (0..500).map(|i| ((i * 7919) % 997) as f32 / 100.0).collect();
-        let rough: Vec<f32> = exact.iter().enumerate().map(|(i, x)| x - (i % 5) as f32 / 4.0).collect();
-        let want = top_k(&exact, 20, 0.0, |i| exact[i]);
-        assert_eq!(top_k(&rough, 20, 1.0, |i| exact[i]), want);
+        let bounds: Vec<f32> = exact.iter().enumerate().map(|(i, x)| x + (i % 5) as f32 / 4.0).collect();
+        let want = top_k(&exact, 20, |i| exact[i]);
+        assert_eq!(top_k(&bounds, 20, |i| exact[i]), want);
     }
 
     #[test]
     fn scores_that_are_no_numbers_still_give_k_positions() {
         let scores = [f32::NAN; 10];
-        assert_eq!(top_k(&scores, 3, 0.0, |i| scores[i]).len(), 3);
+        assert_eq!(top_k(&scores, 3, |i| scores[i]).len(), 3);
     }
 }

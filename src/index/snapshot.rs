@@ -19,6 +19,9 @@ pub(super) const PANEL: usize = 64;
 /// Dimensions of an int8 key that lie together.
 pub(super) const QUAD: usize = 4;
 
+/// Steps from zero to the largest number of a query that meets int8 keys, at least.
+const QUERY_STEPS: f32 = 127.0 * 512.0;
+
 /// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
 /// tiles of about this size anyway.
 pub(super) const CHUNK_KEYS_MAX: usize = 2048;
@@ -36,6 +39,8 @@ pub struct KeyLayout {
     pub keys_per_block: usize,
     /// f16 or int8.
     pub dtype: DType,
+    /// f16 keys are scanned as int8, half the bytes; blocks that could be among the best are compared as f16.
+    pub compressed: bool,
 }
 
 /// The keys of one block for one layer and KV head, row-major.
@@ -61,6 +66,9 @@ enum Numbers {
     F16(Vec<f16>),
     /// Numbers `(L * Hkv, panels, D / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 { numbers: Vec<i8>, scales: Vec<f32> },
+    /// `halves` is `(L * Hkv, keys, D)`, `errors` `(L * Hkv, blocks)`: how far the score of any of a block's keys may be off
+    /// for a query of length 1. The rest as above.
+    Compressed { numbers: Vec<i8>, scales: Vec<f32>, halves: Vec<f16>, errors: Vec<f32> },
 }
 
 /// Some panels of one layer and KV head.
@@ -87,12 +95,19 @@ impl KeyLayout {
         self.layers * self.kv_heads
     }
 
+    /// What a scan reads.
+    pub fn scanned(&self) -> DType {
+        if self.compressed { DType::Int8 } else { self.dtype }
+    }
+
+    /// Dimensions that lie together in a panel.
+    fn quad(&self) -> usize {
+        if self.scanned() == DType::Int8 { QUAD } else { 1 }
+    }
+
     /// Numbers of one key as they lie in a panel, filling zeros included.
     fn padded_dim(&self) -> usize {
-        match self.dtype {
-            DType::Int8 => self.head_dim.next_multiple_of(QUAD),
-            _ => self.head_dim,
-        }
+        self.head_dim.next_multiple_of(self.quad())
     }
 
     /// Blocks that a chunk should hold when many are loaded at once.
@@ -105,9 +120,16 @@ impl Chunk {
     /// A chunk whose keys are all zero, to be filled with [`Chunk::put`].
     pub fn zeroed(layout: KeyLayout, blocks: usize) -> Self {
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
-        let numbers = match layout.dtype {
-            DType::Int8 => Numbers::Int8 { numbers: vec![0; keys * layout.padded_dim()], scales: vec![0.0; keys] },
-            _ => Numbers::F16(vec![f16::ZERO; keys * layout.padded_dim()]),
+        let count = keys * layout.padded_dim();
+        let numbers = match layout.scanned() {
+            DType::Int8 if layout.compressed => Numbers::Compressed {
+                numbers: vec![0; count],
+                scales: vec![0.0; keys],
+                halves: vec![f16::ZERO; layout.pieces() * blocks * layout.keys_per_block * layout.head_dim],
+                errors: vec![0.0; layout.pieces() * blocks],
+            },
+            DType::Int8 => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
+            _ => Numbers::F16(vec![f16::ZERO; count]),
         };
         Chunk { layout, blocks, numbers }
     }
@@ -132,6 +154,20 @@ impl Chunk {
                 at.scatter(numbers, into);
                 scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
+            (Numbers::Compressed { numbers: into, scales, halves, errors }, Keys::F16(numbers)) => {
+                assert_eq!(numbers.len(), count * dim);
+                let first = piece * self.blocks + block;
+                halves[first * count * dim..][..count * dim].copy_from_slice(numbers);
+                let mut compressed = vec![0; dim];
+                for (i, key) in numbers.chunks_exact(dim).enumerate() {
+                    let lane = Lane { key: at.key + i, ..at };
+                    let scale = &mut scales[lane.piece * lane.piece_keys + lane.key];
+                    let error;
+                    (*scale, error) = compress(key, &mut compressed);
+                    errors[first] = numeric::larger(errors[first], error);
+                    lane.scatter(&compressed, into);
+                }
+            }
             _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
         }
     }
@@ -145,7 +181,30 @@ impl Chunk {
                 let scale = scales[piece * self.piece_keys() + key];
                 at.gather(numbers).map(|number| number as f32 * scale).collect()
             }
+            Numbers::Compressed { .. } => {
+                let (block, key) = (key / self.layout.keys_per_block, key % self.layout.keys_per_block);
+                let halves = &self.halves(piece, block)[key * self.layout.head_dim..][..self.layout.head_dim];
+                halves.iter().map(|half| half.to_f32()).collect()
+            }
         }
+    }
+
+    /// The keys of one block `(m, D)` before they were compressed.
+    pub(super) fn halves(&self, piece: usize, block: usize) -> &[f16] {
+        let Numbers::Compressed { halves, .. } = &self.numbers else { return &[] };
+        let count = self.layout.keys_per_block * self.layout.head_dim;
+        &halves[(piece * self.blocks + block) * count..][..count]
+    }
+
+    /// How far scores from some blocks' compressed keys may be off for a query of length 1.
+    pub(super) fn errors(&self, piece: usize, blocks: Range<usize>) -> &[f32] {
+        let Numbers::Compressed { errors, .. } = &self.numbers else { return &[] };
+        &errors[piece * self.blocks..][blocks]
+    }
+
+    /// The largest of them.
+    pub(super) fn largest_error(&self, piece: usize) -> f32 {
+        numeric::max(self.errors(piece, 0..self.blocks))
     }
 
     /// Some panels of one piece.
@@ -155,14 +214,16 @@ impl Chunk {
         let numbers_at = keys.start * dim..keys.end * dim;
         match &self.numbers {
             Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
-            Numbers::Int8 { numbers, scales } => Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] },
+            Numbers::Int8 { numbers, scales } | Numbers::Compressed { numbers, scales, .. } => {
+                Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] }
+            }
         }
     }
 
     fn lane(&self, piece: usize, key: usize) -> Lane {
         let layout = &self.layout;
-        let quad = if layout.dtype == DType::Int8 { QUAD } else { 1 };
-        Lane { piece_keys: self.piece_keys(), dim: layout.head_dim, padded: layout.padded_dim(), quad, piece, key }
+        let (dim, padded, quad) = (layout.head_dim, layout.padded_dim(), layout.quad());
+        Lane { piece_keys: self.piece_keys(), dim, padded, quad, piece, key }
     }
 
     fn piece_keys(&self) -> usize {
@@ -173,6 +234,12 @@ impl Chunk {
         let bytes = match &self.numbers {
             Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
             Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
+            Numbers::Compressed { numbers, scales, halves, errors } => {
+                size_of_val(numbers.as_slice())
+                    + size_of_val(scales.as_slice())
+                    + size_of_val(halves.as_slice())
+                    + size_of_val(errors.as_slice())
+            }
         };
         bytes as u64
     }
@@ -189,7 +256,15 @@ impl Chunk {
 
     /// Copies one piece of `from` to where key `first_key` of this chunk lies.
     fn copy_piece(&mut self, from: &Chunk, piece: usize, first_key: usize) {
-        for key in 0..from.blocks * self.layout.keys_per_block {
+        let layout = self.layout;
+        let first_block = first_key / layout.keys_per_block;
+        if let Numbers::Compressed { .. } = from.numbers {
+            for block in 0..from.blocks {
+                self.put(first_block + block, piece, Keys::F16(from.halves(piece, block)));
+            }
+            return;
+        }
+        for key in 0..from.blocks * layout.keys_per_block {
             let (source, target) = (from.lane(piece, key), self.lane(piece, first_key + key));
             match (&mut self.numbers, &from.numbers) {
                 (Numbers::F16(to), Numbers::F16(numbers)) => target.copy(source, numbers, to),
@@ -201,6 +276,22 @@ impl Chunk {
             }
         }
     }
+}
+
+/// Makes one key int8. Returns the scale, and how far the score of a query of length 1 may be off.
+fn compress(key: &[f16], into: &mut [i8]) -> (f32, f32) {
+    let scale = numeric::int8_scale(key.iter().map(|half| half.to_f32()));
+    let (mut missed, mut kept) = (0f32, 0f32);
+    for (into, half) in into.iter_mut().zip(key) {
+        let number = half.to_f32();
+        *into = numeric::to_int8(number, scale);
+        let compressed = *into as f32 * scale;
+        missed += (number - compressed) * (number - compressed);
+        kept += compressed * compressed;
+    }
+    // The inequality of Cauchy and Schwarz; what the query loses as integers, and what f32 sums lose, is added.
+    let of_query = (key.len() as f32).sqrt() / QUERY_STEPS;
+    (scale, (missed.sqrt() + kept.sqrt() * of_query) * 1.01)
 }
 
 /// Where one key lies in a chunk's numbers.
@@ -334,7 +425,7 @@ mod tests {
     use super::*;
 
     fn layout(keys_per_block: usize) -> KeyLayout {
-        KeyLayout { layers: 1, kv_heads: 2, head_dim: 3, keys_per_block, dtype: DType::F16 }
+        KeyLayout { layers: 1, kv_heads: 2, head_dim: 3, keys_per_block, dtype: DType::F16, compressed: false }
     }
 
     /// A chunk in which every number names its block, piece, key and dimension.
@@ -358,8 +449,8 @@ mod tests {
 
     #[test]
     fn growing_block_by_block_keeps_every_key_in_few_chunks_and_leaves_old_snapshots_alone() {
-        for keys_per_block in [1, 5, 64] {
-            let layout = layout(keys_per_block);
+        for (keys_per_block, compressed) in [(1, false), (5, false), (64, false), (5, true)] {
+            let layout = KeyLayout { compressed, ..layout(keys_per_block) };
             let blocks = 3 * layout.chunk_blocks() + 7;
             let mut keys = DocumentKeys::empty(layout);
             let mut old = Vec::new();

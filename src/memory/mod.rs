@@ -99,6 +99,7 @@ impl LocalMemory {
             head_dim: spec.shape.head_dim as usize,
             keys_per_block: spec.shape.keys_per_block(spec.key_rule),
             dtype: spec.key_dtype,
+            compressed: false,
         };
         let collection = Arc::new(Collection { spec, layout });
         self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(id, collection.clone());

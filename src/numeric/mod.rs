@@ -224,6 +224,41 @@ simd! {
 }
 
 simd! {
+    /// `sum(a[i] * b[i])` with half floats. Slices of equal length.
+    pub fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
+        debug_assert_eq!(a.len(), b.len());
+        let mut sums = [0f32; HALVES];
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<HALVES>(), b.as_chunks::<HALVES>());
+        for (a, b) in a.iter().zip(b) {
+            let b = widen::<FMA>(b);
+            for lane in 0..HALVES {
+                sums[lane] = fma::<FMA>(a[lane], b[lane], sums[lane]);
+            }
+        }
+        for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+            *sum = fma::<FMA>(*a, widen_one(*b), *sum);
+        }
+        fold(sums, |a, b| a + b)
+    }
+}
+
+/// The largest size of a number in symmetric int8.
+const INT8_LARGEST: f32 = 127.0;
+
+/// The scale of symmetric int8 for some numbers: the largest of them becomes 127 or -127.
+pub fn int8_scale(numbers: impl Iterator<Item = f32>) -> f32 {
+    numbers.fold(0.0, |top: f32, number| top.max(number.abs())) / INT8_LARGEST
+}
+
+/// A number in steps of `scale`, nearest. A scale of zero means that all numbers are (or are so small that they round to it).
+pub fn to_int8(number: f32, scale: f32) -> i8 {
+    if scale == 0.0 {
+        return 0;
+    }
+    (number / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST) as i8
+}
+
+simd! {
     /// `out[i] += factor * x[i]`. Slices of equal length.
     pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
         debug_assert_eq!(out.len(), x.len());
@@ -337,6 +372,10 @@ mod tests {
             let (a, b) = (numbers(size, 2.0, 1), numbers(size, 2.0, 2));
             let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
             assert!((dot(&a, &b) as f64 - want).abs() < 1e-4, "dot of {size}");
+
+            let halves: Vec<f16> = b.iter().map(|&b| f16::from_f32(b)).collect();
+            let want: f64 = a.iter().zip(&halves).map(|(a, b)| *a as f64 * b.to_f64()).sum();
+            assert!((dot_f16(&a, &halves) as f64 - want).abs() < 1e-4, "dot_f16 of {size}");
 
             let mut out = b.clone();
             add_scaled(&mut out, 0.5, &a);

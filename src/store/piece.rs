@@ -16,10 +16,8 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 
 use super::error::StoreError;
-use crate::numeric::{simd, widen_f16, widen_int8};
+use crate::numeric::{int8_scale, simd, to_int8, widen_f16, widen_int8};
 use crate::types::DType;
-
-const INT8_LARGEST: f32 = 127.0;
 
 /// The form of one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +54,7 @@ impl PieceLayout {
         if self.dtype == DType::Int8 {
             let scales = channel_scales(k, self.head_dim);
             out.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
-            out.extend(k.iter().zip(scales.iter().cycle()).map(|(&k, &scale)| to_int8(k, scale)));
+            out.extend(k.iter().zip(scales.iter().cycle()).map(|(&k, &scale)| to_int8(k, scale) as u8));
             encode_rows_int8(self.head_dim, v, out);
         } else {
             encode_floats(self.dtype, k, out);
@@ -144,28 +142,16 @@ pub fn decode_keys(
 
 /// One scale per row of `(rows, D)`, then the numbers.
 fn encode_rows_int8(head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
-    let scales: Vec<f32> = rows.chunks_exact(head_dim).map(|row| scale_of(row.iter().copied())).collect();
+    let scales: Vec<f32> = rows.chunks_exact(head_dim).map(|row| int8_scale(row.iter().copied())).collect();
     out.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
     for (row, &scale) in rows.chunks_exact(head_dim).zip(&scales) {
-        out.extend(row.iter().map(|&number| to_int8(number, scale)));
+        out.extend(row.iter().map(|&number| to_int8(number, scale) as u8));
     }
 }
 
 /// One scale per column of `(T, D)`.
 fn channel_scales(k: &[f32], head_dim: usize) -> Vec<f32> {
-    (0..head_dim).map(|channel| scale_of(k.iter().skip(channel).step_by(head_dim).copied())).collect()
-}
-
-fn scale_of(numbers: impl Iterator<Item = f32>) -> f32 {
-    numbers.fold(0.0, |top: f32, number| top.max(number.abs())) / INT8_LARGEST
-}
-
-/// A scale of zero means that all numbers are (or are so small that they round to it).
-fn to_int8(number: f32, scale: f32) -> u8 {
-    if scale == 0.0 {
-        return 0;
-    }
-    (number / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST) as i8 as u8
+    (0..head_dim).map(|channel| int8_scale(k.iter().skip(channel).step_by(head_dim).copied())).collect()
 }
 
 fn encode_floats(dtype: DType, numbers: &[f32], out: &mut Vec<u8>) {

@@ -1,0 +1,263 @@
+//! Which blocks does a row choose, once everything is scored? Step 2 of [`super::fast`].
+//!
+//! Most blocks need no aggregate: that of the largest scores of their stride does not reach the k-th best so far. The strides
+//! that promise most come first. Where scores come from compressed keys, a block that could be among the best is scored
+//! again with the keys that it has: a score that is off by at most `e` is added to its bound, so that nothing is missed.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::fast::{STRIDE, Scores, Search, Tile, reduce};
+use super::select::Best;
+use crate::numeric::{self, exp, fma, larger, simd};
+use crate::types::Granularity;
+
+/// Members of a row above which its tiles are shared out: one row that gathers from many would keep all threads waiting.
+const MEMBERS_MAX: usize = 64;
+
+/// A query row whose scores a row of choices aggregates.
+#[derive(Clone, Copy)]
+struct Member {
+    /// KV head.
+    head: usize,
+    /// `t * G + g`
+    row: usize,
+}
+
+/// What choosing writes down on the way.
+#[derive(Default)]
+pub(super) struct Rough {
+    /// Above the aggregate of every block of a stride, for all strides.
+    bounds: Vec<f32>,
+    /// Above the aggregates of one stride.
+    shares: Vec<f32>,
+    /// How far scores of one stride may be off.
+    errors: Vec<f32>,
+    /// Scores of one block's keys.
+    keys: Vec<f32>,
+}
+
+/// One row of choices.
+struct Choice<'a> {
+    search: &'a Search<'a>,
+    scores: &'a Scores,
+    members: Vec<Member>,
+    /// Whether shares add up, or the largest counts.
+    sums: bool,
+}
+
+impl Scores {
+    /// Chooses for one row.
+    pub(super) fn choose(&self, search: &Search<'_>, row: usize, k: usize, rough: &mut Rough) -> Best {
+        let sums = search.query.granularity == Granularity::KvGroup;
+        let choice = Choice { search, scores: self, members: search.members(row), sums };
+        if !search.parallel || choice.members.len() <= MEMBERS_MAX {
+            return choice.among(search.tiles, k, rough);
+        }
+        let of_tile = |rough: &mut Rough, tile| choice.among(std::slice::from_ref(tile), k, rough).into_positions();
+        let tiles: Vec<_> = search.tiles.par_iter().map_init(Rough::default, of_tile).collect();
+        let mut best = Best::new(k);
+        tiles.into_iter().flatten().for_each(|candidate| best.offer(candidate));
+        best
+    }
+}
+
+impl Search<'_> {
+    fn members(&self, row: usize) -> Vec<Member> {
+        let query = self.query;
+        let group = query.query_heads / query.layout.kv_heads;
+        let (tokens, heads) = match query.granularity {
+            Granularity::TokenHead => (one(row / query.query_heads), one(row % query.query_heads)),
+            Granularity::Head => (0..self.tokens.len(), one(row)),
+            Granularity::Token => (one(row), 0..query.query_heads),
+            Granularity::KvGroup => {
+                let first = row % query.layout.kv_heads * group;
+                (one(row / query.layout.kv_heads), first..first + group)
+            }
+            Granularity::Shared => (0..self.tokens.len(), 0..query.query_heads),
+        };
+        let member = |token: usize, head: usize| Member { head: head / group, row: token * group + head % group };
+        tokens.flat_map(|token| heads.clone().map(move |head| member(token, head))).collect()
+    }
+}
+
+fn one(number: usize) -> Range<usize> {
+    number..number + 1
+}
+
+impl Choice<'_> {
+    /// The best blocks of some consecutive tiles.
+    fn among(&self, tiles: &[Tile<'_>], k: usize, rough: &mut Rough) -> Best {
+        let mut bounds = std::mem::take(&mut rough.bounds);
+        bounds.clear();
+        for tile in tiles {
+            let first = bounds.len();
+            bounds.resize(first + tile.strides(), f32::NEG_INFINITY);
+            self.aggregate(|member| self.peaks(tile, member), &mut bounds[first..]);
+            let error = self.error(tile) + self.slack();
+            bounds[first..].iter_mut().for_each(|bound| *bound += error);
+        }
+        let offer = |best: &mut Best, stride: usize, rough: &mut Rough| {
+            let first = tiles[0].first_stride;
+            let tile = &tiles[tiles.partition_point(|tile| tile.first_stride - first <= stride) - 1];
+            self.offer(tile, stride - (tile.first_stride - first), rough, best);
+        };
+        let mut promising = Best::new(k);
+        promising.offer_all(0, &bounds, |stride| bounds[stride]);
+        let promising = promising.into_positions();
+        let mut best = Best::new(k);
+        for stride in &promising {
+            offer(&mut best, stride.position as usize, rough);
+        }
+        let mut promising = promising.iter().map(|stride| stride.position as usize).peekable();
+        for (stride, &bound) in bounds.iter().enumerate() {
+            if promising.next_if_eq(&stride).is_none() && best.may_take(bound) {
+                offer(&mut best, stride, rough);
+            }
+        }
+        rough.bounds = bounds;
+        best
+    }
+
+    /// Offers the blocks of one stride of a tile.
+    fn offer(&self, tile: &Tile<'_>, stride: usize, rough: &mut Rough, best: &mut Best) {
+        let first = stride * STRIDE;
+        let range = first..tile.blocks.len().min(first + STRIDE);
+        let Rough { shares, errors, keys, .. } = rough;
+        shares.clear();
+        shares.resize(range.len(), f32::NEG_INFINITY);
+        self.aggregate(|member| &self.numbers(tile, member)[range.clone()], shares);
+        if !self.search.refines() && !self.sums {
+            best.offer_all(tile.start + first, shares, |i| shares[i]);
+            return;
+        }
+        errors.clear();
+        errors.resize(range.len(), 0.0);
+        if self.search.refines() {
+            let blocks = tile.blocks.start + range.start..tile.blocks.start + range.end;
+            for &member in &self.members {
+                let of_keys = tile.chunk.errors(self.search.piece(member.head), blocks.clone());
+                widen_errors(errors, of_keys, self.search.norm(tile.set, member.head, member.row));
+            }
+        }
+        let slack = self.slack();
+        shares.iter_mut().zip(errors.iter()).for_each(|(share, error)| *share += error + slack);
+        best.offer_all(tile.start + first, shares, |i| self.exact(tile, first + i, keys));
+    }
+
+    /// The aggregate of one block.
+    fn exact(&self, tile: &Tile<'_>, block: usize, keys: &mut Vec<f32>) -> f32 {
+        let share = |&member: &Member, keys: &mut Vec<f32>| {
+            let score = match self.search.refines() {
+                true => self.refined(tile, block, member, keys),
+                false => self.numbers(tile, member)[block],
+            };
+            score - self.total(member)
+        };
+        let two = if self.sums { add_logs } else { larger };
+        self.members.iter().fold(f32::NEG_INFINITY, |so_far, member| two(so_far, share(member, keys)))
+    }
+
+    /// The score of one block for one query row, with its keys as they are.
+    fn refined(&self, tile: &Tile<'_>, block: usize, member: Member, scores: &mut Vec<f32>) -> f32 {
+        let search = self.search;
+        let query = search.row(tile.set, member.head, member.row);
+        let per_block = search.query.layout.keys_per_block;
+        let keys = tile.chunk.halves(search.piece(member.head), tile.blocks.start + block);
+        scores.clear();
+        scores.extend(keys.chunks_exact(query.len()).map(|key| numeric::dot_f16(query, key)));
+        let mut score = [0.0];
+        reduce(search.query.block_score, scores, per_block, &mut score);
+        score[0]
+    }
+
+    /// Scores of one query row against one tile.
+    fn numbers(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
+        let (search, blocks) = (self.search, tile.blocks.len());
+        let start = (member.head * search.eligible + tile.start) * search.head_rows + member.row * blocks;
+        &self.scores.numbers[start..][..blocks]
+    }
+
+    /// The largest of them, by stride.
+    fn peaks(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
+        let (search, strides) = (self.search, tile.strides());
+        let start = (member.head * search.strides + tile.first_stride) * search.head_rows + member.row * strides;
+        &self.scores.peaks[start..][..strides]
+    }
+
+    fn total(&self, member: Member) -> f32 {
+        self.scores.totals[member.head * self.search.head_rows + member.row]
+    }
+
+    /// How far the score of any block of a tile may be off.
+    fn error(&self, tile: &Tile<'_>) -> f32 {
+        if !self.search.refines() {
+            return 0.0;
+        }
+        let error = |&Member { head, row }: &Member| {
+            tile.chunk.largest_error(self.search.piece(head)) * self.search.norm(tile.set, head, row)
+        };
+        self.members.iter().map(error).fold(0.0, larger)
+    }
+
+    /// How far the arithmetic of an aggregate may be off.
+    fn slack(&self) -> f32 {
+        if self.sums { ADD_SHARES_ERROR * self.members.len() as f32 } else { 0.0 }
+    }
+
+    /// Adds up, or takes the largest of, what the members have minus their totals. `into` is -inf.
+    fn aggregate<'s>(&self, of: impl Fn(Member) -> &'s [f32], into: &mut [f32]) {
+        for &member in &self.members {
+            match self.sums {
+                true => add_shares(into, of(member), self.total(member)),
+                false => raise(into, of(member), self.total(member)),
+            }
+        }
+    }
+}
+
+/// `log(e^a + e^b)`.
+pub(super) fn add_logs(a: f32, b: f32) -> f32 {
+    let (low, high) = if a < b { (a, b) } else { (b, a) };
+    if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
+}
+
+/// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
+const ADD_SHARES_ERROR: f32 = 1e-4;
+
+simd! {
+    /// `sums[i] = log(e^sums[i] + e^(scores[i] - total))`, within [`ADD_SHARES_ERROR`].
+    fn add_shares(sums: &mut [f32], scores: &[f32], total: f32) {
+        for (sum, score) in sums.iter_mut().zip(scores) {
+            let share = *score - total;
+            let (low, high) = if share < *sum { (share, *sum) } else { (*sum, share) };
+            // log(1 + y) for y in 0 to 1, within 1e-5 (Abramowitz and Stegun 4.1.43).
+            let y = exp::<FMA>(low - high);
+            let mut p = 0.032_158_45;
+            p = fma::<FMA>(p, y, -0.136_062_75);
+            p = fma::<FMA>(p, y, 0.289_474_8);
+            p = fma::<FMA>(p, y, -0.491_908_96);
+            p = fma::<FMA>(p, y, 0.999_495_56);
+            *sum = fma::<FMA>(p, y, high);
+        }
+    }
+}
+
+simd! {
+    /// `best[i] = max(best[i], scores[i] - total)`.
+    fn raise(best: &mut [f32], scores: &[f32], total: f32) {
+        for (best, score) in best.iter_mut().zip(scores) {
+            *best = larger(*best, *score - total);
+        }
+    }
+}
+
+simd! {
+    /// `errors[i] = max(errors[i], of_keys[i] * norm)`.
+    fn widen_errors(errors: &mut [f32], of_keys: &[f32], norm: f32) {
+        for (error, of_key) in errors.iter_mut().zip(of_keys) {
+            *error = larger(*error, *of_key * norm);
+        }
+    }
+}
