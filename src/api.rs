@@ -7,7 +7,9 @@
 use bytes::Bytes;
 
 use crate::shape::{CollectionSpec, Fingerprint, InvalidShape};
-use crate::types::{BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Granularity, Normalisation};
+use crate::types::{
+    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation,
+};
 
 /// A tensor as raw little-endian numbers in row-major order.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +28,8 @@ pub struct CollectionInfo {
     pub spec: CollectionSpec,
     pub fingerprint: Fingerprint,
     pub documents: u64,
+    /// What answers lookups in it. New collections have [`Engine::Flat`].
+    pub engine: Engine,
 }
 
 /// A document that exists, as of its last acknowledged append.
@@ -276,6 +280,10 @@ pub trait BlockMemory: Send + Sync {
     fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo>;
 
     fn collections(&self) -> Result<Vec<CollectionInfo>>;
+
+    /// Changes what answers lookups in a collection, durably. Indexes are built anew at the next lookup of each document;
+    /// lookups under way are answered by the engine that they began with.
+    fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo>;
 
     /// Creates an empty open document, or gives the one of that name.
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo>;

@@ -67,6 +67,18 @@ pub enum BlockScore {
     LogSumExp,
 }
 
+/// What answers lookups in a collection. Every engine chooses the blocks that the keys, as they are stored, say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// Every key is scanned as it is stored.
+    #[default]
+    Flat,
+    /// f16 keys are scanned as int8 (scalar quantization), and blocks that could be among the best are compared as f16:
+    /// half the bytes read, half as much memory again. int8 keys are scanned as they are.
+    Sq8,
+}
+
 /// For whom one choice of blocks is made. Scores are aggregated after a softmax over the eligible blocks,
 /// which each query token and query head computes for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -179,6 +191,7 @@ macro_rules! words {
 pub(crate) use words;
 
 words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
+words!(Engine, "flat" => Flat, "sq8" => Sq8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
 words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);
 words!(Granularity, "token-head" => TokenHead, "head" => Head, "token" => Token, "kv-group" => KvGroup, "shared" => Shared);

@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
 use super::{
-    Context, ask, bench, blocks, completions, demo, encode, eval, ls, model, rm, serve, show, stats, train, verify,
+    Context, ask, bench, blocks, completions, demo, encode, eval, index, ls, model, rm, serve, show, stats, train,
+    verify,
 };
 
 const EXAMPLES: &str = "\
@@ -82,6 +83,8 @@ pub(super) enum Command {
     Eval(eval::Command),
     #[command(subcommand)]
     Bench(bench::Command),
+    #[command(subcommand)]
+    Index(index::Command),
     Train(train::Args),
     Completions(completions::Args),
 }
@@ -94,6 +97,7 @@ impl Command {
             Command::Ask(args) => ask::run(&args, context),
             Command::Eval(command) => eval::run(&command, context),
             Command::Bench(command) => bench::run(&command, context),
+            Command::Index(command) => index::run(&command, context),
             Command::Train(args) => train::run(&args, context),
             Command::Serve(args) => serve::run(&args, context),
             Command::Model(command) => model::run(&command, context),

@@ -55,12 +55,13 @@ impl Report for Listing {
         if self.collections.is_empty() {
             return writeln!(to, "no collections yet: `landmarkdb encode` makes one");
         }
-        let mut collections = table(["COLLECTION", "MODEL", "KEYS", "PAYLOAD", "BLOCK>", "DOCUMENTS>"]);
+        let mut collections = table(["COLLECTION", "MODEL", "KEYS", "ENGINE", "PAYLOAD", "BLOCK>", "DOCUMENTS>"]);
         for collection in &self.collections {
             collections.add_row([
                 collection.name.clone(),
                 collection.model.clone(),
                 format!("{} {}", collection.key_rule, collection.key_dtype),
+                collection.engine.clone(),
                 collection.payload_dtype.clone(),
                 plural(collection.block_tokens.into(), "token"),
                 count(collection.documents),

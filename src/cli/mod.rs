@@ -23,6 +23,7 @@ mod completions;
 mod demo;
 mod encode;
 mod eval;
+mod index;
 mod ls;
 mod model;
 mod rm;

@@ -21,6 +21,8 @@ pub(super) struct CollectionReport {
     pub(super) payload_dtype: String,
     /// Of landmark keys: f16 or int8.
     pub(super) key_dtype: String,
+    /// What answers lookups: flat or sq8.
+    pub(super) engine: String,
     pub(super) layers: u32,
     pub(super) query_heads: u32,
     pub(super) kv_heads: u32,
@@ -61,6 +63,7 @@ impl CollectionReport {
             key_rule: word(spec.key_rule),
             payload_dtype: word(spec.payload_dtype),
             key_dtype: word(spec.key_dtype),
+            engine: word(info.engine),
             layers: shape.layers,
             query_heads: shape.query_heads,
             kv_heads: shape.kv_heads,

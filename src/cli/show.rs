@@ -75,7 +75,7 @@ impl Report for Description {
                         collection.head_dim
                     ),
                 ),
-                ("keys", format!("{} in {}", collection.key_rule, collection.key_dtype)),
+                ("keys", format!("{} in {}, engine {}", collection.key_rule, collection.key_dtype, collection.engine)),
                 ("payload", collection.payload_dtype.clone()),
                 ("fingerprint", collection.fingerprint.clone()),
             ],

@@ -13,7 +13,7 @@ use crate::api::{
 };
 use crate::limits;
 use crate::shape::CollectionSpec;
-use crate::types::{BlockRange, CollectionId, DocumentId};
+use crate::types::{BlockRange, CollectionId, DocumentId, Engine};
 use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
@@ -89,6 +89,12 @@ impl BlockMemory for RemoteMemory {
     fn collections(&self) -> Result<Vec<CollectionInfo>> {
         let open = async || self.admin.clone().list_collections(v1::ListCollectionsRequest {}).await;
         self.collect(open, CollectionInfo::try_from)
+    }
+
+    fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
+        let message = v1::SetEngineRequest { collection: collection.0, engine: v1::Engine::from(engine).into() };
+        let send = async |request| self.admin.clone().set_engine(request).await;
+        self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

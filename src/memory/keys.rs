@@ -60,11 +60,18 @@ impl DocumentState {
         self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Snapshots of another layout, from before the collection's engine was changed or after, give way.
     fn publish(&self, longer: Arc<DocumentKeys>) {
         let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-        if longer.blocks() > keys.blocks() {
+        if longer.layout() != keys.layout() || longer.blocks() > keys.blocks() {
             *keys = longer;
         }
+    }
+
+    /// What is here in a layout: nothing if it is in another.
+    fn snapshot_in(&self, layout: KeyLayout) -> Arc<DocumentKeys> {
+        let here = self.snapshot();
+        if here.layout() == layout { here } else { Arc::new(DocumentKeys::empty(layout)) }
     }
 
     /// The keys of at least the first `blocks` blocks, which must be durable; reads from the store what is not here yet.
@@ -75,7 +82,7 @@ impl DocumentState {
         document: DocumentId,
         blocks: u32,
     ) -> Result<Arc<DocumentKeys>> {
-        let here = self.snapshot();
+        let here = self.snapshot_in(collection.layout);
         if here.blocks() >= blocks {
             return Ok(here);
         }
@@ -109,7 +116,7 @@ impl DocumentState {
         first: u32,
         encoded: &[&[u8]],
     ) -> Result<()> {
-        let here = self.snapshot();
+        let here = self.snapshot_in(collection.layout);
         if here.blocks() != first || encoded.is_empty() {
             return Ok(());
         }

@@ -14,8 +14,8 @@ use crate::api::{
 };
 use crate::index::KeyLayout;
 use crate::shape::{CollectionSpec, check_name};
-use crate::store::{Manifest, Store, StoreError};
-use crate::types::{BlockRange, CollectionId, DocumentId};
+use crate::store::{CollectionEntry, Manifest, Store, StoreError};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine};
 
 mod attend;
 mod error;
@@ -90,7 +90,7 @@ impl LocalMemory {
         if let Some(collection) = self.collections.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
             return Ok(collection.clone());
         }
-        let Some(spec) = self.store.collection(id)? else {
+        let Some(CollectionEntry { spec, engine }) = self.store.collection(id)? else {
             return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
         };
         let layout = KeyLayout {
@@ -99,7 +99,7 @@ impl LocalMemory {
             head_dim: spec.shape.head_dim as usize,
             keys_per_block: spec.shape.keys_per_block(spec.key_rule),
             dtype: spec.key_dtype,
-            compressed: false,
+            compressed: engine == Engine::Sq8 && spec.key_dtype == DType::F16,
         };
         let collection = Arc::new(Collection { spec, layout });
         self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(id, collection.clone());
@@ -107,19 +107,20 @@ impl LocalMemory {
     }
 
     fn find_collection(&self, spec: &CollectionSpec) -> Result<Option<CollectionInfo>> {
-        let found = self.store.collections()?.into_iter().find(|(_, stored)| stored.name == spec.name);
+        let found = self.store.collections()?.into_iter().find(|(_, stored)| stored.spec.name == spec.name);
         let Some((id, stored)) = found else { return Ok(None) };
-        let (stored_print, offered) = (stored.fingerprint(), spec.fingerprint());
+        let (stored_print, offered) = (stored.spec.fingerprint(), spec.fingerprint());
         if stored_print != offered {
-            let collection = stored.name;
+            let collection = stored.spec.name;
             return Err(MemoryError::FingerprintMismatch { collection, stored: stored_print, offered });
         }
         self.collection_info(id, stored).map(Some)
     }
 
-    fn collection_info(&self, id: CollectionId, spec: CollectionSpec) -> Result<CollectionInfo> {
+    fn collection_info(&self, id: CollectionId, entry: CollectionEntry) -> Result<CollectionInfo> {
         let documents = self.store.manifests(id)?.len() as u64;
-        Ok(CollectionInfo { id, fingerprint: spec.fingerprint(), spec, documents })
+        let CollectionEntry { spec, engine } = entry;
+        Ok(CollectionInfo { id, fingerprint: spec.fingerprint(), spec, documents, engine })
     }
 
     fn info(&self, collection: &Collection, manifest: Manifest) -> DocumentInfo {
@@ -150,7 +151,7 @@ impl BlockMemory for LocalMemory {
             return Ok(info);
         }
         match self.store.create_collection(spec) {
-            Ok(id) => self.collection_info(id, spec.clone()),
+            Ok(id) => self.collection_info(id, CollectionEntry { spec: spec.clone(), engine: Engine::default() }),
             // Another caller was faster.
             Err(StoreError::AlreadyExists { name }) => {
                 let gone = MemoryError::NotFound { entity: Entity::Collection, id: name };
@@ -161,7 +162,15 @@ impl BlockMemory for LocalMemory {
     }
 
     fn collections(&self) -> Result<Vec<CollectionInfo>> {
-        self.store.collections()?.into_iter().map(|(id, spec)| self.collection_info(id, spec)).collect()
+        self.store.collections()?.into_iter().map(|(id, entry)| self.collection_info(id, entry)).collect()
+    }
+
+    fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
+        self.store.set_engine(collection, engine)?;
+        self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&collection);
+        let entry = self.store.collection(collection)?;
+        let gone = || MemoryError::NotFound { entity: Entity::Collection, id: collection.to_string() };
+        self.collection_info(collection, entry.ok_or_else(gone)?)
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 use super::work::{Deadline, Line, Work};
 use crate::api::{BlockMemory, MemoryError};
 use crate::shape::CollectionSpec;
-use crate::types::{BlockRange, CollectionId, DocumentId};
+use crate::types::{BlockRange, CollectionId, DocumentId, Engine};
 use crate::wire::v1::admin_server::Admin;
 use crate::wire::{to_status, v1};
 
@@ -58,6 +58,13 @@ impl Admin for AdminService {
         let deadline = Deadline::of(request.metadata());
         let collections = self.work.run(Line::Serving, deadline, |memory| memory.collections()).await;
         collections.map(stream).map_err(|error| to_status(&error))
+    }
+
+    async fn set_engine(&self, request: Request<v1::SetEngineRequest>) -> Result<Response<v1::CollectionInfo>, Status> {
+        let deadline = Deadline::of(request.metadata());
+        let wanted = <(CollectionId, Engine)>::try_from(request.into_inner());
+        let (collection, engine) = wanted.map_err(|error| to_status(&error))?;
+        self.work.reply(Line::Serving, deadline, move |memory| memory.set_engine(collection, engine)).await
     }
 
     async fn open_document(

@@ -25,8 +25,10 @@ impl Store {
                 return Err(StoreError::Sealed);
             }
             let collection = entry.manifest.collection;
-            let spec =
-                self.collection(collection)?.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
+            let spec = self
+                .collection(collection)?
+                .ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?
+                .spec;
             let parts = check_blocks(&spec, entry.manifest.blocks, new)?;
             let bytes: u64 = parts.iter().map(Parts::record_bytes).sum();
             let old_tail_bytes = self.tail_bytes(&entry.manifest)?;

@@ -4,12 +4,11 @@
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
 use super::log::{Item, Scan, Scanned};
-use super::record::{Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
 use super::recovery::begin_segment;
 use super::segment::{SegmentFile, SegmentId};
 use super::{Store, Writer};
 use crate::limits;
-use crate::shape::CollectionSpec;
 use crate::types::DocumentId;
 
 /// Live records are copied in groups of about this much: what compaction holds in memory.
@@ -162,7 +161,7 @@ fn reread(file: &dyn SegmentFile, locator: &Locator) -> Result<(Scanned, Content
 fn current(catalog: &dyn Catalog, content: &Content) -> Result<Option<Locator>, StoreError> {
     Ok(match content {
         Content::Collection(id, _) => {
-            catalog::get::<(Locator, CollectionSpec)>(catalog, &key::collection(*id))?.map(|(locator, _)| locator)
+            catalog::get::<(Locator, CollectionEntry)>(catalog, &key::collection(*id))?.map(|(locator, _)| locator)
         }
         Content::Document(entry) => {
             catalog::get::<(Locator, DocumentEntry)>(catalog, &key::document(entry.manifest.id))?

@@ -12,9 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::catalog::{self, Batch, Catalog, key};
 use super::error::StoreError;
-use super::record::{Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone, pack};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone, pack};
 use super::segment::SegmentId;
-use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// One record of a group.
@@ -108,7 +107,7 @@ impl Ledger {
         let mut draft = Draft::new(catalog, self);
         for Entry { locator, content } in &group.entries {
             match content {
-                Content::Collection(id, spec) => draft.collection(*id, spec, locator)?,
+                Content::Collection(id, entry) => draft.collection(*id, entry, locator)?,
                 Content::Document(entry) => draft.document(entry, locator)?,
                 Content::Tombstone(tombstone) => draft.tombstone(tombstone, locator)?,
                 Content::Block(_) => {}
@@ -199,13 +198,13 @@ impl<'a> Draft<'a> {
         Draft { catalog, ledger, changes: BTreeMap::new(), segments: BTreeMap::new(), totals: ledger.totals }
     }
 
-    fn collection(&mut self, id: CollectionId, spec: &CollectionSpec, locator: &Locator) -> Result<(), StoreError> {
-        if let Some((old, _)) = self.get::<(Locator, CollectionSpec)>(&key::collection(id))? {
+    fn collection(&mut self, id: CollectionId, entry: &CollectionEntry, locator: &Locator) -> Result<(), StoreError> {
+        if let Some((old, _)) = self.get::<(Locator, CollectionEntry)>(&key::collection(id))? {
             self.kill(&old);
         }
         self.totals.raise_ids(CollectionId(id.0.saturating_add(1)), DocumentId(0));
-        self.put(key::collection_name(&spec.name), &id);
-        self.put(key::collection(id), &(locator, spec));
+        self.put(key::collection_name(&entry.spec.name), &id);
+        self.put(key::collection(id), &(locator, entry));
         self.revive(locator);
         Ok(())
     }

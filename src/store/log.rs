@@ -3,12 +3,11 @@
 use super::error::StoreError;
 use super::ledger::{Entry, Group};
 use super::record::{
-    Content, DocumentEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES, RECORD_MAGIC, RecordHeader,
-    SEGMENT_HEADER_BYTES, SegmentHeader, Tombstone, encode_meta, pack, part_crc,
+    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES, RECORD_MAGIC,
+    RecordHeader, SEGMENT_HEADER_BYTES, SegmentHeader, Tombstone, encode_meta, pack, part_crc,
 };
 use super::segment::{SegmentFile, SegmentId};
 use super::{BlockRecord, record};
-use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Records are gathered to about this much per write call.
@@ -31,9 +30,9 @@ impl<'a> GroupWriter<'a> {
         GroupWriter { file, segment, offset, buffer: Vec::new(), last: None, entries: Vec::new() }
     }
 
-    pub(super) fn collection(&mut self, id: CollectionId, spec: &CollectionSpec) -> Result<(), StoreError> {
+    pub(super) fn collection(&mut self, id: CollectionId, entry: &CollectionEntry) -> Result<(), StoreError> {
         let block = BlockId { document: DocumentId(0), index: 0 };
-        self.small(Kind::Collection, id, block, &pack(spec), Content::Collection(id, spec.clone()))
+        self.small(Kind::Collection, id, block, &pack(entry), Content::Collection(id, entry.clone()))
     }
 
     pub(super) fn document(&mut self, entry: DocumentEntry) -> Result<(), StoreError> {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
-use crate::types::{CollectionId, DocumentId};
+use crate::types::{CollectionId, DocumentId, Engine};
 
 mod append;
 mod catalog;
@@ -40,6 +40,7 @@ mod tests;
 
 pub use catalog::{Batch, Catalog, Pair, SledCatalog};
 pub use error::{Entity, StoreError};
+pub use record::CollectionEntry;
 pub use segment::{SegmentFile, SegmentFolder, SegmentId, Segments};
 pub use verify::{Fault, VerifyReport};
 
@@ -188,37 +189,51 @@ impl Store {
             }
             let id = writer.ledger.totals.next_collection;
             self.make_room(writer, 0)?;
-            self.commit(writer, |group| group.collection(id, spec))?;
+            let entry = CollectionEntry { spec: spec.clone(), engine: Engine::default() };
+            self.commit(writer, |group| group.collection(id, &entry))?;
             Ok(id)
         })
     }
 
+    /// Changes what answers lookups in a collection.
+    pub fn set_engine(&self, id: CollectionId, engine: Engine) -> Result<(), StoreError> {
+        self.write(|writer| {
+            let mut entry = self.collection(id)?.ok_or(StoreError::NotFound { entity: Entity::Collection(id) })?;
+            if entry.engine != engine {
+                entry.engine = engine;
+                self.make_room(writer, 0)?;
+                self.commit(writer, |group| group.collection(id, &entry))?;
+            }
+            Ok(())
+        })
+    }
+
     /// All collections, by id.
-    pub fn collections(&self) -> Result<Vec<(CollectionId, CollectionSpec)>, StoreError> {
+    pub fn collections(&self) -> Result<Vec<(CollectionId, CollectionEntry)>, StoreError> {
         let mut collections = Vec::new();
-        for pair in catalog::scan::<(Locator, CollectionSpec)>(&*self.catalog, catalog::key::COLLECTIONS) {
-            let (key, (_, spec)) = pair?;
-            collections.push((catalog::key::collection_of(&key)?, spec));
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(&*self.catalog, catalog::key::COLLECTIONS) {
+            let (key, (_, entry)) = pair?;
+            collections.push((catalog::key::collection_of(&key)?, entry));
         }
         Ok(collections)
     }
 
-    pub fn collection(&self, id: CollectionId) -> Result<Option<CollectionSpec>, StoreError> {
-        let found = self.catalog_get::<(Locator, CollectionSpec)>(&catalog::key::collection(id))?;
-        Ok(found.map(|(_, spec)| spec))
+    pub fn collection(&self, id: CollectionId) -> Result<Option<CollectionEntry>, StoreError> {
+        let found = self.catalog_get::<(Locator, CollectionEntry)>(&catalog::key::collection(id))?;
+        Ok(found.map(|(_, entry)| entry))
     }
 
     /// Creates an empty open document. Names are unique within a collection.
     pub fn create_document(&self, collection: CollectionId, name: &str) -> Result<Manifest, StoreError> {
         check_name("name", name)?;
         self.write(|writer| {
-            let spec =
-                self.collection(collection)?.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
+            let of = self.collection(collection)?;
+            let of = of.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
             if self.find_document(collection, name)?.is_some() {
                 return Err(StoreError::AlreadyExists { name: name.into() });
             }
             self.make_room(writer, 0)?;
-            let entry = writer.new_document(collection, name, spec.shape.block_tokens);
+            let entry = writer.new_document(collection, name, of.spec.shape.block_tokens);
             self.commit(writer, |group| group.document(entry.clone()))?;
             Ok(entry.manifest)
         })

@@ -16,12 +16,12 @@ use serde::{Deserialize, Serialize};
 use super::segment::SegmentId;
 use super::{BlockMeta, Manifest};
 use crate::shape::CollectionSpec;
-use crate::types::{BlockId, CollectionId, DocumentId};
+use crate::types::{BlockId, CollectionId, DocumentId, Engine};
 
 /// What this build writes. Raise it with every change of the format.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 /// The oldest build that can read what this one writes.
-const FORMAT_OLDEST_READER: u32 = 1;
+const FORMAT_OLDEST_READER: u32 = 2;
 
 pub(super) const CRC_BYTES: usize = 4;
 
@@ -244,6 +244,20 @@ impl Locator {
     }
 }
 
+/// A collection as it is kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CollectionEntry {
+    pub spec: CollectionSpec,
+    pub engine: Engine,
+}
+
+impl CollectionEntry {
+    /// Format 1 had no engine.
+    fn decode(meta: &[u8]) -> Option<Self> {
+        unpack(meta).or_else(|| Some(CollectionEntry { spec: unpack(meta)?, engine: Engine::default() }))
+    }
+}
+
 /// A manifest as it is kept: what callers see, and what deletion needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct DocumentEntry {
@@ -276,7 +290,7 @@ pub(super) struct Tombstone {
 /// What a record says, payload aside.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Content {
-    Collection(CollectionId, CollectionSpec),
+    Collection(CollectionId, CollectionEntry),
     Document(DocumentEntry),
     Block(BlockId),
     Tombstone(Tombstone),
@@ -286,7 +300,7 @@ impl Content {
     /// Reads what an intact header and its checked meta say; `None` if they make no sense.
     pub(super) fn decode(header: &RecordHeader, meta: &[u8]) -> Option<Self> {
         Some(match header.kind {
-            Kind::Collection => Content::Collection(header.collection, unpack(meta)?),
+            Kind::Collection => Content::Collection(header.collection, CollectionEntry::decode(meta)?),
             Kind::Document => Content::Document(unpack(meta)?),
             Kind::Block => Content::Block(header.block),
             Kind::Tombstone => Content::Tombstone(unpack(meta)?),
@@ -370,4 +384,20 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 /// The caller has checked the length.
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u32_at(bytes, at) as u64 | (u32_at(bytes, at + 4) as u64) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::spec;
+
+    #[test]
+    fn collections_of_format_1_have_the_engine_that_there_was() {
+        let spec = spec("old");
+        let entry = CollectionEntry::decode(&pack(&spec)).unwrap();
+        assert_eq!(entry, CollectionEntry { spec: spec.clone(), engine: Engine::Flat });
+        let now = CollectionEntry { spec, engine: Engine::Sq8 };
+        assert_eq!(CollectionEntry::decode(&pack(&now)), Some(now.clone()));
+        assert_eq!(CollectionEntry::decode(&pack(&now)[1..]), None);
+    }
 }

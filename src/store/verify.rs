@@ -8,9 +8,10 @@ use super::error::StoreError;
 use super::ledger::{Damage, SegmentState};
 use super::log::{Item, Scan, Scanned, read_segment_header};
 use super::read::{mismatch, read_exact};
-use super::record::{Content, DocumentEntry, Kind, Locator, RECORD_HEADER_BYTES, RecordHeader, Tombstone};
+use super::record::{
+    CollectionEntry, Content, DocumentEntry, Kind, Locator, RECORD_HEADER_BYTES, RecordHeader, Tombstone,
+};
 use super::segment::{SegmentFile, SegmentId};
-use crate::shape::CollectionSpec;
 use crate::types::{BlockId, DocumentId};
 
 /// One thing that is wrong.
@@ -107,11 +108,13 @@ impl Store {
     }
 
     fn verify_collections(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
-        for pair in catalog::scan::<(Locator, CollectionSpec)>(&*self.catalog, key::COLLECTIONS) {
-            let (_, (locator, spec)) = pair?;
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(&*self.catalog, key::COLLECTIONS) {
+            let (_, (locator, entry)) = pair?;
             match self.read_small(&locator)? {
-                Some(Content::Collection(_, found)) if found == spec => {}
-                _ => report.fault(None, None, format!("the record of collection {:?} is not readable", spec.name)),
+                Some(Content::Collection(_, found)) if found == entry => {}
+                _ => {
+                    report.fault(None, None, format!("the record of collection {:?} is not readable", entry.spec.name))
+                }
             }
         }
         Ok(())
@@ -143,7 +146,7 @@ impl Store {
         let catalog = &*self.catalog;
         let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
         let mut add = |locator: Locator| *live.entry(locator.segment).or_default() += locator.bytes();
-        for pair in catalog::scan::<(Locator, CollectionSpec)>(catalog, key::COLLECTIONS) {
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(catalog, key::COLLECTIONS) {
             add(pair?.1.0);
         }
         for pair in catalog::scan::<(Locator, DocumentEntry)>(catalog, key::DOCUMENTS) {

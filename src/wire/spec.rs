@@ -4,7 +4,7 @@ use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, required};
 use super::v1;
 use crate::api::{CollectionInfo, DocumentInfo, MemoryError, Result};
 use crate::shape::{CollectionSpec, Fingerprint, ModelShape, Rope, Sha256Digest};
-use crate::types::{CollectionId, DType, DocumentId, KeyRule};
+use crate::types::{CollectionId, DType, DocumentId, Engine, KeyRule};
 
 impl From<ModelShape> for v1::ModelShape {
     fn from(shape: ModelShape) -> Self {
@@ -75,6 +75,7 @@ impl From<CollectionInfo> for v1::CollectionInfo {
             spec: Some(info.spec.into()),
             fingerprint: info.fingerprint.0.to_vec().into(),
             documents: info.documents,
+            engine: v1::Engine::from(info.engine).into(),
         }
     }
 }
@@ -88,7 +89,17 @@ impl TryFrom<v1::CollectionInfo> for CollectionInfo {
             spec: required("spec", wire.spec)?.try_into()?,
             fingerprint: Fingerprint(digest("fingerprint", &wire.fingerprint)?),
             documents: wire.documents,
+            engine: Engine::from_number("engine", wire.engine)?,
         })
+    }
+}
+
+/// What a change of engine says.
+impl TryFrom<v1::SetEngineRequest> for (CollectionId, Engine) {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::SetEngineRequest) -> Result<Self> {
+        Ok((CollectionId(wire.collection), Engine::from_number("engine", wire.engine)?))
     }
 }
 

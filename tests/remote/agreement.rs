@@ -21,6 +21,7 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
     let mut answers = vec![
         format!("{:?}", memory.open_collection(&requests::spec())),
         format!("{:?}", memory.collections()),
+        format!("{:?}", memory.set_engine(CollectionId(7), Engine::Sq8)),
         format!("{:?}", memory.open_document(CollectionId(u32::MAX), "ein \"Name\"")),
         format!("{:?}", memory.documents(CollectionId(0))),
         format!("{:?}", memory.document(document)),

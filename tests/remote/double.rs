@@ -84,7 +84,9 @@ fn document(rng: &mut impl Rng, id: DocumentId) -> DocumentInfo {
 
 fn collection(rng: &mut impl Rng) -> CollectionInfo {
     let spec = requests::spec();
-    CollectionInfo { id: CollectionId(rng.random()), fingerprint: spec.fingerprint(), spec, documents: rng.random() }
+    let engine = if rng.random() { Engine::Flat } else { Engine::Sq8 };
+    let id = CollectionId(rng.random());
+    CollectionInfo { id, fingerprint: spec.fingerprint(), spec, documents: rng.random(), engine }
 }
 
 fn known(document: DocumentId) -> Result<()> {
@@ -122,6 +124,10 @@ impl BlockMemory for Double {
 
     fn collections(&self) -> Result<Vec<CollectionInfo>> {
         self.enter("collections", ()).map(|mut rng| (0..3).map(|_| collection(&mut rng)).collect())
+    }
+
+    fn set_engine(&self, id: CollectionId, engine: Engine) -> Result<CollectionInfo> {
+        self.enter("set_engine", (id, engine)).map(|mut rng| collection(&mut rng))
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

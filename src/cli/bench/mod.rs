@@ -21,7 +21,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
 }
 
 /// The value below which a share of the sorted times lies.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
+pub(super) fn percentile(sorted: &[f64], share: f64) -> f64 {
     match sorted.len() {
         0 => f64::NAN,
         count => sorted[((count - 1) as f64 * share).round() as usize],

@@ -116,6 +116,36 @@ fn what_was_loaded_from_disk_equals_what_appends_left_in_memory() {
 }
 
 #[test]
+fn an_engine_is_kept_and_chooses_the_same_blocks() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 90);
+    let request = world.request(&[0, 1, 9], vec![range(document, 0..90)]);
+    let flat = world.memory.lookup(&request).unwrap();
+    let flat_bytes = world.memory.stats().unwrap().index_bytes;
+
+    let info = world.memory.set_engine(world.collection, Engine::Sq8).unwrap();
+    assert_eq!(info.engine, Engine::Sq8);
+    for round in 0..2 {
+        let hits = world.memory.lookup(&request).unwrap();
+        assert_eq!(hits.blocks, flat.blocks);
+        assert!(hits.scores.iter().zip(&flat.scores).all(|(a, b)| (a - b).abs() < 0.02));
+        assert!(world.memory.stats().unwrap().index_bytes > flat_bytes, "both forms of the keys");
+        // Blocks that come later are found as well.
+        let more = world.block(90 + round, 5);
+        world.memory.append(AppendRequest { document, blocks: vec![more] }).unwrap();
+        let newest = LookupRequest { scope: vec![range(document, 90 + round..91 + round)], ..request.clone() };
+        assert_eq!(world.memory.lookup(&newest).unwrap().k, 1);
+        world = world.reopened();
+        assert_eq!(world.memory.collections().unwrap()[0].engine, Engine::Sq8);
+    }
+    world.memory.set_engine(world.collection, Engine::Flat).unwrap();
+    assert_eq!(world.memory.lookup(&request).unwrap(), flat);
+
+    let gone = world.memory.set_engine(CollectionId(99), Engine::Flat);
+    assert!(matches!(gone, Err(MemoryError::NotFound { entity: Entity::Collection, .. })), "{gone:?}");
+}
+
+#[test]
 fn landmark_and_mean_rules_score_what_they_say() {
     for key_rule in [KeyRule::Landmark, KeyRule::Mean] {
         let mut world = World::new(CollectionSpec { key_rule, payload_dtype: DType::F32, ..spec("c") });

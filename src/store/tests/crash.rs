@@ -32,6 +32,7 @@ const SCRIPT: &[Step] = &[
     |store| store.seal(id(store, "a")?).map(drop),
     |store| store.delete(id(store, "b")?).map(drop),
     |store| store.create_collection(&spec("two")).map(drop),
+    |store| store.set_engine(CollectionId(1), Engine::Sq8),
     |store| store.create_document(CollectionId(1), "c").map(drop),
     |store| append(store, "c", &blocks(0..5, 3)),
     |store| append(store, "c", &with_tail(Vec::new(), 2, 3)[..0]),

@@ -12,7 +12,7 @@ mod pieces;
 mod whole;
 
 /// L = 1, Hkv = 2, D = 4, B = 4.
-fn spec(name: &str) -> CollectionSpec {
+pub(super) fn spec(name: &str) -> CollectionSpec {
     CollectionSpec {
         name: name.into(),
         shape: ModelShape {
@@ -78,7 +78,7 @@ fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
 }
 
 /// All that can be seen through the store's reading calls.
-type Contents = Vec<(CollectionId, CollectionSpec, Vec<(Manifest, Vec<BlockRecord>)>)>;
+type Contents = Vec<(CollectionId, CollectionEntry, Vec<(Manifest, Vec<BlockRecord>)>)>;
 
 fn contents(store: &Store) -> Contents {
     let document = |manifest: Manifest| {
