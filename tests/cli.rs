@@ -117,6 +117,27 @@ fn a_document_is_listed_shown_and_removed() {
 }
 
 #[test]
+fn a_collection_says_which_engine_answers() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    let run = |args: &[&str]| sandbox.run(&[&["--data", "data", "--collection", "books"], args].concat());
+    let engine = || run(&["ls", "--json"]).exits(0).json()["collections"][0]["engine"].clone();
+    assert_eq!(engine(), "flat");
+    assert_eq!(run(&["index", "set", "sq8", "--json"]).exits(0).json()["engine"], "sq8");
+    assert_eq!(engine(), "sq8");
+    run(&["index", "set", "hnsw"]).exits(2);
+    sandbox.run(&["--data", "data", "--collection", "letters", "index", "set", "flat"]).exits(3);
+
+    let tuned = run(&["index", "tune", "--lookups", "5", "--json"]).exits(0).json();
+    assert_eq!(tuned["measured"].as_array().map(Vec::len), Some(2));
+    assert_eq!(engine(), tuned["engine"]);
+    run(&["rm", "emma", "--yes"]).exits(0);
+    let error = run(&["index", "tune"]).exits(3).stderr;
+    assert!(error.contains("with a full block"), "{error}");
+    assert_eq!(engine(), tuned["engine"], "a measurement that fails changes nothing");
+}
+
+#[test]
 fn a_damaged_document_is_reported_and_named() {
     let sandbox = Sandbox::new();
     let id = sandbox.write_document("data", "books", "emma");

@@ -19,13 +19,13 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 try:
     import numpy as np
 except ImportError:  # Said per peer, below.
-    np = None
+    np = None  # type: ignore[assignment]
 
 PIP_NAMES = {"faiss": "faiss-cpu"}
 CORES = len(os.sched_getaffinity(0))
@@ -232,7 +232,7 @@ class Usearch:
         return found
 
 
-ENGINES = {
+ENGINES: dict[str, list[Callable[[], Engine]]] = {
     "faiss-flat": [FaissFlat],
     "faiss-ivf": [FaissIvf],
     "faiss-hnsw": [FaissHnsw],
@@ -291,7 +291,8 @@ class Bench:
                 break
         return effort
 
-    def measure(self, peer: str, effort: int, threads: int) -> None:
+    def measure(self, peer: str, effort: int, threads: int) -> float:
+        """Print the figures of one setting, and return the median."""
         self.set(effort, threads)
         self.lookup(self.asked[0])  # Starts the threads.
         times_us: list[float] = []
@@ -303,6 +304,7 @@ class Bench:
             time_us, answer = self.lookup(query)
             times_us.append(time_us)
             answers.setdefault(query, answer)
+        p50_us = percentile(times_us, 0.5)
         emit(
             peer=peer,
             version=self.engine.version,
@@ -310,11 +312,12 @@ class Bench:
             threads=threads,
             layers=len(self.indexes),
             build_s=round(self.build_s, 3),
-            p50_us=percentile(times_us, 0.5),
+            p50_us=p50_us,
             p99_us=percentile(times_us, 0.99),
             lookups=len(times_us),
             recall=round(self.recall(answers), 4),
         )
+        return p50_us
 
 
 def run(peer: str, engine: Engine, case: Case) -> None:
@@ -323,10 +326,11 @@ def run(peer: str, engine: Engine, case: Case) -> None:
     if not engine.exact:
         bench.measure(peer, bench.sweep(), 1)
         return
-    # Only an exact scan of many queries has work for more than one core at every step.
-    threads = [1, CORES] if case.query_tokens > 1 and CORES > 1 else [1]
-    for effort, count in itertools.product(engine.efforts(case.keys_per_head), threads):
-        bench.measure(peer, effort, count)
+    for effort in engine.efforts(case.keys_per_head):
+        one_us = bench.measure(peer, effort, 1)
+        # Only an exact scan of many queries has work for more than one core at every step.
+        if case.query_tokens > 1 and CORES > 1 and bench.measure(peer, effort, CORES) > 2 * one_us:
+            log("more threads were slower: OpenMP's threads spin while they wait, which harms where cores are busy")
 
 
 def main() -> None:
@@ -338,12 +342,14 @@ def main() -> None:
             if np is None:
                 raise ModuleNotFoundError(name="numpy")
             if peer not in ENGINES:
-                raise ValueError(f"the peers are {', '.join(ENGINES)}")
+                emit(peer=peer, skipped=f"not a peer of this script, which knows {', '.join(ENGINES)}")
+                continue
             for engine in ENGINES[peer]:
                 run(peer, engine(), case)
         except ModuleNotFoundError as error:
-            package = PIP_NAMES.get(error.name, error.name)
-            emit(peer=peer, skipped=f"{error.name} is not installed: pip install {package}")
+            module = error.name or str(error)
+            package = PIP_NAMES.get(module, module)
+            emit(peer=peer, skipped=f"{module} is not installed: pip install {package}")
         except Exception as error:  # One peer's failure is no reason to lose the others.
             traceback.print_exc()
             emit(peer=peer, skipped=f"failed: {error!r}")

@@ -172,7 +172,7 @@ class Redis:
             into = into[received:]
 
     def load(self) -> None:
-        replies = bytearray(b"+OK\r\n" * SETS_IN_FLIGHT)
+        replies = bytearray(len(b"+OK\r\n") * SETS_IN_FLIGHT)
         with self.case.file.open("rb") as file:
             for first in range(0, self.case.pieces, SETS_IN_FLIGHT):
                 pieces = range(first, min(first + SETS_IN_FLIGHT, self.case.pieces))
@@ -208,14 +208,14 @@ def redis(case: Case, peer: str) -> None:
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     version = version.partition("v=")[2].partition(" ")[0]
     with tempfile.TemporaryDirectory(prefix="landmarkdb-bench-") as folder:
-        path, port = f"{folder}/redis.sock", free_port()
-        options = f"--bind 127.0.0.1 --port {port} --unixsocket {path} --dir {folder} --appendonly no"
+        path, diary, port = f"{folder}/redis.sock", pathlib.Path(folder, "redis.log"), free_port()
+        options = f"--bind 127.0.0.1 --port {port} --unixsocket {path} --dir {folder} --logfile {diary} --appendonly no"
         server = subprocess.Popen([program, *options.split(), "--save", ""], stdout=sys.stderr)
         try:
             deadline = time.monotonic() + START_SECONDS_MAX
             while not os.path.exists(path):
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise ConnectionError("redis-server did not start")
+                    raise ConnectionError(f"redis-server did not start: {diary.read_text() if diary.exists() else ''}")
                 time.sleep(0.01)
             Redis(case, path).load()
             for setting, address in (("TCP loopback", ("127.0.0.1", port)), ("Unix socket", path)):
