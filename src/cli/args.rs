@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
 use super::{
-    Context, ask, bench, blocks, completions, demo, encode, eval, index, ls, model, rm, serve, show, stats, train,
-    verify,
+    Context, ask, bench, blocks, capture, completions, demo, encode, eval, index, ls, model, rm, serve, show, stats,
+    train, verify,
 };
 
 const EXAMPLES: &str = "\
@@ -83,6 +83,7 @@ pub(super) enum Command {
     Eval(eval::Command),
     #[command(subcommand)]
     Bench(bench::Command),
+    Capture(capture::Args),
     #[command(subcommand)]
     Index(index::Command),
     Train(train::Args),
@@ -97,6 +98,7 @@ impl Command {
             Command::Ask(args) => ask::run(&args, context),
             Command::Eval(command) => eval::run(&command, context),
             Command::Bench(command) => bench::run(&command, context),
+            Command::Capture(args) => capture::run(&args, context),
             Command::Index(command) => index::run(&command, context),
             Command::Train(args) => train::run(&args, context),
             Command::Serve(args) => serve::run(&args, context),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::api::MemoryError;
-use crate::eval::GoldenError;
+use crate::eval::{CaptureError, GoldenError};
 use crate::model::{LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
 use crate::train::TrainError;
@@ -70,6 +70,8 @@ pub(super) enum CliError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Remember(#[from] RememberError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
     #[error("{}: {source}", .path.display())]
     ReadText { path: PathBuf, source: io::Error },
     #[error("{} is not UTF-8 text: byte {at} begins no character; convert it first", .path.display())]
@@ -113,7 +115,11 @@ impl CliError {
     pub(super) fn exit(&self) -> Exit {
         match self {
             CliError::Memory(error) => memory_exit(error),
-            CliError::Remember(error) => error.memory().map_or(Exit::Failure, memory_exit),
+            CliError::Remember(error) | CliError::Capture(CaptureError::Remember(error)) => {
+                error.memory().map_or(Exit::Failure, memory_exit)
+            }
+            CliError::Capture(CaptureError::Memory(error)) => memory_exit(error),
+            CliError::Capture(_) => Exit::Failure,
             CliError::Config(_)
             | CliError::ServeNeedsData { .. }
             | CliError::NameNeeded

@@ -19,6 +19,7 @@ mod target;
 mod ask;
 mod bench;
 mod blocks;
+mod capture;
 mod completions;
 mod demo;
 mod encode;

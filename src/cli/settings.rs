@@ -227,7 +227,7 @@ fn invalid(field: &str, expected: impl ToString, found: impl ToString) -> CliErr
 }
 
 /// Numbers and ranges of layers.
-fn layers(typed: &str) -> Result<Layers, String> {
+pub(super) fn layers(typed: &str) -> Result<Layers, String> {
     let mut layers = Vec::new();
     for item in typed.split(',') {
         let (first, last) = item.split_once('-').unwrap_or((item, item));

@@ -2,6 +2,7 @@
 //!
 //! Everything runs through the product: documents are encoded into a real memory, in process or remote, and read back.
 
+mod capture;
 mod golden;
 mod haystack;
 mod passkey;
@@ -11,6 +12,7 @@ mod report;
 use crate::api::MemoryError;
 use crate::model::RememberError;
 
+pub use capture::{About, Capture, CaptureError, Capturing, capture};
 pub use golden::{GoldenError, GoldenOutput, golden, golden_prompts};
 pub use haystack::{BOOK, Haystack, Needle};
 pub use passkey::{

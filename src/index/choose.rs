@@ -138,7 +138,7 @@ impl Choice<'_> {
             let blocks = tile.blocks.start + range.start..tile.blocks.start + range.end;
             for &member in &self.members {
                 let of_keys = tile.chunk.errors(self.search.piece(member.head), blocks.clone());
-                widen_errors(errors, of_keys, self.search.norm(tile.set, member.head, member.row));
+                widen_errors(errors, of_keys, self.norm(tile, member));
             }
         }
         let slack = self.slack();
@@ -186,6 +186,12 @@ impl Choice<'_> {
         &self.scores.peaks[start..][..strides]
     }
 
+    /// The length of a query as it meets a tile's compressed keys.
+    fn norm(&self, tile: &Tile<'_>, member: Member) -> f32 {
+        let search = self.search;
+        self.scores.norms[(member.head * search.tiles.len() + tile.number) * search.head_rows + member.row]
+    }
+
     fn total(&self, member: Member) -> f32 {
         self.scores.totals[member.head * self.search.head_rows + member.row]
     }
@@ -195,10 +201,8 @@ impl Choice<'_> {
         if !self.search.refines() {
             return 0.0;
         }
-        let error = |&Member { head, row }: &Member| {
-            tile.chunk.largest_error(self.search.piece(head)) * self.search.norm(tile.set, head, row)
-        };
-        self.members.iter().map(error).fold(0.0, larger)
+        let largest = |member: Member| tile.chunk.largest_error(self.search.piece(member.head));
+        self.members.iter().map(|&member| largest(member) * self.norm(tile, member)).fold(0.0, larger)
     }
 
     /// How far the arithmetic of an aggregate may be off.

@@ -35,18 +35,18 @@ pub(super) struct Tile<'a> {
     pub(super) start: usize,
     /// Strides of all tiles before.
     pub(super) first_stride: usize,
+    /// How many tiles are before.
+    pub(super) number: usize,
     /// Which queries: 0 for older blocks, `1 + j` for the j-th recent one.
     pub(super) set: usize,
 }
 
 /// The queries of one set, times the softmax scale.
 struct Set {
-    /// `(Hkv, strips)`
-    strips: Vec<Rows>,
-    /// `(Hkv, T * G, D)`; empty where blocks are not scored again.
+    /// `(Hkv, T * G, D)`
     numbers: Vec<f32>,
-    /// `(Hkv, T * G)`: lengths of the above.
-    norms: Vec<f32>,
+    /// `(Hkv, strips)`; none where each tile's keys have channels of their own.
+    strips: Vec<Rows>,
 }
 
 /// Everything that the steps share.
@@ -72,6 +72,8 @@ pub(super) struct Scores {
     pub(super) numbers: Scratch,
     /// `(Hkv, tile, T * G, strides of the tile)`: the largest score of each.
     pub(super) peaks: Scratch,
+    /// `(Hkv, tile, T * G)`: lengths of the queries times the tile's channels; empty where blocks are not scored again.
+    pub(super) norms: Scratch,
     /// `(Hkv, T * G)`: log-sum-exp of each row.
     pub(super) totals: Vec<f32>,
 }
@@ -86,6 +88,8 @@ struct Part<'a> {
     peaks: &'a mut [f32],
     /// `(T * G)`: log-sum-exp over the tile.
     totals: &'a mut [f32],
+    /// `(T * G)`, or empty: lengths of the queries times the channels.
+    norms: &'a mut [f32],
 }
 
 /// Chooses the blocks of every row.
@@ -144,7 +148,7 @@ fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
                 };
                 let blocks = from..part.end.min(from + room);
                 from = blocks.end;
-                tiles.push(Tile { chunk, start, first_stride, set, blocks: blocks.clone() });
+                tiles.push(Tile { chunk, start, first_stride, number: tiles.len(), set, blocks: blocks.clone() });
                 start += blocks.len();
                 first_stride += blocks.len().div_ceil(STRIDE);
             }
@@ -191,15 +195,16 @@ impl<'a> Search<'a> {
         self.query.layer * self.query.layout.kv_heads + head
     }
 
-    /// One query `(D)` times the softmax scale.
-    pub(super) fn row(&self, set: usize, head: usize, row: usize) -> &[f32] {
-        let dim = self.query.layout.head_dim;
-        &self.sets[set].numbers[(head * self.head_rows + row) * dim..][..dim]
+    /// Queries of one KV head `(T * G, D)` times the softmax scale.
+    fn rows(&self, set: usize, head: usize) -> &[f32] {
+        let head_numbers = self.head_rows * self.query.layout.head_dim;
+        &self.sets[set].numbers[head * head_numbers..][..head_numbers]
     }
 
-    /// Its length.
-    pub(super) fn norm(&self, set: usize, head: usize, row: usize) -> f32 {
-        self.sets[set].norms[head * self.head_rows + row]
+    /// One of them `(D)`.
+    pub(super) fn row(&self, set: usize, head: usize, row: usize) -> &[f32] {
+        let dim = self.query.layout.head_dim;
+        &self.rows(set, head)[row * dim..][..dim]
     }
 
     /// Chooses `(rows, k)`.
@@ -233,21 +238,32 @@ impl<'a> Search<'a> {
     /// Step 1.
     fn score(&self) -> Scores {
         let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
-        let strips = rows.div_ceil(STRIP_ROWS);
+        let (strips, dim) = (rows.div_ceil(STRIP_ROWS), self.query.layout.head_dim);
         let mut numbers = Scratch::take(kv_heads * rows * self.eligible);
         let mut peaks = Scratch::take(kv_heads * rows * self.strides);
         let mut tile_totals = Scratch::take(kv_heads * self.tiles.len() * rows);
+        let norms_count = if self.refines() { rows } else { 0 };
+        let mut norms = Scratch::take(kv_heads * self.tiles.len() * norms_count);
         let mut parts = Vec::with_capacity(kv_heads * self.tiles.len());
-        let (mut scores_left, mut peaks_left, mut totals_left) = (&mut *numbers, &mut *peaks, &mut *tile_totals);
+        let (mut scores_left, mut peaks_left) = (&mut *numbers, &mut *peaks);
+        let (mut totals_left, mut norms_left) = (&mut *tile_totals, &mut *norms);
         for head in 0..kv_heads {
             for tile in self.tiles {
                 let scores = scores_left.split_off_mut(..rows * tile.blocks.len()).unwrap_or_default();
                 let peaks = peaks_left.split_off_mut(..rows * tile.strides()).unwrap_or_default();
                 let totals = totals_left.split_off_mut(..rows).unwrap_or_default();
-                parts.push(Part { head, tile, scores, peaks, totals });
+                let norms = norms_left.split_off_mut(..norms_count).unwrap_or_default();
+                parts.push(Part { head, tile, scores, peaks, totals, norms });
             }
         }
         self.for_each(parts, |part| {
+            if self.refines() {
+                let queries = self.times_channels(&part);
+                part.norms.iter_mut().zip(queries.chunks_exact(dim)).for_each(|(norm, row)| *norm = length(row));
+                let strips = queries.chunks(STRIP_ROWS * dim).map(|strip| Rows::new(self.form, strip, dim));
+                let strips: Vec<Rows> = strips.collect();
+                return self.score_part(part, &strips);
+            }
             let queries = &self.sets[part.tile.set].strips[part.head * strips..][..strips];
             self.score_part(part, queries);
         });
@@ -257,7 +273,17 @@ impl<'a> Search<'a> {
                 totals.iter_mut().zip(tile).for_each(|(total, tile)| *total = add_logs(*total, *tile));
             }
         }
-        Scores { numbers, peaks, totals }
+        Scores { numbers, peaks, norms, totals }
+    }
+
+    /// The queries of a part `(T * G, D)` as they meet keys that were divided by channels.
+    fn times_channels(&self, part: &Part<'_>) -> Vec<f32> {
+        let channels = part.tile.chunk.channels(self.piece(part.head));
+        let mut queries = self.rows(part.tile.set, part.head).to_vec();
+        for row in queries.chunks_exact_mut(channels.len()) {
+            row.iter_mut().zip(channels).for_each(|(number, channel)| *number *= channel);
+        }
+        queries
     }
 
     fn packed(&self, set: usize) -> Set {
@@ -273,18 +299,17 @@ impl<'a> Search<'a> {
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
         }
+        if self.refines() {
+            return Set { numbers, strips: Vec::new() };
+        }
         let heads = numbers.chunks_exact(self.head_rows * dim);
         let strips = heads.flat_map(|rows| rows.chunks(STRIP_ROWS * dim));
         let strips = strips.map(|strip| Rows::new(self.form, strip, dim)).collect();
-        if !self.refines() {
-            return Set { strips, numbers: Vec::new(), norms: Vec::new() };
-        }
-        let norms = numbers.chunks_exact(dim).map(|row| numeric::dot(row, row).sqrt()).collect();
-        Set { strips, numbers, norms }
+        Set { numbers, strips }
     }
 
     /// Fills a part with the scores of packed `queries (strips)`.
-    fn score_part(&self, Part { head, tile, scores, peaks, totals }: Part<'_>, queries: &[Rows]) {
+    fn score_part(&self, Part { head, tile, scores, peaks, totals, .. }: Part<'_>, queries: &[Rows]) {
         let layout = self.query.layout;
         let (dim, per_block) = (layout.head_dim, layout.keys_per_block);
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
@@ -320,6 +345,10 @@ impl<'a> Search<'a> {
             }
         }
     }
+}
+
+fn length(numbers: &[f32]) -> f32 {
+    numeric::dot(numbers, numbers).sqrt()
 }
 
 /// `keys (blocks * m)` to `scores (blocks)`.

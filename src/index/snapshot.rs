@@ -66,9 +66,11 @@ enum Numbers {
     F16(Vec<f16>),
     /// Numbers `(L * Hkv, panels, D / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 { numbers: Vec<i8>, scales: Vec<f32> },
-    /// `halves` is `(L * Hkv, keys, D)`, `errors` `(L * Hkv, blocks)`: how far the score of any of a block's keys may be off
-    /// for a query of length 1. The rest as above.
-    Compressed { numbers: Vec<i8>, scales: Vec<f32>, halves: Vec<f16>, errors: Vec<f32> },
+    /// `halves` is `(L * Hkv, keys, D)`. `numbers` and `scales` are as above, of keys divided by `channels (L * Hkv, D)`: a few
+    /// channels of keys are large, and would make the steps of all others coarse. `errors` `(L * Hkv, blocks)` is how far
+    /// the score of any of a block's keys may be off for a query that, times the channels, has length 1. All but `halves`
+    /// come with [`Chunk::compress`].
+    Compressed { numbers: Vec<i8>, scales: Vec<f32>, channels: Vec<f32>, halves: Vec<f16>, errors: Vec<f32> },
 }
 
 /// Some panels of one layer and KV head.
@@ -125,6 +127,7 @@ impl Chunk {
             DType::Int8 if layout.compressed => Numbers::Compressed {
                 numbers: vec![0; count],
                 scales: vec![0.0; keys],
+                channels: vec![1.0; layout.pieces() * layout.head_dim],
                 halves: vec![f16::ZERO; layout.pieces() * blocks * layout.keys_per_block * layout.head_dim],
                 errors: vec![0.0; layout.pieces() * blocks],
             },
@@ -154,22 +157,38 @@ impl Chunk {
                 at.scatter(numbers, into);
                 scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
-            (Numbers::Compressed { numbers: into, scales, halves, errors }, Keys::F16(numbers)) => {
+            (Numbers::Compressed { halves, .. }, Keys::F16(numbers)) => {
                 assert_eq!(numbers.len(), count * dim);
-                let first = piece * self.blocks + block;
-                halves[first * count * dim..][..count * dim].copy_from_slice(numbers);
-                let mut compressed = vec![0; dim];
-                for (i, key) in numbers.chunks_exact(dim).enumerate() {
-                    let lane = Lane { key: at.key + i, ..at };
-                    let scale = &mut scales[lane.piece * lane.piece_keys + lane.key];
-                    let error;
-                    (*scale, error) = compress(key, &mut compressed);
-                    errors[first] = numeric::larger(errors[first], error);
-                    lane.scatter(&compressed, into);
-                }
+                halves[(piece * self.blocks + block) * count * dim..][..count * dim].copy_from_slice(numbers);
             }
             _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
         }
+    }
+
+    /// Makes the compressed form, once every key is there.
+    fn compress(&mut self) {
+        let KeyLayout { head_dim: dim, keys_per_block: count, .. } = self.layout;
+        let first_lane = self.lane(0, 0);
+        let Numbers::Compressed { numbers, scales, channels, halves, errors } = &mut self.numbers else { return };
+        let pieces = halves.chunks_exact(self.blocks * count * dim).zip(channels.chunks_exact_mut(dim)).enumerate();
+        let mut compressed = vec![0; dim];
+        for (piece, (halves, channels)) in pieces {
+            largest_by_channel(halves, channels);
+            for (key, halves) in halves.chunks_exact(dim).enumerate() {
+                let lane = Lane { piece, key, ..first_lane };
+                let (scale, error) = compress(halves, channels, &mut compressed);
+                scales[piece * lane.piece_keys + key] = scale;
+                let of_block = &mut errors[piece * self.blocks + key / count];
+                *of_block = numeric::larger(*of_block, error);
+                lane.scatter(&compressed, numbers);
+            }
+        }
+    }
+
+    /// What the dimensions of compressed keys were divided by `(D)`.
+    pub(super) fn channels(&self, piece: usize) -> &[f32] {
+        let Numbers::Compressed { channels, .. } = &self.numbers else { return &[] };
+        &channels[piece * self.layout.head_dim..][..self.layout.head_dim]
     }
 
     /// One key `(D)` as single-precision numbers.
@@ -196,7 +215,7 @@ impl Chunk {
         &halves[(piece * self.blocks + block) * count..][..count]
     }
 
-    /// How far scores from some blocks' compressed keys may be off for a query of length 1.
+    /// How far scores from some blocks' compressed keys may be off for a query that, times the channels, has length 1.
     pub(super) fn errors(&self, piece: usize, blocks: Range<usize>) -> &[f32] {
         let Numbers::Compressed { errors, .. } = &self.numbers else { return &[] };
         &errors[piece * self.blocks..][blocks]
@@ -234,9 +253,10 @@ impl Chunk {
         let bytes = match &self.numbers {
             Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
             Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
-            Numbers::Compressed { numbers, scales, halves, errors } => {
+            Numbers::Compressed { numbers, scales, channels, halves, errors } => {
                 size_of_val(numbers.as_slice())
                     + size_of_val(scales.as_slice())
+                    + size_of_val(channels.as_slice())
                     + size_of_val(halves.as_slice())
                     + size_of_val(errors.as_slice())
             }
@@ -251,6 +271,7 @@ impl Chunk {
             merged.copy_piece(a, piece, 0);
             merged.copy_piece(b, piece, a.blocks * a.layout.keys_per_block);
         }
+        merged.compress();
         merged
     }
 
@@ -278,12 +299,21 @@ impl Chunk {
     }
 }
 
-/// Makes one key int8. Returns the scale, and how far the score of a query of length 1 may be off.
-fn compress(key: &[f16], into: &mut [i8]) -> (f32, f32) {
-    let scale = numeric::int8_scale(key.iter().map(|half| half.to_f32()));
+/// The largest number of every channel of keys `(keys, D)`; 1 where there is none.
+fn largest_by_channel(halves: &[f16], channels: &mut [f32]) {
+    channels.fill(0.0);
+    for key in halves.chunks_exact(channels.len()) {
+        channels.iter_mut().zip(key).for_each(|(top, half)| *top = numeric::larger(*top, half.to_f32().abs()));
+    }
+    channels.iter_mut().filter(|top| **top == 0.0).for_each(|top| *top = 1.0);
+}
+
+/// Makes one key, divided by the channels, int8. Returns the scale, and how far the score of a query of length 1 may be off.
+fn compress(key: &[f16], channels: &[f32], into: &mut [i8]) -> (f32, f32) {
+    let divided = || key.iter().zip(channels).map(|(half, channel)| half.to_f32() / channel);
+    let scale = numeric::int8_scale(divided());
     let (mut missed, mut kept) = (0f32, 0f32);
-    for (into, half) in into.iter_mut().zip(key) {
-        let number = half.to_f32();
+    for (into, number) in into.iter_mut().zip(divided()) {
         *into = numeric::to_int8(number, scale);
         let compressed = *into as f32 * scale;
         missed += (number - compressed) * (number - compressed);
@@ -357,8 +387,9 @@ impl DocumentKeys {
     /// key a logarithmic number of times and leaves few chunks.
     pub fn extended(&self, chunks: impl IntoIterator<Item = Chunk>) -> Self {
         let mut longer = self.clone();
-        for chunk in chunks {
+        for mut chunk in chunks {
             debug_assert_eq!(chunk.layout, self.layout);
+            chunk.compress();
             longer.blocks += chunk.blocks as u32;
             longer.chunks.push(Arc::new(chunk));
             longer.merge_small();

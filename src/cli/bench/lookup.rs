@@ -1,80 +1,128 @@
-//! `landmarkdb bench lookup`: one lookup of one layer, in process and over loopback.
+//! `landmarkdb bench lookup`: one lookup of one layer, in process and over a network, beside other libraries.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rand::{Rng, RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::api::{AppendRequest, BlockMemory, BlockText, DocumentInfo, LookupRequest, NewBlock, Tensor};
+use super::case::{Asking, Case, ShapeName, Sizes};
+use super::peers::{self, PeerResult};
+use super::serving::over_network;
+use crate::api::{AttendRequest, BlockMemory, DocumentInfo};
 use crate::cli::Context;
-use crate::cli::bench::percentile;
+use crate::cli::bench::{percentile, word_of};
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, size, table, write_table};
 use crate::cli::settings::word;
-use crate::client::{ClientOptions, RemoteMemory};
 use crate::memory::LocalMemory;
 use crate::numeric::{self, simd};
-use crate::server::{self, ListenOptions, Listeners, ServeOptions};
-use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use crate::types::{BlockRange, BlockScore, CollectionId, DType, Granularity, KeyRule};
-
-/// Blocks appended in one request while the memory is filled.
-const APPEND_BLOCKS: u32 = 256;
+use crate::types::{BlockScore, DType, Engine, Granularity, Normalisation};
 
 /// Bytes that the read bandwidth is measured on: far more than any cache.
-const BANDWIDTH_BYTES: usize = 1 << 30;
+const BANDWIDTH_BYTES: usize = 512 << 20;
+
+/// Lookups between two measurements of the bandwidth, which differs from second to second on a shared machine.
+const BANDWIDTH_EVERY: usize = 50;
 
 /// Measure a lookup: percentiles of its latency, and key bytes scanned per second.
 ///
-/// Fills a memory in a temporary directory with random blocks, then looks random queries up, in process and through a
-/// service on the loopback interface. With m = 1 the layers are rotated, so that keys come from memory and not from a
-/// cache. Scanned bytes per second are set against the read bandwidth measured in the same run.
+/// Fills a memory in a temporary directory, then looks queries up, in process and through a service. Layers take turns,
+/// so that keys come from memory and not from a cache; scanned bytes per second are set against the read bandwidth
+/// measured in between. With --peers other libraries search the same keys with the same queries in the same minute.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   landmarkdb bench lookup
-  landmarkdb bench lookup --blocks 16384 --head-dim 128 --kv-heads 8 --json
+  landmarkdb bench lookup --shape llama3-8b-1m --peers faiss-flat,usearch
+  landmarkdb bench lookup --captured smollm2-32k.safetensors --keys int8 --peers faiss-flat,faiss-ivf,faiss-hnsw,usearch
   landmarkdb bench lookup --blocks 512 --head-dim 64 --kv-heads 3 --query-heads 9 --keys-per-block 64
 ")]
 pub(in crate::cli) struct Args {
-    #[arg(long, default_value_t = 16_384)]
-    blocks: u32,
+    /// A model's layer and a text's length.
+    #[arg(long, value_name = "SHAPE", value_enum, default_value = "llama3-8b-1m")]
+    shape: ShapeName,
 
-    #[arg(long, default_value_t = 128)]
-    head_dim: u32,
+    /// Keys and queries that `landmarkdb capture` kept, in place of random ones.
+    #[arg(long, value_name = "FILE", conflicts_with = "shape")]
+    captured: Option<PathBuf>,
 
-    #[arg(long, default_value_t = 8)]
-    kv_heads: u32,
-
-    /// Query heads [default: 4 per KV head].
+    /// Blocks [default: the shape's, as are the following four].
     #[arg(long)]
-    query_heads: Option<u32>,
+    blocks: Option<usize>,
+
+    #[arg(long)]
+    head_dim: Option<usize>,
+
+    #[arg(long)]
+    kv_heads: Option<usize>,
+
+    #[arg(long)]
+    query_heads: Option<usize>,
 
     /// m: 1 (one key per block) or more (the token keys of blocks of that many tokens).
-    #[arg(long, value_delimiter = ',', default_value = "1,64")]
-    keys_per_block: Vec<u32>,
+    #[arg(long)]
+    keys_per_block: Option<usize>,
 
-    /// f16 or int8.
-    #[arg(long, default_value = "int8", value_parser = word::<DType>)]
-    keys: DType,
+    /// How keys are stored: f16, int8 or both.
+    #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = word::<DType>)]
+    keys: Vec<DType>,
+
+    /// What answers: flat, sq8 or both. sq8 is flat where keys are int8.
+    #[arg(long, value_delimiter = ',', default_value = "flat,sq8", value_parser = word::<Engine>)]
+    engines: Vec<Engine>,
+
+    /// Ways to the memory; in-process is always measured.
+    #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
+    ways: Vec<Way>,
+
+    /// Measure attention over the chosen blocks too.
+    #[arg(long)]
+    attend: bool,
 
     /// T, query tokens per lookup.
     #[arg(long, default_value_t = 1)]
-    query_tokens: u32,
+    query_tokens: usize,
 
     #[arg(long, default_value_t = 4)]
     top_k: u32,
+
+    /// For whom one choice is made [default: kv-group; beside peers token-head, as they choose].
+    #[arg(long, value_parser = word::<Granularity>)]
+    granularity: Option<Granularity>,
+
+    /// How the scores of a block's keys become one [default: log-sum-exp; beside peers max, as they score].
+    #[arg(long, value_parser = word::<BlockScore>)]
+    block_score: Option<BlockScore>,
 
     /// Lookups that are timed.
     #[arg(long, default_value_t = 200)]
     lookups: usize,
 
+    /// Other libraries to measure: faiss-flat, faiss-ivf, faiss-hnsw, usearch. They come from PyPI.
+    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
+    peers: Vec<String>,
+
+    /// Where the peers are installed.
+    #[arg(long, default_value = "python3")]
+    python: String,
+
+    /// About how long each peer may take to build, and to be measured.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
+    peer_seconds: f64,
+
     #[arg(long, default_value_t = 1)]
     seed: u64,
+}
+
+/// How a request reaches the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(in crate::cli) enum Way {
+    InProcess,
+    Tcp,
+    Unix,
 }
 
 /// What was measured.
@@ -84,164 +132,213 @@ struct LookupReport {
     seed: u64,
     threads: usize,
     instructions: String,
-    /// Best of five passes of all threads over a buffer larger than any cache.
-    read_bandwidth_bytes_per_s: f64,
+    query_tokens: usize,
+    granularity: String,
+    block_score: String,
     results: Vec<LookupResult>,
+    peers: Vec<PeerResult>,
 }
 
 #[derive(Debug, Serialize)]
 struct LookupResult {
-    /// `in process` or `loopback`.
-    path: &'static str,
-    keys_per_block: u32,
+    what: &'static str,
+    engine: String,
     key_dtype: String,
-    query_tokens: u32,
+    way: String,
+    keys_per_block: usize,
     /// Key bytes that one lookup scans.
     scanned_bytes: u64,
     p50_us: f64,
     p99_us: f64,
     /// At the median.
     scanned_bytes_per_s: f64,
+    /// Of all threads, measured between the lookups.
+    read_bandwidth_bytes_per_s: f64,
     /// Of the read bandwidth.
     bandwidth_share: f64,
+    /// Of the blocks that f32 keys choose for each query head, by their best key.
+    recall: f64,
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
-    let read_bandwidth = read_bandwidth();
-    let mut results = Vec::new();
-    for &keys_per_block in &args.keys_per_block {
-        context.output.say(&format!("filling {} blocks with {keys_per_block} keys each", count(args.blocks)));
-        results.extend(measure(args, keys_per_block, read_bandwidth)?);
+    let case = args.case()?;
+    let alone = args.peers.is_empty();
+    let asking = Asking {
+        top_k: args.top_k,
+        block_score: args.block_score.unwrap_or(if alone { BlockScore::LogSumExp } else { BlockScore::Max }),
+        granularity: args.granularity.unwrap_or(if alone { Granularity::KvGroup } else { Granularity::TokenHead }),
+    };
+    context.output.say("finding the right answers in double precision");
+    let truth: Vec<Vec<u32>> = (0..case.asked.len()).map(|index| case.truth(index, args.top_k)).collect();
+    let mut bench =
+        Bench { args, case: &case, truth: &truth, asking, bandwidth: Bandwidth::new(), results: Vec::new() };
+    for &dtype in &args.keys {
+        context.output.say(&format!("filling {} blocks with {dtype} keys", count(case.blocks as u64)));
+        bench.measure(dtype)?;
     }
+    let results = bench.results;
+    let effort = peers::Effort {
+        python: &args.python,
+        peers: &args.peers,
+        top_k: args.top_k,
+        lookups: args.lookups,
+        seconds: args.peer_seconds,
+    };
+    let peers = if alone { Vec::new() } else { peers::lookup(&case, &truth, &effort)? };
+    let shape = &case.shape;
     context.output.print(&LookupReport {
         shape: format!(
-            "{} blocks, {} KV heads, {} query heads, head dim {}, k = {}",
-            args.blocks,
-            args.kv_heads,
-            args.query_heads(),
-            args.head_dim,
+            "{}: {} blocks x {} KV heads x {}, {} query heads, m = {}, k = {}",
+            case.name,
+            count(case.blocks as u64),
+            shape.kv_heads,
+            shape.head_dim,
+            shape.query_heads,
+            case.keys_per_block(),
             args.top_k
         ),
         seed: args.seed,
         threads: rayon::current_num_threads(),
         instructions: format!("{:?}", numeric::level()),
-        read_bandwidth_bytes_per_s: read_bandwidth,
+        query_tokens: args.query_tokens,
+        granularity: asking.granularity.to_string(),
+        block_score: asking.block_score.to_string(),
         results,
+        peers,
     })
 }
 
-fn measure(args: &Args, keys_per_block: u32, read_bandwidth: f64) -> Result<Vec<LookupResult>, CliError> {
-    let directory = tempfile::Builder::new().prefix("landmarkdb-bench-").tempdir();
-    let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
-    let memory = Arc::new(LocalMemory::open(directory.path())?);
-    let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
-    let spec = args.spec(keys_per_block);
-    let (collection, document) = fill(memory.as_ref(), &spec, args.blocks, &mut rng)?;
+/// One run of the benchmark.
+struct Bench<'a> {
+    args: &'a Args,
+    case: &'a Case,
+    truth: &'a [Vec<u32>],
+    asking: Asking,
+    bandwidth: Bandwidth,
+    results: Vec<LookupResult>,
+}
 
-    let scales_bytes = if args.keys == DType::Int8 { 4 } else { 0 };
-    let key_bytes = args.head_dim as u64 * args.keys.size_bytes() as u64 + scales_bytes;
-    let scanned_bytes = args.blocks as u64 * keys_per_block as u64 * args.kv_heads as u64 * key_bytes;
-    let mut time = |path, memory: &dyn BlockMemory| -> Result<LookupResult, CliError> {
-        let mut times_us = Vec::with_capacity(args.lookups);
-        let warm_up = spec.shape.layers as usize * 2;
-        for index in 0..warm_up + args.lookups {
-            let request = args.request(collection, &document, index as u32 % spec.shape.layers, &mut rng);
-            let begin = Instant::now();
-            let hits = memory.lookup(&request)?;
-            let us = begin.elapsed().as_secs_f64() * 1e6;
-            assert_eq!(hits.k, args.top_k.min(args.blocks), "a lookup of {} blocks", args.blocks);
-            if index >= warm_up {
-                times_us.push(us);
+impl Bench<'_> {
+    /// Everything about keys that are stored in one dtype.
+    fn measure(&mut self, dtype: DType) -> Result<(), CliError> {
+        let directory = tempfile::Builder::new().prefix("landmarkdb-bench-").tempdir();
+        let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
+        let memory = Arc::new(LocalMemory::open(directory.path())?);
+        let collection = memory.open_collection(&self.case.spec("bench", dtype))?.id;
+        let document = self.case.fill(memory.as_ref(), collection, dtype)?;
+        let engines = self.args.engines.iter().filter(|&&engine| dtype != DType::Int8 || engine == Engine::Flat);
+        for &engine in engines {
+            memory.set_engine(collection, engine)?;
+            let recall = self.recall(memory.as_ref(), &document)?;
+            self.time(memory.as_ref(), &document, (dtype, engine, Way::InProcess), recall)?;
+            for &way in self.args.ways.iter().filter(|&&way| way != Way::InProcess) {
+                let socket = (way == Way::Unix).then(|| directory.path().join("socket"));
+                over_network(memory.clone(), socket, |remote| {
+                    self.time(remote, &document, (dtype, engine, way), recall)
+                })?;
             }
         }
-        times_us.sort_by(f64::total_cmp);
-        let p50_us = percentile(&times_us, 0.5);
-        Ok(LookupResult {
-            path,
-            keys_per_block,
-            key_dtype: args.keys.to_string(),
-            query_tokens: args.query_tokens,
-            scanned_bytes,
-            p50_us,
-            p99_us: percentile(&times_us, 0.99),
-            scanned_bytes_per_s: scanned_bytes as f64 / p50_us * 1e6,
-            bandwidth_share: scanned_bytes as f64 / p50_us * 1e6 / read_bandwidth,
-        })
-    };
-    let in_process = time("in process", memory.as_ref())?;
-    let loopback = over_loopback(memory.clone(), |remote| time("loopback", remote))?;
-    Ok(vec![in_process, loopback])
-}
-
-/// Serves `memory` on a free port while `work` uses it.
-fn over_loopback<T>(
-    memory: Arc<LocalMemory>,
-    work: impl FnOnce(&RemoteMemory) -> Result<T, CliError>,
-) -> Result<T, CliError> {
-    let runtime = tokio::runtime::Runtime::new()
-        .map_err(|source| CliError::Io { what: "starting the service's threads", source })?;
-    let any_port = ListenOptions { tcp: Some(([127, 0, 0, 1], 0).into()), ..ListenOptions::default() };
-    let listeners = runtime.block_on(Listeners::bind(&any_port))?;
-    let address = listeners.tcp_address().map(|address| format!("http://{address}")).unwrap_or_default();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = runtime.spawn(server::serve(memory, listeners, ServeOptions::default(), async {
-        let _ = stopped.await;
-    }));
-    let result = RemoteMemory::connect(&address, ClientOptions::default())
-        .map_err(CliError::from)
-        .and_then(|remote| work(&remote));
-    let _ = stop.send(());
-    let _ = runtime.block_on(serving);
-    result
-}
-
-/// Appends random blocks. K and V are windows of one random buffer: distinct per block, and quick to make.
-fn fill(
-    memory: &dyn BlockMemory,
-    spec: &CollectionSpec,
-    blocks: u32,
-    rng: &mut ChaCha8Rng,
-) -> Result<(CollectionId, DocumentInfo), CliError> {
-    let collection = memory.open_collection(spec)?;
-    let document = memory.open_document(collection.id, "random")?;
-    let shape = &spec.shape;
-    let dims = vec![shape.layers, shape.kv_heads, shape.block_tokens, shape.head_dim];
-    let numbers = dims.iter().map(|&n| n as usize).product::<usize>();
-    let pool: Vec<f32> = (0..numbers * 2 + 65_536).map(|_| rng.random_range(-1.0..1.0)).collect();
-    let mut window = |numbers: usize| {
-        let from = rng.random_range(0..pool.len() - numbers);
-        Tensor::from_f32(dims.clone(), &pool[from..from + numbers])
-    };
-    let tokens = shape.block_tokens as usize;
-    let text = BlockText { start: 0, bytes: Vec::new(), offsets: vec![0; tokens] };
-    let mut next = 0;
-    let mut info = document;
-    while next < blocks {
-        let end = blocks.min(next + APPEND_BLOCKS);
-        let batch = (next..end).map(|index| NewBlock {
-            index,
-            token_ids: vec![0; tokens],
-            text: text.clone(),
-            k: window(numbers),
-            v: window(numbers),
-        });
-        info = memory.append(AppendRequest { document: info.id, blocks: batch.collect() })?;
-        next = end;
+        Ok(())
     }
-    Ok((collection.id, info))
+
+    /// The share of the right blocks that are found for each query head.
+    fn recall(&self, memory: &dyn BlockMemory, document: &DocumentInfo) -> Result<f64, CliError> {
+        let as_peers = Asking { block_score: BlockScore::Max, granularity: Granularity::TokenHead, ..self.asking };
+        let (mut found, mut wanted) = (0, 0);
+        for (index, truth) in self.truth.iter().enumerate() {
+            let hits = memory.lookup(&self.case.request(document, index, as_peers))?;
+            let k = hits.k as usize;
+            for (hits, truth) in hits.blocks.chunks_exact(k).zip(truth.chunks_exact(k)) {
+                found += hits.iter().filter(|hit| truth.contains(&hit.index)).count();
+                wanted += k;
+            }
+        }
+        Ok(found as f64 / wanted.max(1) as f64)
+    }
+
+    fn time(
+        &mut self,
+        memory: &dyn BlockMemory,
+        document: &DocumentInfo,
+        (dtype, engine, way): (DType, Engine, Way),
+        recall: f64,
+    ) -> Result<(), CliError> {
+        let shape = &self.case.shape;
+        let scanned = if engine == Engine::Sq8 { DType::Int8 } else { dtype };
+        let key_bytes =
+            shape.head_dim as u64 * scanned.size_bytes() as u64 + if scanned == DType::Int8 { 4 } else { 0 };
+        let keys = (self.case.blocks * self.case.keys_per_block()) as u64 * shape.kv_heads as u64;
+        let scanned_bytes = keys * key_bytes;
+        let lookup = |index| Ok(memory.lookup(&self.case.request(document, index, self.asking)).map(drop)?);
+        let attend = |index| {
+            let lookup = self.case.request(document, index, self.asking);
+            let normalisation = Normalisation::Plain;
+            Ok(memory.attend(&AttendRequest { lookup, normalisation }).map(drop)?)
+        };
+        let both: [(&str, &dyn Fn(usize) -> Result<(), CliError>); 2] = [("lookup", &lookup), ("attend", &attend)];
+        for (what, ask) in &both[..1 + self.args.attend as usize] {
+            let (times_us, read_bandwidth) = self.timed(ask)?;
+            let p50_us = percentile(&times_us, 0.5);
+            let scanned_bytes_per_s = scanned_bytes as f64 / p50_us * 1e6;
+            self.results.push(LookupResult {
+                what,
+                engine: engine.to_string(),
+                key_dtype: dtype.to_string(),
+                way: word_of(way),
+                keys_per_block: self.case.keys_per_block(),
+                scanned_bytes,
+                p50_us,
+                p99_us: percentile(&times_us, 0.99),
+                scanned_bytes_per_s,
+                read_bandwidth_bytes_per_s: read_bandwidth,
+                bandwidth_share: scanned_bytes_per_s / read_bandwidth,
+                recall,
+            });
+        }
+        Ok(())
+    }
+
+    /// Sorted times, and the median of the bandwidths in between.
+    fn timed(&self, ask: &dyn Fn(usize) -> Result<(), CliError>) -> Result<(Vec<f64>, f64), CliError> {
+        let warm_up = self.case.keys.len() * 2;
+        let (mut times_us, mut bandwidths) = (Vec::with_capacity(self.args.lookups), Vec::new());
+        for index in 0..warm_up + self.args.lookups.max(1) {
+            if index % BANDWIDTH_EVERY == 0 {
+                bandwidths.push(self.bandwidth.pass());
+            }
+            let begin = Instant::now();
+            ask(index)?;
+            if index >= warm_up {
+                times_us.push(micros(begin.elapsed()));
+            }
+        }
+        bandwidths.push(self.bandwidth.pass());
+        times_us.sort_by(f64::total_cmp);
+        bandwidths.sort_by(f64::total_cmp);
+        Ok((times_us, percentile(&bandwidths, 0.5)))
+    }
 }
 
-/// Bytes per second that all threads read from memory.
-fn read_bandwidth() -> f64 {
-    let words = vec![1u64; BANDWIDTH_BYTES / 8];
-    let part = words.len() / rayon::current_num_threads();
-    let pass = || {
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+/// What all threads together read from memory.
+pub(super) struct Bandwidth(Vec<u64>);
+
+impl Bandwidth {
+    pub(super) fn new() -> Self {
+        Bandwidth(vec![1; BANDWIDTH_BYTES / 8])
+    }
+
+    /// Bytes per second, now.
+    pub(super) fn pass(&self) -> f64 {
+        let part = self.0.len() / rayon::current_num_threads();
         let begin = Instant::now();
-        let sum: u64 = words.par_chunks(part.max(1)).map(sum).sum();
-        assert_eq!(sum, words.len() as u64);
+        let total: u64 = self.0.par_chunks(part.max(1)).map(sum).sum();
+        assert_eq!(total, self.0.len() as u64);
         BANDWIDTH_BYTES as f64 / begin.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
+    }
 }
 
 simd! {
@@ -260,71 +357,76 @@ simd! {
 }
 
 impl Args {
-    fn query_heads(&self) -> u32 {
-        self.query_heads.unwrap_or(4 * self.kv_heads)
-    }
-
-    /// A lookup reads no payload, so blocks with one key have as few tokens as a block may have.
-    fn spec(&self, keys_per_block: u32) -> CollectionSpec {
-        CollectionSpec {
-            name: "bench".into(),
-            shape: ModelShape {
-                layers: if keys_per_block == 1 { 8 } else { 1 },
-                query_heads: self.query_heads(),
-                kv_heads: self.kv_heads,
-                head_dim: self.head_dim,
-                block_tokens: keys_per_block.max(2),
-                rope: Rope::from_base(500_000.0, self.head_dim as usize / 2 * 2),
-                softmax_scale: (self.head_dim as f32).powf(-0.5),
-            },
-            key_rule: if keys_per_block == 1 { KeyRule::Landmark } else { KeyRule::Tokens },
-            payload_dtype: DType::Int8,
-            key_dtype: self.keys,
-            model_digest: Sha256Digest([0; 32]),
-            tokenizer_digest: Sha256Digest([0; 32]),
-            model_name: "random".into(),
+    fn case(&self) -> Result<Case, CliError> {
+        if let Some(path) = &self.captured {
+            return Case::captured(path, self.query_tokens);
         }
-    }
-
-    fn request(
-        &self,
-        collection: CollectionId,
-        document: &DocumentInfo,
-        layer: u32,
-        rng: &mut impl Rng,
-    ) -> LookupRequest {
-        let numbers = self.query_tokens * self.query_heads() * self.head_dim;
-        LookupRequest {
-            collection,
-            layer,
-            queries: (0..numbers).map(|_| rng.random_range(-9.0..9.0)).collect(),
-            distances: (0..self.query_tokens).collect(),
-            scope: vec![BlockRange { document: document.id, blocks: 0..document.blocks }],
-            top_k: self.top_k,
-            block_score: BlockScore::LogSumExp,
-            granularity: Granularity::KvGroup,
-        }
+        let of_shape = self.shape.sizes();
+        let sizes = Sizes {
+            blocks: self.blocks.unwrap_or(of_shape.blocks),
+            kv_heads: self.kv_heads.unwrap_or(of_shape.kv_heads),
+            query_heads: self.query_heads.unwrap_or(of_shape.query_heads),
+            head_dim: self.head_dim.unwrap_or(of_shape.head_dim),
+            keys_per_block: self.keys_per_block.unwrap_or(of_shape.keys_per_block),
+        };
+        Ok(Case::random(format!("{}, random", word_of(self.shape)), sizes, self.query_tokens, self.seed))
     }
 }
 
 impl Report for LookupReport {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}; seed {}, {} threads, {}", self.shape, self.seed, self.threads, self.instructions)?;
-        writeln!(to, "read bandwidth {}/s\n", size(self.read_bandwidth_bytes_per_s as u64))?;
-        let mut rows = table(["PATH", "M>", "KEYS", "T>", "SCANNED>", "P50>", "P99>", "SCANNED/S>", "OF BANDWIDTH>"]);
+        writeln!(to, "T = {}, one choice per {}, {}\n", self.query_tokens, self.granularity, self.block_score)?;
+        let mut rows = table([
+            "",
+            "KEYS",
+            "ENGINE",
+            "WAY",
+            "SCANNED>",
+            "P50>",
+            "P99>",
+            "SCANNED/S>",
+            "MEMORY>",
+            "SHARE>",
+            "RECALL>",
+        ]);
         for result in &self.results {
             rows.add_row([
-                result.path.to_string(),
-                result.keys_per_block.to_string(),
+                result.what.to_string(),
                 result.key_dtype.clone(),
-                result.query_tokens.to_string(),
+                result.engine.clone(),
+                result.way.clone(),
                 size(result.scanned_bytes),
                 format!("{:.0} us", result.p50_us),
                 format!("{:.0} us", result.p99_us),
                 format!("{}/s", size(result.scanned_bytes_per_s as u64)),
+                format!("{}/s", size(result.read_bandwidth_bytes_per_s as u64)),
                 format!("{:.0} %", 100.0 * result.bandwidth_share),
+                format!("{:.4}", result.recall),
             ]);
         }
+        write_table(to, &rows)?;
+        if self.peers.is_empty() {
+            return Ok(());
+        }
+        let mut rows = table(["PEER", "SETTING", "THREADS>", "P50>", "P99>", "RECALL>", "TIMES OURS>"]);
+        let ours = self.results.iter().filter(|result| result.what == "lookup" && result.way == "in-process");
+        let fastest = ours.map(|result| result.p50_us).fold(f64::INFINITY, f64::min);
+        for peer in &self.peers {
+            match &peer.skipped {
+                Some(why) => rows.add_row([peer.peer.clone(), why.clone()]),
+                None => rows.add_row([
+                    format!("{} {}", peer.peer, peer.version),
+                    peer.setting.clone(),
+                    peer.threads.to_string(),
+                    format!("{:.0} us", peer.p50_us),
+                    format!("{:.0} us", peer.p99_us),
+                    format!("{:.4}", peer.recall),
+                    format!("{:.1}", peer.p50_us / fastest),
+                ]),
+            };
+        }
+        writeln!(to)?;
         write_table(to, &rows)
     }
 }

@@ -1,7 +1,10 @@
 //! `landmarkdb bench`: how fast is it here?
 
+mod case;
 mod decode;
 mod lookup;
+mod peers;
+mod serving;
 
 use crate::cli::Context;
 use crate::cli::error::CliError;
@@ -18,6 +21,11 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
         Command::Lookup(args) => lookup::run(args, context),
         Command::Decode(args) => decode::run(args, context),
     }
+}
+
+/// What people type for a value.
+fn word_of(value: impl clap::ValueEnum) -> String {
+    value.to_possible_value().map(|word| word.get_name().to_string()).unwrap_or_default()
 }
 
 /// The value below which a share of the sorted times lies.
