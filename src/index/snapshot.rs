@@ -20,7 +20,7 @@ pub(super) const PANEL: usize = 64;
 pub(super) const QUAD: usize = 4;
 
 /// Steps from zero to the largest number of a query that meets int8 keys, at least.
-const QUERY_STEPS: f32 = 127.0 * 512.0;
+const QUERY_STEPS: f32 = 127.0 * 508.0;
 
 /// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
 /// tiles of about this size anyway.
@@ -68,9 +68,16 @@ enum Numbers {
     Int8 { numbers: Vec<i8>, scales: Vec<f32> },
     /// `halves` is `(L * Hkv, keys, D)`. `numbers` and `scales` are as above, of keys divided by `channels (L * Hkv, D)`: a few
     /// channels of keys are large, and would make the steps of all others coarse. `errors` `(L * Hkv, blocks)` is how far
-    /// the score of any of a block's keys may be off for a query that, times the channels, has length 1. All but `halves`
-    /// come with [`Chunk::compress`].
-    Compressed { numbers: Vec<i8>, scales: Vec<f32>, channels: Vec<f32>, halves: Vec<f16>, errors: Vec<f32> },
+    /// the score of any of a block's keys may be off for a query that, times the channels, has length 1, and
+    /// `largest_errors (L * Hkv)` the largest of them. All but `halves` come with [`Chunk::compress`].
+    Compressed {
+        numbers: Vec<i8>,
+        scales: Vec<f32>,
+        channels: Vec<f32>,
+        halves: Vec<f16>,
+        errors: Vec<f32>,
+        largest_errors: Vec<f32>,
+    },
 }
 
 /// Some panels of one layer and KV head.
@@ -130,6 +137,7 @@ impl Chunk {
                 channels: vec![1.0; layout.pieces() * layout.head_dim],
                 halves: vec![f16::ZERO; layout.pieces() * blocks * layout.keys_per_block * layout.head_dim],
                 errors: vec![0.0; layout.pieces() * blocks],
+                largest_errors: vec![0.0; layout.pieces()],
             },
             DType::Int8 => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
             _ => Numbers::F16(vec![f16::ZERO; count]),
@@ -169,7 +177,10 @@ impl Chunk {
     fn compress(&mut self) {
         let KeyLayout { head_dim: dim, keys_per_block: count, .. } = self.layout;
         let first_lane = self.lane(0, 0);
-        let Numbers::Compressed { numbers, scales, channels, halves, errors } = &mut self.numbers else { return };
+        let Numbers::Compressed { numbers, scales, channels, halves, errors, largest_errors } = &mut self.numbers
+        else {
+            return;
+        };
         let pieces = halves.chunks_exact(self.blocks * count * dim).zip(channels.chunks_exact_mut(dim)).enumerate();
         let mut compressed = vec![0; dim];
         for (piece, (halves, channels)) in pieces {
@@ -180,6 +191,7 @@ impl Chunk {
                 scales[piece * lane.piece_keys + key] = scale;
                 let of_block = &mut errors[piece * self.blocks + key / count];
                 *of_block = numeric::larger(*of_block, error);
+                largest_errors[piece] = numeric::larger(largest_errors[piece], error);
                 lane.scatter(&compressed, numbers);
             }
         }
@@ -223,7 +235,8 @@ impl Chunk {
 
     /// The largest of them.
     pub(super) fn largest_error(&self, piece: usize) -> f32 {
-        numeric::max(self.errors(piece, 0..self.blocks))
+        let Numbers::Compressed { largest_errors, .. } = &self.numbers else { return 0.0 };
+        largest_errors[piece]
     }
 
     /// Some panels of one piece.
@@ -253,12 +266,13 @@ impl Chunk {
         let bytes = match &self.numbers {
             Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
             Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
-            Numbers::Compressed { numbers, scales, channels, halves, errors } => {
+            Numbers::Compressed { numbers, scales, channels, halves, errors, largest_errors } => {
                 size_of_val(numbers.as_slice())
                     + size_of_val(scales.as_slice())
                     + size_of_val(channels.as_slice())
                     + size_of_val(halves.as_slice())
                     + size_of_val(errors.as_slice())
+                    + size_of_val(largest_errors.as_slice())
             }
         };
         bytes as u64

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -74,6 +75,17 @@ pub(super) struct Case {
     pub(super) asked: Vec<Asked>,
 }
 
+/// What is right for one query head.
+pub(super) struct Truth {
+    /// `(k)`
+    pub(super) blocks: Vec<u32>,
+    /// Those, and the ones that single precision cannot tell from the last of them.
+    pub(super) as_good: Vec<u32>,
+}
+
+/// Part of a score that is rounding: sums of some dozens of products in single precision.
+const TIE: f64 = 1e-6;
+
 /// One lookup.
 pub(super) struct Asked {
     pub(super) layer: usize,
@@ -84,14 +96,14 @@ pub(super) struct Asked {
 }
 
 impl Case {
-    /// Random numbers: `q . k` has a standard deviation of 3, much as in a model.
+    /// Random numbers: `q . k` has a standard deviation of 3, much as in a model, and keys are f16 as in a model's cache.
     pub(super) fn random(name: String, sizes: Sizes, query_tokens: usize, seed: u64) -> Self {
         let Sizes { blocks, kv_heads, query_heads, head_dim, keys_per_block } = sizes;
         let layer_numbers = kv_heads * blocks * keys_per_block * head_dim;
         let layers = if layer_numbers * 4 > LARGE_LAYER_BYTES { 1 } else { LAYERS };
         let keys = (0..layers).into_par_iter().map(|layer| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed + 1 + layer as u64);
-            (0..layer_numbers).map(|_| rng.random_range(-1.0..1.0)).collect()
+            (0..layer_numbers).map(|_| f16::from_f32(rng.random_range(-1.0..1.0)).to_f32()).collect()
         });
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let asked = |index: usize| Asked {
@@ -243,14 +255,14 @@ impl Case {
         queries
     }
 
-    /// The best blocks `(T, Hq, k)` of the `index`-th lookup by their best key, each row ascending: plain loops in double
+    /// The best blocks of every query head `(T, Hq)` of the `index`-th lookup by their best key: plain loops in double
     /// precision over the keys as they were before they were stored.
-    pub(super) fn truth(&self, index: usize, top_k: u32) -> Vec<u32> {
+    pub(super) fn truth(&self, index: usize, top_k: u32) -> Vec<Truth> {
         let [query_heads, kv_heads, dim] =
             [self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim].map(|n| n as usize);
         let (keys, m) = (&self.keys[self.asked[index].layer], self.keys_per_block());
         let queries = self.turned(index, top_k);
-        let best = queries.par_chunks_exact(dim).enumerate().flat_map_iter(|(row, query)| {
+        let best = queries.par_chunks_exact(dim).enumerate().map(|(row, query)| {
             let head = row % query_heads / (query_heads / kv_heads);
             let of_head = &keys[head * self.blocks * m * dim..][..self.blocks * m * dim];
             let mut scores: Vec<(f64, u32)> = of_head
@@ -262,9 +274,11 @@ impl Case {
                 })
                 .collect();
             scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            let mut blocks: Vec<u32> = scores.iter().take(top_k as usize).map(|(_, block)| *block).collect();
-            blocks.sort_unstable();
-            blocks
+            let best = &scores[..scores.len().min(top_k as usize)];
+            let least = best.last().map_or(0.0, |(score, _)| *score);
+            let tie = least - least.abs() * TIE;
+            let as_good = scores.iter().take_while(|(score, _)| *score >= tie).map(|(_, block)| *block).collect();
+            Truth { blocks: best.iter().map(|(_, block)| *block).collect(), as_good }
         });
         best.collect()
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::case::{Asking, Case, ShapeName, Sizes};
+use super::case::{Asking, Case, ShapeName, Sizes, Truth};
 use super::peers::{self, PeerResult};
 use super::serving::over_network;
 use crate::api::{AttendRequest, BlockMemory, DocumentInfo};
@@ -169,7 +169,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         granularity: args.granularity.unwrap_or(if alone { Granularity::KvGroup } else { Granularity::TokenHead }),
     };
     context.output.say("finding the right answers in double precision");
-    let truth: Vec<Vec<u32>> = (0..case.asked.len()).map(|index| case.truth(index, args.top_k)).collect();
+    let truth: Vec<Vec<Truth>> = (0..case.asked.len()).map(|index| case.truth(index, args.top_k)).collect();
     let mut bench =
         Bench { args, case: &case, truth: &truth, asking, bandwidth: Bandwidth::new(), results: Vec::new() };
     for &dtype in &args.keys {
@@ -212,7 +212,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
 struct Bench<'a> {
     args: &'a Args,
     case: &'a Case,
-    truth: &'a [Vec<u32>],
+    truth: &'a [Vec<Truth>],
     asking: Asking,
     bandwidth: Bandwidth,
     results: Vec<LookupResult>,
@@ -248,8 +248,8 @@ impl Bench<'_> {
         for (index, truth) in self.truth.iter().enumerate() {
             let hits = memory.lookup(&self.case.request(document, index, as_peers))?;
             let k = hits.k as usize;
-            for (hits, truth) in hits.blocks.chunks_exact(k).zip(truth.chunks_exact(k)) {
-                found += hits.iter().filter(|hit| truth.contains(&hit.index)).count();
+            for (hits, truth) in hits.blocks.chunks_exact(k).zip(truth) {
+                found += hits.iter().filter(|hit| truth.as_good.contains(&hit.index)).count();
                 wanted += k;
             }
         }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::case::Case;
+use super::case::{Case, Truth};
 use crate::cli::error::CliError;
 
 const LOOKUP: &str = include_str!("../../../benches/peers/lookup.py");
@@ -64,7 +64,7 @@ pub(super) struct Effort<'a> {
 }
 
 /// Writes the case for the script, runs it, and takes what it prints.
-pub(super) fn lookup(case: &Case, truth: &[Vec<u32>], effort: &Effort<'_>) -> Result<Vec<PeerResult>, CliError> {
+pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> Result<Vec<PeerResult>, CliError> {
     let io = |what| move |source| CliError::Io { what, source };
     let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
     let shape = &case.shape;
@@ -92,7 +92,10 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<u32>], effort: &Effort<'_>) -> Re
             let turned: Vec<Vec<f32>> = (0..truth.len()).map(|index| case.turned(index, effort.top_k)).collect();
             write(&path("queries.f32"), turned.iter().map(|queries| bytemuck::cast_slice(queries)))
         })
-        .and_then(|()| write(&path("truth.i32"), truth.iter().map(|blocks| bytemuck::cast_slice(blocks))));
+        .and_then(|()| {
+            let blocks = truth.iter().flatten().map(|truth| bytemuck::cast_slice(&truth.blocks));
+            write(&path("truth.i32"), blocks)
+        });
     written.map_err(io("a case for the peers"))?;
     run(effort.python, &path("lookup.py"), folder.path())
 }

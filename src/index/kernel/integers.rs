@@ -1,15 +1,16 @@
 //! Queries as integers, for int8 keys: one instruction multiplies and sums four dimensions of sixteen keys.
 //!
-//! A query row is `scale * (high + low / 256)` with two signed bytes per number, so that it keeps 15 bits: what is lost is far
+//! A query row is `scale * (high + low / 254)` with two signed bytes per number, so that it keeps 15 bits: what is lost is far
 //! below what the keys lost when they became int8.
 
 use crate::index::snapshot::QUAD;
+use crate::numeric::{self, simd};
 
 /// What the instruction adds to keys, which it takes unsigned.
 pub(super) const KEY_OFFSET: i32 = 128;
 
-/// Steps of `low` in one of `high`.
-pub(super) const LOW_STEPS: f32 = 256.0;
+/// Steps of `low` in one of `high`: half of them fit a byte in either direction.
+pub(super) const LOW_STEPS: f32 = 254.0;
 
 /// Some query rows.
 #[derive(Clone, Debug, Default)]
@@ -37,31 +38,49 @@ pub(super) fn available() -> bool {
     false
 }
 
-/// To the nearest whole number, up to 2^22: without the instruction for it a call per number.
-fn round(number: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23
-    number + SHIFT - SHIFT
+simd! {
+    /// Splits numbers, in steps of `1 / inverse`, into two bytes each.
+    fn split(numbers: &[f32], inverse: f32, high: &mut [i8], low: &mut [i8]) {
+        // Added to a number, it leaves the nearest whole one in the lowest bits.
+        const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+        for ((number, high), low) in numbers.iter().zip(high).zip(low) {
+            let steps = number * inverse;
+            let shifted = steps + ROUND;
+            *high = shifted.to_bits() as i8;
+            *low = ((steps - (shifted - ROUND)) * LOW_STEPS + ROUND).to_bits() as i8;
+        }
+    }
+}
+
+simd! {
+    /// The largest size of a number.
+    fn largest(numbers: &[f32]) -> f32 {
+        numbers.iter().fold(0.0, |top, number| numeric::larger(top, number.abs()))
+    }
+}
+
+simd! {
+    fn sum(bytes: &[i8]) -> i32 {
+        bytes.iter().map(|&byte| byte as i32).sum()
+    }
 }
 
 impl Integers {
     /// `queries` is `(rows, D)`.
     pub(super) fn new(queries: &[f32], dim: usize) -> Integers {
         let count = queries.len() / dim;
-        let mut quads = vec![[[0; QUAD]; 2]; dim.div_ceil(QUAD) * count];
+        let padded = dim.next_multiple_of(QUAD);
+        let mut quads = vec![[[0; QUAD]; 2]; padded / QUAD * count];
+        let (mut high, mut low) = (vec![0; padded], vec![0; padded]);
         let rows = queries.chunks_exact(dim).enumerate().map(|(row, numbers)| {
-            let scale = numbers.iter().fold(0f32, |top, number| top.max(number.abs())) / i8::MAX as f32;
-            let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
-            let mut sums = [0; 2];
-            for (d, number) in numbers.iter().enumerate() {
-                let steps = number * inverse;
-                let high = round(steps);
-                let parts = [high as i8, round((steps - high) * LOW_STEPS) as i8];
-                for (part, (byte, sum)) in parts.into_iter().zip(&mut sums).enumerate() {
-                    quads[d / QUAD * count + row][part][d % QUAD] = byte;
-                    *sum += byte as i32;
-                }
+            let scale = largest(numbers) / i8::MAX as f32;
+            let inverse = if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 };
+            split(numbers, inverse, &mut high, &mut low);
+            let parts = high.as_chunks().0.iter().zip(low.as_chunks().0);
+            for (quad, (&high, &low)) in quads[row..].iter_mut().step_by(count).zip(parts) {
+                *quad = [high, low];
             }
-            Row { scale, sums }
+            Row { scale, sums: [sum(&high), sum(&low)] }
         });
         let rows = rows.collect();
         Integers { quads, rows }

@@ -250,8 +250,8 @@ mod tests {
                 let mut scores = vec![f32::NAN; rows * 2 * PANEL];
                 let panels = Panels::Int8 { numbers: &bytes, scales: &scales };
                 Rows::new(Form::Integers, &queries, dim).score(panels, &[], &mut scores);
-                // A query's number is off by at most 1 / 65,024 of the row's largest.
-                check("integers", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 2.54 / 65_024.0);
+                // A query's number is off by at most 1 / 64,516 of the row's largest.
+                check("integers", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 2.54 / 64_516.0);
             }
         }
     }
