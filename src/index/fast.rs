@@ -394,19 +394,28 @@ simd! {
 simd! {
     /// The log-sum-exp of every `count` numbers.
     fn log_sum_exps(numbers: &[f32], count: usize, into: &mut [f32]) {
-        for (result, numbers) in into.iter_mut().zip(numbers.chunks_exact(count)) {
-            let top = largest(numbers);
-            let mut sums = [0f32; LANES];
-            let (parts, rest) = numbers.as_chunks::<LANES>();
-            for part in parts {
-                for lane in 0..LANES {
-                    sums[lane] += exp::<FMA>(part[lane] - top);
+        /// Results whose logarithms are taken together: one alone waits for every step of its polynomial.
+        const TOGETHER: usize = 64;
+        for (results, numbers) in into.chunks_mut(TOGETHER).zip(numbers.chunks(TOGETHER * count)) {
+            let (mut tops, mut totals) = ([0f32; TOGETHER], [1f32; TOGETHER]);
+            for ((top, total), numbers) in tops.iter_mut().zip(&mut totals).zip(numbers.chunks_exact(count)) {
+                *top = largest(numbers);
+                let mut sums = [0f32; LANES];
+                let (parts, rest) = numbers.as_chunks::<LANES>();
+                for part in parts {
+                    for lane in 0..LANES {
+                        sums[lane] += exp::<FMA>(part[lane] - *top);
+                    }
                 }
+                for (sum, &number) in sums.iter_mut().zip(rest) {
+                    *sum += exp::<FMA>(number - *top);
+                }
+                *total = numeric::fold(sums, |a, b| a + b);
             }
-            for (sum, &number) in sums.iter_mut().zip(rest) {
-                *sum += exp::<FMA>(number - top);
+            for (top, total) in tops.iter_mut().zip(totals) {
+                *top += numeric::ln::<FMA>(total);
             }
-            *result = top + numeric::ln::<FMA>(numeric::fold(sums, |a, b| a + b));
+            results.copy_from_slice(&tops[..results.len()]);
         }
     }
 }
