@@ -44,6 +44,13 @@ impl Store {
         })
     }
 
+    /// The segment file that holds a piece, by name, and where its bytes begin: for comparisons with other ways to read.
+    pub fn place_of_piece(&self, block: BlockId, piece: usize) -> Result<(String, u64), StoreError> {
+        let locator = self.locate(block)?;
+        let (begin, _) = locator.parts.span(Part::Piece(piece as u32));
+        Ok((super::segment::file_name(locator.segment), locator.offset + begin))
+    }
+
     /// Replaces `into` by all L * Hkv pieces, one behind the other, read with a single positioned read and checked.
     pub fn read_pieces(&self, block: BlockId, into: &mut Vec<u8>) -> Result<(), StoreError> {
         self.with_block(block, |file, locator| {
@@ -119,7 +126,6 @@ fn read_part(
     into: &mut Vec<u8>,
 ) -> Result<(), StoreError> {
     let (begin, len) = locator.parts.span(part);
-    into.clear();
     into.resize(len + CRC_BYTES, 0);
     read_exact(file, locator.offset + begin, block, into)?;
     checked_part(block, part, into).ok_or_else(|| mismatch(block, part))?;

@@ -68,13 +68,17 @@ impl SegmentFolder {
     }
 
     fn file(&self, id: SegmentId) -> PathBuf {
-        self.path.join(format!("{:010}.seg", id.0))
+        self.path.join(file_name(id))
     }
 
     /// A name in a folder is durable only once the folder is.
     fn sync(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
     }
+}
+
+pub(super) fn file_name(id: SegmentId) -> String {
+    format!("{:010}.seg", id.0)
 }
 
 impl Segments for SegmentFolder {

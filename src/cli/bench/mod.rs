@@ -3,6 +3,7 @@
 mod case;
 mod decode;
 mod lookup;
+mod payload;
 mod peers;
 mod serving;
 
@@ -14,12 +15,14 @@ use crate::cli::error::CliError;
 pub(super) enum Command {
     Lookup(lookup::Args),
     Decode(decode::Args),
+    Payload(payload::Args),
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
     match command {
         Command::Lookup(args) => lookup::run(args, context),
         Command::Decode(args) => decode::run(args, context),
+        Command::Payload(args) => payload::run(args, context),
     }
 }
 

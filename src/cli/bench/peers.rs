@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::case::{Case, Truth};
 use crate::cli::error::CliError;
 
+const PAYLOAD: &str = include_str!("../../../benches/peers/payload.py");
 const LOOKUP: &str = include_str!("../../../benches/peers/lookup.py");
 
 /// Recall that approximate peers are set to reach.
@@ -31,6 +32,17 @@ struct CaseJson<'a> {
     recall: f64,
     seconds: f64,
     peers: &'a [String],
+}
+
+/// As [`CaseJson`], for pieces of payload.
+#[derive(Serialize)]
+pub(super) struct PayloadCase<'a> {
+    pub(super) piece_bytes: usize,
+    pub(super) pieces: usize,
+    pub(super) batch: usize,
+    pub(super) batches: usize,
+    pub(super) seconds: f64,
+    pub(super) peers: &'a [String],
 }
 
 /// What a script says of one peer in one setting.
@@ -98,6 +110,25 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> 
         });
     written.map_err(io("a case for the peers"))?;
     run(effort.python, &path("lookup.py"), folder.path())
+}
+
+/// The same for pieces of payload, given one behind the other, and the order in which batches read them.
+pub(super) fn payload(
+    case: &PayloadCase<'_>,
+    pieces: &[u8],
+    order: &[i32],
+    python: &str,
+) -> Result<Vec<PeerResult>, CliError> {
+    let io = |what| move |source| CliError::Io { what, source };
+    let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
+    let text = serde_json::to_vec(case).map_err(|error| io("a case for the peers")(error.into()))?;
+    let path = |name: &str| folder.path().join(name);
+    let written = std::fs::write(path("case.json"), text)
+        .and_then(|()| std::fs::write(path("payload.py"), PAYLOAD))
+        .and_then(|()| std::fs::write(path("pieces.bin"), pieces))
+        .and_then(|()| write(&path("order.i32"), order.iter().map(std::slice::from_ref).map(bytemuck::cast_slice)));
+    written.map_err(io("a case for the peers"))?;
+    run(python, &path("payload.py"), folder.path())
 }
 
 fn write<'a>(path: &Path, parts: impl Iterator<Item = &'a [u8]>) -> std::io::Result<()> {
