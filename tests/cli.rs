@@ -5,6 +5,8 @@ mod sandbox;
 #[path = "cli/train.rs"]
 mod train;
 
+use std::os::unix::fs::PermissionsExt;
+
 use sandbox::{Sandbox, Service};
 
 #[test]
@@ -135,6 +137,42 @@ fn a_collection_says_which_engine_answers() {
     let error = run(&["index", "tune"]).exits(3).stderr;
     assert!(error.contains("with a full block"), "{error}");
     assert_eq!(engine(), tuned["engine"], "a measurement that fails changes nothing");
+}
+
+#[test]
+fn lookups_are_measured_by_every_way_and_found_right() {
+    let sandbox = Sandbox::new();
+    let sizes = "--blocks 40 --head-dim 8 --kv-heads 2 --query-heads 4 --keys-per-block 3 --lookups 3".split(' ');
+    let ways = ["--ways", "tcp,unix", "--attend", "--json"];
+    let typed: Vec<&str> = ["bench", "lookup"].into_iter().chain(sizes).chain(ways).collect();
+    let measured = sandbox.run(&typed).exits(0).json();
+    let results = measured["results"].as_array().unwrap();
+    // f16 with both engines and int8, in process and two ways more, lookups and attends.
+    assert_eq!(results.len(), 3 * 3 * 2);
+    for result in results {
+        let recall = result["recall"].as_f64().unwrap();
+        assert!(recall == 1.0 || (recall > 0.9 && result["key_dtype"] == "int8"), "{result}");
+        assert!(result["p99_us"].as_f64() >= result["p50_us"].as_f64(), "{result}");
+    }
+
+    sandbox.write_file("peer", "#!/bin/sh\necho '{\"peer\": \"other\", \"skipped\": \"not here\"}'\n");
+    let peer = sandbox.path("peer");
+    std::fs::set_permissions(&peer, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let with_peer = [&typed[..], &["--peers", "other", "--python", peer.to_str().unwrap()]].concat();
+    assert_eq!(sandbox.run(&with_peer).exits(0).json()["peers"][0]["skipped"], "not here");
+    let error = sandbox.run(&[&typed[..], &["--peers", "other", "--python", "./absent"]].concat()).exits(1).stderr;
+    assert!(error.contains("--python"), "{error}");
+    let error = sandbox.run(&["bench", "lookup", "--captured", "peer"]).exits(1).stderr;
+    assert!(error.contains("landmarkdb capture"), "{error}");
+}
+
+#[test]
+fn payload_reads_are_measured() {
+    let sandbox = Sandbox::new();
+    let typed = "bench payload --blocks 4 --block-tokens 4 --head-dim 8 --batch 5 --batches 3 --json".split(' ');
+    let measured = sandbox.run(&typed.collect::<Vec<_>>()).exits(0).json();
+    assert_eq!(measured["results"].as_array().map(Vec::len), Some(8));
+    assert_eq!(measured["piece_bytes"], 4 * 8 * 2 * 2);
 }
 
 #[test]

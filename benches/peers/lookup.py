@@ -90,7 +90,7 @@ class Case:
             return np.ascontiguousarray(rows).reshape(case["queries"], kv_heads, -1, width)
 
         self.queries = by_kv_head("queries.f32", "<f4", head_dim)
-        self.truth = by_kv_head("truth.i32", "<i4", self.top_k)
+        self.truth = by_kv_head("truth.i32", "<i4", case["truth_width"])
 
 
 class Engine(Protocol):
@@ -270,7 +270,10 @@ class Bench:
         return (time.perf_counter_ns() - started) / 1000, answers
 
     def recall(self, answers: dict[int, list[Any]]) -> float:
-        """Share of the right blocks that were found: the first top_k blocks in the order of their best keys."""
+        """Share of the right blocks that were found: the first top_k blocks in the order of their best keys.
+
+        Blocks that tie with the last right one are as right; -1 fills the rows up and is no block.
+        """
         right = asked = 0
         for query, answer in answers.items():
             for head, truth in zip(answer, self.case.truth[query]):

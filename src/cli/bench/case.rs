@@ -75,11 +75,8 @@ pub(super) struct Case {
     pub(super) asked: Vec<Asked>,
 }
 
-/// What is right for one query head.
+/// What is right for one query head: its k best blocks, and those that single precision cannot tell from the last of them.
 pub(super) struct Truth {
-    /// `(k)`
-    pub(super) blocks: Vec<u32>,
-    /// Those, and the ones that single precision cannot tell from the last of them.
     pub(super) as_good: Vec<u32>,
 }
 
@@ -274,11 +271,9 @@ impl Case {
                 })
                 .collect();
             scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            let best = &scores[..scores.len().min(top_k as usize)];
-            let least = best.last().map_or(0.0, |(score, _)| *score);
+            let least = scores.iter().take(top_k as usize).last().map_or(0.0, |(score, _)| *score);
             let tie = least - least.abs() * TIE;
-            let as_good = scores.iter().take_while(|(score, _)| *score >= tie).map(|(_, block)| *block).collect();
-            Truth { blocks: best.iter().map(|(_, block)| *block).collect(), as_good }
+            Truth { as_good: scores.iter().take_while(|(score, _)| *score >= tie).map(|(_, block)| *block).collect() }
         });
         best.collect()
     }

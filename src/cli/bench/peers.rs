@@ -29,6 +29,7 @@ struct CaseJson<'a> {
     top_k: u32,
     lookups: usize,
     queries: usize,
+    truth_width: usize,
     recall: f64,
     seconds: f64,
     peers: &'a [String],
@@ -80,6 +81,7 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> 
     let io = |what| move |source| CliError::Io { what, source };
     let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
     let shape = &case.shape;
+    let truth_width = truth.iter().flatten().map(|truth| truth.as_good.len()).max().unwrap_or(0);
     let json = CaseJson {
         layers: case.keys.len(),
         kv_heads: shape.kv_heads,
@@ -91,6 +93,7 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> 
         top_k: effort.top_k,
         lookups: effort.lookups,
         queries: truth.len(),
+        truth_width,
         recall: RECALL,
         seconds: effort.seconds,
         peers: effort.peers,
@@ -105,8 +108,12 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> 
             write(&path("queries.f32"), turned.iter().map(|queries| bytemuck::cast_slice(queries)))
         })
         .and_then(|()| {
-            let blocks = truth.iter().flatten().map(|truth| bytemuck::cast_slice(&truth.blocks));
-            write(&path("truth.i32"), blocks)
+            let row = |truth: &Truth| {
+                let blocks = truth.as_good.iter().map(|&block| block as i32).chain(std::iter::repeat(-1));
+                blocks.take(truth_width).collect::<Vec<i32>>()
+            };
+            let rows: Vec<i32> = truth.iter().flatten().flat_map(row).collect();
+            write(&path("truth.i32"), std::iter::once(bytemuck::cast_slice(&rows)))
         });
     written.map_err(io("a case for the peers"))?;
     run(effort.python, &path("lookup.py"), folder.path())
