@@ -3,6 +3,8 @@
 //! Every piece (one layer and KV head of one block) is read and decoded once per request and meets all query rows that
 //! chose its block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::LocalMemory;
@@ -42,7 +44,7 @@ struct Partial {
 struct Attention<'a> {
     memory: &'a LocalMemory,
     prepared: &'a Prepared<'a>,
-    turns: Turns,
+    turns: Arc<Turns>,
     normalisation: Normalisation,
     /// G
     group: usize,
@@ -57,7 +59,7 @@ impl LocalMemory {
         let attention = Attention {
             memory: self,
             prepared: &prepared,
-            turns: prepared.all_turns(),
+            turns: prepared.turns(),
             normalisation: request.normalisation,
             group: shape.group(),
             dim: shape.head_dim as usize,

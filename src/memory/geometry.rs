@@ -1,6 +1,7 @@
 //! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the turns that queries need for them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::shape::{Rope, Turn};
 
@@ -46,26 +47,50 @@ impl Geometry {
     pub(super) fn reach(&self, distance: u32, slot: usize) -> i64 {
         distance as i64 + ((self.slots - slot) * self.block_tokens) as i64
     }
-
-    /// The slots in which blocks are scored.
-    pub(super) fn scored_slots(&self) -> impl Iterator<Item = usize> + use<> {
-        let (first, recent) = (self.slots - self.recent, self.recent);
-        self.older_exist().then_some(0).into_iter().chain(first..first + recent)
-    }
-
-    /// All slots.
-    pub(super) fn all_slots(&self) -> impl Iterator<Item = usize> + use<> {
-        0..self.slots
-    }
 }
 
 /// One rotation per distinct number of tokens: neighbouring queries and slots share most of them.
 pub(super) struct Turns(HashMap<i64, Turn>);
 
+/// The turns of the last requests: the layers of a model ask one after the other from the same places.
+#[derive(Default)]
+pub(super) struct LastTurns(Mutex<VecDeque<Kept>>);
+
+struct Kept {
+    distances: Vec<u32>,
+    slots: usize,
+    turns: Arc<Turns>,
+}
+
+/// Sequences that may be under way at once before their turns are made anew in every layer.
+const KEPT_MAX: usize = 8;
+
+/// Turns of one request that are worth keeping: more than a prefill chunk's are large, and soon outweighed by the work itself.
+const KEPT_TURNS_MAX: usize = 4096;
+
+impl LastTurns {
+    /// The turns for all slots, made if they are not here.
+    pub(super) fn get(&self, rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Arc<Turns> {
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |kept: &&Kept| kept.slots == geometry.slots && kept.distances == distances;
+        if let Some(kept) = lock().iter().find(same) {
+            return kept.turns.clone();
+        }
+        let turns = Arc::new(Turns::new(rope, geometry, distances));
+        if turns.0.len() <= KEPT_TURNS_MAX {
+            let mut kept = lock();
+            kept.truncate(KEPT_MAX - 1);
+            kept.push_front(Kept { distances: distances.to_vec(), slots: geometry.slots, turns: turns.clone() });
+        }
+        turns
+    }
+}
+
 impl Turns {
-    pub(super) fn new(rope: &Rope, geometry: &Geometry, distances: &[u32], slots: impl Iterator<Item = usize>) -> Self {
+    /// For all slots.
+    fn new(rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Self {
         let mut turns = HashMap::new();
-        for slot in slots {
+        for slot in 0..geometry.slots {
             for &distance in distances {
                 let tokens = geometry.reach(distance, slot);
                 turns.entry(tokens).or_insert_with(|| rope.turn(tokens));
@@ -89,7 +114,6 @@ mod tests {
     fn older_blocks_share_slot_0_and_recent_ones_lie_where_they_are() {
         let geometry = Geometry::new(10, 10, 3, 4);
         assert_eq!((geometry.k, geometry.recent, geometry.slots), (3, 3, 4));
-        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0, 1, 2, 3]);
         assert_eq!((0..3).map(|i| geometry.recent_slot(i)).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!((geometry.slot(0, 0), geometry.slot(1, 6), geometry.slot(2, 7)), (0, 1, 3));
         assert_eq!((geometry.slot(0, 7), geometry.slot(1, 8), geometry.slot(2, 9)), (1, 2, 3));
@@ -102,7 +126,6 @@ mod tests {
         let geometry = Geometry::new(3, 3, 8, 4);
         assert_eq!((geometry.k, geometry.recent, geometry.slots), (3, 3, 3));
         assert!((0..3).all(|i| geometry.slot(i, i) == i && geometry.recent_slot(i) == i));
-        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0, 1, 2]);
         assert_eq!(geometry.reach(0, 0), 12);
     }
 
@@ -113,7 +136,19 @@ mod tests {
         assert_eq!((0..5).map(|i| geometry.slot(i, i)).collect::<Vec<_>>(), [0, 1, 2, 4, 5]);
         let geometry = Geometry::new(5, 0, 2, 4);
         assert_eq!((geometry.recent, geometry.slots), (0, 3));
-        assert_eq!(geometry.scored_slots().collect::<Vec<_>>(), [0]);
         assert_eq!((geometry.slot(0, 3), geometry.slot(1, 4)), (0, 1));
+    }
+
+    #[test]
+    fn turns_are_kept_for_the_same_places_only() {
+        let (rope, last) = (Rope::from_base(100.0, 4), LastTurns::default());
+        let (near, far) = (Geometry::new(10, 10, 3, 4), Geometry::new(10, 10, 5, 4));
+        let first = last.get(&rope, &near, &[0, 1]);
+        assert!(Arc::ptr_eq(&first, &last.get(&rope, &near, &[0, 1])));
+        for other in [last.get(&rope, &near, &[1, 0]), last.get(&rope, &far, &[0, 1])] {
+            assert!(!Arc::ptr_eq(&first, &other));
+        }
+        (0..KEPT_MAX as u32).for_each(|distance| drop(last.get(&rope, &near, &[distance])));
+        assert!(!Arc::ptr_eq(&first, &last.get(&rope, &near, &[0, 1])), "the oldest went");
     }
 }

@@ -106,18 +106,9 @@ fn check_working_bytes(request: &LookupRequest, collection: &Collection, geometr
 }
 
 impl Prepared<'_> {
-    /// The turns that scoring needs.
-    pub(super) fn scoring_turns(&self) -> Turns {
-        self.turns(self.geometry.scored_slots())
-    }
-
     /// The turns that scoring and attention need.
-    pub(super) fn all_turns(&self) -> Turns {
-        self.turns(self.geometry.all_slots())
-    }
-
-    fn turns(&self, slots: impl Iterator<Item = usize>) -> Turns {
-        Turns::new(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances, slots)
+    pub(super) fn turns(&self) -> Arc<Turns> {
+        self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
     }
 
     /// Asks the index.

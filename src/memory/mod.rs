@@ -43,6 +43,7 @@ pub struct LocalMemory {
 struct Collection {
     spec: CollectionSpec,
     layout: KeyLayout,
+    turns: geometry::LastTurns,
 }
 
 /// Since the memory was opened.
@@ -101,7 +102,7 @@ impl LocalMemory {
             dtype: spec.key_dtype,
             compressed: engine == Engine::Sq8 && spec.key_dtype == DType::F16,
         };
-        let collection = Arc::new(Collection { spec, layout });
+        let collection = Arc::new(Collection { spec, layout, turns: geometry::LastTurns::default() });
         self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(id, collection.clone());
         Ok(collection)
     }
@@ -210,7 +211,7 @@ impl BlockMemory for LocalMemory {
 
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
         let prepared = self.prepare(request)?;
-        let hits = prepared.hits(prepared.search(&prepared.scoring_turns()));
+        let hits = prepared.hits(prepared.search(&prepared.turns()));
         self.counters.lookups.add(1);
         Ok(hits)
     }
