@@ -271,7 +271,7 @@ impl Case {
                 })
                 .collect();
             scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            let least = scores.iter().take(top_k as usize).last().map_or(0.0, |(score, _)| *score);
+            let least = scores[..scores.len().min(top_k as usize)].last().map_or(0.0, |(score, _)| *score);
             let tie = least - least.abs() * TIE;
             Truth { as_good: scores.iter().take_while(|(score, _)| *score >= tie).map(|(_, block)| *block).collect() }
         });

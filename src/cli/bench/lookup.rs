@@ -208,6 +208,9 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
     })
 }
 
+/// Asks the memory for the n-th time.
+type Ask<'a> = &'a dyn Fn(usize) -> Result<(), CliError>;
+
 /// One run of the benchmark.
 struct Bench<'a> {
     args: &'a Args,
@@ -275,9 +278,9 @@ impl Bench<'_> {
             let normalisation = Normalisation::Plain;
             Ok(memory.attend(&AttendRequest { lookup, normalisation }).map(drop)?)
         };
-        let both: [(&str, &dyn Fn(usize) -> Result<(), CliError>); 2] = [("lookup", &lookup), ("attend", &attend)];
+        let both: [(&str, Ask<'_>); 2] = [("lookup", &lookup), ("attend", &attend)];
         for (what, ask) in &both[..1 + self.args.attend as usize] {
-            let (times_us, read_bandwidth) = self.timed(ask)?;
+            let (times_us, read_bandwidth) = self.timed(*ask)?;
             let p50_us = percentile(&times_us, 0.5);
             let scanned_bytes_per_s = scanned_bytes as f64 / p50_us * 1e6;
             self.results.push(LookupResult {
@@ -299,7 +302,7 @@ impl Bench<'_> {
     }
 
     /// Sorted times, and the median of the bandwidths in between.
-    fn timed(&self, ask: &dyn Fn(usize) -> Result<(), CliError>) -> Result<(Vec<f64>, f64), CliError> {
+    fn timed(&self, ask: Ask<'_>) -> Result<(Vec<f64>, f64), CliError> {
         let warm_up = self.case.keys.len() * 2;
         let (mut times_us, mut bandwidths) = (Vec::with_capacity(self.args.lookups), Vec::new());
         for index in 0..warm_up + self.args.lookups.max(1) {
