@@ -91,6 +91,8 @@ impl LocalMemory {
         if let Some(collection) = self.collections.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
             return Ok(collection.clone());
         }
+        // Locked before it is read, so that nothing that was read before a change is kept after it.
+        let mut collections = self.collections.write().unwrap_or_else(PoisonError::into_inner);
         let Some(CollectionEntry { spec, engine }) = self.store.collection(id)? else {
             return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
         };
@@ -103,7 +105,7 @@ impl LocalMemory {
             compressed: engine == Engine::Sq8 && spec.key_dtype == DType::F16,
         };
         let collection = Arc::new(Collection { spec, layout, turns: geometry::LastTurns::default() });
-        self.collections.write().unwrap_or_else(PoisonError::into_inner).insert(id, collection.clone());
+        collections.insert(id, collection.clone());
         Ok(collection)
     }
 

@@ -13,7 +13,7 @@ use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
 use super::ledger::{Damage, Entry, Group, Ledger, SegmentState};
 use super::log::{Item, Scan, read_segment_header};
-use super::record::{SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::record::{FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::segment::{Handles, SegmentFile, SegmentId};
 
 /// Brings catalog and log together and finds where to write on.
@@ -41,9 +41,17 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, segment_bytes: u
     for pair in catalog::scan::<Damage>(catalog, key::DAMAGES) {
         unmovable.insert(pair?.1.segment);
     }
+    // A last segment shorter than the catalog knows lost acknowledged bytes, and one of an older format says that older
+    // builds can read it: leave both as they are.
+    let goes_on = match &tail {
+        Some((id, file, end)) => {
+            ledger.segments.get(id).is_some_and(|state| state.bytes == *end)
+                && read_segment_header(&**file)?.is_some_and(|header| header.format == FORMAT)
+        }
+        None => false,
+    };
     match tail {
-        // A last segment shorter than the catalog knows lost acknowledged bytes: leave it as it is.
-        Some((id, file, end)) if ledger.segments.get(&id).is_some_and(|state| state.bytes == end) => {
+        Some((id, file, end)) if goes_on => {
             Ok(Writer { active: id, file, end, ledger, unmovable, segment_bytes, failed: false })
         }
         _ => {
