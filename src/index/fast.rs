@@ -1,7 +1,7 @@
 //! The search that runs: every eligible key is scored, in tiles that rayon's pool shares out, without allocation per key.
 //!
 //! Two steps: scores of all blocks for every query token and head, with the log-sum-exp of each row taken while its tile is in
-//! the first-level cache; then for every row of choices the aggregate and its top-k ([`super::choose`]). Scores lie as
+//! the first-level cache; then for every row of choices the aggregate and its top-k (`choose`). Scores lie as
 //! `(Hkv, tile, T * G, blocks of the tile)`, so that each tile of each KV head is one contiguous part that one task writes.
 
 use std::ops::Range;
