@@ -137,7 +137,7 @@ pub(crate) fn ln<const FMA: bool>(x: f32) -> f32 {
     fma::<FMA>(e, LN2_HIGH, m + tail)
 }
 
-/// The largest of some accumulators, and their sum: by halves, which stays in registers.
+/// Joins accumulators at shrinking distance: for 16 of them four dependent steps, in registers, and not sixteen.
 #[inline(always)]
 pub(crate) fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = N / 2;

@@ -28,7 +28,7 @@
 //!
 //! The cost of a row is one `exp` per column and about 20 bytes moved inside the first-level cache, both ways.
 
-use crate::numeric::{exp, fma, simd};
+use crate::numeric::{exp, fma, fold, larger, simd};
 
 /// Numbers that one step of a loop takes: one AVX-512 register. The tokens of a block are few, so loops that the
 /// compiler unrolls further would spend their time in the remainder.
@@ -190,18 +190,17 @@ fn scale(gradient: &mut [f32], mean: f32, weights: &[f32]) {
 
 #[inline(always)]
 fn max(numbers: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if a > b { a } else { b };
     let (steps, rest) = numbers.as_chunks::<STEP>();
     let mut lanes = [f32::NEG_INFINITY; STEP];
     for step in steps {
         for lane in 0..STEP {
-            lanes[lane] = larger(step[lane], lanes[lane]);
+            lanes[lane] = larger(lanes[lane], step[lane]);
         }
     }
     for (lane, number) in lanes.iter_mut().zip(rest) {
-        *lane = larger(*number, *lane);
+        *lane = larger(*lane, *number);
     }
-    join(lanes, larger)
+    fold(lanes, larger)
 }
 
 #[inline(always)]
@@ -216,7 +215,7 @@ fn sum(numbers: &[f32]) -> f32 {
     for (lane, number) in lanes.iter_mut().zip(rest) {
         *lane += number;
     }
-    join(lanes, |a, b| a + b)
+    fold(lanes, |a, b| a + b)
 }
 
 #[inline(always)]
@@ -231,20 +230,7 @@ fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
         *lane = fma::<FMA>(*a, *b, *lane);
     }
-    join(lanes, |a, b| a + b)
-}
-
-/// Joins neighbours at growing distance: four dependent steps instead of sixteen.
-#[inline(always)]
-fn join(mut lanes: [f32; STEP], two: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = STEP / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] = two(lanes[lane], lanes[lane + half]);
-        }
-        half /= 2;
-    }
-    lanes[0]
+    fold(lanes, |a, b| a + b)
 }
 
 #[cfg(test)]
