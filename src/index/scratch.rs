@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 /// Numbers that a buffer may hold and still be kept: 32 MiB.
 pub(super) const KEPT_NUMBERS_MAX: usize = 8 << 20;
 
-/// Buffers kept, largest first to go: a few for every thread that searches.
-const KEPT_BUFFERS_MAX: usize = 64;
+/// Numbers of all buffers that are kept: 128 MiB, some for every thread that searches.
+const KEPT_IN_ALL_MAX: usize = 4 * KEPT_NUMBERS_MAX;
 
 /// Buffers that nobody uses now.
 static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
@@ -21,6 +21,9 @@ pub(super) struct Scratch {
 impl Scratch {
     /// So many numbers, of any value.
     pub(super) fn take(numbers: usize) -> Scratch {
+        if numbers == 0 {
+            return Scratch { buffer: Vec::new(), numbers };
+        }
         let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |buffer: &Vec<f32>| buffer.len() >= numbers;
         let smallest =
@@ -35,7 +38,8 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        if buffer.len() <= KEPT_NUMBERS_MAX && free.len() < KEPT_BUFFERS_MAX {
+        let kept: usize = free.iter().map(Vec::len).sum();
+        if !buffer.is_empty() && buffer.len() <= KEPT_NUMBERS_MAX && kept + buffer.len() <= KEPT_IN_ALL_MAX {
             free.push(buffer);
         }
     }
