@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::case::{Asking, Case, ShapeName, Sizes, Truth};
-use super::peers::{self, PeerResult};
+use super::peers::{self, PeerArgs, PeerResult};
 use super::serving::over_network;
 use crate::api::{AttendRequest, BlockMemory, DocumentInfo};
 use crate::cli::Context;
@@ -101,17 +101,8 @@ pub(in crate::cli) struct Args {
     #[arg(long, default_value_t = 200)]
     lookups: usize,
 
-    /// Other libraries to measure: faiss-flat, faiss-ivf, faiss-hnsw, usearch. They come from PyPI.
-    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
-    peers: Vec<String>,
-
-    /// Where the peers are installed.
-    #[arg(long, default_value = "python3")]
-    python: String,
-
-    /// About how long each peer may take to build, and to be measured.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
-    peer_seconds: f64,
+    #[command(flatten)]
+    others: PeerArgs,
 
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -162,7 +153,7 @@ struct LookupResult {
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let case = args.case()?;
-    let alone = args.peers.is_empty();
+    let alone = args.others.peers.is_empty();
     let asking = Asking {
         top_k: args.top_k,
         block_score: args.block_score.unwrap_or(if alone { BlockScore::LogSumExp } else { BlockScore::Max }),
@@ -177,14 +168,10 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         bench.measure(dtype)?;
     }
     let results = bench.results;
-    let effort = peers::Effort {
-        python: &args.python,
-        peers: &args.peers,
-        top_k: args.top_k,
-        lookups: args.lookups,
-        seconds: args.peer_seconds,
+    let peers = match alone {
+        true => Vec::new(),
+        false => peers::lookup(&case, &truth, (args.top_k, args.lookups), &args.others)?,
     };
-    let peers = if alone { Vec::new() } else { peers::lookup(&case, &truth, &effort)? };
     let shape = &case.shape;
     context.output.print(&LookupReport {
         shape: format!(

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::peers::{self, PeerResult};
+use super::peers::{self, PeerArgs, PeerResult};
 use crate::api::MemoryError;
 use crate::cli::Context;
 use crate::cli::bench::percentile;
@@ -56,16 +56,8 @@ pub(in crate::cli) struct Args {
     #[arg(long, default_value_t = 200)]
     batches: usize,
 
-    /// Others to measure: redis, pread-warm, pread-cold (both from Python).
-    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
-    peers: Vec<String>,
-
-    #[arg(long, default_value = "python3")]
-    python: String,
-
-    /// About how long each peer may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
-    peer_seconds: f64,
+    #[command(flatten)]
+    others: PeerArgs,
 
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -164,7 +156,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
             });
         }
     }
-    let peers = match args.peers.as_slice() {
+    let peers = match args.others.peers.as_slice() {
         [] => Vec::new(),
         names => peers::payload(
             &peers::PayloadCase {
@@ -172,12 +164,12 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
                 pieces: stored.pieces.len(),
                 batch: args.batch,
                 batches: args.batches,
-                seconds: args.peer_seconds,
+                seconds: args.others.peer_seconds,
                 peers: names,
             },
             &bytes,
             &order,
-            &args.python,
+            &args.others.python,
         )?,
     };
     context.output.print(&PayloadReport {

@@ -1,8 +1,7 @@
 //! Other libraries, measured in the same minute on the same data by the scripts in `benches/peers`.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::io::{self, Write};
 use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +14,23 @@ const LOOKUP: &str = include_str!("../../../benches/peers/lookup.py");
 
 /// Recall that approximate peers are set to reach.
 const RECALL: f64 = 0.99;
+
+/// Which others are measured, and how.
+#[derive(clap::Args, Debug)]
+pub(in crate::cli) struct PeerArgs {
+    /// Others to measure. For lookups faiss-flat, faiss-ivf, faiss-hnsw and usearch, which come from PyPI; for payload redis,
+    /// and pread-warm and pread-cold from Python.
+    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
+    pub(super) peers: Vec<String>,
+
+    /// Where the peers are installed.
+    #[arg(long, default_value = "python3")]
+    pub(super) python: String,
+
+    /// About how long each peer may take to build, and to be measured.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
+    pub(super) peer_seconds: f64,
+}
 
 /// What `case.json` says; `benches/peers/README.md` explains it.
 #[derive(Serialize)]
@@ -67,19 +83,13 @@ pub(super) struct PeerResult {
     pub(super) recall: f64,
 }
 
-/// How long and what is measured.
-pub(super) struct Effort<'a> {
-    pub(super) python: &'a str,
-    pub(super) peers: &'a [String],
-    pub(super) top_k: u32,
-    pub(super) lookups: usize,
-    pub(super) seconds: f64,
-}
-
-/// Writes the case for the script, runs it, and takes what it prints.
-pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> Result<Vec<PeerResult>, CliError> {
-    let io = |what| move |source| CliError::Io { what, source };
-    let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
+/// Measures nearest-key search on a case.
+pub(super) fn lookup(
+    case: &Case,
+    truth: &[Vec<Truth>],
+    (top_k, lookups): (u32, usize),
+    args: &PeerArgs,
+) -> Result<Vec<PeerResult>, CliError> {
     let shape = &case.shape;
     let truth_width = truth.iter().flatten().map(|truth| truth.as_good.len()).max().unwrap_or(0);
     let json = CaseJson {
@@ -90,69 +100,66 @@ pub(super) fn lookup(case: &Case, truth: &[Vec<Truth>], effort: &Effort<'_>) -> 
         blocks: case.blocks,
         keys_per_block: case.keys_per_block(),
         query_tokens: case.asked[0].distances.len(),
-        top_k: effort.top_k,
-        lookups: effort.lookups,
+        top_k,
+        lookups,
         queries: truth.len(),
         truth_width,
         recall: RECALL,
-        seconds: effort.seconds,
-        peers: effort.peers,
+        seconds: args.peer_seconds,
+        peers: &args.peers,
     };
-    let text = serde_json::to_vec(&json).map_err(|error| io("a case for the peers")(error.into()))?;
-    let path = |name: &str| folder.path().join(name);
-    let written = std::fs::write(path("case.json"), text)
-        .and_then(|()| std::fs::write(path("lookup.py"), LOOKUP))
-        .and_then(|()| write(&path("keys.f32"), case.keys.iter().map(|keys| bytemuck::cast_slice(keys))))
-        .and_then(|()| {
-            let turned: Vec<Vec<f32>> = (0..truth.len()).map(|index| case.turned(index, effort.top_k)).collect();
-            write(&path("queries.f32"), turned.iter().map(|queries| bytemuck::cast_slice(queries)))
-        })
-        .and_then(|()| {
-            let row = |truth: &Truth| {
-                let blocks = truth.as_good.iter().map(|&block| block as i32).chain(std::iter::repeat(-1));
-                blocks.take(truth_width).collect::<Vec<i32>>()
-            };
-            let rows: Vec<i32> = truth.iter().flatten().flat_map(row).collect();
-            write(&path("truth.i32"), std::iter::once(bytemuck::cast_slice(&rows)))
-        });
-    written.map_err(io("a case for the peers"))?;
-    run(effort.python, &path("lookup.py"), folder.path())
+    let keys = case.keys.iter().map(|keys| bytemuck::cast_slice(keys)).collect();
+    let turned: Vec<f32> = (0..truth.len()).flat_map(|index| case.turned(index, top_k)).collect();
+    let row = |truth: &Truth| {
+        let blocks = truth.as_good.iter().map(|&block| block as i32).chain(std::iter::repeat(-1));
+        blocks.take(truth_width).collect::<Vec<i32>>()
+    };
+    let rows: Vec<i32> = truth.iter().flatten().flat_map(row).collect();
+    let files = [
+        ("keys.f32", keys),
+        ("queries.f32", vec![bytemuck::cast_slice(&turned)]),
+        ("truth.i32", vec![bytemuck::cast_slice(&rows)]),
+    ];
+    run(&args.python, LOOKUP, &json, &files)
 }
 
-/// The same for pieces of payload, given one behind the other, and the order in which batches read them.
+/// Measures reads of pieces of payload, given one behind the other, in an order.
 pub(super) fn payload(
     case: &PayloadCase<'_>,
     pieces: &[u8],
     order: &[i32],
     python: &str,
 ) -> Result<Vec<PeerResult>, CliError> {
-    let io = |what| move |source| CliError::Io { what, source };
+    run(python, PAYLOAD, case, &[("pieces.bin", vec![pieces]), ("order.i32", vec![bytemuck::cast_slice(order)])])
+}
+
+/// Writes a case and its files, in parts, into a folder; runs a script there, and takes the JSON objects that it prints, one
+/// per line. What it says on standard error is passed on.
+fn run(
+    python: &str,
+    script: &str,
+    case: &impl Serialize,
+    files: &[(&str, Vec<&[u8]>)],
+) -> Result<Vec<PeerResult>, CliError> {
+    let io = |what: &'static str| move |source: io::Error| CliError::Io { what, source };
     let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
-    let text = serde_json::to_vec(case).map_err(|error| io("a case for the peers")(error.into()))?;
     let path = |name: &str| folder.path().join(name);
-    let written = std::fs::write(path("case.json"), text)
-        .and_then(|()| std::fs::write(path("payload.py"), PAYLOAD))
-        .and_then(|()| std::fs::write(path("pieces.bin"), pieces))
-        .and_then(|()| write(&path("order.i32"), order.iter().map(std::slice::from_ref).map(bytemuck::cast_slice)));
-    written.map_err(io("a case for the peers"))?;
-    run(python, &path("payload.py"), folder.path())
-}
+    let write = |name: &str, parts: &[&[u8]]| {
+        let mut file = File::create(path(name))?;
+        parts.iter().try_for_each(|part| file.write_all(part))
+    };
+    let text = serde_json::to_vec(case).map_err(|error| io("a case for the peers")(error.into()))?;
+    write("case.json", &[&text])
+        .and_then(|()| write("measure.py", &[script.as_bytes()]))
+        .and_then(|()| files.iter().try_for_each(|(name, parts)| write(name, parts)))
+        .map_err(io("a case for the peers"))?;
 
-fn write<'a>(path: &Path, parts: impl Iterator<Item = &'a [u8]>) -> std::io::Result<()> {
-    let mut file = BufWriter::new(File::create(path)?);
-    for part in parts {
-        file.write_all(part)?;
-    }
-    file.flush()
-}
-
-/// Runs a script, which prints one JSON object per line. What it says on standard error is passed on.
-fn run(python: &str, script: &Path, folder: &Path) -> Result<Vec<PeerResult>, CliError> {
-    let io = |source| CliError::Io { what: "running the peers (--python names the interpreter)", source };
-    let output = Command::new(python).arg(script).arg(folder).stderr(Stdio::inherit()).output().map_err(io)?;
+    let failed = io("running the peers (--python names the interpreter)");
+    let output = Command::new(python).arg(path("measure.py")).arg(folder.path()).stderr(Stdio::inherit()).output();
+    let output = output.map_err(failed)?;
     if !output.status.success() {
-        return Err(io(std::io::Error::other(format!("{python}: {}", output.status))));
+        return Err(failed(io::Error::other(format!("{python}: {}", output.status))));
     }
     let lines = output.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
-    lines.map(|line| serde_json::from_slice(line).map_err(|error| io(error.into()))).collect()
+    lines.map(|line| serde_json::from_slice(line).map_err(|error| failed(error.into()))).collect()
 }
