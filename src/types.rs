@@ -67,7 +67,8 @@ pub enum BlockScore {
     LogSumExp,
 }
 
-/// What answers lookups in a collection. Every engine chooses the blocks that the keys, as they are stored, say.
+/// What answers lookups in a collection. Every engine chooses the blocks that the keys, as they are stored, say; where heads
+/// choose together, blocks within a hundredth of each other may change places.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {

@@ -18,7 +18,7 @@ use super::settings::word;
 
 /// Choose what answers lookups in a collection.
 ///
-/// Every engine chooses the same blocks; they differ in time and memory. The choice is kept with the collection.
+/// Engines differ in time and memory; they choose the same blocks but for near ties. The choice is kept with the collection.
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Command {
     Set(SetArgs),
