@@ -127,7 +127,7 @@ fn lookups(criterion: &mut Criterion) {
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
         let keys = Arc::new(keys(shape, &mut rng));
         let queries: Vec<f32> = (0..shape.query_heads * shape.head_dim).map(|_| rng.random_range(-5.0..5.0)).collect();
-        let scope = [Scoped { blocks: 0..keys.blocks(), keys: keys.clone() }];
+        let scope = [Scoped { blocks: 0..keys.blocks(), keys: keys.clone(), indexes: None }];
         let query = |layer| Query {
             layout: keys.layout(),
             layer,

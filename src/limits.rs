@@ -40,6 +40,15 @@ pub const TOP_K_MAX: u32 = 1024;
 /// Bytes of scores that one lookup may need (rows x eligible blocks x 4): bounds its working memory.
 pub const LOOKUP_SCORES_BYTES_MAX: u64 = 4 << 30;
 
+/// Keys of one layer and KV head of a document above which FAISS indexes them: fewer are scanned in some 20 us.
+pub const INDEXED_KEYS_MIN: usize = 8192;
+
+/// Description of a FAISS index: the longest sensible ones have a few dozen characters.
+pub const FAISS_FACTORY_BYTES_MAX: usize = 128;
+
+/// Effort of a search in a FAISS index: more clusters or candidates than this are a scan.
+pub const FAISS_EFFORT_MAX: u32 = 65_536;
+
 /// Blocks of one fetch request.
 pub const FETCH_BLOCKS_MAX: usize = 4096;
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,9 +68,9 @@ pub enum BlockScore {
     LogSumExp,
 }
 
-/// What answers lookups in a collection. Every engine chooses the blocks that the keys, as they are stored, say; where heads
-/// choose together, blocks within a hundredth of each other may change places.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// What answers lookups in a collection. `Flat` and `Sq8` choose the blocks that the keys, as they are stored, say; where heads
+/// choose together, blocks within a hundredth of each other may change places. `Faiss` finds most of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
     /// Every key is scanned as it is stored.
@@ -78,6 +79,19 @@ pub enum Engine {
     /// f16 keys are scanned as int8 (scalar quantization), and blocks that could be among the best are compared as f16:
     /// half the bytes read, half as much memory again. int8 keys are scanned as they are.
     Sq8,
+    /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are compared; needs
+    /// the feature `faiss`.
+    Faiss(FaissIndex),
+}
+
+/// How FAISS indexes keys. Written as people type it: `faiss:FACTORY` or `faiss:FACTORY@EFFORT`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FaissIndex {
+    /// In the language of `faiss::index_factory`: `IVF256,Flat`, `HNSW32`, `SQ8`, `IVF256,PQ32x4fs`.
+    pub factory: String,
+    /// Clusters that a search looks into (`nprobe`), or candidates that it keeps on its way through a graph (`efSearch`),
+    /// whichever the index has.
+    pub effort: u32,
 }
 
 /// For whom one choice of blocks is made. Scores are aggregated after a softmax over the eligible blocks,
@@ -109,6 +123,45 @@ pub enum Normalisation {
     /// As plain, without the last token of each block, a landmark that only the index reads: models that were given
     /// landmark keys and are otherwise as they were. Its own query reads its block alone, so it asks for nothing.
     Hidden,
+}
+
+impl FaissIndex {
+    /// Where no effort is given.
+    pub const EFFORT: u32 = 64;
+
+    const PREFIX: &str = "faiss:";
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Engine::Flat => f.pad("flat"),
+            Engine::Sq8 => f.pad("sq8"),
+            Engine::Faiss(FaissIndex { factory, effort }) => {
+                f.pad(&format!("{}{factory}@{effort}", FaissIndex::PREFIX))
+            }
+        }
+    }
+}
+
+impl FromStr for Engine {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
+            "flat" => return Ok(Engine::Flat),
+            "sq8" => return Ok(Engine::Sq8),
+            _ => {}
+        }
+        let index = word.strip_prefix(FaissIndex::PREFIX);
+        let index =
+            index.ok_or(format!("expected flat, sq8, faiss:FACTORY or faiss:FACTORY@EFFORT, found {word:?}"))?;
+        let Some((factory, effort)) = index.split_once('@') else {
+            return Ok(Engine::Faiss(FaissIndex { factory: index.into(), effort: FaissIndex::EFFORT }));
+        };
+        let effort = effort.parse().map_err(|_| format!("expected a number behind @ in {word:?}, found {effort:?}"))?;
+        Ok(Engine::Faiss(FaissIndex { factory: factory.into(), effort }))
+    }
 }
 
 impl DType {
@@ -192,7 +245,6 @@ macro_rules! words {
 pub(crate) use words;
 
 words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
-words!(Engine, "flat" => Flat, "sq8" => Sq8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
 words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);
 words!(Granularity, "token-head" => TokenHead, "head" => Head, "token" => Token, "kv-group" => KvGroup, "shared" => Shared);

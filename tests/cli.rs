@@ -128,10 +128,14 @@ fn a_collection_says_which_engine_answers() {
     assert_eq!(run(&["index", "set", "sq8", "--json"]).exits(0).json()["engine"], "sq8");
     assert_eq!(engine(), "sq8");
     run(&["index", "set", "hnsw"]).exits(2);
+    let error = run(&["index", "set", "faiss:Flot"]).exits(1).stderr;
+    assert!(error.contains("Flot") && (cfg!(feature = "faiss") || error.contains("--features faiss")), "{error}");
+    assert_eq!(engine(), "sq8");
     sandbox.run(&["--data", "data", "--collection", "letters", "index", "set", "flat"]).exits(3);
 
     let tuned = run(&["index", "tune", "--lookups", "5", "--json"]).exits(0).json();
     assert_eq!(tuned["measured"].as_array().map(Vec::len), Some(2));
+    assert!(tuned["measured"].as_array().unwrap().iter().all(|measured| measured["recall"] == 1.0), "{tuned}");
     assert_eq!(engine(), tuned["engine"]);
     run(&["rm", "emma", "--yes"]).exits(0);
     let error = run(&["index", "tune"]).exits(3).stderr;

@@ -43,6 +43,7 @@ const LIBRARIES: &[(&[&str], &[&str])] = &[
         &["wire", "server", "client"],
     ),
     (&["cudarc"], &["cuda"]),
+    (&["faiss", "faiss_sys"], &["index"]),
     (&["protox", "tonic_prost_build"], &["build"]),
     (&["candle_core", "tokenizers"], &["attention", "model", "train", "eval"]),
     (&["hf_hub", "zip"], &["model"]),

@@ -63,7 +63,7 @@ impl CollectionReport {
             key_rule: word(spec.key_rule),
             payload_dtype: word(spec.payload_dtype),
             key_dtype: word(spec.key_dtype),
-            engine: word(info.engine),
+            engine: info.engine.to_string(),
             layers: shape.layers,
             query_heads: shape.query_heads,
             kv_heads: shape.kv_heads,

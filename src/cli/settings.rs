@@ -6,7 +6,7 @@ use crate::api::{BlockMemory, CollectionInfo, MemoryError};
 use crate::attention::{CountedFrom, Layers, Retrieval, Window};
 use crate::model::{self, LoadedModel, ModelConfig};
 use crate::shape::CollectionSpec;
-use crate::types::{BlockScore, DType, Granularity, KeyRule};
+use crate::types::{BlockScore, DType, Engine, Granularity, KeyRule};
 
 use super::Context;
 use super::error::CliError;
@@ -248,6 +248,11 @@ pub(super) fn layers(typed: &str) -> Result<Layers, String> {
 /// A value by the word that people type for it.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
     typed.parse()
+}
+
+/// For `value_parser`: FACTORY or FACTORY@EFFORT.
+pub(super) fn faiss_index(typed: &str) -> Result<Engine, String> {
+    format!("faiss:{typed}").parse()
 }
 
 #[cfg(test)]

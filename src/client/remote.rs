@@ -92,7 +92,7 @@ impl BlockMemory for RemoteMemory {
     }
 
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
-        let message = v1::SetEngineRequest { collection: collection.0, engine: v1::Engine::from(engine).into() };
+        let message = v1::SetEngineRequest::from((collection, engine));
         let send = async |request| self.admin.clone().set_engine(request).await;
         self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::Query;
 use super::fast::{STRIDE, Scores, Search, Tile, reduce};
 use super::select::Best;
 use crate::numeric::{self, exp, fma, larger, simd};
@@ -18,11 +19,11 @@ const MEMBERS_MAX: usize = 64;
 
 /// A query row whose scores a row of choices aggregates.
 #[derive(Clone, Copy)]
-struct Member {
+pub(super) struct Member {
     /// KV head.
-    head: usize,
+    pub(super) head: usize,
     /// `t * G + g`
-    row: usize,
+    pub(super) row: usize,
 }
 
 /// What choosing writes down on the way.
@@ -51,7 +52,7 @@ impl Scores {
     /// Chooses for one row.
     pub(super) fn choose(&self, search: &Search<'_>, row: usize, k: usize, rough: &mut Rough) -> Best {
         let sums = search.query.granularity == Granularity::KvGroup;
-        let choice = Choice { search, scores: self, members: search.members(row), sums };
+        let choice = Choice { search, scores: self, members: search.query.members(row, search.tokens.len()), sums };
         if !search.parallel || choice.members.len() <= MEMBERS_MAX {
             return choice.among(search.tiles, k, rough);
         }
@@ -63,19 +64,19 @@ impl Scores {
     }
 }
 
-impl Search<'_> {
-    fn members(&self, row: usize) -> Vec<Member> {
-        let query = self.query;
-        let group = query.query_heads / query.layout.kv_heads;
-        let (tokens, heads) = match query.granularity {
-            Granularity::TokenHead => (one(row / query.query_heads), one(row % query.query_heads)),
-            Granularity::Head => (0..self.tokens.len(), one(row)),
-            Granularity::Token => (one(row), 0..query.query_heads),
+impl Query<'_> {
+    /// The query rows that a row of choices among `tokens` query tokens aggregates.
+    pub(super) fn members(&self, row: usize, tokens: usize) -> Vec<Member> {
+        let group = self.query_heads / self.layout.kv_heads;
+        let (tokens, heads) = match self.granularity {
+            Granularity::TokenHead => (one(row / self.query_heads), one(row % self.query_heads)),
+            Granularity::Head => (0..tokens, one(row)),
+            Granularity::Token => (one(row), 0..self.query_heads),
             Granularity::KvGroup => {
-                let first = row % query.layout.kv_heads * group;
-                (one(row / query.layout.kv_heads), first..first + group)
+                let first = row % self.layout.kv_heads * group;
+                (one(row / self.layout.kv_heads), first..first + group)
             }
-            Granularity::Shared => (0..self.tokens.len(), 0..query.query_heads),
+            Granularity::Shared => (0..tokens, 0..self.query_heads),
         };
         let member = |token: usize, head: usize| Member { head: head / group, row: token * group + head % group };
         tokens.flat_map(|token| heads.clone().map(move |head| member(token, head))).collect()

@@ -132,7 +132,7 @@ fn tokens_at_once(query: &Query<'_>) -> usize {
 }
 
 /// Cuts the eligible blocks where the chunk, the queries or the size bound says so.
-fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
+pub(super) fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
     let (eligible, recent) = (query.eligible(), query.recent());
     let older = eligible - recent;
     let tile_blocks = query.layout.chunk_blocks();

@@ -1,22 +1,29 @@
 //! Which blocks does this query want? Landmark keys in memory, derived from the store and rebuildable from it.
 //!
-//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it. Keys lie in
-//! immutable snapshots ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows
-//! slots, documents' names or bytes on disk.
+//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it; where documents have
+//! indexes ([`DocumentIndexes`]), only the blocks that those name are compared. Keys lie in immutable snapshots
+//! ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or documents' names;
+//! the only bytes on disk are a cache of indexes.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::types::{BlockScore, Granularity};
 
+mod candidates;
 mod choose;
 pub mod exact;
+#[cfg_attr(not(feature = "faiss"), path = "faiss_absent.rs")]
+mod faiss;
 pub mod fast;
+mod indexes;
 mod kernel;
 mod scratch;
 mod select;
 mod snapshot;
 
+pub use faiss::check as check_factory;
+pub use indexes::DocumentIndexes;
 pub use snapshot::{Chunk, DocumentKeys, KeyLayout, Keys};
 
 /// Consecutive blocks of one document that may be chosen.
@@ -25,6 +32,8 @@ pub struct Scoped {
     pub keys: Arc<DocumentKeys>,
     /// Within the blocks of `keys`.
     pub blocks: Range<u32>,
+    /// Of the first blocks of `keys`, if there are any.
+    pub indexes: Option<Arc<DocumentIndexes>>,
 }
 
 /// One lookup. The eligible blocks are those of `scope`, one entry after the other; a block's *position* is its place
@@ -61,6 +70,14 @@ pub struct Found {
     pub positions: Vec<u32>,
     /// `(rows, k)`: log of the block's share in the softmax over the eligible blocks, after aggregation.
     pub scores: Vec<f32>,
+}
+
+/// Chooses the blocks of every row: the best of those that indexes name where there are any, and else the best of all.
+pub fn search(query: &Query<'_>) -> Found {
+    match query.scope.iter().any(|scoped| scoped.indexes.is_some()) {
+        true => candidates::search(query),
+        false => fast::search(query),
+    }
 }
 
 impl Query<'_> {

@@ -67,7 +67,7 @@ impl Case {
                     let size = rng.random_range(1..=room);
                     keys = keys.extended([chunk(&mut rng, layout, size)]);
                 }
-                Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32 }
+                Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32, indexes: None }
             })
             .collect();
         let numbers = self.tokens * self.query_heads * layout.head_dim;
@@ -185,7 +185,8 @@ fn equal_keys_tie_to_the_first_blocks() {
         KeyLayout { layers: 1, kv_heads: 1, head_dim: 4, keys_per_block: 1, dtype: DType::F16, compressed: false };
     let mut equal = Chunk::zeroed(layout, 100);
     (0..100).for_each(|block| equal.put(block, 0, Keys::F16(&[f16::ONE; 4])));
-    let scope = [Scoped { keys: Arc::new(DocumentKeys::empty(layout).extended([equal])), blocks: 10..100 }];
+    let scope =
+        [Scoped { keys: Arc::new(DocumentKeys::empty(layout).extended([equal])), blocks: 10..100, indexes: None }];
     let found = fast::search(&Query {
         layout,
         layer: 0,

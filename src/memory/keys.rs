@@ -1,23 +1,66 @@
 //! Which landmark keys are in memory? One snapshot per document, loaded at its first lookup and extended by appends.
 //!
 //! A snapshot holds the keys of a document's first blocks, however many. Full blocks never change, so every such
-//! prefix is right; publishing only longer ones makes it safe for loaders and writers to race.
+//! prefix is right; publishing only longer ones makes it safe for loaders and writers to race. The same holds for the indexes
+//! of a long document: they cover some first blocks, and are built again when it has grown by half.
 
 use std::collections::HashMap;
+use std::fs;
+use std::io;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rayon::prelude::*;
 
 use super::Collection;
 use crate::api::{MemoryError, Result};
-use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
+use crate::index::{Chunk, DocumentIndexes, DocumentKeys, KeyLayout, Keys};
+use crate::limits;
 use crate::store::{Store, piece};
-use crate::types::{BlockId, DocumentId};
+use crate::types::{BlockId, DocumentId, FaissIndex};
 
 /// What is kept in memory of every document that was used.
 #[derive(Default)]
 pub(super) struct Documents(RwLock<HashMap<DocumentId, Arc<DocumentState>>>);
+
+/// Where indexes are kept between runs. A cache: what is missing is built anew.
+#[derive(Default)]
+pub(super) struct IndexFolder(Option<PathBuf>);
+
+impl IndexFolder {
+    /// Inside a data directory. Indexes of documents that are gone go too.
+    pub(super) fn open(data: &Path, store: &Store) -> IndexFolder {
+        let root = data.join("indexes");
+        for entry in fs::read_dir(&root).into_iter().flatten().flatten() {
+            let document = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(DocumentId);
+            if document.is_none_or(|document| store.manifest(document).is_err()) {
+                remove(&entry.path());
+            }
+        }
+        IndexFolder(Some(root))
+    }
+
+    pub(super) fn folder(&self, document: DocumentId) -> Option<PathBuf> {
+        Some(self.0.as_ref()?.join(document.to_string()))
+    }
+
+    pub(super) fn forget(&self, document: DocumentId) {
+        if let Some(folder) = self.folder(document) {
+            remove(&folder);
+        }
+    }
+}
+
+fn remove(folder: &Path) {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("indexes of a deleted document stay in {}: {error}", folder.display());
+        }
+        _ => {}
+    }
+}
 
 /// What is kept in memory of one document.
 pub(super) struct DocumentState {
@@ -25,6 +68,10 @@ pub(super) struct DocumentState {
     writer: Mutex<()>,
     /// Locked only to copy or swap the pointer.
     keys: RwLock<Arc<DocumentKeys>>,
+    /// Likewise.
+    indexes: RwLock<Option<Arc<DocumentIndexes>>>,
+    /// Whether larger indexes are being built.
+    building: AtomicBool,
 }
 
 impl Documents {
@@ -40,16 +87,24 @@ impl Documents {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&document);
     }
 
-    /// Bytes of keys held.
+    /// Bytes of keys and their indexes held.
     pub(super) fn bytes(&self) -> u64 {
         let states = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        states.values().map(|state| state.snapshot().bytes()).sum()
+        let of_indexes = |state: &DocumentState| {
+            state.indexes.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |indexes| indexes.bytes())
+        };
+        states.values().map(|state| state.snapshot().bytes() + of_indexes(state)).sum()
     }
 }
 
 impl DocumentState {
     fn new(layout: KeyLayout) -> Self {
-        DocumentState { writer: Mutex::new(()), keys: RwLock::new(Arc::new(DocumentKeys::empty(layout))) }
+        DocumentState {
+            writer: Mutex::new(()),
+            keys: RwLock::new(Arc::new(DocumentKeys::empty(layout))),
+            indexes: RwLock::new(None),
+            building: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn lock_writer(&self) -> MutexGuard<'_, ()> {
@@ -105,6 +160,41 @@ impl DocumentState {
         let longer = Arc::new(here.extended(chunks));
         self.publish(longer.clone());
         Ok(longer)
+    }
+
+    /// Indexes of a document with such keys, if it is long enough. Those that cover it well enough are used as they are; once
+    /// half as many blocks have come as they cover, larger ones are built beside the lookups and replace them.
+    pub(super) fn indexes(
+        self: &Arc<Self>,
+        setting: &FaissIndex,
+        keys: &Arc<DocumentKeys>,
+        folder: Option<PathBuf>,
+    ) -> Option<Arc<DocumentIndexes>> {
+        if keys.blocks() as usize * keys.layout().keys_per_block < limits::INDEXED_KEYS_MIN {
+            return None;
+        }
+        let here = self.indexes.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let here = here.filter(|here| here.setting() == setting && here.blocks() <= keys.blocks());
+        let Some(here) = here else {
+            let new = Arc::new(DocumentIndexes::new(setting.clone(), keys, folder));
+            *self.indexes.write().unwrap_or_else(PoisonError::into_inner) = Some(new.clone());
+            return Some(new);
+        };
+        if keys.blocks() - here.blocks() > here.blocks() / 2 && !self.building.swap(true, Ordering::AcqRel) {
+            let (state, keys) = (self.clone(), keys.clone());
+            let larger = Arc::new(DocumentIndexes::new(setting.clone(), &keys, folder));
+            // Not in rayon's pool, whose threads answer lookups.
+            std::thread::spawn(move || {
+                larger.complete(&keys);
+                let mut indexes = state.indexes.write().unwrap_or_else(PoisonError::into_inner);
+                // Unless the setting was changed meanwhile.
+                if indexes.as_ref().is_some_and(|indexes| indexes.setting() == larger.setting()) {
+                    *indexes = Some(larger);
+                }
+                state.building.store(false, Ordering::Release);
+            });
+        }
+        Some(here)
     }
 
     /// Adds the keys of blocks that just became durable, `first` and the following, each as the store keeps them.

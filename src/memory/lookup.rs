@@ -8,7 +8,7 @@ use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
 use crate::index::{self, Found, Query, Scoped};
 use crate::limits;
-use crate::types::{BlockId, BlockRange};
+use crate::types::{BlockId, BlockRange, Engine};
 
 /// Bytes that one hit needs on its way: position, slot and row in attention, id and score in the answer.
 const HIT_BYTES: u64 = 40;
@@ -48,7 +48,11 @@ impl LocalMemory {
             .map(|range| {
                 let state = self.documents.state(range.document, collection.layout);
                 let keys = state.load(&self.store, &collection, range.document, range.blocks.end)?;
-                Ok(Scoped { keys, blocks: range.blocks.clone() })
+                let indexes = match &collection.engine {
+                    Engine::Faiss(setting) => state.indexes(setting, &keys, self.indexes.folder(range.document)),
+                    Engine::Flat | Engine::Sq8 => None,
+                };
+                Ok(Scoped { keys, blocks: range.blocks.clone(), indexes })
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Prepared { request, collection, geometry, scope, ends })
@@ -118,7 +122,7 @@ impl Prepared<'_> {
             if self.geometry.recent < self.geometry.eligible { self.turned(turns, 0) } else { request.queries.clone() };
         let recent: Vec<f32> =
             (0..self.geometry.recent).flat_map(|i| self.turned(turns, self.geometry.recent_slot(i))).collect();
-        index::fast::search(&Query {
+        index::search(&Query {
             layout: self.collection.layout,
             layer: request.layer as usize,
             tokens: request.distances.len(),

@@ -12,10 +12,11 @@ use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
     Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
 };
-use crate::index::KeyLayout;
+use crate::index::{self, KeyLayout};
+use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
 use crate::store::{CollectionEntry, Manifest, Store, StoreError};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissIndex};
 
 mod attend;
 mod error;
@@ -36,12 +37,14 @@ pub struct LocalMemory {
     /// Collections never change and are never deleted, so they are decoded once.
     collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
     documents: keys::Documents,
+    indexes: keys::IndexFolder,
     counters: Counters,
 }
 
 /// A collection's spec with what follows from it.
 struct Collection {
     spec: CollectionSpec,
+    engine: Engine,
     layout: KeyLayout,
     turns: geometry::LastTurns,
 }
@@ -74,15 +77,18 @@ impl LocalMemory {
     /// # Errors
     /// [`MemoryError::Locked`] when another process uses the directory, [`MemoryError::Storage`] when the disk refuses.
     pub fn open(dir: &Path) -> Result<LocalMemory> {
-        Ok(LocalMemory::over(Store::open(dir)?))
+        let store = Store::open(dir)?;
+        let indexes = keys::IndexFolder::open(dir, &store);
+        Ok(LocalMemory { indexes, ..LocalMemory::over(store) })
     }
 
-    /// A memory over a store that is already open.
+    /// A memory over a store that is already open. Indexes are built anew in every run.
     pub fn over(store: Store) -> LocalMemory {
         LocalMemory {
             store,
             collections: RwLock::default(),
             documents: keys::Documents::default(),
+            indexes: keys::IndexFolder::default(),
             counters: Counters::default(),
         }
     }
@@ -93,7 +99,7 @@ impl LocalMemory {
         }
         // Locked before it is read, so that nothing that was read before a change is kept after it.
         let mut collections = self.collections.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(CollectionEntry { spec, engine }) = self.store.collection(id)? else {
+        let Some(CollectionEntry { spec, mut engine }) = self.store.collection(id)? else {
             return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
         };
         let layout = KeyLayout {
@@ -104,9 +110,27 @@ impl LocalMemory {
             dtype: spec.key_dtype,
             compressed: engine == Engine::Sq8 && spec.key_dtype == DType::F16,
         };
-        let collection = Arc::new(Collection { spec, layout, turns: geometry::LastTurns::default() });
+        if let Engine::Faiss(FaissIndex { factory, .. }) = &engine
+            && let Err(problem) = index::check_factory(factory, layout.head_dim)
+        {
+            tracing::warn!("keys of collection {} are scanned: {problem}", spec.name);
+            engine = Engine::Flat;
+        }
+        let collection = Arc::new(Collection { spec, engine, layout, turns: geometry::LastTurns::default() });
         collections.insert(id, collection.clone());
         Ok(collection)
+    }
+
+    /// That FAISS can index the keys of a collection so.
+    fn check_faiss(&self, collection: CollectionId, setting: &FaissIndex) -> Result<()> {
+        let layout = self.collection_of(collection)?.layout;
+        let FaissIndex { factory, effort } = setting;
+        error::at_most("bytes of faiss.factory", limits::FAISS_FACTORY_BYTES_MAX as u64, factory.len() as u64)?;
+        if *effort == 0 || *effort > limits::FAISS_EFFORT_MAX {
+            return Err(error::invalid("faiss.effort", format!("1 to {}", limits::FAISS_EFFORT_MAX), effort));
+        }
+        let refused = |problem| error::invalid("engine", format!("one that this program has ({problem})"), factory);
+        index::check_factory(factory, layout.head_dim).map_err(refused)
     }
 
     fn find_collection(&self, spec: &CollectionSpec) -> Result<Option<CollectionInfo>> {
@@ -169,6 +193,9 @@ impl BlockMemory for LocalMemory {
     }
 
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
+        if let Engine::Faiss(setting) = &engine {
+            self.check_faiss(collection, setting)?;
+        }
         self.store.set_engine(collection, engine)?;
         self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&collection);
         let entry = self.store.collection(collection)?;
@@ -238,6 +265,7 @@ impl BlockMemory for LocalMemory {
         let _writing = state.lock_writer();
         let freed = self.store.delete(document)?;
         self.documents.forget(document);
+        self.indexes.forget(document);
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
     }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::v1;
 use crate::api::{MemoryError, Result, Tensor};
-use crate::types::{BlockScore, DType, Engine, Granularity, KeyRule, Normalisation};
+use crate::types::{BlockScore, DType, Granularity, KeyRule, Normalisation};
 
 pub(super) fn missing(field: &str) -> MemoryError {
     MemoryError::Missing { field: field.into() }
@@ -68,7 +68,6 @@ macro_rules! enums {
 
 enums! {
     DType = Dtype { F32 = F32, F16 = F16, BF16 = Bf16, Int8 = Int8 }
-    Engine = Engine { Flat = Flat, Sq8 = Sq8 }
     KeyRule = KeyRule { Landmark = Landmark, Tokens = Tokens, Mean = Mean }
     BlockScore = BlockScore { Max = Max, LogSumExp = LogSumExp }
     Granularity = Granularity { TokenHead = TokenHead, Head = Head, Token = Token, KvGroup = KvGroup, Shared = Shared }

@@ -1,10 +1,10 @@
 //! Collections and documents.
 
-use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, required};
+use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, invalid, missing, required};
 use super::v1;
 use crate::api::{CollectionInfo, DocumentInfo, MemoryError, Result};
 use crate::shape::{CollectionSpec, Fingerprint, ModelShape, Rope, Sha256Digest};
-use crate::types::{CollectionId, DType, DocumentId, Engine, KeyRule};
+use crate::types::{CollectionId, DType, DocumentId, Engine, FaissIndex, KeyRule};
 
 impl From<ModelShape> for v1::ModelShape {
     fn from(shape: ModelShape) -> Self {
@@ -75,7 +75,8 @@ impl From<CollectionInfo> for v1::CollectionInfo {
             spec: Some(info.spec.into()),
             fingerprint: info.fingerprint.0.to_vec().into(),
             documents: info.documents,
-            engine: v1::Engine::from(info.engine).into(),
+            engine: engine_number(&info.engine),
+            faiss: faiss_index(info.engine),
         }
     }
 }
@@ -89,8 +90,43 @@ impl TryFrom<v1::CollectionInfo> for CollectionInfo {
             spec: required("spec", wire.spec)?.try_into()?,
             fingerprint: Fingerprint(digest("fingerprint", &wire.fingerprint)?),
             documents: wire.documents,
-            engine: Engine::from_number("engine", wire.engine)?,
+            engine: engine(wire.engine, wire.faiss)?,
         })
+    }
+}
+
+fn engine_number(engine: &Engine) -> i32 {
+    let wire = match engine {
+        Engine::Flat => v1::Engine::Flat,
+        Engine::Sq8 => v1::Engine::Sq8,
+        Engine::Faiss(_) => v1::Engine::Faiss,
+    };
+    wire.into()
+}
+
+fn faiss_index(engine: Engine) -> Option<v1::FaissIndex> {
+    match engine {
+        Engine::Faiss(FaissIndex { factory, effort }) => Some(v1::FaissIndex { factory, effort }),
+        Engine::Flat | Engine::Sq8 => None,
+    }
+}
+
+fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
+    match v1::Engine::try_from(number) {
+        Ok(v1::Engine::Flat) => Ok(Engine::Flat),
+        Ok(v1::Engine::Sq8) => Ok(Engine::Sq8),
+        Ok(v1::Engine::Faiss) => {
+            let v1::FaissIndex { factory, effort } = required("faiss", faiss)?;
+            Ok(Engine::Faiss(FaissIndex { factory, effort }))
+        }
+        Ok(v1::Engine::Unspecified) => Err(missing("engine")),
+        Err(_) => Err(invalid("engine", "a number of Engine", number)),
+    }
+}
+
+impl From<(CollectionId, Engine)> for v1::SetEngineRequest {
+    fn from((collection, engine): (CollectionId, Engine)) -> Self {
+        v1::SetEngineRequest { collection: collection.0, engine: engine_number(&engine), faiss: faiss_index(engine) }
     }
 }
 
@@ -99,7 +135,7 @@ impl TryFrom<v1::SetEngineRequest> for (CollectionId, Engine) {
     type Error = MemoryError;
 
     fn try_from(wire: v1::SetEngineRequest) -> Result<Self> {
-        Ok((CollectionId(wire.collection), Engine::from_number("engine", wire.engine)?))
+        Ok((CollectionId(wire.collection), engine(wire.engine, wire.faiss)?))
     }
 }
 

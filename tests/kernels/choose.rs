@@ -98,7 +98,7 @@ impl Case {
                 }
             }
             let keys = Arc::new(DocumentKeys::empty(layout).extended([chunk]));
-            stored.scope.push(Scoped { keys, blocks: before as u32..(before + wanted) as u32 });
+            stored.scope.push(Scoped { keys, blocks: before as u32..(before + wanted) as u32, indexes: None });
         }
         stored
     }

@@ -16,7 +16,7 @@ use crate::cli::Context;
 use crate::cli::bench::{percentile, word_of};
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, size, table, write_table};
-use crate::cli::settings::word;
+use crate::cli::settings::{faiss_index, word};
 use crate::memory::LocalMemory;
 use crate::numeric::{self, simd};
 use crate::types::{BlockScore, DType, Engine, Granularity, Normalisation};
@@ -73,6 +73,10 @@ pub(in crate::cli) struct Args {
     /// What answers: flat, sq8 or both. sq8 is flat where keys are int8.
     #[arg(long, value_delimiter = ',', default_value = "flat,sq8", value_parser = word::<Engine>)]
     engines: Vec<Engine>,
+
+    /// An index of FAISS that answers too, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.
+    #[arg(long, value_name = "FACTORY", value_parser = faiss_index)]
+    faiss: Vec<Engine>,
 
     /// Ways to the memory; in-process is always measured.
     #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
@@ -216,9 +220,9 @@ impl Bench<'_> {
         let memory = Arc::new(LocalMemory::open(directory.path())?);
         let collection = memory.open_collection(&self.case.spec("bench", dtype))?.id;
         let document = self.case.fill(memory.as_ref(), collection, dtype)?;
-        let engines = self.args.engines.iter().filter(|&&engine| dtype != DType::Int8 || engine == Engine::Flat);
-        for &engine in engines {
-            memory.set_engine(collection, engine)?;
+        let engines = self.args.engines.iter().chain(&self.args.faiss);
+        for engine in engines.filter(|&engine| dtype != DType::Int8 || *engine != Engine::Sq8) {
+            memory.set_engine(collection, engine.clone())?;
             let recall = self.recall(memory.as_ref(), &document)?;
             self.time(memory.as_ref(), &document, (dtype, engine, Way::InProcess), recall)?;
             for &way in self.args.ways.iter().filter(|&&way| way != Way::InProcess) {
@@ -250,11 +254,11 @@ impl Bench<'_> {
         &mut self,
         memory: &dyn BlockMemory,
         document: &DocumentInfo,
-        (dtype, engine, way): (DType, Engine, Way),
+        (dtype, engine, way): (DType, &Engine, Way),
         recall: f64,
     ) -> Result<(), CliError> {
         let shape = &self.case.shape;
-        let scanned = if engine == Engine::Sq8 { DType::Int8 } else { dtype };
+        let scanned = if *engine == Engine::Sq8 { DType::Int8 } else { dtype };
         let key_bytes =
             shape.head_dim as u64 * scanned.size_bytes() as u64 + if scanned == DType::Int8 { 4 } else { 0 };
         let keys = (self.case.blocks * self.case.keys_per_block()) as u64 * shape.kv_heads as u64;

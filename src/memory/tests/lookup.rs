@@ -198,3 +198,131 @@ fn impossible_requests_are_refused_by_field() {
         .starts_with("limit bytes of scores")
     );
 }
+
+/// A document that is long enough for indexes, and queries for it: first such as an index answers alone, then such as heads
+/// or tokens answer together.
+fn long_document(world: &mut World) -> (DocumentId, u32, [Vec<LookupRequest>; 2]) {
+    let blocks = (limits::INDEXED_KEYS_MIN / 5 + 1) as u32;
+    let document = world.document("long", blocks);
+    let mut requests = |granularity, block_score| -> Vec<LookupRequest> {
+        let of_layer = |layer| LookupRequest {
+            layer,
+            granularity,
+            block_score,
+            ..world.request(&[0, 1, 9], vec![range(document, 1..blocks)])
+        };
+        (0..2).map(of_layer).collect()
+    };
+    let alone = requests(Granularity::TokenHead, BlockScore::Max);
+    let together = [Granularity::KvGroup, Granularity::Token, Granularity::Shared, Granularity::Head];
+    let together = together.into_iter().flat_map(|granularity| requests(granularity, BlockScore::LogSumExp)).collect();
+    (document, blocks, [alone, together])
+}
+
+/// The share of the right blocks that are among those that were found.
+fn share_found(found: &Hits, right: &Hits) -> f64 {
+    let k = right.k as usize;
+    let rows = found.blocks.chunks_exact(k).zip(right.blocks.chunks_exact(k));
+    let same: usize = rows.map(|(found, right)| found.iter().filter(|block| right.contains(block)).count()).sum();
+    same as f64 / right.blocks.len() as f64
+}
+
+#[test]
+#[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
+fn indexes_of_faiss_find_blocks_and_are_only_a_cache() {
+    let mut world = World::new(spec("c"));
+    let (document, blocks, requests) = long_document(&mut world);
+    let lookups = |world: &World, requests: &[LookupRequest]| -> Vec<Hits> {
+        requests.iter().map(|request| world.memory.lookup(request).unwrap()).collect()
+    };
+    let right = requests.each_ref().map(|requests| lookups(&world, requests));
+    let recall = |world: &World| -> [f64; 2] {
+        [0, 1].map(|kind| {
+            let found = lookups(world, &requests[kind]);
+            let shares = found.iter().zip(&right[kind]).map(|(found, right)| share_found(found, right));
+            shares.sum::<f64>() / found.len() as f64
+        })
+    };
+
+    // At full effort all of them look at everything. Their own rounding of keys may cost a block or two.
+    for (engine, least) in
+        [("Flat@1", 1.0), ("IVF16,Flat@16", 1.0), ("HNSW16@4096", 0.97), ("SQ8@1", 0.97), ("IVF4,PQ4x4fs@4", 0.3)]
+    {
+        let engine: Engine = format!("faiss:{engine}").parse().unwrap();
+        world.memory.set_engine(world.collection, engine.clone()).unwrap();
+        let found = recall(&world);
+        assert!(found[0] >= least && found[1] > 0.7 * least, "{engine}: {found:?}");
+        let files = || std::fs::read_dir(world.dir.path().join("indexes").join(document.to_string())).unwrap();
+        assert_eq!(files().count(), 4, "an index per layer and KV head");
+        let first = files().next().unwrap().unwrap().path();
+        let built = std::fs::metadata(&first).unwrap().modified().unwrap();
+        world = world.reopened();
+        assert_eq!(recall(&world), found, "{engine} is read as it was written");
+        assert_eq!(std::fs::metadata(&first).unwrap().modified().unwrap(), built, "nothing is built again");
+
+        // Damage is noticed, and mended.
+        let whole = std::fs::read(&first).unwrap();
+        let mut damaged = whole.clone();
+        damaged[whole.len() / 2] ^= 1;
+        for bytes in [&damaged[..], &whole[..whole.len() - 1], &[]] {
+            std::fs::write(&first, bytes).unwrap();
+            world = world.reopened();
+            assert_eq!(recall(&world), found, "{engine}");
+            assert!(std::fs::read(&first).unwrap() == whole, "{engine} is built again");
+        }
+    }
+
+    // Blocks that no index covers yet are found as well, and a deleted document leaves nothing behind.
+    let more = world.block(blocks, 5);
+    world.memory.append(AppendRequest { document, blocks: vec![more] }).unwrap();
+    let newest = LookupRequest { scope: vec![range(document, blocks..blocks + 1)], ..requests[0][0].clone() };
+    assert_eq!(world.memory.lookup(&newest).unwrap().k, 1);
+    let all = LookupRequest { scope: vec![range(document, 1..blocks + 1)], ..requests[0][0].clone() };
+    world.memory.set_engine(world.collection, "faiss:Flat@1".parse().unwrap()).unwrap();
+    let found = world.memory.lookup(&all).unwrap();
+    world.memory.set_engine(world.collection, Engine::Flat).unwrap();
+    assert_eq!(found.blocks, world.memory.lookup(&all).unwrap().blocks);
+    world.memory.delete(document).unwrap();
+    assert!(!world.dir.path().join("indexes").join(document.to_string()).exists());
+}
+
+#[test]
+#[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
+fn a_grown_document_gets_larger_indexes_while_lookups_go_on() {
+    let mut world = World::new(spec("c"));
+    let (document, blocks, requests) = long_document(&mut world);
+    world.memory.set_engine(world.collection, "faiss:IVF8,Flat@8".parse().unwrap()).unwrap();
+    world.memory.lookup(&requests[0][0]).unwrap();
+    let size = |world: &World| -> u64 {
+        let files = std::fs::read_dir(world.dir.path().join("indexes").join(document.to_string())).unwrap();
+        files.map(|file| file.unwrap().metadata().unwrap().len()).sum()
+    };
+    let all = LookupRequest { scope: vec![range(document, 1..2 * blocks)], ..requests[0][0].clone() };
+    for first in (blocks..2 * blocks).step_by(500) {
+        let more = (first..(first + 500).min(2 * blocks)).map(|index| world.block(index, 5)).collect();
+        world.memory.append(AppendRequest { document, blocks: more }).unwrap();
+    }
+    let before = size(&world);
+    let hits = world.memory.lookup(&all).unwrap();
+    let begin = std::time::Instant::now();
+    while size(&world) < before * 3 && begin.elapsed().as_secs() < 60 {
+        assert_eq!(world.memory.lookup(&all).unwrap().blocks, hits.blocks);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert!(size(&world) >= before * 3, "both layers' indexes, twice as long");
+    assert_eq!(world.memory.lookup(&all).unwrap().blocks, hits.blocks);
+}
+
+#[test]
+fn an_engine_that_is_not_to_be_had_is_refused_and_changes_nothing() {
+    let world = World::new(spec("c"));
+    let refused = |engine: &str| {
+        let refused = world.memory.set_engine(world.collection, engine.parse().unwrap()).unwrap_err().to_string();
+        assert_eq!(world.memory.collections().unwrap()[0].engine, Engine::Flat);
+        refused
+    };
+    assert!(refused("faiss:nonsense").contains("nonsense"));
+    assert!(refused(&format!("faiss:{}", "x".repeat(200))).contains("faiss.factory"));
+    assert!(refused("faiss:Flat@0").contains("effort"));
+    assert!(cfg!(feature = "faiss") || refused("faiss:Flat").contains("--features faiss"));
+}

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::LocalMemory;
 use crate::api::*;
+use crate::limits;
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::*;
 
@@ -83,8 +84,8 @@ impl World {
         let document = self.memory.open_document(self.collection, name).unwrap().id;
         let tokens = self.spec.shape.block_tokens;
         let blocks: Vec<NewBlock> = (0..blocks).map(|index| self.block(index, tokens)).collect();
-        if !blocks.is_empty() {
-            self.memory.append(AppendRequest { document, blocks }).unwrap();
+        for blocks in blocks.chunks(limits::APPEND_BLOCKS_MAX) {
+            self.memory.append(AppendRequest { document, blocks: blocks.to_vec() }).unwrap();
         }
         document
     }

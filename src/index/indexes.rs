@@ -1,0 +1,153 @@
+//! Indexes of one document's keys, built when they are first asked and kept on disk between runs.
+//!
+//! A file is what FAISS writes, then a trailer (little-endian): magic, version, what the index was built from, and a CRC-32 of
+//! all before it. A file that is absent, damaged or about something else is built anew: the folder is a cache.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::faiss::Nearest;
+use super::snapshot::{DocumentKeys, KeyLayout};
+use crate::types::FaissIndex;
+
+const MAGIC: [u8; 8] = *b"lmkfaiss";
+const VERSION: u32 = 1;
+const MAGIC_AT: usize = 0;
+const VERSION_AT: usize = MAGIC_AT + 8;
+const FACTORY_AT: usize = VERSION_AT + 4;
+const KEYS_AT: usize = FACTORY_AT + 4;
+const DIM_AT: usize = KEYS_AT + 8;
+const CRC_AT: usize = DIM_AT + 4;
+const TRAILER_BYTES: usize = CRC_AT + 4;
+
+/// Of the first blocks of one document, an index per layer and KV head.
+pub struct DocumentIndexes {
+    setting: FaissIndex,
+    layout: KeyLayout,
+    blocks: u32,
+    /// Where they are kept, if anywhere.
+    folder: Option<PathBuf>,
+    /// `(L * Hkv)`; nothing in one that FAISS refused to build.
+    pieces: Vec<OnceLock<Option<Nearest>>>,
+    /// Of all that are here, as they are written.
+    bytes: AtomicU64,
+}
+
+impl std::fmt::Debug for DocumentIndexes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DocumentIndexes").field("setting", &self.setting).field("blocks", &self.blocks).finish()
+    }
+}
+
+impl DocumentIndexes {
+    /// Indexes that are to cover all blocks of `keys`. Builds none yet.
+    pub fn new(setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
+        let layout = keys.layout();
+        let pieces = std::iter::repeat_with(OnceLock::new).take(layout.pieces()).collect();
+        DocumentIndexes { setting, layout, blocks: keys.blocks(), folder, pieces, bytes: AtomicU64::new(0) }
+    }
+
+    pub fn setting(&self) -> &FaissIndex {
+        &self.setting
+    }
+
+    /// Blocks that are covered: the document's first ones.
+    pub fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Bytes of the indexes that are here; 0 for those that are kept in no folder.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Builds, or reads, all that are not here yet.
+    pub fn complete(&self, keys: &DocumentKeys) {
+        for piece in 0..self.pieces.len() {
+            self.nearest(piece, keys);
+        }
+    }
+
+    /// The index of one layer and KV head (`layer * Hkv + kv_head`). `keys` are the document's, of at least the covered blocks.
+    pub(super) fn nearest(&self, piece: usize, keys: &DocumentKeys) -> Option<&Nearest> {
+        let make = || {
+            let made = self.read(piece).map_or_else(|| self.build(piece, keys), Ok);
+            let mut nearest = made.inspect_err(|problem| {
+                tracing::warn!(
+                    "{} is not used for keys of this document, which are scanned: {problem}",
+                    self.setting.factory
+                );
+            });
+            if let Ok(nearest) = &mut nearest {
+                nearest.set_effort(self.setting.effort);
+            }
+            nearest.ok()
+        };
+        self.pieces[piece].get_or_init(make).as_ref()
+    }
+
+    fn build(&self, piece: usize, keys: &DocumentKeys) -> Result<Nearest, String> {
+        let (dim, m) = (self.layout.head_dim, self.layout.keys_per_block);
+        let mut numbers = Vec::with_capacity(self.blocks as usize * m * dim);
+        for (chunk, blocks) in keys.parts(0..self.blocks) {
+            for key in blocks.start * m..blocks.end * m {
+                numbers.extend(chunk.key(piece, key));
+            }
+        }
+        let nearest = Nearest::build(&self.setting.factory, dim, &numbers)?;
+        if let Some(path) = self.path(piece)
+            && let Err(problem) = self.write(&nearest, &path)
+        {
+            tracing::warn!("an index is not kept for the next run: {problem}");
+        }
+        Ok(nearest)
+    }
+
+    fn path(&self, piece: usize) -> Option<PathBuf> {
+        Some(self.folder.as_ref()?.join(format!("{piece}.faiss")))
+    }
+
+    /// Written beside its place and moved there whole.
+    fn write(&self, nearest: &Nearest, path: &Path) -> Result<(), String> {
+        let io = |error: io::Error| format!("{}: {error}", path.display());
+        fs::create_dir_all(path.parent().unwrap_or(path)).map_err(io)?;
+        let unfinished = path.with_extension("unfinished");
+        nearest.write(&unfinished)?;
+        let written = fs::read(&unfinished).map_err(io)?;
+        let mut file = File::options().append(true).open(&unfinished).map_err(io)?;
+        file.write_all(&self.trailer(&written)).map_err(io)?;
+        fs::rename(&unfinished, path).map_err(io)?;
+        self.bytes.fetch_add(written.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn read(&self, piece: usize) -> Option<Nearest> {
+        let path = self.path(piece)?;
+        let bytes = fs::read(&path).ok()?;
+        let (written, trailer) = bytes.split_at_checked(bytes.len().checked_sub(TRAILER_BYTES)?)?;
+        if trailer != self.trailer(written) {
+            return None;
+        }
+        let nearest = Nearest::read(&path).ok()?;
+        self.bytes.fetch_add(written.len() as u64, Ordering::Relaxed);
+        Some(nearest)
+    }
+
+    fn trailer(&self, written: &[u8]) -> [u8; TRAILER_BYTES] {
+        let keys = self.blocks as u64 * self.layout.keys_per_block as u64;
+        let mut trailer = [0; TRAILER_BYTES];
+        trailer[MAGIC_AT..VERSION_AT].copy_from_slice(&MAGIC);
+        trailer[VERSION_AT..FACTORY_AT].copy_from_slice(&VERSION.to_le_bytes());
+        trailer[FACTORY_AT..KEYS_AT].copy_from_slice(&crc32fast::hash(self.setting.factory.as_bytes()).to_le_bytes());
+        trailer[KEYS_AT..DIM_AT].copy_from_slice(&keys.to_le_bytes());
+        trailer[DIM_AT..CRC_AT].copy_from_slice(&(self.layout.head_dim as u32).to_le_bytes());
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(written);
+        crc.update(&trailer[..CRC_AT]);
+        trailer[CRC_AT..].copy_from_slice(&crc.finalize().to_le_bytes());
+        trailer
+    }
+}
