@@ -15,6 +15,7 @@ const EFFORTS: [&str; 2] = ["nprobe", "efSearch"];
 /// Keys of one layer and KV head, searched by inner product. A key is known by its place among those that were added.
 pub(super) struct Nearest(IndexImpl);
 
+// SAFETY: this is its declaration in omp.h; it takes any number.
 unsafe extern "C" {
     /// Of the OpenMP that FAISS is linked with; for the calling thread.
     safe fn omp_set_num_threads(threads: c_int);

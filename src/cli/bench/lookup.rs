@@ -141,16 +141,16 @@ struct LookupResult {
     key_dtype: String,
     way: String,
     keys_per_block: usize,
-    /// Key bytes that one lookup scans.
-    scanned_bytes: u64,
+    /// Key bytes that one lookup scans; none where an index says what is compared.
+    scanned_bytes: Option<u64>,
     p50_us: f64,
     p99_us: f64,
     /// At the median.
-    scanned_bytes_per_s: f64,
+    scanned_bytes_per_s: Option<f64>,
     /// Of all threads, measured between the lookups.
     read_bandwidth_bytes_per_s: f64,
     /// Of the read bandwidth.
-    bandwidth_share: f64,
+    bandwidth_share: Option<f64>,
     /// Of the blocks that f32 keys choose for each query head, by their best key.
     recall: f64,
 }
@@ -262,7 +262,7 @@ impl Bench<'_> {
         let key_bytes =
             shape.head_dim as u64 * scanned.size_bytes() as u64 + if scanned == DType::Int8 { 4 } else { 0 };
         let keys = (self.case.blocks * self.case.keys_per_block()) as u64 * shape.kv_heads as u64;
-        let scanned_bytes = keys * key_bytes;
+        let scanned_bytes = (!matches!(engine, Engine::Faiss(_))).then_some(keys * key_bytes);
         let lookup = |index| Ok(memory.lookup(&self.case.request(document, index, self.asking)).map(drop)?);
         let attend = |index| {
             let lookup = self.case.request(document, index, self.asking);
@@ -273,7 +273,7 @@ impl Bench<'_> {
         for (what, ask) in &both[..1 + self.args.attend as usize] {
             let (times_us, read_bandwidth) = self.timed(*ask)?;
             let p50_us = percentile(&times_us, 0.5);
-            let scanned_bytes_per_s = scanned_bytes as f64 / p50_us * 1e6;
+            let scanned_bytes_per_s = scanned_bytes.map(|bytes| bytes as f64 / p50_us * 1e6);
             self.results.push(LookupResult {
                 what,
                 engine: engine.to_string(),
@@ -285,7 +285,7 @@ impl Bench<'_> {
                 p99_us: percentile(&times_us, 0.99),
                 scanned_bytes_per_s,
                 read_bandwidth_bytes_per_s: read_bandwidth,
-                bandwidth_share: scanned_bytes_per_s / read_bandwidth,
+                bandwidth_share: scanned_bytes_per_s.map(|scanned| scanned / read_bandwidth),
                 recall,
             });
         }
@@ -384,18 +384,19 @@ impl Report for LookupReport {
             "SHARE>",
             "RECALL>",
         ]);
+        let or_dash = |text: Option<String>| text.unwrap_or("-".into());
         for result in &self.results {
             rows.add_row([
                 result.what.to_string(),
                 result.key_dtype.clone(),
                 result.engine.clone(),
                 result.way.clone(),
-                size(result.scanned_bytes),
+                or_dash(result.scanned_bytes.map(size)),
                 format!("{:.0} us", result.p50_us),
                 format!("{:.0} us", result.p99_us),
-                format!("{}/s", size(result.scanned_bytes_per_s as u64)),
+                or_dash(result.scanned_bytes_per_s.map(|scanned| format!("{}/s", size(scanned as u64)))),
                 format!("{}/s", size(result.read_bandwidth_bytes_per_s as u64)),
-                format!("{:.0} %", 100.0 * result.bandwidth_share),
+                or_dash(result.bandwidth_share.map(|share| format!("{:.0} %", 100.0 * share))),
                 format!("{:.4}", result.recall),
             ]);
         }
