@@ -1,5 +1,6 @@
 //! Indexes of one document's keys, built when they are first asked and kept on disk between runs.
 //!
+//! A document's folder has one folder for every number of first blocks that indexes cover: one, or two while larger ones are built.
 //! A file is what FAISS writes, then a trailer (little-endian): magic, version, what the index was built from, and a CRC-32 of
 //! all before it. A file that is absent, damaged or about something else is built anew: the folder is a cache.
 
@@ -28,7 +29,7 @@ pub struct DocumentIndexes {
     setting: FaissIndex,
     layout: KeyLayout,
     blocks: u32,
-    /// Where they are kept, if anywhere.
+    /// Where those of the document are kept, if anywhere.
     folder: Option<PathBuf>,
     /// `(L * Hkv)`; nothing in one that FAISS refused to build.
     pieces: Vec<OnceLock<Option<Nearest>>>,
@@ -43,11 +44,29 @@ impl std::fmt::Debug for DocumentIndexes {
 }
 
 impl DocumentIndexes {
-    /// Indexes that are to cover all blocks of `keys`. Builds none yet.
-    pub fn new(setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
+    /// Indexes of a document with such keys: those that are kept in a folder, if they still cover it well enough, and else such
+    /// as cover all of `keys`. Builds none yet.
+    pub fn of(setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
+        let kept = folder.iter().flat_map(fs::read_dir).flatten().flatten();
+        let covered = kept.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let covered = covered.filter(|&blocks| blocks <= keys.blocks() && covers(blocks, keys)).max();
+        Self::over(covered.unwrap_or(keys.blocks()), setting, keys, folder)
+    }
+
+    /// Indexes that cover all of `keys`.
+    pub fn of_all(setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
+        Self::over(keys.blocks(), setting, keys, folder)
+    }
+
+    fn over(blocks: u32, setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
         let layout = keys.layout();
         let pieces = std::iter::repeat_with(OnceLock::new).take(layout.pieces()).collect();
-        DocumentIndexes { setting, layout, blocks: keys.blocks(), folder, pieces, bytes: AtomicU64::new(0) }
+        DocumentIndexes { setting, layout, blocks, folder, pieces, bytes: AtomicU64::new(0) }
+    }
+
+    /// Whether so much of a document with such keys is covered that scanning the rest costs little.
+    pub fn cover(&self, keys: &DocumentKeys) -> bool {
+        covers(self.blocks, keys)
     }
 
     pub fn setting(&self) -> &FaissIndex {
@@ -64,10 +83,16 @@ impl DocumentIndexes {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Builds, or reads, all that are not here yet.
+    /// Builds, or reads, all that are not here yet, and removes from the folder those that cover something else.
     pub fn complete(&self, keys: &DocumentKeys) {
         for piece in 0..self.pieces.len() {
             self.nearest(piece, keys);
+        }
+        let kept = self.folder.iter().flat_map(fs::read_dir).flatten().flatten();
+        for other in kept.filter(|entry| entry.file_name().to_str() != Some(&self.blocks.to_string())) {
+            if let Err(error) = fs::remove_dir_all(other.path()) {
+                tracing::warn!("indexes that are not needed any more stay in {}: {error}", other.path().display());
+            }
         }
     }
 
@@ -107,7 +132,7 @@ impl DocumentIndexes {
     }
 
     fn path(&self, piece: usize) -> Option<PathBuf> {
-        Some(self.folder.as_ref()?.join(format!("{piece}.faiss")))
+        Some(self.folder.as_ref()?.join(self.blocks.to_string()).join(format!("{piece}.faiss")))
     }
 
     /// Written beside its place and moved there whole.
@@ -150,4 +175,9 @@ impl DocumentIndexes {
         trailer[CRC_AT..].copy_from_slice(&crc.finalize().to_le_bytes());
         trailer
     }
+}
+
+/// Whether at most half as many blocks have come as are covered.
+fn covers(blocks: u32, keys: &DocumentKeys) -> bool {
+    keys.blocks().saturating_sub(blocks) <= blocks / 2
 }

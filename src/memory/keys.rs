@@ -176,13 +176,13 @@ impl DocumentState {
         let here = self.indexes.read().unwrap_or_else(PoisonError::into_inner).clone();
         let here = here.filter(|here| here.setting() == setting && here.blocks() <= keys.blocks());
         let Some(here) = here else {
-            let new = Arc::new(DocumentIndexes::new(setting.clone(), keys, folder));
+            let new = Arc::new(DocumentIndexes::of(setting.clone(), keys, folder));
             *self.indexes.write().unwrap_or_else(PoisonError::into_inner) = Some(new.clone());
             return Some(new);
         };
-        if keys.blocks() - here.blocks() > here.blocks() / 2 && !self.building.swap(true, Ordering::AcqRel) {
+        if !here.cover(keys) && !self.building.swap(true, Ordering::AcqRel) {
             let (state, keys) = (self.clone(), keys.clone());
-            let larger = Arc::new(DocumentIndexes::new(setting.clone(), &keys, folder));
+            let larger = Arc::new(DocumentIndexes::of_all(setting.clone(), &keys, folder));
             // Not in rayon's pool, whose threads answer lookups.
             std::thread::spawn(move || {
                 larger.complete(&keys);

@@ -29,9 +29,8 @@ impl LocalMemory {
         check_queries(&collection, request)?;
         at_most("scope", limits::SCOPE_DOCUMENTS_MAX as u64, request.scope.len() as u64)?;
         // All ranges are checked before the keys of any document are read.
-        for (i, range) in request.scope.iter().enumerate() {
-            self.check_range(request, i, range)?;
-        }
+        let of_range = |(i, range)| self.check_range(request, i, range);
+        let durable = request.scope.iter().enumerate().map(of_range).collect::<Result<Vec<u32>>>()?;
         let mut ends = Vec::with_capacity(request.scope.len());
         for range in &request.scope {
             ends.push(ends.last().copied().unwrap_or(0) + range.blocks.len());
@@ -45,12 +44,18 @@ impl LocalMemory {
         let scope = request
             .scope
             .iter()
-            .map(|range| {
+            .zip(durable)
+            .map(|(range, durable)| {
                 let state = self.documents.state(range.document, collection.layout);
-                let keys = state.load(&self.store, &collection, range.document, range.blocks.end)?;
-                let indexes = match &collection.engine {
-                    Engine::Faiss(setting) => state.indexes(setting, &keys, self.indexes.folder(range.document)),
-                    Engine::Flat | Engine::Sq8 => None,
+                let load = |blocks| state.load(&self.store, &collection, range.document, blocks);
+                let (keys, indexes) = match &collection.engine {
+                    Engine::Flat | Engine::Sq8 => (load(range.blocks.end)?, None),
+                    // Indexes cover the document, whatever part of it is asked.
+                    Engine::Faiss(setting) => {
+                        let keys = load(durable)?;
+                        let indexes = state.indexes(setting, &keys, self.indexes.folder(range.document));
+                        (keys, indexes)
+                    }
                 };
                 Ok(Scoped { keys, blocks: range.blocks.clone(), indexes })
             })
@@ -58,7 +63,8 @@ impl LocalMemory {
         Ok(Prepared { request, collection, geometry, scope, ends })
     }
 
-    fn check_range(&self, request: &LookupRequest, i: usize, range: &BlockRange) -> Result<()> {
+    /// Returns the blocks that the document has.
+    fn check_range(&self, request: &LookupRequest, i: usize, range: &BlockRange) -> Result<u32> {
         let manifest = self.store.manifest(range.document)?;
         if manifest.collection != request.collection {
             let expected = format!("a document of collection {}", request.collection);
@@ -69,7 +75,7 @@ impl LocalMemory {
             let expected = format!("a range within 0..{}", manifest.blocks);
             return Err(invalid(format!("scope[{i}].blocks"), expected, format!("{:?}", range.blocks)));
         }
-        Ok(())
+        Ok(manifest.blocks)
     }
 }
 
