@@ -14,8 +14,9 @@
 //
 // With one part per row `attend` alone is the answer: a part is what any partial attention is, an out and an lse.
 //
-// A page of the cache is one piece (K and V of one block, layer and KV head), in the numbers of src/store/piece.rs with
-// numbers and scales apart, so that each is aligned for any D and B. GQA is in the tables: a query head's ranks name
+// A page is one piece (K and V of one block, layer and KV head) in memory of its own, in the numbers of
+// src/store/piece.rs: halves (2, B, D), K then V; or scales (D + B) of K's channels, then of V's tokens, and behind them,
+// so that they are aligned for any D and B, signed bytes (2, B, D). GQA is in the tables: a query head's ranks name
 // pages of its own KV head. Where a KV group shares its choice, its `sharing` = G heads share an entry of the tables;
 // they are neighbours in the grid and find each other's pages in the second-level cache.
 //
@@ -35,16 +36,12 @@ constexpr unsigned PLAIN = 0;
 constexpr unsigned GROUPED = 1;
 
 struct AttendArguments {
-    // (pages, 2, B, D), K then V: halves or signed bytes.
-    const void* numbers;
-    // (pages, D + B), for bytes only: of K's channels, then of V's tokens.
-    const float* scales;
     // (T, Hq, D)
     const float* queries;
     // (turns, 2, half), cosines then sines.
     const float* turns;
     // (T, Hq / sharing, k)
-    const unsigned* pages;
+    const void* const* pages;
     // (T, Hq / sharing, k)
     const unsigned* turn_of;
     // (parts, T, Hq, D), out.
@@ -99,10 +96,10 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
     // Of this row's blocks so far: the largest score, the sum of e^(score - top), and the lane's values weighted alike.
     float top = -infinity(), sum = 0, values[LANE_DIMS] = {};
     for (unsigned rank = first; rank < last; rank++) {
-        const size_t entry = size_t(row / a.sharing) * a.k + rank, page = a.pages[entry];
+        const size_t entry = size_t(row / a.sharing) * a.k + rank;
         const float* turn = a.turns + size_t(a.turn_of[entry]) * 2 * a.half;
-        const Number* keys = static_cast<const Number*>(a.numbers) + page * 2 * tokens * dim;
-        const float* scales = SCALED ? a.scales + page * (dim + tokens) : nullptr;
+        const float* scales = static_cast<const float*>(a.pages[entry]);
+        const Number* keys = reinterpret_cast<const Number*>(scales + (SCALED ? dim + tokens : 0));
         // The block before is done with, and `plain` is written.
         __syncthreads();
         for (unsigned d = threadIdx.x; d < dim; d += THREADS) {

@@ -18,8 +18,8 @@
 // they do not leave the second-level cache. All granularities are done here, none on the host: a row of choices stands
 // for `token_span` tokens and `head_span` query heads.
 //
-// Keys lie as in the snapshots of src/index/snapshot.rs: panels (D, 64), so that a warp reads 64 consecutive numbers of
-// one dimension, two a lane, and no sum crosses lanes. A tile is some consecutive blocks that lie together and meet the
+// Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs, so that a warp reads 64
+// consecutive numbers of one dimension, two a lane, and no sum crosses lanes. A tile is some consecutive blocks that lie together and meet the
 // same queries (older blocks share one set, recent ones have their own); it says where its keys are, so that documents,
 // chunks and recent blocks are one launch.
 //
@@ -44,9 +44,11 @@ static_assert(ROWS == WARPS, "a warp takes the log-sum-exp of a row");
 static_assert(PANEL == 2 * WARP, "a lane takes two keys of a panel");
 
 struct Tile {
-    // First panel of the document's or chunk's piece 0.
-    unsigned panel;
-    // Panels of each of its pieces.
+    // (L * Hkv, piece_panels, D, PANEL): halves or signed bytes.
+    const void* numbers;
+    // (L * Hkv, piece_panels, PANEL), for bytes only.
+    const float* scales;
+    // Panels of each piece.
     unsigned piece_panels;
     // First key, counted within a piece.
     unsigned key;
@@ -55,13 +57,11 @@ struct Tile {
     unsigned position;
     // Which queries.
     unsigned set;
+    // Makes the size a multiple of an address, as compilers would.
+    unsigned unused;
 };
 
 struct ScoreArguments {
-    // (panels, D, PANEL): halves or signed bytes.
-    const void* numbers;
-    // (panels, PANEL), for bytes only.
-    const float* scales;
     // (tiles)
     const Tile* tiles;
     // (sets, T, Hq, D)
@@ -193,14 +193,14 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
 
     const unsigned keys = tile.blocks * a.keys_per_block;
     const unsigned last_panel = (tile.key + keys - 1) / PANEL;
-    const size_t piece = tile.panel + size_t(a.first_piece + head) * tile.piece_panels;
+    const size_t piece = size_t(a.first_piece + head) * tile.piece_panels;
     for (unsigned panel = tile.key / PANEL + warp; panel <= last_panel; panel += WARPS) {
-        const Two* numbers = static_cast<const Two*>(a.numbers) + (piece + panel) * a.head_dim * WARP;
+        const Two* numbers = static_cast<const Two*>(tile.numbers) + (piece + panel) * a.head_dim * WARP;
         Pair sums[ROWS];
         score_panel(numbers, shared_memory, a.head_dim, sums);
         Pair scale = {1, 1};
         if (SCALED) {
-            const float* scales = a.scales + (piece + panel) * PANEL + 2 * lane;
+            const float* scales = tile.scales + (piece + panel) * PANEL + 2 * lane;
             scale = {scales[0], scales[1]};
         }
         // Keys of the panel that lie before the tile wrap around and are too large as well.

@@ -282,7 +282,8 @@ pub trait BlockMemory: Send + Sync {
     fn collections(&self) -> Result<Vec<CollectionInfo>>;
 
     /// Changes what answers lookups in a collection, durably. Indexes are built anew at the next lookup of each document;
-    /// lookups under way are answered by the engine that they began with.
+    /// lookups under way are answered by the engine that they began with. An engine that this machine does not have is
+    /// refused ([`MemoryError::Invalid`]).
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo>;
 
     /// Creates an empty open document, or gives the one of that name.

@@ -19,6 +19,7 @@
 pub mod limits;
 pub mod numeric;
 pub mod passkey;
+mod recent;
 pub mod shape;
 pub mod types;
 

@@ -113,6 +113,11 @@ pub struct Turn {
 }
 
 impl Turn {
+    /// `(2, rotary_dims / 2)`: cosines, then sines.
+    pub fn numbers(&self) -> impl Iterator<Item = f32> {
+        self.cos.iter().chain(&self.sin).copied()
+    }
+
     /// Turns one head vector `(D)` in place.
     pub fn apply(&self, head: &mut [f32]) {
         let half = self.cos.len();

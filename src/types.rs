@@ -79,6 +79,9 @@ pub enum Engine {
     /// f16 keys are scanned as int8 (scalar quantization), and blocks that could be among the best are compared as f16:
     /// half the bytes read, half as much memory again. int8 keys are scanned as they are.
     Sq8,
+    /// Every key is scanned as it is stored, by an NVIDIA GPU that holds a copy of the keys, and attention is computed there
+    /// over a cache of blocks. Scores differ from those of the CPU by rounding. What the GPU cannot do the CPU does.
+    Cuda,
     /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are compared; needs
     /// the feature `faiss`.
     Faiss(FaissIndex),
@@ -132,15 +135,18 @@ impl FaissIndex {
     const PREFIX: &str = "faiss:";
 }
 
+impl Engine {
+    /// Those with nothing to set, by the word for each.
+    const PLAIN: &[(&str, Engine)] = &[("flat", Engine::Flat), ("sq8", Engine::Sq8), ("cuda", Engine::Cuda)];
+}
+
 impl fmt::Display for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Engine::Flat => f.pad("flat"),
-            Engine::Sq8 => f.pad("sq8"),
-            Engine::Faiss(FaissIndex { factory, effort }) => {
-                f.pad(&format!("{}{factory}@{effort}", FaissIndex::PREFIX))
-            }
+        if let Engine::Faiss(FaissIndex { factory, effort }) = self {
+            return f.pad(&format!("{}{factory}@{effort}", FaissIndex::PREFIX));
         }
+        let plain = Engine::PLAIN.iter().find(|(_, engine)| engine == self);
+        f.pad(plain.map_or("", |(word, _)| word))
     }
 }
 
@@ -148,14 +154,13 @@ impl FromStr for Engine {
     type Err = String;
 
     fn from_str(word: &str) -> Result<Self, String> {
-        match word {
-            "flat" => return Ok(Engine::Flat),
-            "sq8" => return Ok(Engine::Sq8),
-            _ => {}
+        if let Some((_, engine)) = Engine::PLAIN.iter().find(|(plain, _)| *plain == word) {
+            return Ok(engine.clone());
         }
-        let index = word.strip_prefix(FaissIndex::PREFIX);
-        let index =
-            index.ok_or(format!("expected flat, sq8, faiss:FACTORY or faiss:FACTORY@EFFORT, found {word:?}"))?;
+        let index = word.strip_prefix(FaissIndex::PREFIX).ok_or_else(|| {
+            let plain: Vec<&str> = Engine::PLAIN.iter().map(|(word, _)| *word).collect();
+            format!("expected {}, faiss:FACTORY or faiss:FACTORY@EFFORT, found {word:?}", plain.join(", "))
+        })?;
         let Some((factory, effort)) = index.split_once('@') else {
             return Ok(Engine::Faiss(FaissIndex { factory: index.into(), effort: FaissIndex::EFFORT }));
         };

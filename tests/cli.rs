@@ -131,6 +131,11 @@ fn a_collection_says_which_engine_answers() {
     let error = run(&["index", "set", "faiss:Flot"]).exits(1).stderr;
     assert!(error.contains("Flot") && (cfg!(feature = "faiss") || error.contains("--features faiss")), "{error}");
     assert_eq!(engine(), "sq8");
+    if !cfg!(feature = "cuda") {
+        let error = run(&["index", "set", "cuda"]).exits(1).stderr;
+        assert!(error.contains("--features cuda"), "{error}");
+        assert_eq!(engine(), "sq8");
+    }
     sandbox.run(&["--data", "data", "--collection", "letters", "index", "set", "flat"]).exits(3);
 
     let tuned = run(&["index", "tune", "--lookups", "5", "--json"]).exits(0).json();
@@ -157,6 +162,11 @@ fn lookups_are_measured_by_every_way_and_found_right() {
         let recall = result["recall"].as_f64().unwrap();
         assert!(recall == 1.0 || (recall > 0.9 && result["key_dtype"] == "int8"), "{result}");
         assert!(result["p99_us"].as_f64() >= result["p50_us"].as_f64(), "{result}");
+    }
+    if !cfg!(feature = "cuda") {
+        let measured = sandbox.run(&[&typed[..], &["--engines", "flat,cuda"]].concat()).exits(0).json();
+        assert_eq!(measured["results"].as_array().map(Vec::len), Some(2 * 3 * 2));
+        assert_eq!(measured["skipped"][0]["engine"], "cuda");
     }
 
     sandbox.write_file("peer", "#!/bin/sh\necho '{\"peer\": \"other\", \"skipped\": \"not here\"}'\n");

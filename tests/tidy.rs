@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Modules that every module may import.
-const OPEN: &[&str] = &["types", "shape", "limits", "numeric", "passkey"];
+const OPEN: &[&str] = &["types", "shape", "limits", "numeric", "passkey", "recent"];
 
 /// What each top-level module of `src/` may import besides [`OPEN`].
 const IMPORTS: &[(&str, &[&str])] = &[
@@ -18,11 +18,12 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("numeric", &[]),
     ("passkey", &[]),
+    ("recent", &[]),
     ("api", &[]),
     ("store", &[]),
     ("cuda", &[]),
-    ("index", &[]),
-    ("memory", &["api", "store", "index"]),
+    ("index", &["cuda"]),
+    ("memory", &["api", "store", "index", "cuda"]),
     ("wire", &["api"]),
     ("server", &["api", "wire", "memory"]),
     ("client", &["api", "wire"]),
@@ -30,7 +31,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("model", &["attention", "api"]),
     ("train", &["model", "attention", "api"]),
     ("eval", &["train", "model", "attention", "api"]),
-    ("cli", &["api", "store", "index", "memory", "wire", "server", "client", "attention", "model", "train", "eval"]),
+    (
+        "cli",
+        &["api", "store", "cuda", "index", "memory", "wire", "server", "client", "attention", "model", "train", "eval"],
+    ),
     ("lib", &[]),
     ("main", &["cli"]),
 ];

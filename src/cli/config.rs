@@ -8,6 +8,8 @@ use std::time::Duration;
 use config::{Environment, File, FileFormat};
 use serde::Deserialize;
 
+use crate::memory::GPU_CACHE_BYTES;
+
 use super::args::Global;
 use super::target::Target;
 
@@ -29,6 +31,8 @@ pub(super) struct Config {
     pub(super) collection_typed: bool,
     /// How long one call to a service may take; the client's own default where absent.
     pub(super) deadline: Option<Duration>,
+    /// Bytes of blocks that are kept in a GPU's memory.
+    pub(super) gpu_cache_bytes: u64,
     /// Address that `serve` listens on.
     pub(super) listen: Option<SocketAddr>,
     /// Socket path that `serve` listens on.
@@ -62,6 +66,7 @@ struct Layer {
     connect: Option<String>,
     collection: Option<String>,
     client: ClientLayer,
+    gpu: GpuLayer,
     server: ServerLayer,
 }
 
@@ -70,6 +75,13 @@ struct Layer {
 struct ClientLayer {
     /// How long one call to a service may take.
     deadline_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct GpuLayer {
+    /// Most MiB of blocks that are kept in a GPU's memory.
+    cache_mib: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
@@ -128,8 +140,9 @@ impl Layer {
     }
 
     fn from_flags(global: &Global) -> Result<Layer, ConfigError> {
-        let Global { data, connect, collection, .. } = global.clone();
-        Layer { data, connect, collection, ..Layer::default() }.checked("the command line")
+        let Global { data, connect, collection, gpu_cache, .. } = global.clone();
+        let gpu = GpuLayer { cache_mib: gpu_cache };
+        Layer { data, connect, collection, gpu, ..Layer::default() }.checked("the command line")
     }
 
     fn read(source: impl config::Source + Send + Sync + 'static, origin: &str) -> Result<Layer, ConfigError> {
@@ -157,6 +170,7 @@ impl Layer {
             connect,
             collection: self.collection.or(below.collection),
             client: ClientLayer { deadline_ms: self.client.deadline_ms.or(below.client.deadline_ms) },
+            gpu: GpuLayer { cache_mib: self.gpu.cache_mib.or(below.gpu.cache_mib) },
             server: ServerLayer {
                 listen: self.server.listen.or(below.server.listen),
                 unix: self.server.unix.or(below.server.unix),
@@ -178,6 +192,7 @@ impl Layer {
             collection: self.collection.unwrap_or_else(|| "default".into()),
             collection_typed,
             deadline: self.client.deadline_ms.map(Duration::from_millis),
+            gpu_cache_bytes: self.gpu.cache_mib.map_or(GPU_CACHE_BYTES, |mib| mib.saturating_mul(1 << 20)),
             listen: self.server.listen,
             unix: self.server.unix,
             allow_remote: self.server.allow_remote.unwrap_or(false),
@@ -212,16 +227,22 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_environment_and_that_over_the_file() {
-        let file = file("data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[server]\nlisten = '127.0.0.1:1'");
+        let file = file(
+            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'",
+        );
         let environment = environment(&[
             ("LANDMARKDB__COLLECTION", "2"),
             ("LANDMARKDB__CLIENT__DEADLINE_MS", "2"),
+            ("LANDMARKDB__GPU__CACHE_MIB", "2"),
             ("LANDMARKDB_CACHE", "not ours: one underscore"),
         ]);
-        let flags = Layer::from_flags(&Global { collection: Some("c".into()), ..Global::default() });
+        let typed = Global { collection: Some("c".into()), gpu_cache: Some(3), ..Global::default() };
+        let flags = Layer::from_flags(&typed);
         let config = settle(flags.unwrap().over(environment.unwrap()).over(file.unwrap()));
         assert_eq!(config.collection, "c");
         assert_eq!(config.deadline, Some(Duration::from_millis(2)));
+        assert_eq!(config.gpu_cache_bytes, 3 << 20);
+        assert_eq!(settle(Layer::default()).gpu_cache_bytes, GPU_CACHE_BYTES);
         assert_eq!(config.listen, Some("127.0.0.1:1".parse().unwrap()));
         assert_eq!(config.target().unwrap(), &Target::Data("/etc/landmarkdb/a".into()));
     }

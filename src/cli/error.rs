@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::api::MemoryError;
+use crate::cuda::CudaError;
 use crate::eval::{CaptureError, GoldenError};
 use crate::model::{LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
@@ -104,6 +105,8 @@ pub(super) enum CliError {
     GoldenDiffers { outputs: usize },
     #[error(transparent)]
     Golden(#[from] GoldenError),
+    #[error("the GPU's bandwidth cannot be measured: {0}")]
+    Bandwidth(#[from] CudaError),
     #[error("{}: the report cannot be written: {source}", .path.display())]
     WriteReport { path: PathBuf, source: io::Error },
     #[error("{what}: {source}")]
@@ -145,6 +148,7 @@ impl CliError {
             | CliError::NotConfirmed { .. }
             | CliError::GoldenDiffers { .. }
             | CliError::Golden(_)
+            | CliError::Bandwidth(_)
             | CliError::WriteReport { .. }
             | CliError::Io { .. } => Exit::Failure,
         }

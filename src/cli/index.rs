@@ -46,8 +46,9 @@ Examples:
 ")]
 pub(super) struct SetArgs {
     /// flat: keys are scanned as they are stored. sq8: f16 keys are scanned as int8, and blocks that could be among the best
-    /// are compared as f16; half as much memory again. faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in
-    /// the language of its index_factory, find most of the blocks.
+    /// are compared as f16; half as much memory again. cuda: keys are scanned, and blocks attended to, by an NVIDIA GPU.
+    /// faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in the language of its index_factory, find most of the
+    /// blocks.
     #[arg(value_parser = word::<Engine>)]
     engine: Engine,
 }
@@ -56,8 +57,8 @@ pub(super) struct SetArgs {
 ///
 /// Looks queries up in all layers in turn: random ones, or those that `landmarkdb capture` recorded of the collection's model,
 /// which are what indexes should be judged by. Recall is against flat. For each --faiss without an effort the smallest effort that
-/// reaches the recall is found. An engine that takes more memory is kept only if it is at least a tenth faster. int8 keys are
-/// scanned as they are by sq8 too.
+/// reaches the recall is found. An engine that takes more memory is kept only if it is at least a tenth faster. For int8 keys sq8 is
+/// flat and is not measured, nor is cuda where there is no GPU.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -230,6 +231,11 @@ fn tune(
     let mut tunables = vec![Tunable::fixed(Engine::Flat)];
     if collection.spec.key_dtype != DType::Int8 {
         tunables.push(Tunable::fixed(Engine::Sq8));
+    }
+    match memory.set_engine(collection.id, Engine::Cuda) {
+        Ok(_) => tunables.push(Tunable::fixed(Engine::Cuda)),
+        Err(error @ MemoryError::Invalid { .. }) => context.output.say(&format!("not measuring cuda: {error}")),
+        Err(error) => return Err(error.into()),
     }
     tunables.extend_from_slice(&args.faiss);
     for tunable in tunables {

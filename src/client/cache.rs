@@ -1,10 +1,10 @@
 //! Blocks that were fetched before, bounded in bytes. For callers that attend over fetched K and V themselves and come
 //! back to the same blocks step after step.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::api::{BlockMemory, FetchRequest, Result, StoredBlock};
+use crate::recent::Recent;
 use crate::types::{BlockId, DType, DocumentId};
 
 /// A memory's `fetch`, with the blocks that were used last kept at hand.
@@ -31,21 +31,16 @@ pub struct CacheCounts {
 
 type Key = (BlockId, DType);
 
-/// Blocks in the order of their last use.
-#[derive(Default)]
 struct Kept {
-    bytes_max: u64,
-    blocks: HashMap<Key, (u64, StoredBlock)>,
-    /// Use number to key: the first entry was used longest ago.
-    uses: BTreeMap<u64, Key>,
-    last_use: u64,
-    counts: CacheCounts,
+    blocks: Recent<Key, StoredBlock>,
+    hits: u64,
+    misses: u64,
 }
 
 impl CachedBlocks {
     /// Keeps at most `bytes_max` bytes of blocks of `memory`.
     pub fn new(memory: Arc<dyn BlockMemory>, bytes_max: u64) -> Self {
-        CachedBlocks { memory, kept: Mutex::new(Kept { bytes_max, ..Kept::default() }) }
+        CachedBlocks { memory, kept: Mutex::new(Kept { blocks: Recent::new(bytes_max), hits: 0, misses: 0 }) }
     }
 
     /// As [`BlockMemory::fetch`]; asks the memory only for blocks that are not at hand.
@@ -69,7 +64,7 @@ impl CachedBlocks {
         let mut kept = self.kept();
         for (place, block) in found.iter_mut().filter(|place| place.is_none()).zip(fetched) {
             if block.id.index < full_blocks {
-                kept.put((block.id, request.dtype), block.clone());
+                kept.blocks.put((block.id, request.dtype), block.clone(), block_bytes(&block));
             }
             *place = Some(block);
         }
@@ -78,13 +73,12 @@ impl CachedBlocks {
 
     /// Drops what is kept of a document.
     pub fn forget(&self, document: DocumentId) {
-        let mut kept = self.kept();
-        let keys: Vec<Key> = kept.blocks.keys().filter(|(id, _)| id.document == document).copied().collect();
-        keys.into_iter().for_each(|key| kept.remove(key));
+        self.kept().blocks.retain(|(id, _)| id.document != document);
     }
 
     pub fn counts(&self) -> CacheCounts {
-        self.kept().counts
+        let Kept { blocks, hits, misses } = &*self.kept();
+        CacheCounts { hits: *hits, misses: *misses, blocks: blocks.len() as u64, bytes: blocks.bytes() }
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -95,41 +89,9 @@ impl CachedBlocks {
 
 impl Kept {
     fn get(&mut self, key: Key) -> Option<StoredBlock> {
-        let Some((last_use, block)) = self.blocks.get_mut(&key) else {
-            self.counts.misses += 1;
-            return None;
-        };
-        self.counts.hits += 1;
-        self.uses.remove(last_use);
-        self.last_use += 1;
-        *last_use = self.last_use;
-        self.uses.insert(self.last_use, key);
-        Some(block.clone())
-    }
-
-    fn put(&mut self, key: Key, block: StoredBlock) {
-        let bytes = block_bytes(&block);
-        if bytes > self.bytes_max {
-            return;
-        }
-        self.remove(key);
-        while self.counts.bytes + bytes > self.bytes_max {
-            let Some((_, &oldest)) = self.uses.first_key_value() else { break };
-            self.remove(oldest);
-        }
-        self.last_use += 1;
-        self.uses.insert(self.last_use, key);
-        self.blocks.insert(key, (self.last_use, block));
-        self.counts.bytes += bytes;
-        self.counts.blocks += 1;
-    }
-
-    fn remove(&mut self, key: Key) {
-        if let Some((last_use, block)) = self.blocks.remove(&key) {
-            self.uses.remove(&last_use);
-            self.counts.bytes -= block_bytes(&block);
-            self.counts.blocks -= 1;
-        }
+        let found = self.blocks.get(key);
+        *if found.is_some() { &mut self.hits } else { &mut self.misses } += 1;
+        found
     }
 }
 

@@ -11,7 +11,7 @@ use super::launch::{
     below, download, length, multiple, room, upload, within,
 };
 use crate::limits;
-use crate::types::{BlockScore, Granularity};
+use crate::types::{BlockScore, DType, Granularity};
 
 /// Keys of a panel: `PANEL` of the kernels.
 const PANEL: usize = 64;
@@ -29,40 +29,37 @@ const TILE_KEYS: usize = 512;
 const BLOCKS_MAX: u64 = i32::MAX as u64;
 const _: () = assert!(limits::LOOKUP_SCORES_BYTES_MAX / 4 <= BLOCKS_MAX);
 
-/// Keys that stand for blocks, where kernels find them.
+/// Keys that stand for consecutive blocks, for all layers and KV heads, where kernels find them. They never change.
 pub struct Keys<M> {
     numbers: M,
     /// Of bytes only.
     scales: Option<M>,
     head_dim: usize,
-    panels: usize,
+    /// L * Hkv
+    pieces: usize,
+    piece_panels: usize,
 }
 
-/// Keys in the order of the index's snapshots: panels of 64 keys, the last of each piece filled up with anything.
+/// Keys in panels of 64, those of each layer and KV head together, the last panel of each filled up with anything.
 #[derive(Clone, Copy, Debug)]
 pub enum Panels<'a> {
-    /// `(panels, D, 64)`
+    /// `(L * Hkv, panels, D, 64)`
     F16(&'a [f16]),
-    /// Numbers `(panels, D, 64)`, scales `(panels, 64)`.
+    /// Numbers `(L * Hkv, panels, D, 64)`, scales `(L * Hkv, panels, 64)`.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
 /// Consecutive blocks that lie together and are scored with the same queries.
-#[derive(Clone, Debug)]
-pub struct Span {
-    /// First panel of the pieces `(L * Hkv, piece_panels)` that hold them.
-    pub panel: u32,
-    /// Panels of each piece.
-    pub piece_panels: u32,
-    /// Counted within a piece.
+pub struct Span<'a, M> {
+    pub keys: &'a Keys<M>,
+    /// Within those of `keys`.
     pub blocks: Range<u32>,
     /// Which queries.
     pub set: u32,
 }
 
 /// One lookup.
-#[derive(Clone, Debug)]
-pub struct Choice<'a> {
+pub struct Choice<'a, M> {
     pub layer: u32,
     /// T
     pub tokens: u32,
@@ -72,10 +69,14 @@ pub struct Choice<'a> {
     pub kv_heads: u32,
     /// m
     pub keys_per_block: u32,
+    /// D of all keys.
+    pub head_dim: usize,
+    /// Of all keys: f16 or int8.
+    pub dtype: DType,
     /// `(sets, T, Hq, D)`
     pub queries: &'a [f32],
     /// The blocks that may be chosen, in order. A block's position is its place among them.
-    pub spans: &'a [Span],
+    pub spans: &'a [Span<'a, M>],
     /// Blocks to choose per row.
     pub top_k: u32,
     pub block_score: BlockScore,
@@ -100,25 +101,34 @@ pub struct Chosen {
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 struct Tile {
-    panel: u32,
+    numbers: u64,
+    scales: u64,
     piece_panels: u32,
     key: u32,
     blocks: u32,
     position: u32,
     set: u32,
+    unused: u32,
 }
 
 impl<M> Keys<M> {
-    /// Copies keys to the runner's memory.
-    pub fn upload<R: Runner<Memory = M>>(runner: &R, panels: Panels<'_>, head_dim: usize) -> Result<Self, R::Error> {
+    /// Copies keys of so many pieces (L * Hkv) to the runner's memory.
+    pub fn upload<R: Runner<Memory = M>>(
+        runner: &R,
+        panels: Panels<'_>,
+        head_dim: usize,
+        pieces: usize,
+    ) -> Result<Self, R::Error> {
         within("head_dim", 1..=HEAD_DIM_MAX as u64, head_dim as u64)?;
+        within("pieces", 1..=u32::MAX.into(), pieces as u64)?;
         let count = match panels {
             Panels::F16(numbers) => numbers.len(),
             Panels::Int8 { numbers, .. } => numbers.len(),
         };
         let panel_numbers = head_dim * PANEL;
-        multiple("numbers", panel_numbers as u64, count as u64)?;
+        multiple("numbers", (pieces * panel_numbers) as u64, count as u64)?;
         let panel_count = count / panel_numbers;
+        within("panels", 0..=u32::MAX.into(), panel_count as u64)?;
         let (numbers, scales) = match panels {
             Panels::F16(numbers) => (upload(runner, numbers)?, None),
             Panels::Int8 { numbers, scales } => {
@@ -128,13 +138,17 @@ impl<M> Keys<M> {
         };
         // Other runners of the same device may use them from now on.
         runner.wait()?;
-        Ok(Keys { numbers, scales, head_dim, panels: panel_count })
+        Ok(Keys { numbers, scales, head_dim, pieces, piece_panels: panel_count / pieces })
+    }
+
+    fn dtype(&self) -> DType {
+        if self.scales.is_some() { DType::Int8 } else { DType::F16 }
     }
 }
 
 /// Chooses the blocks of every row.
-pub fn choose<R: Runner>(runner: &R, keys: &Keys<R::Memory>, choice: &Choice<'_>) -> Result<Chosen, R::Error> {
-    let tiles = choice.check(keys.head_dim, keys.panels)?;
+pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<Chosen, R::Error> {
+    let tiles = choice.tiles(runner)?;
     let blocks: u32 = tiles.iter().map(|tile| tile.blocks).sum();
     let k = choice.top_k.min(blocks);
     let (query_heads, kv_heads) = (choice.query_heads as usize, choice.kv_heads as usize);
@@ -156,8 +170,6 @@ pub fn choose<R: Runner>(runner: &R, keys: &Keys<R::Memory>, choice: &Choice<'_>
     let at = |memory| runner.address(memory);
 
     let score = ScoreArguments {
-        numbers: at(&keys.numbers),
-        scales: keys.scales.as_ref().map_or(0, at),
         tiles: at(&tiles),
         queries: at(&queries),
         scores: at(&scores),
@@ -169,14 +181,14 @@ pub fn choose<R: Runner>(runner: &R, keys: &Keys<R::Memory>, choice: &Choice<'_>
         query_heads: choice.query_heads,
         kv_heads: choice.kv_heads,
         first_piece: choice.layer * choice.kv_heads,
-        head_dim: keys.head_dim as u32,
+        head_dim: choice.head_dim as u32,
         keys_per_block: choice.keys_per_block,
         log_sum_exp: (choice.block_score == BlockScore::LogSumExp).into(),
         softmax_scale: choice.softmax_scale,
     };
     let strips = (query_rows / choice.kv_heads).div_ceil(ROWS);
     let score_launch = Launch::new([tile_count * strips, choice.kv_heads], 4 * ROWS * (score.head_dim + tile_keys));
-    let score_kernel = if keys.scales.is_some() { Kernel::ScoreInt8 } else { Kernel::ScoreF16 };
+    let score_kernel = if choice.dtype == DType::Int8 { Kernel::ScoreInt8 } else { Kernel::ScoreF16 };
     let total = TotalArguments { tile_totals: at(&tile_totals), totals: at(&totals), rows: query_rows, tile_count };
     let (token_span, head_span) = choice.spans_of_row();
     let choose = ChooseArguments {
@@ -202,10 +214,10 @@ pub fn choose<R: Runner>(runner: &R, keys: &Keys<R::Memory>, choice: &Choice<'_>
         k,
         capacity: queue_capacity(k),
     };
-    // SAFETY: each kernel gets its own structure. `check` has compared every tile with the keys and the queries, so
+    // SAFETY: each kernel gets its own structure. `tiles` has compared every tile with its keys and the queries, so
     // that what `score` reads is there, and every size with its limit, so that no product above wraps; all other memory
     // was made above in the shapes that the kernels' sources give for these very fields. It lives until the downloads
-    // below have waited, or a launch has failed, which leaves nothing running.
+    // below have waited, or a launch has failed, which leaves nothing running, and the keys are borrowed until then.
     unsafe {
         runner.launch(score_kernel, score_launch, &score)?;
         runner.launch(Kernel::Total, Launch::warps(query_rows), &total)?;
@@ -231,7 +243,7 @@ fn queue_bytes(k: u32) -> u32 {
     8 * queue_capacity(k) + 16
 }
 
-impl Choice<'_> {
+impl<M> Choice<'_, M> {
     /// Query tokens and heads that share a row of choices; rows are in the order of [`Granularity::row`].
     fn spans_of_row(&self) -> (u32, u32) {
         let group = self.query_heads / self.kv_heads;
@@ -245,7 +257,7 @@ impl Choice<'_> {
     }
 
     /// Compares every field with its limit and with the keys, and cuts the spans into tiles.
-    fn check(&self, head_dim: usize, panels: usize) -> Result<Vec<Tile>, ArgumentError> {
+    fn tiles<R: Runner<Memory = M>>(&self, runner: &R) -> Result<Vec<Tile>, ArgumentError> {
         let (heads, m) = (self.query_heads, self.keys_per_block);
         within("layer", 0..=limits::LAYERS_MAX.into(), self.layer.into())?;
         within("tokens", 0..=limits::QUERY_TOKENS_MAX.into(), self.tokens.into())?;
@@ -254,23 +266,16 @@ impl Choice<'_> {
         multiple("query_heads", self.kv_heads.into(), heads.into())?;
         within("top_k", 0..=limits::TOP_K_MAX.into(), self.top_k.into())?;
         within("keys_per_block", 1..=limits::BLOCK_TOKENS_MAX.into(), m.into())?;
-        let set_numbers = self.tokens as usize * heads as usize * head_dim;
+        within("head_dim", 1..=HEAD_DIM_MAX as u64, self.head_dim as u64)?;
+        let set_numbers = self.tokens as usize * heads as usize * self.head_dim;
         multiple("queries", set_numbers as u64, self.queries.len() as u64)?;
         let sets = self.queries.len().checked_div(set_numbers);
         let rows = self.tokens as u64 * heads as u64;
 
         let mut tiles = Vec::new();
         let mut position = 0;
-        for span in self.spans {
-            if span.blocks.is_empty() {
-                continue;
-            }
-            let pieces = (self.layer as u64 + 1) * self.kv_heads as u64;
-            let end = span.panel as u64 + pieces * span.piece_panels as u64;
-            within("end of a span's panels", 0..=panels as u64, end)?;
-            // The kernels count keys in 32 bits.
-            let room = (span.piece_panels as u64 * PANEL as u64).min(u32::MAX.into());
-            within("end of a span's keys", 0..=room, span.blocks.end as u64 * m as u64)?;
+        for span in self.spans.iter().filter(|span| !span.blocks.is_empty()) {
+            self.check_keys(span)?;
             // Without tokens there are no queries, and none are read.
             if let Some(sets) = sets {
                 below("set of a span", sets, span.set.into())?;
@@ -278,23 +283,46 @@ impl Choice<'_> {
             let blocks = position + span.blocks.len() as u64;
             within("blocks", 0..=BLOCKS_MAX, blocks)?;
             within("bytes of scores", 0..=limits::LOOKUP_SCORES_BYTES_MAX, rows * blocks * 4)?;
-            position = self.cut(span, position, &mut tiles);
+            position = self.cut(runner, span, position, &mut tiles);
         }
         Ok(tiles)
     }
 
+    /// Refuses keys of another form, and blocks that they do not have.
+    fn check_keys(&self, Span { keys, blocks, .. }: &Span<'_, M>) -> Result<(), ArgumentError> {
+        if keys.dtype() != self.dtype {
+            return Err(ArgumentError::Dtype { expected: self.dtype, found: keys.dtype() });
+        }
+        length("head_dim of keys", self.head_dim, keys.head_dim)?;
+        let pieces = (self.layer as u64 + 1) * self.kv_heads as u64;
+        within("pieces up to the layer", 0..=keys.pieces as u64, pieces)?;
+        // The kernels count keys in 32 bits.
+        let room = (keys.piece_panels as u64 * PANEL as u64).min(u32::MAX.into());
+        within("end of a span's keys", 0..=room, blocks.end as u64 * self.keys_per_block as u64)
+    }
+
     /// Appends the tiles of a span whose first block is at `position`; returns the position behind its last.
-    fn cut(&self, span: &Span, mut position: u64, tiles: &mut Vec<Tile>) -> u64 {
+    fn cut<R: Runner<Memory = M>>(
+        &self,
+        runner: &R,
+        span: &Span<'_, M>,
+        mut position: u64,
+        tiles: &mut Vec<Tile>,
+    ) -> u64 {
         let tile_blocks = (TILE_KEYS / self.keys_per_block as usize).max(1);
+        let numbers = runner.address(&span.keys.numbers);
+        let scales = span.keys.scales.as_ref().map_or(0, |scales| runner.address(scales));
         for first in span.blocks.clone().step_by(tile_blocks) {
             let blocks = (span.blocks.end - first).min(tile_blocks as u32);
             tiles.push(Tile {
-                panel: span.panel,
-                piece_panels: span.piece_panels,
+                numbers,
+                scales,
+                piece_panels: span.keys.piece_panels as u32,
                 key: first * self.keys_per_block,
                 blocks,
                 position: position as u32,
                 set: span.set,
+                unused: 0,
             });
             position += blocks as u64;
         }

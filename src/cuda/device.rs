@@ -1,6 +1,7 @@
 //! A GPU with the kernels on it, and sessions that work on it at the same time.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{
@@ -103,6 +104,20 @@ fn failed(action: &'static str, error: DriverError) -> CudaError {
 }
 
 impl Session {
+    /// Bytes per second that the GPU's memory gives and takes, both counted, while `bytes` are copied inside it.
+    pub fn bandwidth(&self, bytes: usize) -> Result<f64, CudaError> {
+        const COPIES: usize = 8;
+        let (from, mut to) = (self.memory(bytes)?, self.memory(bytes)?);
+        let mut copy = || self.settle("copy on the GPU", self.stream.memcpy_dtod(&from, &mut to));
+        // The first use of memory pays for more than the copy.
+        copy()?;
+        self.wait()?;
+        let begin = Instant::now();
+        (0..COPIES).try_for_each(|_| copy())?;
+        self.wait()?;
+        Ok((2 * bytes * COPIES) as f64 / begin.elapsed().as_secs_f64())
+    }
+
     /// Waits after a failure, so that the caller may free what the work before it reads.
     fn settle<T>(&self, action: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
         result.map_err(|error| {

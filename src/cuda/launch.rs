@@ -20,8 +20,8 @@ const WARP: u32 = 32;
 /// dropped: kernels are launched over addresses that were computed from that.
 pub unsafe trait Runner {
     /// Freed when dropped, once the work that was asked for before is done.
-    type Memory;
-    type Error: From<ArgumentError>;
+    type Memory: Send + Sync + 'static;
+    type Error: std::error::Error + From<ArgumentError>;
 
     /// Memory with arbitrary content, aligned for any number.
     fn memory(&self, bytes: usize) -> Result<Self::Memory, Self::Error>;
@@ -64,10 +64,8 @@ pub enum ArgumentError {
     Multiple { field: &'static str, unit: u64, found: u64 },
     #[error("{field}: expected to count from 0 to less than {count}, found {found}")]
     Index { field: &'static str, count: u64, found: u64 },
-    #[error("dtype: expected {expected}, found {found}; convert the numbers, or make the pages for {found}")]
-    Dtype { expected: &'static str, found: DType },
-    #[error("page {page} is read before anything was written to it: fill it with `Pages::write`")]
-    Unwritten { page: u64 },
+    #[error("dtype: expected {expected}, found {found}; convert the numbers first")]
+    Dtype { expected: DType, found: DType },
 }
 
 /// A kernel of [`super::SOURCE`].
@@ -145,8 +143,6 @@ macro_rules! arguments {
 }
 
 arguments!(ScoreArguments {
-    numbers: u64,
-    scales: u64,
     tiles: u64,
     queries: u64,
     scores: u64,
@@ -185,8 +181,6 @@ arguments!(ChooseArguments {
 arguments!(MergeArguments { candidates: u64, positions: u64, scores: u64, count: u32, k: u32, capacity: u32 });
 
 arguments!(AttendArguments {
-    numbers: u64,
-    scales: u64,
     queries: u64,
     turns: u64,
     pages: u64,

@@ -7,20 +7,22 @@
 //! but the seam is tested without a GPU.
 //!
 //! The kernels are compiled for the device at hand when it is opened, by NVRTC. Neither CUDA nor a GPU is needed to
-//! build, and both are looked for only when a device is opened. No GPU has run or timed them yet, and nothing else in
-//! this crate calls them: the CPU gives every answer.
+//! build, and both are looked for only when a device is opened; a build without the feature has a `Device` that says so
+//! when it is opened. No GPU has run or timed the kernels yet.
 
 mod attend;
 mod choose;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(not(feature = "cuda"))]
+#[path = "absent.rs"]
+mod device;
 mod launch;
 #[cfg(feature = "cuda")]
 mod module;
 
-pub use attend::{Attention, Page, Pages, Part, attend};
+pub use attend::{Attention, Page, PageLayout, Part, Piece, attend};
 pub use choose::{Choice, Chosen, Keys, Panels, Span, choose};
-#[cfg(feature = "cuda")]
 pub use device::{CudaError, Device, Session};
 pub use launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
 

@@ -1,9 +1,9 @@
 //! Which blocks does this query want? Landmark keys in memory, derived from the store and rebuildable from it.
 //!
-//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it; where documents have
-//! indexes ([`DocumentIndexes`]), only the blocks that those name are compared. Keys lie in immutable snapshots
-//! ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or documents' names;
-//! the only bytes on disk are a cache of indexes.
+//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it, [`cuda`] the same on a GPU,
+//! over copies of the keys. Where documents have indexes ([`DocumentIndexes`]), only the blocks that those name are compared. Keys
+//! lie in immutable snapshots ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or
+//! documents' names; the only bytes on disk are a cache of indexes.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use crate::types::{BlockScore, Granularity};
 
 mod candidates;
 mod choose;
+pub mod cuda;
 pub mod exact;
 #[cfg_attr(not(feature = "faiss"), path = "faiss_absent.rs")]
 mod faiss;

@@ -5,8 +5,9 @@
 //! `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last panel is
 //! filled up with zeros, and so are the last four dimensions.
 
+use std::any::Any;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::f16;
 
@@ -58,7 +59,11 @@ pub struct Chunk {
     layout: KeyLayout,
     blocks: usize,
     numbers: Numbers,
+    copy: Mutex<Option<Copied>>,
 }
+
+/// The same keys in a GPU's memory, in whatever form [`super::cuda`] gives them.
+pub(super) type Copied = Arc<dyn Any + Send + Sync>;
 
 #[derive(Debug)]
 enum Numbers {
@@ -142,7 +147,11 @@ impl Chunk {
             DType::Int8 => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
             _ => Numbers::F16(vec![f16::ZERO; count]),
         };
-        Chunk { layout, blocks, numbers }
+        Chunk { layout, blocks, numbers, copy: Mutex::default() }
+    }
+
+    pub(super) fn layout(&self) -> KeyLayout {
+        self.layout
     }
 
     /// Blocks in this chunk.
@@ -237,6 +246,16 @@ impl Chunk {
     pub(super) fn largest_error(&self, piece: usize) -> f32 {
         let Numbers::Compressed { largest_errors, .. } = &self.numbers else { return 0.0 };
         largest_errors[piece]
+    }
+
+    /// The place of a copy elsewhere, which goes when the chunk goes. Locked while the copy is made, so that it is made once.
+    pub(super) fn copy(&self) -> MutexGuard<'_, Option<Copied>> {
+        self.copy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The panels of all pieces.
+    pub(super) fn all_panels(&self) -> Panels<'_> {
+        self.panels(0, 0..self.layout.pieces() * self.piece_keys() / PANEL)
     }
 
     /// Some panels of one piece.

@@ -11,6 +11,7 @@ use super::LocalMemory;
 use super::geometry::Turns;
 use super::lookup::Prepared;
 use crate::api::{AttendRequest, Attended, Result};
+use crate::cuda::{PageLayout, Part};
 use crate::index::Found;
 use crate::numeric::{self, Matrix, Write};
 use crate::store::piece::PieceLayout;
@@ -41,13 +42,13 @@ struct Partial {
 }
 
 /// What the tasks of one request share.
-struct Attention<'a> {
+pub(super) struct Attention<'a> {
     memory: &'a LocalMemory,
-    prepared: &'a Prepared<'a>,
-    turns: Arc<Turns>,
-    normalisation: Normalisation,
+    pub(super) prepared: &'a Prepared<'a>,
+    pub(super) turns: Arc<Turns>,
+    pub(super) normalisation: Normalisation,
     /// G
-    group: usize,
+    pub(super) group: usize,
     /// D
     dim: usize,
 }
@@ -64,18 +65,10 @@ impl LocalMemory {
             group: shape.group(),
             dim: shape.head_dim as usize,
         };
-        let found = prepared.search(&attention.turns);
-        let heads: Vec<Vec<Use>> = (0..shape.kv_heads as usize).map(|head| attention.uses(head, &found)).collect();
-        let shards: Vec<(usize, &[Use])> = heads
-            .iter()
-            .enumerate()
-            .flat_map(|(head, uses)| shards(uses).into_iter().map(move |shard| (head, shard)))
-            .collect();
-        let partials = shards
-            .par_iter()
-            .map(|&(head, uses)| Ok((head, attention.shard(head, uses)?)))
-            .collect::<Result<Vec<(usize, Partial)>>>()?;
-        let (out, lse) = attention.gather(partials);
+        let gpu = self.gpu_of(&prepared.collection);
+        let found = prepared.search(&attention.turns, gpu)?;
+        let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &attention, &found)).transpose()?.flatten();
+        let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
         Ok(Attended { out, lse, hits: prepared.hits(found) })
     }
 }
@@ -98,6 +91,29 @@ fn shards(uses: &[Use]) -> Vec<&[Use]> {
 }
 
 impl Attention<'_> {
+    /// How a GPU would hold the pieces.
+    pub(super) fn page_layout(&self) -> PageLayout {
+        let spec = &self.prepared.collection.spec;
+        PageLayout { dtype: spec.payload_dtype, block_tokens: spec.shape.block_tokens as usize, head_dim: self.dim }
+    }
+
+    /// Attention of all rows over the blocks that were found for them.
+    fn all(&self, found: &Found) -> Result<Part> {
+        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let heads: Vec<Vec<Use>> = (0..kv_heads).map(|head| self.uses(head, found)).collect();
+        let shards: Vec<(usize, &[Use])> = heads
+            .iter()
+            .enumerate()
+            .flat_map(|(head, uses)| shards(uses).into_iter().map(move |shard| (head, shard)))
+            .collect();
+        let partials = shards
+            .par_iter()
+            .map(|&(head, uses)| Ok((head, self.shard(head, uses)?)))
+            .collect::<Result<Vec<(usize, Partial)>>>()?;
+        let (out, lse) = self.gather(partials);
+        Ok(Part { out, lse })
+    }
+
     fn rows(&self) -> usize {
         self.prepared.request.distances.len() * self.group
     }

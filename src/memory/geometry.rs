@@ -99,9 +99,14 @@ impl Turns {
         Turns(turns)
     }
 
-    /// Turns heads `(_, D)` by `tokens`, which must be among those that [`Turns::new`] was asked for.
+    /// The turn by `tokens`, which must be among those that [`Turns::new`] was asked for.
+    pub(super) fn by(&self, tokens: i64) -> &Turn {
+        &self.0[&tokens]
+    }
+
+    /// Turns heads `(_, D)` by `tokens`, as [`Turns::by`].
     pub(super) fn apply(&self, tokens: i64, heads: &mut [f32], dim: usize) {
-        let turn = &self.0[&tokens];
+        let turn = self.by(tokens);
         heads.chunks_exact_mut(dim).for_each(|head| turn.apply(head));
     }
 }

@@ -87,6 +87,15 @@ impl Documents {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&document);
     }
 
+    /// Gives back what a document's keys and indexes take; its next lookup loads them again.
+    pub(super) fn unload(&self, document: DocumentId) {
+        if let Some(state) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(&document) {
+            let mut keys = state.keys.write().unwrap_or_else(PoisonError::into_inner);
+            *keys = Arc::new(DocumentKeys::empty(keys.layout()));
+            *state.indexes.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
     /// Bytes of keys and their indexes held.
     pub(super) fn bytes(&self) -> u64 {
         let states = self.0.read().unwrap_or_else(PoisonError::into_inner);

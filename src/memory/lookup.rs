@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::error::{at_most, invalid};
 use super::geometry::{Geometry, Turns};
+use super::gpu::Gpu;
 use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
 use crate::index::{self, Found, Query, Scoped};
@@ -49,7 +50,7 @@ impl LocalMemory {
                 let state = self.documents.state(range.document, collection.layout);
                 let load = |blocks| state.load(&self.store, &collection, range.document, blocks);
                 let (keys, indexes) = match &collection.engine {
-                    Engine::Flat | Engine::Sq8 => (load(range.blocks.end)?, None),
+                    Engine::Flat | Engine::Sq8 | Engine::Cuda => (load(range.blocks.end)?, None),
                     // Indexes cover the document, whatever part of it is asked.
                     Engine::Faiss(setting) => {
                         let keys = load(durable)?;
@@ -121,14 +122,14 @@ impl Prepared<'_> {
         self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
     }
 
-    /// Asks the index.
-    pub(super) fn search(&self, turns: &Turns) -> Found {
+    /// Asks the index, on a GPU if one is given and can answer.
+    pub(super) fn search(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
         let (request, shape) = (self.request, &self.collection.spec.shape);
         let older =
             if self.geometry.recent < self.geometry.eligible { self.turned(turns, 0) } else { request.queries.clone() };
         let recent: Vec<f32> =
             (0..self.geometry.recent).flat_map(|i| self.turned(turns, self.geometry.recent_slot(i))).collect();
-        index::search(&Query {
+        let query = Query {
             layout: self.collection.layout,
             layer: request.layer as usize,
             tokens: request.distances.len(),
@@ -140,7 +141,9 @@ impl Prepared<'_> {
             block_score: request.block_score,
             granularity: request.granularity,
             softmax_scale: shape.softmax_scale,
-        })
+        };
+        let of_gpu = gpu.map(|gpu| gpu.search(&query)).transpose()?.flatten();
+        Ok(of_gpu.unwrap_or_else(|| index::search(&query)))
     }
 
     /// All queries `(T, Hq, D)`, turned for one slot.

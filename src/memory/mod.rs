@@ -3,7 +3,7 @@
 //! The only module that knows both. What is acknowledged lies in the store; deleting all that is kept in memory here
 //! changes no answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -12,6 +12,7 @@ use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
     Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
 };
+use crate::cuda::Runner;
 use crate::index::{self, KeyLayout};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
@@ -21,12 +22,15 @@ use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissInd
 mod attend;
 mod error;
 mod geometry;
+mod gpu;
 mod ingest;
 mod keys;
 mod lookup;
 mod read;
 #[cfg(test)]
 mod tests;
+
+pub use gpu::GPU_CACHE_BYTES;
 
 /// A block memory over a data directory that no other process uses.
 ///
@@ -38,6 +42,7 @@ pub struct LocalMemory {
     collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
     documents: keys::Documents,
     indexes: keys::IndexFolder,
+    gpu: gpu::Gpu,
     counters: Counters,
 }
 
@@ -89,8 +94,29 @@ impl LocalMemory {
             collections: RwLock::default(),
             documents: keys::Documents::default(),
             indexes: keys::IndexFolder::default(),
+            gpu: gpu::Gpu::of_machine(GPU_CACHE_BYTES),
             counters: Counters::default(),
         }
+    }
+
+    /// With room for so many bytes of blocks' K and V in the GPU's memory, for collections of the engine `cuda`. Blocks
+    /// that were used longest ago go first.
+    pub fn with_gpu_cache(self, bytes: u64) -> LocalMemory {
+        LocalMemory { gpu: gpu::Gpu::of_machine(bytes), ..self }
+    }
+
+    /// The same, with what `open` gives in place of the machine's GPU: a runner for each call at a time.
+    pub fn with_runners<R: Runner + Send + 'static>(
+        self,
+        open: impl Fn() -> std::result::Result<R, R::Error> + Send + Sync + 'static,
+        cache_bytes: u64,
+    ) -> LocalMemory {
+        LocalMemory { gpu: gpu::Gpu::over(open, cache_bytes), ..self }
+    }
+
+    /// The GPU that answers for a collection, where one should.
+    fn gpu_of(&self, collection: &Collection) -> Option<&gpu::Gpu> {
+        (collection.engine == Engine::Cuda).then_some(&self.gpu)
     }
 
     fn collection_of(&self, id: CollectionId) -> Result<Arc<Collection>> {
@@ -196,8 +222,21 @@ impl BlockMemory for LocalMemory {
         if let Engine::Faiss(setting) = &engine {
             self.check_faiss(collection, setting)?;
         }
+        if engine == Engine::Cuda {
+            let found = |why| error::invalid("engine", "one that works here, such as flat", format!("cuda: {why}"));
+            self.gpu.check().map_err(found)?;
+        }
+        let before = self.collection_of(collection)?;
+        let of_faiss = matches!((&before.engine, &engine), (Engine::Faiss(_), Engine::Faiss(_)));
         self.store.set_engine(collection, engine)?;
         self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&collection);
+        // Each engine has keys in its own form, in its own memory. All of FAISS read the same.
+        if !of_faiss {
+            let documents: HashSet<DocumentId> =
+                self.store.manifests(collection)?.iter().map(|manifest| manifest.id).collect();
+            documents.iter().for_each(|&document| self.documents.unload(document));
+            self.gpu.forget(&documents);
+        }
         let entry = self.store.collection(collection)?;
         let gone = || MemoryError::NotFound { entity: Entity::Collection, id: collection.to_string() };
         self.collection_info(collection, entry.ok_or_else(gone)?)
@@ -240,7 +279,8 @@ impl BlockMemory for LocalMemory {
 
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
         let prepared = self.prepare(request)?;
-        let hits = prepared.hits(prepared.search(&prepared.turns()));
+        let found = prepared.search(&prepared.turns(), self.gpu_of(&prepared.collection))?;
+        let hits = prepared.hits(found);
         self.counters.lookups.add(1);
         Ok(hits)
     }
@@ -266,6 +306,7 @@ impl BlockMemory for LocalMemory {
         let freed = self.store.delete(document)?;
         self.documents.forget(document);
         self.indexes.forget(document);
+        self.gpu.forget(&HashSet::from([document]));
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
     }
 

@@ -36,20 +36,21 @@ impl PieceLayout {
     }
 
     fn k_bytes(&self) -> usize {
-        self.numbers() * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.head_dim } else { 0 }
+        self.count() * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.head_dim } else { 0 }
     }
 
     fn v_bytes(&self) -> usize {
-        self.numbers() * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.tokens } else { 0 }
+        self.count() * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.tokens } else { 0 }
     }
 
-    fn numbers(&self) -> usize {
+    /// Numbers of K, and of V.
+    fn count(&self) -> usize {
         self.tokens * self.head_dim
     }
 
     /// Appends one piece to `out`. `k` and `v` are `(T, D)`.
     pub fn encode(&self, k: &[f32], v: &[f32], out: &mut Vec<u8>) {
-        assert_eq!((k.len(), v.len()), (self.numbers(), self.numbers()), "K and V of {self:?}");
+        assert_eq!((k.len(), v.len()), (self.count(), self.count()), "K and V of {self:?}");
         out.reserve(self.bytes());
         if self.dtype == DType::Int8 {
             let scales = channel_scales(k, self.head_dim);
@@ -62,9 +63,24 @@ impl PieceLayout {
         }
     }
 
+    /// The numbers of a piece that [`PieceLayout::encode`] made, if they are f16 or int8.
+    pub fn numbers<'a>(&self, piece: &'a [u8]) -> Option<PieceNumbers<'a>> {
+        assert_eq!(piece.len(), self.bytes(), "a piece of {self:?}");
+        match self.dtype {
+            DType::F16 => Some(PieceNumbers::F16(halves(piece))),
+            DType::Int8 => {
+                let (k, v) = piece.split_at(self.k_bytes());
+                let ((k_scales, k), (v_scales, v)) = (k.split_at(4 * self.head_dim), v.split_at(4 * self.tokens));
+                let (k_scales, v_scales) = (floats(k_scales), floats(v_scales));
+                Some(PieceNumbers::Int8 { k_scales, k: bytemuck::cast_slice(k), v_scales, v: bytemuck::cast_slice(v) })
+            }
+            DType::F32 | DType::BF16 => None,
+        }
+    }
+
     /// K of a piece that [`PieceLayout::encode`] made, into `k` `(T, D)`.
     pub fn decode_k(&self, piece: &[u8], k: &mut [f32]) {
-        assert_eq!((piece.len(), k.len()), (self.bytes(), self.numbers()), "a piece of {self:?}");
+        assert_eq!((piece.len(), k.len()), (self.bytes(), self.count()), "a piece of {self:?}");
         let bytes = &piece[..self.k_bytes()];
         if self.dtype == DType::Int8 {
             let (scales, numbers) = bytes.split_at(4 * self.head_dim);
@@ -76,7 +92,7 @@ impl PieceLayout {
 
     /// V of a piece that [`PieceLayout::encode`] made, into `v` `(T, D)`.
     pub fn decode_v(&self, piece: &[u8], v: &mut [f32]) {
-        assert_eq!((piece.len(), v.len()), (self.bytes(), self.numbers()), "a piece of {self:?}");
+        assert_eq!((piece.len(), v.len()), (self.bytes(), self.count()), "a piece of {self:?}");
         let bytes = &piece[self.k_bytes()..];
         if self.dtype == DType::Int8 {
             let (scales, numbers) = bytes.split_at(4 * self.tokens);
@@ -88,6 +104,15 @@ impl PieceLayout {
             decode_floats(self.dtype, bytes, v);
         }
     }
+}
+
+/// The numbers of one piece as they are stored, borrowed where alignment allows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PieceNumbers<'a> {
+    /// `(2, T, D)`, K then V.
+    F16(Cow<'a, [f16]>),
+    /// Numbers each `(T, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(T)`.
+    Int8 { k_scales: Cow<'a, [f32]>, k: &'a [i8], v_scales: Cow<'a, [f32]>, v: &'a [i8] },
 }
 
 /// Bytes of the keys of one block, layer and KV head.

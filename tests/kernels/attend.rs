@@ -1,7 +1,7 @@
 //! Attention over pages against plain loops in double precision.
 
 use half::f16;
-use landmarkdb::cuda::{Attention, Page, Pages, Part, Runner, attend};
+use landmarkdb::cuda::{Attention, Page, PageLayout, Part, Piece, Runner, attend};
 use landmarkdb::types::{DType, Normalisation};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -35,7 +35,7 @@ struct Tables {
     /// `(T, Hq, D)`
     queries: Vec<f32>,
     /// `(T, Hq / sharing, k)`
-    pages: Vec<u32>,
+    page_of: Vec<u32>,
     /// `(T, Hq / sharing, k)`
     turn_of: Vec<u32>,
     /// `(turns, 2, half)`
@@ -56,7 +56,7 @@ impl Case {
             |angles: &[f32]| [angles.iter().map(|a| a.cos()).collect(), angles.iter().map(|a| a.sin()).collect()];
         let tables = Tables {
             queries: (0..rows * self.head_dim).map(|_| rng.random_range(-3.0..3.0)).collect(),
-            pages: (0..entries).map(|_| rng.random_range(0..PAGES as u32)).collect(),
+            page_of: (0..entries).map(|_| rng.random_range(0..PAGES as u32)).collect(),
             turn_of: (0..entries).map(|_| rng.random_range(0..TURNS as u32)).collect(),
             turns: angles.chunks(self.half.max(1)).flat_map(turn).flat_map(|part: Vec<f32>| part).collect(),
         };
@@ -67,14 +67,16 @@ impl Case {
                 queries: &tables.queries,
                 k: self.k as u32,
                 sharing: self.sharing as u32,
-                pages: &tables.pages,
+                layout: self.layout(),
+                pages: &pages.iter().collect::<Vec<_>>(),
+                page_of: &tables.page_of,
                 turn_of: &tables.turn_of,
                 turns: &tables.turns,
                 half: self.half as u32,
                 normalisation,
                 softmax_scale: self.softmax_scale(),
             };
-            let Part { out, lse } = attend(runner, &pages, &attention).unwrap();
+            let Part { out, lse } = attend(runner, &attention).unwrap();
             assert_eq!((out.len(), lse.len()), (rows * self.head_dim, rows), "{self:?}");
             for (row, (out, &lse)) in out.chunks_exact(self.head_dim).zip(&lse).enumerate() {
                 let (want, want_lse) = self.defined(row, &tables, &decoded, normalisation);
@@ -83,8 +85,9 @@ impl Case {
         }
     }
 
-    fn dtype(&self) -> DType {
-        if self.int8 { DType::Int8 } else { DType::F16 }
+    fn layout(&self) -> PageLayout {
+        let dtype = if self.int8 { DType::Int8 } else { DType::F16 };
+        PageLayout { dtype, block_tokens: self.block_tokens, head_dim: self.head_dim }
     }
 
     fn softmax_scale(&self) -> f32 {
@@ -104,30 +107,29 @@ impl Case {
         &self,
         runner: &R,
         rng: &mut ChaCha8Rng,
-    ) -> (Pages<R::Memory>, Vec<Decoded>) {
+    ) -> (Vec<Page<R::Memory>>, Vec<Decoded>) {
         let (tokens, dim) = (self.block_tokens, self.head_dim);
-        let mut pages = Pages::new(runner, self.dtype(), [PAGES, tokens, dim]).unwrap();
-        let mut decoded = Vec::new();
-        for index in 0..PAGES {
+        let (mut pages, mut decoded) = (Vec::new(), Vec::new());
+        for _ in 0..PAGES {
             if self.int8 {
                 let mut bytes = || (0..tokens * dim).map(|_| rng.random_range(-127i8..=127)).collect::<Vec<_>>();
                 let (k, v) = (bytes(), bytes());
                 let mut scales = |count| (0..count).map(|_| rng.random_range(0.002..0.02f32)).collect::<Vec<_>>();
                 let (k_scales, v_scales) = (scales(dim), scales(tokens));
-                let page = Page::Int8 { k: &k, k_scales: &k_scales, v: &v, v_scales: &v_scales };
-                pages.write(runner, index, page).unwrap();
+                let piece = Piece::Int8 { k: &k, k_scales: &k_scales, v: &v, v_scales: &v_scales };
+                pages.extend(Page::upload(runner, self.layout(), &[piece]).unwrap());
                 let of = |i: usize, number: i8, scales: &[f32]| number as f64 * scales[i] as f64;
                 decoded.push(Decoded {
                     k: k.iter().enumerate().map(|(i, &number)| of(i % dim, number, &k_scales)).collect(),
                     v: v.iter().enumerate().map(|(i, &number)| of(i / dim, number, &v_scales)).collect(),
                 });
             } else {
-                let mut halves =
-                    || (0..tokens * dim).map(|_| f16::from_f32(rng.random_range(-2.0..2.0))).collect::<Vec<_>>();
-                let (k, v) = (halves(), halves());
-                pages.write(runner, index, Page::F16 { k: &k, v: &v }).unwrap();
+                let halves: Vec<f16> =
+                    (0..2 * tokens * dim).map(|_| f16::from_f32(rng.random_range(-2.0..2.0))).collect();
+                pages.extend(Page::upload(runner, self.layout(), &[Piece::F16(&halves)]).unwrap());
                 let wide = |halves: &[f16]| halves.iter().map(|half| half.to_f64()).collect();
-                decoded.push(Decoded { k: wide(&k), v: wide(&v) });
+                let (k, v) = halves.split_at(tokens * dim);
+                decoded.push(Decoded { k: wide(k), v: wide(v) });
             }
         }
         (pages, decoded)
@@ -143,7 +145,7 @@ impl Case {
         let mut sum = 0.0;
         for rank in 0..self.k {
             let entry = row / self.sharing * self.k + rank;
-            let (page, turn) = (&pages[t.pages[entry] as usize], t.turn_of[entry] as usize);
+            let (page, turn) = (&pages[t.page_of[entry] as usize], t.turn_of[entry] as usize);
             let mut query = plain.clone();
             for i in 0..half {
                 let cos = t.turns[turn * 2 * half + i] as f64;
@@ -196,38 +198,47 @@ pub fn many_rows<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
 
 /// What would read beyond its memory is refused before anything runs.
 pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
-    let mut pages = Pages::new(runner, DType::F16, [3, 2, 4]).unwrap();
-    let (zeros, short) = ([f16::ZERO; 8], [f16::ZERO; 7]);
-    (0..2).for_each(|index| pages.write(runner, index, Page::F16 { k: &zeros, v: &zeros }).unwrap());
-    assert!(pages.write(runner, 3, Page::F16 { k: &zeros, v: &zeros }).is_err(), "a page beyond the last");
-    assert!(pages.write(runner, 0, Page::F16 { k: &zeros, v: &short }).is_err(), "part of a page");
-    let int8 = Page::Int8 { k: &[0; 8], k_scales: &[0.0; 4], v: &[0; 8], v_scales: &[0.0; 2] };
-    assert!(pages.write(runner, 0, int8).is_err(), "a page of another dtype");
-    let refused = |page: u32, turn: u32, sharing: u32, half: u32| {
+    let layout = PageLayout { dtype: DType::F16, block_tokens: 2, head_dim: 4 };
+    let zeros = [f16::ZERO; 16];
+    let page = |layout, numbers: &[f16]| Page::upload(runner, layout, &[Piece::F16(numbers)]);
+    let pages = Page::upload(runner, layout, &[Piece::F16(&zeros); 2]).unwrap();
+    assert!(page(layout, &zeros[..15]).is_err(), "part of a page");
+    assert!(page(PageLayout { dtype: DType::Int8, ..layout }, &zeros).is_err(), "a page of another dtype");
+    assert!(page(PageLayout { dtype: DType::F32, ..layout }, &zeros).is_err(), "numbers that no kernel reads");
+    assert!(page(PageLayout { head_dim: 257, ..layout }, &[f16::ZERO; 4 * 257]).is_err(), "too large a head dim");
+    assert!(page(PageLayout { block_tokens: 1, ..layout }, &zeros[..8]).is_err(), "a landmark and nothing else");
+    let attention = |page: u32, turn: u32, sharing: u32, half: u32, layout: PageLayout, pages: &[&Page<R::Memory>]| {
         let attention = Attention {
             tokens: 1,
             query_heads: 2,
-            queries: &[1.0; 8],
+            queries: &vec![1.0; 2 * layout.head_dim],
             k: 1,
             sharing,
-            pages: &[0, page][..2 / sharing as usize],
+            layout,
+            pages,
+            page_of: &[0, page][..2 / sharing as usize],
             turn_of: &[turn, 0][..2 / sharing as usize],
             turns: &[0.0; 8],
             half,
             normalisation: Normalisation::Plain,
             softmax_scale: 1.0,
         };
-        attend(runner, &pages, &attention).is_err()
+        attend(runner, &attention).is_err()
     };
+    let pages: Vec<&Page<R::Memory>> = pages.iter().collect();
+    let refused = |page, turn, sharing, half| attention(page, turn, sharing, half, layout, &pages);
     assert!(!refused(1, 1, 1, 2));
-    assert!(refused(2, 1, 1, 2), "a page that was not written");
-    assert!(refused(3, 1, 1, 2), "a page beyond the last");
+    assert!(refused(2, 1, 1, 2), "a page beyond the last");
     assert!(refused(1, 2, 1, 2), "a turn beyond the last");
     assert!(refused(1, 1, 1, 3), "more dimensions turned than there are");
     assert!(!refused(1, 3, 1, 1), "the last of four turns of one pair each");
     assert!(refused(1, 4, 1, 1), "a turn beyond four of one pair each");
     assert!(refused(1, 1, 3, 2), "heads that are not whole groups of sharers");
-    assert!(Pages::new(runner, DType::F16, [1, 1025, 4]).is_err(), "a block that is too long");
-    assert!(Pages::new(runner, DType::Int8, [1, 8, 257]).is_err(), "a head dim that is too large");
-    assert!(Pages::new(runner, DType::F32, [1, 8, 8]).is_err(), "numbers that no kernel reads");
+    for (longer, what) in [
+        (PageLayout { block_tokens: 3, ..layout }, "pages of fewer tokens"),
+        (PageLayout { head_dim: 5, ..layout }, "pages of a smaller head dim"),
+        (PageLayout { dtype: DType::Int8, ..layout }, "pages of other numbers"),
+    ] {
+        assert!(attention(1, 1, 1, 2, longer, &pages), "{what}");
+    }
 }

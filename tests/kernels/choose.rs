@@ -36,13 +36,9 @@ struct Case {
 }
 
 /// Keys of all documents, for the kernels and for the definition.
-struct Stored {
-    halves: Vec<f16>,
-    bytes: Vec<i8>,
-    scales: Vec<f32>,
+struct Stored<M> {
+    keys: Vec<Keys<M>>,
     scope: Vec<Scoped>,
-    /// First panel and panels of a piece, by document.
-    places: Vec<(usize, usize)>,
 }
 
 fn gaussian(rng: &mut ChaCha8Rng) -> f32 {
@@ -55,27 +51,23 @@ impl Case {
         KeyLayout { layers: 2, kv_heads, head_dim, keys_per_block, dtype, compressed: false }
     }
 
-    fn store(&self, rng: &mut ChaCha8Rng) -> Stored {
+    fn store<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R, rng: &mut ChaCha8Rng) -> Stored<R::Memory> {
         let (layout, dim, m) = (self.layout(), self.head_dim, self.keys_per_block);
-        let mut stored = Stored { halves: vec![], bytes: vec![], scales: vec![], scope: vec![], places: vec![] };
-        let mut panels = 0;
+        let mut stored = Stored { keys: vec![], scope: vec![] };
         for &wanted in &self.documents {
             // Blocks before and after the range make sure that only the range counts.
             let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
             let blocks = before + wanted + after;
             let piece_panels = (blocks * m).div_ceil(PANEL);
-            stored.places.push((panels, piece_panels));
-            let first_panel = panels;
-            panels += layout.pieces() * piece_panels;
-            stored.halves.resize(panels * dim * PANEL, f16::NAN);
-            stored.bytes.resize(panels * dim * PANEL, i8::MAX);
-            stored.scales.resize(panels * PANEL, f32::NAN);
+            let panels = layout.pieces() * piece_panels;
+            let mut halves = vec![f16::NAN; panels * dim * PANEL];
+            let (mut bytes, mut all_scales) = (vec![i8::MAX; panels * dim * PANEL], vec![f32::NAN; panels * PANEL]);
             let mut chunk = Chunk::zeroed(layout, blocks);
             for piece in 0..layout.pieces() {
                 for block in 0..blocks {
                     let place = |key: usize| {
                         let key = block * m + key;
-                        let panel = first_panel + piece * piece_panels + key / PANEL;
+                        let panel = piece * piece_panels + key / PANEL;
                         (panel * dim * PANEL + key % PANEL, panel * PANEL + key % PANEL)
                     };
                     if self.dtype == DType::Int8 {
@@ -83,20 +75,25 @@ impl Case {
                         let scales: Vec<f32> = (0..m).map(|_| rng.random_range(0.002..0.02)).collect();
                         for key in 0..m {
                             let (at, scale_at) = place(key);
-                            (0..dim).for_each(|d| stored.bytes[at + d * PANEL] = numbers[key * dim + d]);
-                            stored.scales[scale_at] = scales[key];
+                            (0..dim).for_each(|d| bytes[at + d * PANEL] = numbers[key * dim + d]);
+                            all_scales[scale_at] = scales[key];
                         }
                         chunk.put(block, piece, ExactKeys::Int8 { numbers: &numbers, scales: &scales });
                     } else {
                         let numbers: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
                         for key in 0..m {
                             let (at, _) = place(key);
-                            (0..dim).for_each(|d| stored.halves[at + d * PANEL] = numbers[key * dim + d]);
+                            (0..dim).for_each(|d| halves[at + d * PANEL] = numbers[key * dim + d]);
                         }
                         chunk.put(block, piece, ExactKeys::F16(&numbers));
                     }
                 }
             }
+            let panels = match self.dtype {
+                DType::Int8 => Panels::Int8 { numbers: &bytes, scales: &all_scales },
+                _ => Panels::F16(&halves),
+            };
+            stored.keys.push(Keys::upload(runner, panels, dim, layout.pieces()).unwrap());
             let keys = Arc::new(DocumentKeys::empty(layout).extended([chunk]));
             stored.scope.push(Scoped { keys, blocks: before as u32..(before + wanted) as u32, indexes: None });
         }
@@ -104,20 +101,16 @@ impl Case {
     }
 
     /// Recent blocks are spans of one block, each with queries of its own.
-    fn spans(&self, stored: &Stored) -> Vec<Span> {
+    fn spans<'a, M>(&self, stored: &'a Stored<M>) -> Vec<Span<'a, M>> {
         let older = self.documents.iter().sum::<usize>() - self.recent;
         let mut spans = Vec::new();
         let mut position = 0;
-        for (scoped, &(panel, piece_panels)) in stored.scope.iter().zip(&stored.places) {
-            let span = |blocks, set: usize| {
-                let (panel, piece_panels) = (panel as u32, piece_panels as u32);
-                Span { panel, piece_panels, blocks, set: set as u32 }
-            };
+        for (scoped, keys) in stored.scope.iter().zip(&stored.keys) {
             let first_recent = scoped.blocks.end.min(scoped.blocks.start + older.saturating_sub(position) as u32);
-            spans.push(span(scoped.blocks.start..first_recent, 0));
+            spans.push(Span { keys, blocks: scoped.blocks.start..first_recent, set: 0 });
             position += first_recent as usize - scoped.blocks.start as usize;
             for block in first_recent..scoped.blocks.end {
-                spans.push(span(block..block + 1, 1 + position - older));
+                spans.push(Span { keys, blocks: block..block + 1, set: (1 + position - older) as u32 });
                 position += 1;
             }
         }
@@ -126,15 +119,10 @@ impl Case {
 
     fn check<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R, granularities: &[Granularity]) {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
-        let stored = self.store(&mut rng);
+        let stored = self.store(runner, &mut rng);
         let query_heads = self.kv_heads * self.group;
         let numbers = self.tokens * query_heads * self.head_dim;
         let queries: Vec<f32> = (0..(1 + self.recent) * numbers).map(|_| gaussian(&mut rng)).collect();
-        let panels = match self.dtype {
-            DType::Int8 => Panels::Int8 { numbers: &stored.bytes, scales: &stored.scales },
-            _ => Panels::F16(&stored.halves),
-        };
-        let keys = Keys::upload(runner, panels, self.head_dim).unwrap();
         let spans = self.spans(&stored);
         for &granularity in granularities {
             for block_score in BLOCK_SCORES {
@@ -145,6 +133,8 @@ impl Case {
                     query_heads: query_heads as u32,
                     kv_heads: self.kv_heads as u32,
                     keys_per_block: self.keys_per_block as u32,
+                    head_dim: self.head_dim,
+                    dtype: self.dtype,
                     queries: &queries,
                     spans: &spans,
                     top_k: self.top_k as u32,
@@ -166,7 +156,7 @@ impl Case {
                     granularity,
                     softmax_scale,
                 };
-                self.compare(&exact::search(&query), &choose(runner, &keys, &choice).unwrap());
+                self.compare(&exact::search(&query), &choose(runner, &choice).unwrap());
             }
         }
     }
@@ -257,57 +247,56 @@ pub fn sizes<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     }
 }
 
-/// Equal keys, in several tiles and slices.
-pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
-    let (blocks, head_dim) = (3000usize, 4);
-    let numbers = vec![f16::ONE; blocks.next_multiple_of(PANEL) * head_dim];
-    let keys = Keys::upload(runner, Panels::F16(&numbers), head_dim).unwrap();
-    let piece_panels = blocks.div_ceil(PANEL) as u32;
-    let choice = Choice {
+/// One lookup of one head in f16 keys of one layer, D = 4.
+fn plain<'a, M>(queries: &'a [f32], spans: &'a [Span<'a, M>], top_k: u32) -> Choice<'a, M> {
+    Choice {
         layer: 0,
         tokens: 1,
         query_heads: 1,
         kv_heads: 1,
         keys_per_block: 1,
-        queries: &[1.0; 4],
-        spans: &[Span { panel: 0, piece_panels, blocks: 10..blocks as u32, set: 0 }],
-        top_k: 3,
+        head_dim: 4,
+        dtype: DType::F16,
+        queries,
+        spans,
+        top_k,
         block_score: BlockScore::Max,
         granularity: Granularity::TokenHead,
         softmax_scale: 0.5,
-    };
-    let chosen = choose(runner, &keys, &choice).unwrap();
+    }
+}
+
+/// Equal keys, in several tiles and slices.
+pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
+    let blocks = 3000usize;
+    let numbers = vec![f16::ONE; blocks.next_multiple_of(PANEL) * 4];
+    let keys = Keys::upload(runner, Panels::F16(&numbers), 4, 1).unwrap();
+    let spans = [Span { keys: &keys, blocks: 10..blocks as u32, set: 0 }];
+    let chosen = choose(runner, &plain(&[1.0; 4], &spans, 3)).unwrap();
     assert_eq!(chosen.positions, [0, 1, 2]);
     assert!(chosen.scores.iter().all(|score| (score - (1.0f32 / 2990.0).ln()).abs() < 1e-5));
 }
 
 /// What would read beyond its memory is refused before anything runs.
 pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
-    let keys = Keys::upload(runner, Panels::F16(&vec![f16::ONE; 3 * PANEL * 4]), 4).unwrap();
-    let span = Span { panel: 1, piece_panels: 2, blocks: 0..100, set: 0 };
-    let refused = |spans: &[Span], query_numbers: usize, layer: u32, top_k: u32| {
-        let choice = Choice {
-            layer,
-            tokens: 1,
-            query_heads: 1,
-            kv_heads: 1,
-            keys_per_block: 1,
-            queries: &vec![1.0; query_numbers],
-            spans,
-            top_k,
-            block_score: BlockScore::Max,
-            granularity: Granularity::TokenHead,
-            softmax_scale: 0.5,
-        };
-        choose(runner, &keys, &choice).is_err()
+    let halves = vec![f16::ONE; 2 * PANEL * 5];
+    let keys = Keys::upload(runner, Panels::F16(&halves[..2 * PANEL * 4]), 4, 1).unwrap();
+    let wider = Keys::upload(runner, Panels::F16(&halves), 5, 1).unwrap();
+    let (numbers, scales) = (&[1; 2 * PANEL * 4], &[1.0; 2 * PANEL]);
+    let bytes = Keys::upload(runner, Panels::Int8 { numbers, scales }, 4, 1).unwrap();
+    let refused = |keys: &Keys<R::Memory>, blocks, set, query_numbers: usize, layer: u32, top_k: u32| {
+        let (queries, spans) = (vec![1.0; query_numbers], [Span { keys, blocks, set }]);
+        choose(runner, &Choice { layer, ..plain(&queries, &spans, top_k) }).is_err()
     };
-    assert!(!refused(std::slice::from_ref(&span), 4, 0, 5));
-    assert!(refused(std::slice::from_ref(&span), 4, 1, 5), "a piece beyond the panels");
-    assert!(refused(std::slice::from_ref(&span), 6, 0, 5), "a query that is cut off");
-    assert!(refused(std::slice::from_ref(&span), 4, 0, 1025), "more than can be chosen");
-    assert!(refused(&[Span { panel: 2, ..span.clone() }], 4, 0, 5), "panels beyond the last");
-    assert!(refused(&[Span { blocks: 100..129, ..span.clone() }], 4, 0, 5), "keys beyond the piece");
-    assert!(refused(&[Span { set: 1, ..span }], 4, 0, 5), "queries that are not there");
-    assert!(Keys::upload(runner, Panels::F16(&[f16::ONE; 70]), 1).is_err(), "part of a panel");
-    assert!(Keys::upload(runner, Panels::F16(&[]), 257).is_err(), "a head dim that is too large");
+    assert!(!refused(&keys, 0..128, 0, 4, 0, 5));
+    assert!(refused(&keys, 0..128, 0, 4, 1, 5), "a layer beyond the last");
+    assert!(refused(&keys, 0..128, 0, 6, 0, 5), "a query that is cut off");
+    assert!(refused(&keys, 0..128, 0, 4, 0, 1025), "more than can be chosen");
+    assert!(refused(&keys, 100..129, 0, 4, 0, 5), "keys beyond the piece");
+    assert!(refused(&keys, 0..128, 1, 4, 0, 5), "queries that are not there");
+    assert!(refused(&wider, 0..128, 0, 4, 0, 5), "keys of another head dim");
+    assert!(refused(&bytes, 0..128, 0, 4, 0, 5), "keys of another dtype");
+    assert!(Keys::upload(runner, Panels::F16(&[f16::ONE; 70]), 1, 1).is_err(), "part of a panel");
+    assert!(Keys::upload(runner, Panels::F16(&halves[..3 * PANEL]), 1, 2).is_err(), "panels that no piece has");
+    assert!(Keys::upload(runner, Panels::F16(&[]), 257, 1).is_err(), "a head dim that is too large");
 }

@@ -17,7 +17,11 @@ const UNWRITTEN: u128 = u128::MAX;
 type Body = unsafe extern "C" fn(*const c_void, *const c_void);
 type ShimLaunch = unsafe extern "C" fn(Body, *const c_void, *const c_void, u32, u32, u32, u32);
 
-pub struct Host {
+/// Cheap to copy: all are one.
+#[derive(Clone, Copy)]
+pub struct Host(&'static Compiled);
+
+struct Compiled {
     library: Library,
     /// The shim's threads are global.
     running: Mutex<()>,
@@ -29,9 +33,9 @@ pub struct Memory {
 }
 
 /// The host, compiled once for all tests.
-pub fn host() -> &'static Host {
-    static HOST: OnceLock<Host> = OnceLock::new();
-    HOST.get_or_init(|| Host { library: compile(), running: Mutex::new(()) })
+pub fn host() -> Host {
+    static COMPILED: OnceLock<Compiled> = OnceLock::new();
+    Host(COMPILED.get_or_init(|| Compiled { library: compile(), running: Mutex::new(()) }))
 }
 
 fn compile() -> Library {
@@ -61,6 +65,9 @@ unsafe extern "C" fn body<A: Arguments>(kernel: *const c_void, arguments: *const
         kernel(*arguments.cast::<A>());
     }
 }
+
+// SAFETY: it is written through `&mut` only, or by a kernel, which no other thread's kernel or copy reads from meanwhile.
+unsafe impl Sync for Memory {}
 
 impl Memory {
     fn start(&self) -> *mut u8 {
@@ -112,12 +119,12 @@ unsafe impl Runner for Host {
     // SAFETY: what the caller promises is said at the trait.
     unsafe fn launch<A: Arguments>(&self, kernel: Kernel, launch: Launch, arguments: &A) -> Result<(), ArgumentError> {
         assert!(launch.grid.iter().all(|&blocks| blocks > 0), "a GPU refuses {launch:?}");
-        let _running = self.running.lock().unwrap();
+        let _running = self.0.running.lock().unwrap();
         // SAFETY: the symbols are those of the shim and the kernels, `body` calls the kernel with what it takes, and
         // the caller promises that the arguments fit the kernel.
         unsafe {
-            let shim_launch = self.library.get::<ShimLaunch>(b"shim_launch").unwrap();
-            let kernel = self.library.get::<*const c_void>(kernel.name().as_bytes()).unwrap();
+            let shim_launch = self.0.library.get::<ShimLaunch>(b"shim_launch").unwrap();
+            let kernel = self.0.library.get::<*const c_void>(kernel.name().as_bytes()).unwrap();
             let arguments = (&raw const *arguments).cast();
             let [x, y] = launch.grid;
             shim_launch(body::<A>, *kernel, arguments, x, y, launch.threads, launch.shared_bytes);

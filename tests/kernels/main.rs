@@ -7,8 +7,12 @@
 
 mod attend;
 mod choose;
+#[path = "../common/mod.rs"]
+mod common;
 mod host;
+mod memory;
 mod nvrtc;
+mod watched;
 
 use std::io::Write;
 
@@ -21,42 +25,72 @@ fn skip(test: &str, reason: impl std::fmt::Display) {
 
 #[test]
 fn choices_at_every_edge_of_blocks_and_k() {
-    choose::edges(host());
+    choose::edges(&host());
 }
 
 #[test]
 fn choices_of_every_shape() {
-    choose::shapes(host());
+    choose::shapes(&host());
 }
 
 #[test]
 fn choices_across_tiles_and_slices() {
-    choose::sizes(host());
+    choose::sizes(&host());
 }
 
 #[test]
 fn equal_keys_tie_to_the_first_blocks() {
-    choose::ties(host());
+    choose::ties(&host());
 }
 
 #[test]
 fn choices_beyond_their_memory_are_refused() {
-    choose::refusals(host());
+    choose::refusals(&host());
 }
 
 #[test]
 fn attention_of_every_shape() {
-    attend::shapes(host());
+    attend::shapes(&host());
 }
 
 #[test]
 fn attention_of_many_rows() {
-    attend::many_rows(host());
+    attend::many_rows(&host());
 }
 
 #[test]
 fn attention_beyond_its_memory_is_refused() {
-    attend::refusals(host());
+    attend::refusals(&host());
+}
+
+#[test]
+fn a_memory_answers_as_on_the_cpu() {
+    memory::agreement(host);
+}
+
+#[test]
+fn a_memory_over_a_small_cache_answers_the_same_within_its_bounds() {
+    memory::evictions(host);
+}
+
+#[test]
+fn appends_copy_only_what_is_new_and_deletes_give_back() {
+    memory::appends_and_deletes(host);
+}
+
+#[test]
+fn lookups_and_appends_run_at_the_same_time() {
+    memory::at_the_same_time(host);
+}
+
+#[test]
+fn what_the_kernels_cannot_do_the_cpu_does() {
+    memory::unsupported(host);
+}
+
+#[test]
+fn the_cpu_answers_for_a_gpu_that_fails() {
+    memory::failures(host);
 }
 
 #[cfg(feature = "cuda")]
@@ -88,4 +122,11 @@ fn a_gpu_gives_the_same_answers() {
         scope.spawn(work);
         scope.spawn(work);
     });
+    let open = move || device.session().unwrap();
+    memory::agreement(open.clone());
+    memory::evictions(open.clone());
+    memory::appends_and_deletes(open.clone());
+    memory::at_the_same_time(open.clone());
+    memory::unsupported(open.clone());
+    memory::failures(open);
 }

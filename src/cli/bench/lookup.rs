@@ -17,6 +17,7 @@ use crate::cli::bench::{percentile, word_of};
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, size, table, write_table};
 use crate::cli::settings::{faiss_index, word};
+use crate::cuda::{CudaError, Device, Session};
 use crate::memory::LocalMemory;
 use crate::numeric::{self, simd};
 use crate::types::{BlockScore, DType, Engine, Granularity, Normalisation};
@@ -31,7 +32,7 @@ const BANDWIDTH_EVERY: usize = 50;
 ///
 /// Fills a memory in a temporary directory, then looks queries up, in process and through a service. Layers take turns,
 /// so that keys come from memory and not from a cache; scanned bytes per second are set against the read bandwidth
-/// measured in between. With --peers other libraries search the same keys with the same queries in the same minute.
+/// measured in between, those of a GPU against what it reads and writes while it copies. With --peers other libraries search the same keys with the same queries in the same minute.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -70,7 +71,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = word::<DType>)]
     keys: Vec<DType>,
 
-    /// What answers: flat, sq8 or both. sq8 is flat where keys are int8.
+    /// What answers: flat, sq8 and cuda. sq8 is flat where keys are int8; cuda is skipped where there is no GPU.
     #[arg(long, value_delimiter = ',', default_value = "flat,sq8", value_parser = word::<Engine>)]
     engines: Vec<Engine>,
 
@@ -130,8 +131,18 @@ struct LookupReport {
     query_tokens: usize,
     granularity: String,
     block_score: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<String>,
     results: Vec<LookupResult>,
+    skipped: Vec<Skipped>,
     peers: Vec<PeerResult>,
+}
+
+/// An engine without figures.
+#[derive(Debug, Serialize)]
+struct Skipped {
+    engine: String,
+    why: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -147,7 +158,7 @@ struct LookupResult {
     p99_us: f64,
     /// At the median.
     scanned_bytes_per_s: Option<f64>,
-    /// Of all threads, measured between the lookups.
+    /// Of all threads, or of the GPU, measured between the lookups.
     read_bandwidth_bytes_per_s: f64,
     /// Of the read bandwidth.
     bandwidth_share: Option<f64>,
@@ -165,13 +176,17 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
     };
     context.output.say("finding the right answers in double precision");
     let truth: Vec<Vec<Truth>> = (0..case.asked.len()).map(|index| case.truth(index, args.top_k)).collect();
+    let (gpu, skipped) = match args.engines.contains(&Engine::Cuda).then(Gpu::open) {
+        Some(Err(error)) => (None, vec![Skipped { engine: Engine::Cuda.to_string(), why: error.to_string() }]),
+        gpu => (gpu.and_then(Result::ok), Vec::new()),
+    };
     let mut bench =
-        Bench { args, case: &case, truth: &truth, asking, bandwidth: Bandwidth::new(), results: Vec::new() };
+        Bench { args, case: &case, truth: &truth, asking, bandwidth: Bandwidth::new(), gpu, results: Vec::new() };
     for &dtype in &args.keys {
         context.output.say(&format!("filling {} blocks with {dtype} keys", count(case.blocks as u64)));
-        bench.measure(dtype)?;
+        bench.measure(dtype, context)?;
     }
-    let results = bench.results;
+    let (results, gpu) = (bench.results, bench.gpu.map(|gpu| gpu.name));
     let peers = match alone {
         true => Vec::new(),
         false => peers::lookup(&case, &truth, (args.top_k, args.lookups), &args.others)?,
@@ -194,7 +209,9 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         query_tokens: args.query_tokens,
         granularity: asking.granularity.to_string(),
         block_score: asking.block_score.to_string(),
+        gpu,
         results,
+        skipped,
         peers,
     })
 }
@@ -209,23 +226,43 @@ struct Bench<'a> {
     truth: &'a [Vec<Truth>],
     asking: Asking,
     bandwidth: Bandwidth,
+    /// Where it is to be measured, and there.
+    gpu: Option<Gpu>,
     results: Vec<LookupResult>,
+}
+
+/// The GPU whose memory the engine cuda scans.
+struct Gpu {
+    name: String,
+    session: Session,
+}
+
+impl Gpu {
+    fn open() -> Result<Gpu, CudaError> {
+        let device = Device::open(0)?;
+        Ok(Gpu { name: device.name()?, session: device.session()? })
+    }
 }
 
 impl Bench<'_> {
     /// Everything about keys that are stored in one dtype.
-    fn measure(&mut self, dtype: DType) -> Result<(), CliError> {
+    fn measure(&mut self, dtype: DType, context: &Context) -> Result<(), CliError> {
         let directory = tempfile::Builder::new().prefix("landmarkdb-bench-").tempdir();
         let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
-        let memory = Arc::new(LocalMemory::open(directory.path())?);
+        let memory = Arc::new(LocalMemory::open(directory.path())?.with_gpu_cache(context.config.gpu_cache_bytes));
         let collection = memory.open_collection(&self.case.spec("bench", dtype))?.id;
         let document = self.case.fill(memory.as_ref(), collection, dtype)?;
-        let engines = self.args.engines.iter().chain(&self.args.faiss);
-        for engine in engines.filter(|&engine| dtype != DType::Int8 || *engine != Engine::Sq8) {
+        let (args, with_gpu) = (self.args, self.gpu.is_some());
+        let measured = |engine: &&Engine| match engine {
+            Engine::Flat | Engine::Faiss(_) => true,
+            Engine::Sq8 => dtype != DType::Int8,
+            Engine::Cuda => with_gpu,
+        };
+        for engine in args.engines.iter().chain(&args.faiss).filter(measured) {
             memory.set_engine(collection, engine.clone())?;
             let recall = self.recall(memory.as_ref(), &document)?;
             self.time(memory.as_ref(), &document, (dtype, engine, Way::InProcess), recall)?;
-            for &way in self.args.ways.iter().filter(|&&way| way != Way::InProcess) {
+            for &way in args.ways.iter().filter(|&&way| way != Way::InProcess) {
                 let socket = (way == Way::Unix).then(|| directory.path().join("socket"));
                 over_network(memory.clone(), socket, |remote| {
                     self.time(remote, &document, (dtype, engine, way), recall)
@@ -271,7 +308,7 @@ impl Bench<'_> {
         };
         let both: [(&str, Ask<'_>); 2] = [("lookup", &lookup), ("attend", &attend)];
         for (what, ask) in &both[..1 + self.args.attend as usize] {
-            let (times_us, read_bandwidth) = self.timed(*ask)?;
+            let (times_us, read_bandwidth) = self.timed(*ask, engine)?;
             let p50_us = percentile(&times_us, 0.5);
             let scanned_bytes_per_s = scanned_bytes.map(|bytes| bytes as f64 / p50_us * 1e6);
             self.results.push(LookupResult {
@@ -293,12 +330,12 @@ impl Bench<'_> {
     }
 
     /// Sorted times, and the median of the bandwidths in between.
-    fn timed(&self, ask: Ask<'_>) -> Result<(Vec<f64>, f64), CliError> {
+    fn timed(&self, ask: Ask<'_>, engine: &Engine) -> Result<(Vec<f64>, f64), CliError> {
         let warm_up = self.case.keys.len() * 2;
         let (mut times_us, mut bandwidths) = (Vec::with_capacity(self.args.lookups), Vec::new());
         for index in 0..warm_up + self.args.lookups.max(1) {
             if index % BANDWIDTH_EVERY == 0 {
-                bandwidths.push(self.bandwidth.pass());
+                bandwidths.push(self.bandwidth_of(engine)?);
             }
             let begin = Instant::now();
             ask(index)?;
@@ -306,10 +343,18 @@ impl Bench<'_> {
                 times_us.push(micros(begin.elapsed()));
             }
         }
-        bandwidths.push(self.bandwidth.pass());
+        bandwidths.push(self.bandwidth_of(engine)?);
         times_us.sort_by(f64::total_cmp);
         bandwidths.sort_by(f64::total_cmp);
         Ok((times_us, percentile(&bandwidths, 0.5)))
+    }
+
+    /// Of the memory that an engine scans, now.
+    fn bandwidth_of(&self, engine: &Engine) -> Result<f64, CliError> {
+        match &self.gpu {
+            Some(gpu) if *engine == Engine::Cuda => Ok(gpu.session.bandwidth(BANDWIDTH_BYTES)?),
+            _ => Ok(self.bandwidth.pass()),
+        }
     }
 }
 
@@ -370,7 +415,10 @@ impl Args {
 impl Report for LookupReport {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}; seed {}, {} threads, {}", self.shape, self.seed, self.threads, self.instructions)?;
-        writeln!(to, "T = {}, one choice per {}, {}\n", self.query_tokens, self.granularity, self.block_score)?;
+        writeln!(to, "T = {}, one choice per {}, {}", self.query_tokens, self.granularity, self.block_score)?;
+        self.gpu.iter().try_for_each(|name| writeln!(to, "GPU: {name}"))?;
+        self.skipped.iter().try_for_each(|Skipped { engine, why }| writeln!(to, "{engine} was skipped: {why}"))?;
+        writeln!(to)?;
         let mut rows = table([
             "",
             "KEYS",

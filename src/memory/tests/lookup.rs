@@ -145,6 +145,28 @@ fn an_engine_is_kept_and_chooses_the_same_blocks() {
     assert!(matches!(gone, Err(MemoryError::NotFound { entity: Entity::Collection, .. })), "{gone:?}");
 }
 
+/// Where there is no GPU the engine is refused, and what another machine set is answered by the CPU.
+#[test]
+fn the_engine_cuda_keeps_no_collection_out_of_reach() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 30);
+    let lookup = world.request(&[0, 9], vec![range(document, 0..30)]);
+    let request = AttendRequest { lookup, normalisation: Normalisation::Plain };
+    let flat = world.memory.attend(&request).unwrap();
+    let here = world.memory.set_engine(world.collection, Engine::Cuda);
+    if let Err(error) = &here {
+        let refused = matches!(error, MemoryError::Invalid { field, found, .. } if field == "engine" && found.starts_with("cuda: "));
+        assert!(refused, "{error}");
+        assert_eq!(world.memory.collections().unwrap()[0].engine, Engine::Flat);
+    }
+    world.memory.store.set_engine(world.collection, Engine::Cuda).unwrap();
+    let world = world.reopened();
+    assert_eq!(world.memory.collections().unwrap()[0].engine, Engine::Cuda);
+    let answered = world.memory.attend(&request).unwrap();
+    assert_eq!(answered.hits.blocks, flat.hits.blocks);
+    assert!(here.is_ok() || answered == flat);
+}
+
 #[test]
 fn landmark_and_mean_rules_score_what_they_say() {
     for key_rule in [KeyRule::Landmark, KeyRule::Mean] {

@@ -1,0 +1,148 @@
+//! Attention over chosen blocks' pages: the tables that the kernels read, for as many query tokens at once as there is room
+//! for the pages of.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+use super::super::attend::Attention;
+use super::Failure;
+use super::pages::{Pages, PieceId};
+use crate::cuda::{self, Page, Part, Runner};
+use crate::index::Found;
+use crate::store::Store;
+use crate::types::Granularity;
+
+/// Bytes of the pages that are read at once: bounds what is loaded together, and what pages that are not kept take. One
+/// token's pages are read at once however many they are.
+const RUN_BYTES_MAX: usize = 256 << 20;
+
+/// Which pieces each row reads, and how its query is turned for them.
+struct Tables {
+    /// Neighbouring query heads that share an entry.
+    sharing: usize,
+    /// `(T, Hq / sharing, k)`
+    pieces: Vec<PieceId>,
+    /// `(T, Hq / sharing, k)`: entries of `turns`.
+    turn_of: Vec<u32>,
+    /// `(turns, 2, half)`, cosines then sines.
+    turns: Vec<f32>,
+}
+
+/// Attention of every query row over the blocks that were found for it.
+pub(super) fn attend<R: Runner>(
+    runner: &R,
+    pages: &Pages<R::Memory>,
+    store: &Store,
+    attention: &Attention<'_>,
+    found: &Found,
+) -> Result<Part, Failure> {
+    let (request, shape) = (attention.prepared.request, &attention.prepared.collection.spec.shape);
+    let (layout, tables) = (attention.page_layout(), Tables::new(attention, found));
+    let tokens = request.distances.len();
+    let (token_entries, token_numbers) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
+    let mut all = Part { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
+    for run in runs(&tables.pieces, tokens, (RUN_BYTES_MAX / layout.bytes()).max(1)) {
+        let entries = run.start * token_entries..run.end * token_entries;
+        let (pieces, page_of) = distinct(&tables.pieces[entries.clone()]);
+        let run_pages = pages.get(runner, store, layout, &pieces)?;
+        let read = cuda::Attention {
+            tokens: run.len() as u32,
+            query_heads: shape.query_heads,
+            queries: &request.queries[run.start * token_numbers..run.end * token_numbers],
+            k: found.k as u32,
+            sharing: tables.sharing as u32,
+            layout,
+            pages: &run_pages.iter().map(|page| &**page).collect::<Vec<&Page<_>>>(),
+            page_of: &page_of,
+            turn_of: &tables.turn_of[entries],
+            turns: &tables.turns,
+            half: shape.rope.frequencies.len() as u32,
+            normalisation: attention.normalisation,
+            softmax_scale: shape.softmax_scale,
+        };
+        let part = cuda::attend(runner, &read).map_err(Failure::gpu)?;
+        all.out.extend(part.out);
+        all.lse.extend(part.lse);
+    }
+    Ok(all)
+}
+
+impl Tables {
+    fn new(attention: &Attention<'_>, found: &Found) -> Tables {
+        let prepared = attention.prepared;
+        let (request, geometry, shape) = (prepared.request, &prepared.geometry, &prepared.collection.spec.shape);
+        let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
+        let sharing = match request.granularity {
+            Granularity::TokenHead | Granularity::Head => 1,
+            Granularity::Token | Granularity::KvGroup | Granularity::Shared => attention.group,
+        };
+        let first_piece = request.layer as usize * kv_heads;
+        let mut tables = Tables { sharing, pieces: Vec::new(), turn_of: Vec::new(), turns: Vec::new() };
+        let mut turn_by_reach = HashMap::new();
+        for (token, &distance) in request.distances.iter().enumerate() {
+            for head in (0..heads).step_by(sharing) {
+                let row = request.granularity.row(token, head, heads, kv_heads);
+                for (rank, &position) in found.row(row).iter().enumerate() {
+                    let piece = first_piece + head / attention.group;
+                    tables.pieces.push((prepared.block(position as usize), piece));
+                    let reach = geometry.reach(distance, geometry.slot(rank, position as usize));
+                    let next = turn_by_reach.len() as u32;
+                    let turn = *turn_by_reach.entry(reach).or_insert_with(|| {
+                        tables.turns.extend(attention.turns.by(reach).numbers());
+                        next
+                    });
+                    tables.turn_of.push(turn);
+                }
+            }
+        }
+        tables
+    }
+}
+
+/// Cuts tokens into runs that read at most so many distinct pieces, or are of one token.
+fn runs(pieces: &[PieceId], tokens: usize, pieces_max: usize) -> Vec<Range<usize>> {
+    let mut runs = Vec::new();
+    let (mut start, mut read) = (0, HashSet::new());
+    for token in 0..tokens {
+        let of_token = &pieces[token * pieces.len() / tokens..(token + 1) * pieces.len() / tokens];
+        read.extend(of_token);
+        if read.len() > pieces_max && token > start {
+            runs.push(start..token);
+            (start, read) = (token, of_token.iter().collect());
+        }
+    }
+    runs.push(start..tokens);
+    runs
+}
+
+/// The pieces without repetition, and which of them each was.
+fn distinct(pieces: &[PieceId]) -> (Vec<PieceId>, Vec<u32>) {
+    let (mut distinct, mut places) = (Vec::new(), HashMap::new());
+    let place_of = pieces
+        .iter()
+        .map(|&piece| {
+            *places.entry(piece).or_insert_with(|| {
+                distinct.push(piece);
+                distinct.len() as u32 - 1
+            })
+        })
+        .collect();
+    (distinct, place_of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{BlockId, DocumentId};
+
+    #[test]
+    fn runs_read_a_bounded_number_of_pieces_and_leave_out_no_token() {
+        let piece = |index| (BlockId { document: DocumentId(1), index }, 0);
+        let pieces = [0, 1, 1, 2, 0, 1, 5, 6, 5, 6].map(piece);
+        assert_eq!(runs(&pieces, 5, 3), [0..3, 3..5]);
+        assert_eq!(runs(&pieces, 5, 1), [0..1, 1..2, 2..3, 3..4, 4..5]);
+        assert_eq!(runs(&pieces, 5, 9), [0..5]);
+        assert_eq!(runs(&[], 2, 1), [0..2]);
+        assert_eq!(distinct(&pieces[..4]), (vec![piece(0), piece(1), piece(2)], vec![0, 1, 1, 2]));
+    }
+}

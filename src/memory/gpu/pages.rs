@@ -1,0 +1,86 @@
+//! Which pieces lie in a GPU's memory? Those that were attended to last, bounded in bytes.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rayon::prelude::*;
+
+use super::Failure;
+use crate::cuda::{Page, PageLayout, Piece, Runner};
+use crate::recent::Recent;
+use crate::store::piece::{PieceLayout, PieceNumbers};
+use crate::store::{Store, StoreError};
+use crate::types::{BlockId, DocumentId};
+
+/// One piece: `layer * Hkv + kv_head` of a full block, which never changes.
+pub(super) type PieceId = (BlockId, usize);
+
+/// The pages that were read last. A page in use whose turn to go comes is freed after its use.
+pub(super) struct Pages<M>(Mutex<Recent<PieceId, Arc<Page<M>>>>);
+
+impl<M> Pages<M> {
+    /// Keeps at most so many bytes.
+    pub(super) fn new(bytes_max: u64) -> Self {
+        Pages(Mutex::new(Recent::new(bytes_max)))
+    }
+
+    /// A page for each piece; reads from the store those that are not here, without keeping others waiting.
+    pub(super) fn get<R: Runner<Memory = M>>(
+        &self,
+        runner: &R,
+        store: &Store,
+        layout: PageLayout,
+        pieces: &[PieceId],
+    ) -> Result<Vec<Arc<Page<M>>>, Failure> {
+        let mut found: Vec<Option<Arc<Page<M>>>> = {
+            let mut kept = self.kept();
+            pieces.iter().map(|&piece| kept.get(piece)).collect()
+        };
+        let of_absent = pieces.iter().zip(&found).filter(|(_, found)| found.is_none());
+        let absent: Vec<PieceId> = of_absent.map(|(&piece, _)| piece).collect();
+        if !absent.is_empty() {
+            let loaded = load(runner, store, layout, &absent)?;
+            let mut kept = self.kept();
+            let places = found.iter_mut().filter(|place| place.is_none());
+            for ((place, piece), page) in places.zip(absent).zip(loaded) {
+                let page = Arc::new(page);
+                kept.put(piece, page.clone(), layout.bytes() as u64);
+                *place = Some(page);
+            }
+        }
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Drops what is kept of some documents.
+    pub(super) fn forget(&self, documents: &HashSet<DocumentId>) {
+        self.kept().retain(|(block, _)| !documents.contains(&block.document));
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Recent<PieceId, Arc<Page<M>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads pieces from the store and copies them to the runner's memory.
+fn load<R: Runner>(
+    runner: &R,
+    store: &Store,
+    layout: PageLayout,
+    pieces: &[PieceId],
+) -> Result<Vec<Page<R::Memory>>, Failure> {
+    let read = |&(block, piece): &PieceId| {
+        let mut bytes = Vec::new();
+        store.read_piece(block, piece, &mut bytes).map(|()| bytes)
+    };
+    let stored = pieces.par_iter().map(read).collect::<Result<Vec<_>, StoreError>>()?;
+    let of_block = PieceLayout { dtype: layout.dtype, tokens: layout.block_tokens, head_dim: layout.head_dim };
+    let numbers: Vec<PieceNumbers<'_>> = stored.iter().filter_map(|bytes| of_block.numbers(bytes)).collect();
+    let pieces: Vec<Piece<'_>> = numbers
+        .iter()
+        .map(|numbers| match numbers {
+            PieceNumbers::F16(halves) => Piece::F16(halves),
+            PieceNumbers::Int8 { k_scales, k, v_scales, v } => Piece::Int8 { k, k_scales, v, v_scales },
+        })
+        .collect();
+    Page::upload(runner, layout, &pieces).map_err(Failure::gpu)
+}
