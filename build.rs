@@ -1,7 +1,9 @@
 //! Compiles the wire manual under `proto/` into `OUT_DIR`: messages, clients, servers, and the descriptor set that
-//! reflection serves. Written without protoc, so that the build needs nothing but Rust.
+//! reflection serves. Written without protoc, so that the build needs nothing but Rust. Notes the compiler, which benchmarks
+//! name.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use protox::prost::Message;
 
@@ -14,6 +16,8 @@ const PROTOS: [&str; 4] = [
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
+    let version = Command::new(std::env::var("RUSTC")?).arg("--version").output()?.stdout;
+    println!("cargo::rustc-env=LANDMARKDB_RUSTC={}", String::from_utf8_lossy(&version).trim());
     let descriptors = protox::compile(PROTOS, ["proto"])?;
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out_dir.join("landmark.bin"), descriptors.encode_to_vec())?;

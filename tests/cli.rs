@@ -190,6 +190,39 @@ fn payload_reads_are_measured() {
 }
 
 #[test]
+fn a_report_runs_every_benchmark_and_writes_the_page() {
+    let sandbox = Sandbox::new();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen");
+    let typed = ["bench", "report", "--quick", "--out", "page.md", "--json", "--python", "./absent", "--model"];
+    let absent = sandbox.run(&[&typed[..], &[model]].concat()).exits(1).stderr;
+    assert!(absent.contains("--python"), "{absent}");
+    assert!(!sandbox.path("page.md").exists(), "a page is written whole or not at all");
+
+    // A Python in which no peer is installed.
+    sandbox.write_file("python", "#!/bin/sh\necho '{\"peer\": \"other\", \"skipped\": \"not here\"}'\n");
+    std::fs::set_permissions(sandbox.path("python"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let typed = typed.map(|word| if word == "./absent" { "./python" } else { word });
+    let report = sandbox.run(&[&typed[..], &[model]].concat()).exits(0).json();
+    let sections = report["sections"].as_array().unwrap();
+    assert_eq!(sections.len(), 7);
+    let page = std::fs::read_to_string(sandbox.path("page.md")).unwrap();
+    for section in sections {
+        for command in section["commands"].as_array().unwrap() {
+            assert!(page.contains(&format!("\n$ {}\n", command.as_str().unwrap())), "{command} in\n{page}");
+        }
+    }
+    let mut words = page.split(|letter: char| !letter.is_alphanumeric());
+    assert!(!words.any(|word| word == "NaN" || word == "inf"), "{page}");
+    assert!(page.contains("other: not here"), "{page}");
+    let reopened = sections[6]["figures"]["first_tokens"].as_array().unwrap();
+    let pages =
+        |pages: &str| reopened.iter().filter(|row| row["pages"] == pages && row["tokens"].as_u64() > Some(0)).count();
+    assert_eq!((pages("warm"), pages("cold")), (2, 2), "two lengths: {reopened:?}");
+    let within = |row: &serde_json::Value| row["reopen_ms"].as_f64() < row["first_token_ms"].as_f64();
+    assert!(reopened.iter().all(within), "{reopened:?}");
+}
+
+#[test]
 fn a_damaged_document_is_reported_and_named() {
     let sandbox = Sandbox::new();
     let id = sandbox.write_document("data", "books", "emma");

@@ -54,7 +54,7 @@ pub(super) struct Args {
 
 /// What was kept.
 #[derive(Debug, Serialize)]
-struct Kept {
+pub(super) struct Kept {
     file: String,
     model: String,
     blocks: u32,
@@ -64,6 +64,10 @@ struct Kept {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    context.output.print(&keep(args, context)?)
+}
+
+pub(super) fn keep(args: &Args, context: &Context) -> Result<Kept, CliError> {
     let model = args.setup.model.load(context)?;
     let scratch = context.scratch_memory()?;
     let collection = &scratch.collections(&args.setup.storage, &[], &model)?[0];
@@ -101,7 +105,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     bar.finish();
     captured.save(&args.file)?;
     scratch.memory.delete(document.id)?;
-    context.output.print(&Kept {
+    Ok(Kept {
         file: args.file.display().to_string(),
         model: captured.about.model.clone(),
         blocks: captured.about.blocks,

@@ -81,6 +81,18 @@ impl Output {
         }
     }
 
+    /// Says how far a long command is, on standard error.
+    pub(super) fn progress(&self, line: &str) {
+        if !self.quiet && !self.json {
+            let _ = writeln!(io::stderr(), "{line}");
+        }
+    }
+
+    /// The same without bars and stories, for a command that runs others.
+    pub(super) fn silenced(self) -> Self {
+        Output { quiet: true, ..self }
+    }
+
     /// Prints a piece of a text that grows, for people only; programs get it whole.
     pub(super) fn stream(&self, piece: &str) {
         if !self.json {
@@ -134,13 +146,22 @@ impl Output {
 
 /// A table without lines, so that columns can be cut out of it. A heading that ends in `>` aligns its column right.
 pub(super) fn table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
-    let bold = styled();
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
+    let mut table = columns(headings, styled());
     // A terminal that tells no width, or one too narrow for columns, gets lines as long as they are.
     if table.width().is_some_and(|columns| columns >= NARROWEST_TERMINAL) {
         table.set_content_arrangement(ContentArrangement::Dynamic);
     }
+    table
+}
+
+/// The same in any terminal and in a file, for answers that a page quotes.
+pub(super) fn plain_table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
+    columns(headings, false)
+}
+
+fn columns<const COLUMNS: usize>(headings: [&str; COLUMNS], bold: bool) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
     table.set_header(headings.map(|heading| {
         let cell = Cell::new(heading.trim_end_matches('>'));
         if bold { cell.add_attribute(Attribute::Bold) } else { cell }

@@ -1,5 +1,6 @@
 //! A memory to measure in: the one that was asked for, or a temporary directory that goes away.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -12,22 +13,30 @@ use crate::types::DType;
 use super::Context;
 use super::error::CliError;
 use super::settings::StorageArgs;
+use super::target::Target;
 
 pub(super) struct Scratch {
     pub(super) memory: Arc<dyn BlockMemory>,
+    /// The data directory; none where a service has it.
+    pub(super) folder: Option<PathBuf>,
     /// Dropped last, when nothing uses it any more.
-    _directory: Option<TempDir>,
+    pub(super) _directory: Option<TempDir>,
 }
 
 impl Context {
     /// The memory that `--data` or `--connect` name, else one in a temporary directory.
     pub(super) fn scratch_memory(&self) -> Result<Scratch, CliError> {
         if self.config.target_typed {
-            return Ok(Scratch { memory: self.memory_or_new()?, _directory: None });
+            let folder = match self.config.target()? {
+                Target::Data(path) => Some(path.clone()),
+                Target::Connect(_) => None,
+            };
+            return Ok(Scratch { memory: self.memory_or_new()?, folder, _directory: None });
         }
         let directory = tempfile::Builder::new().prefix("landmarkdb-").tempdir();
         let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
-        Ok(Scratch { memory: Arc::new(LocalMemory::open(directory.path())?), _directory: Some(directory) })
+        let memory = Arc::new(LocalMemory::open(directory.path())?);
+        Ok(Scratch { memory, folder: Some(directory.path().into()), _directory: Some(directory) })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a lookup benchmark asks, and of which keys: a model's shape with random numbers, or what a model really asked.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use half::f16;
@@ -7,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::api::{AppendRequest, BlockMemory, BlockText, DocumentInfo, LookupRequest, NewBlock, Tensor};
+use crate::api::{AppendRequest, BlockMemory, BlockText, DocumentInfo, LookupRequest, MemoryError, NewBlock, Tensor};
 use crate::cli::error::CliError;
 use crate::eval::Capture;
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
@@ -129,6 +130,10 @@ impl Case {
 
     /// What `landmarkdb capture` kept. Queries of consecutive tokens go together.
     pub(super) fn captured(path: &Path, query_tokens: usize) -> Result<Self, CliError> {
+        let invalid = |expected: &dyn Display, found: &dyn Display| {
+            let (expected, found) = (expected.to_string(), found.to_string());
+            CliError::Memory(MemoryError::Invalid { field: "captured".into(), expected, found })
+        };
         let Capture { about, k, queries, distances } = Capture::load(path)?;
         let shape = about.shape;
         let [kv_heads, dim, tokens] = [shape.kv_heads, shape.head_dim, shape.block_tokens].map(|n| n as usize);
@@ -136,11 +141,13 @@ impl Case {
         let of_block = match about.key_rule {
             KeyRule::Tokens => 0..tokens,
             KeyRule::Landmark => tokens - 1..tokens,
-            KeyRule::Mean => {
-                let (expected, found) = ("keys of tokens or landmarks".into(), "means".into());
-                return Err(crate::api::MemoryError::Invalid { field: "captured".into(), expected, found }.into());
-            }
+            KeyRule::Mean => return Err(invalid(&"keys of tokens or landmarks", &"means")),
         };
+        if distances.len() < query_tokens {
+            // A model that sees the whole text in its window asks nothing.
+            let expected = format!("queries of at least {query_tokens} tokens: capture a text longer than the window");
+            return Err(invalid(&expected, &distances.len()));
+        }
         let keys = k.iter().map(|k| {
             let piece = |block: usize, head: usize| &k[(block * kv_heads + head) * tokens * dim..][..tokens * dim];
             let rows = (0..kv_heads).flat_map(|head| (0..blocks).map(move |block| (head, block)));

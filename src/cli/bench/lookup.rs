@@ -15,7 +15,7 @@ use crate::api::{AttendRequest, BlockMemory, DocumentInfo};
 use crate::cli::Context;
 use crate::cli::bench::{percentile, word_of};
 use crate::cli::error::CliError;
-use crate::cli::output::{Report, count, size, table, write_table};
+use crate::cli::output::{Report, count, plain_table, size, write_table};
 use crate::cli::settings::{faiss_index, word};
 use crate::cuda::{CudaError, Device, Session};
 use crate::memory::LocalMemory;
@@ -123,19 +123,21 @@ pub(in crate::cli) enum Way {
 
 /// What was measured.
 #[derive(Debug, Serialize)]
-struct LookupReport {
+pub(super) struct LookupReport {
     shape: String,
     seed: u64,
-    threads: usize,
+    pub(super) threads: usize,
     instructions: String,
-    query_tokens: usize,
+    pub(super) query_tokens: usize,
     granularity: String,
     block_score: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<String>,
-    results: Vec<LookupResult>,
+    /// Of queries with keys, in one lookup: T x Hq x N x m x D.
+    pub(super) multiply_adds: u64,
+    pub(super) results: Vec<LookupResult>,
     skipped: Vec<Skipped>,
-    peers: Vec<PeerResult>,
+    pub(super) peers: Vec<PeerResult>,
 }
 
 /// An engine without figures.
@@ -146,27 +148,32 @@ struct Skipped {
 }
 
 #[derive(Debug, Serialize)]
-struct LookupResult {
-    what: &'static str,
-    engine: String,
-    key_dtype: String,
-    way: String,
+pub(super) struct LookupResult {
+    /// `lookup` or `attend`.
+    pub(super) what: &'static str,
+    pub(super) engine: String,
+    pub(super) key_dtype: String,
+    pub(super) way: String,
     keys_per_block: usize,
     /// Key bytes that one lookup scans; none where an index says what is compared.
-    scanned_bytes: Option<u64>,
-    p50_us: f64,
+    pub(super) scanned_bytes: Option<u64>,
+    pub(super) p50_us: f64,
     p99_us: f64,
     /// At the median.
     scanned_bytes_per_s: Option<f64>,
     /// Of all threads, or of the GPU, measured between the lookups.
-    read_bandwidth_bytes_per_s: f64,
+    pub(super) read_bandwidth_bytes_per_s: f64,
     /// Of the read bandwidth.
     bandwidth_share: Option<f64>,
     /// Of the blocks that f32 keys choose for each query head, by their best key.
-    recall: f64,
+    pub(super) recall: f64,
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    context.output.print(&measure(args, context)?)
+}
+
+pub(super) fn measure(args: &Args, context: &Context) -> Result<LookupReport, CliError> {
     let case = args.case()?;
     let alone = args.others.peers.is_empty();
     let asking = Asking {
@@ -192,7 +199,8 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         false => peers::lookup(&case, &truth, (args.top_k, args.lookups), &args.others)?,
     };
     let shape = &case.shape;
-    context.output.print(&LookupReport {
+    let keys = (case.blocks * case.keys_per_block()) as u64;
+    Ok(LookupReport {
         shape: format!(
             "{}: {} blocks x {} KV heads x {}, {} query heads, m = {}, k = {}",
             case.name,
@@ -210,6 +218,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
         granularity: asking.granularity.to_string(),
         block_score: asking.block_score.to_string(),
         gpu,
+        multiply_adds: args.query_tokens as u64 * (shape.query_heads * shape.head_dim) as u64 * keys,
         results,
         skipped,
         peers,
@@ -419,7 +428,7 @@ impl Report for LookupReport {
         self.gpu.iter().try_for_each(|name| writeln!(to, "GPU: {name}"))?;
         self.skipped.iter().try_for_each(|Skipped { engine, why }| writeln!(to, "{engine} was skipped: {why}"))?;
         writeln!(to)?;
-        let mut rows = table([
+        let mut rows = plain_table([
             "",
             "KEYS",
             "ENGINE",
@@ -452,7 +461,7 @@ impl Report for LookupReport {
         if self.peers.is_empty() {
             return Ok(());
         }
-        let mut rows = table(["PEER", "SETTING", "THREADS>", "P50>", "P99>", "RECALL>", "TIMES OURS>"]);
+        let mut rows = plain_table(["PEER", "SETTING", "THREADS>", "P50>", "P99>", "RECALL>", "TIMES OURS>"]);
         let ours = self.results.iter().filter(|result| result.what == "lookup" && result.way == "in-process");
         let fastest = ours.map(|result| result.p50_us).fold(f64::INFINITY, f64::min);
         for peer in &self.peers {

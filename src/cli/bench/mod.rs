@@ -2,10 +2,14 @@
 
 mod case;
 mod decode;
+mod first_token;
 mod lookup;
 mod payload;
 mod peers;
+mod report;
 mod serving;
+
+use std::fs::File;
 
 use crate::cli::Context;
 use crate::cli::error::CliError;
@@ -16,6 +20,7 @@ pub(super) enum Command {
     Lookup(lookup::Args),
     Decode(decode::Args),
     Payload(payload::Args),
+    Report(report::Args),
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
@@ -23,6 +28,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
         Command::Lookup(args) => lookup::run(args, context),
         Command::Decode(args) => decode::run(args, context),
         Command::Payload(args) => payload::run(args, context),
+        Command::Report(args) => report::run(args, context),
     }
 }
 
@@ -37,4 +43,10 @@ pub(super) fn percentile(sorted: &[f64], share: f64) -> f64 {
         0 => f64::NAN,
         count => sorted[((count - 1) as f64 * share).round() as usize],
     }
+}
+
+/// Drops what the page cache has of a file; what is not on disk yet stays.
+fn forget_pages(file: &File) -> Result<(), CliError> {
+    rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)
+        .map_err(|error| CliError::Io { what: "emptying the page cache", source: error.into() })
 }

@@ -14,9 +14,9 @@ use serde::Serialize;
 use super::peers::{self, PeerArgs, PeerResult};
 use crate::api::MemoryError;
 use crate::cli::Context;
-use crate::cli::bench::percentile;
+use crate::cli::bench::{forget_pages, percentile};
 use crate::cli::error::CliError;
-use crate::cli::output::{Report, count, size, table, write_table};
+use crate::cli::output::{Report, count, plain_table, size, write_table};
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::store::piece::{PieceLayout, keys_bytes};
 use crate::store::{BlockMeta, BlockRecord, Store, StoreError};
@@ -65,24 +65,24 @@ pub(in crate::cli) struct Args {
 
 /// What was measured.
 #[derive(Debug, Serialize)]
-struct PayloadReport {
+pub(super) struct PayloadReport {
     piece_bytes: usize,
     pieces: usize,
-    batch: usize,
+    pub(super) batch: usize,
     seed: u64,
-    results: Vec<PayloadResult>,
-    peers: Vec<PeerResult>,
+    pub(super) results: Vec<PayloadResult>,
+    pub(super) peers: Vec<PeerResult>,
 }
 
 #[derive(Debug, Serialize)]
-struct PayloadResult {
+pub(super) struct PayloadResult {
     /// `store` or `pread`.
-    what: &'static str,
+    pub(super) what: &'static str,
     /// `warm` or `cold`.
-    pages: &'static str,
-    threads: usize,
+    pub(super) pages: &'static str,
+    pub(super) threads: usize,
     /// Of a batch.
-    p50_us: f64,
+    pub(super) p50_us: f64,
     p99_us: f64,
     bytes_per_s: f64,
 }
@@ -106,6 +106,10 @@ struct Stored {
 }
 
 pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    context.output.print(&measure(args, context)?)
+}
+
+pub(super) fn measure(args: &Args, context: &Context) -> Result<PayloadReport, CliError> {
     let directory = tempfile::Builder::new().prefix("landmarkdb-bench-").tempdir();
     let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
     let layout = PieceLayout { dtype: DType::F16, tokens: args.block_tokens, head_dim: args.head_dim };
@@ -172,7 +176,7 @@ pub(in crate::cli) fn run(args: &Args, context: &Context) -> Result<(), CliError
             &args.others.python,
         )?,
     };
-    context.output.print(&PayloadReport {
+    Ok(PayloadReport {
         piece_bytes: stored.piece_bytes,
         pieces: stored.pieces.len(),
         batch: args.batch,
@@ -263,11 +267,7 @@ impl Stored {
     }
 
     fn forget_pages(&self) -> Result<(), CliError> {
-        for file in &self.files {
-            rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)
-                .map_err(|error| CliError::Io { what: "emptying the page cache", source: error.into() })?;
-        }
-        Ok(())
+        self.files.iter().try_for_each(forget_pages)
     }
 }
 
@@ -281,7 +281,7 @@ impl Report for PayloadReport {
             size(self.piece_bytes as u64),
             self.seed
         )?;
-        let mut rows = table(["", "PAGES", "THREADS>", "P50>", "P99>", "READ/S>"]);
+        let mut rows = plain_table(["", "PAGES", "THREADS>", "P50>", "P99>", "READ/S>"]);
         for result in &self.results {
             rows.add_row([
                 result.what.to_string(),

@@ -2,24 +2,28 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::case::{Case, Truth};
+use super::first_token::FirstToken;
 use crate::cli::error::CliError;
 
 const PAYLOAD: &str = include_str!("../../../benches/peers/payload.py");
 const LOOKUP: &str = include_str!("../../../benches/peers/lookup.py");
+const DECODE: &str = include_str!("../../../benches/peers/decode.py");
 
 /// Recall that approximate peers are set to reach.
-const RECALL: f64 = 0.99;
+pub(super) const RECALL: f64 = 0.99;
 
 /// Which others are measured, and how.
 #[derive(clap::Args, Debug)]
 pub(in crate::cli) struct PeerArgs {
-    /// Others to measure. For lookups faiss-flat, faiss-ivf, faiss-hnsw and usearch, which come from PyPI; for payload redis,
-    /// and pread-warm and pread-cold from Python.
+    /// Others to measure. For lookups faiss-flat, faiss-ivf, faiss-hnsw and usearch, for decode llama.cpp, all of which come from
+    /// PyPI; for payload redis, and pread-warm and pread-cold from Python.
     #[arg(long, value_delimiter = ',', value_name = "PEERS")]
     pub(super) peers: Vec<String>,
 
@@ -27,7 +31,7 @@ pub(in crate::cli) struct PeerArgs {
     #[arg(long, default_value = "python3")]
     pub(super) python: String,
 
-    /// About how long each peer may take to build, and to be measured.
+    /// About how long each peer may take to build or to read a text, and to be measured.
     #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
     pub(super) peer_seconds: f64,
 }
@@ -62,6 +66,22 @@ pub(super) struct PayloadCase<'a> {
     pub(super) peers: &'a [String],
 }
 
+/// As [`CaseJson`], for a model that reads a text.
+#[derive(Serialize)]
+pub(super) struct DecodeCase<'a> {
+    /// A file in GGUF.
+    pub(super) model: PathBuf,
+    /// Of the text, whose prefill is timed.
+    pub(super) prefill_tokens: usize,
+    /// Of the text, that decode steps see.
+    pub(super) context_tokens: usize,
+    pub(super) steps: usize,
+    /// Lengths of the text whose states are saved and loaded.
+    pub(super) reopened_tokens: &'a [usize],
+    pub(super) seconds: f64,
+    pub(super) peers: &'a [String],
+}
+
 /// What a script says of one peer in one setting.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct PeerResult {
@@ -81,6 +101,36 @@ pub(super) struct PeerResult {
     pub(super) p99_us: f64,
     #[serde(default)]
     pub(super) recall: f64,
+}
+
+/// What the script says of a program that runs the model, in one setting.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct DecodePeer {
+    pub(super) peer: String,
+    /// Why there are no figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) skipped: Option<String>,
+    #[serde(default)]
+    pub(super) version: String,
+    #[serde(default)]
+    pub(super) setting: String,
+    #[serde(default)]
+    pub(super) threads: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) speed: Option<Speed>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) first_token: Option<FirstToken>,
+}
+
+/// Of full attention.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Speed {
+    pub(super) prefill_tokens: u64,
+    pub(super) prefill_tokens_per_s: f64,
+    /// That a step sees.
+    pub(super) step_tokens: u64,
+    /// Median.
+    pub(super) step_ms: f64,
 }
 
 /// Measures nearest-key search on a case.
@@ -133,14 +183,25 @@ pub(super) fn payload(
     run(python, PAYLOAD, case, &[("pieces.bin", vec![pieces]), ("order.i32", vec![bytemuck::cast_slice(order)])])
 }
 
+/// Measures the model of a case on a text and on a prompt after it, both as its own token ids.
+pub(super) fn decode(
+    case: &DecodeCase<'_>,
+    text: &[u32],
+    prompt: &[u32],
+    python: &str,
+) -> Result<Vec<DecodePeer>, CliError> {
+    let files = [("text.i32", vec![bytemuck::cast_slice(text)]), ("prompt.i32", vec![bytemuck::cast_slice(prompt)])];
+    run(python, DECODE, case, &files)
+}
+
 /// Writes a case and its files, in parts, into a folder; runs a script there, and takes the JSON objects that it prints, one
 /// per line. What it says on standard error is passed on.
-fn run(
+fn run<Line: DeserializeOwned>(
     python: &str,
     script: &str,
     case: &impl Serialize,
     files: &[(&str, Vec<&[u8]>)],
-) -> Result<Vec<PeerResult>, CliError> {
+) -> Result<Vec<Line>, CliError> {
     let io = |what: &'static str| move |source: io::Error| CliError::Io { what, source };
     let folder = tempfile::Builder::new().prefix("landmarkdb-peers-").tempdir().map_err(io("a temporary directory"))?;
     let path = |name: &str| folder.path().join(name);
