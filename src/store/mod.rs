@@ -7,7 +7,7 @@
 //! Not here: what keys mean, how they are searched, and what a payload is used for.
 //!
 //! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
-//! records), `ledger` (what a group means), `append` and `read`, `recovery`, `compaction`, `verify`; `piece` stands apart.
+//! records), `ledger` (what a group means), `append`, `places` and `read`, `recovery`, `compaction`, `verify`; `piece` stands apart.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
@@ -27,6 +27,7 @@ mod error;
 mod ledger;
 mod log;
 pub mod piece;
+mod places;
 mod read;
 mod record;
 mod recovery;
@@ -46,6 +47,7 @@ pub use verify::{Fault, VerifyReport};
 
 use ledger::Ledger;
 use log::GroupWriter;
+use places::Places;
 use record::{DocumentEntry, Locator, Tombstone};
 use segment::Handles;
 
@@ -119,6 +121,7 @@ pub struct StoreStats {
 pub struct Store {
     handles: Handles,
     catalog: Box<dyn Catalog>,
+    places: Places,
     writer: Mutex<Writer>,
     /// As of the last write; readers of it do not wait for one under way.
     stats: Mutex<StoreStats>,
@@ -177,7 +180,8 @@ impl Store {
         let handles = Handles::new(segments);
         let writer = recovery::recover(&handles, &*catalog, segment_bytes)?;
         let stats = Mutex::new(writer.stats());
-        Ok(Store { handles, catalog, writer: Mutex::new(writer), stats, _lock: None })
+        let places = Places::default();
+        Ok(Store { handles, catalog, places, writer: Mutex::new(writer), stats, _lock: None })
     }
 
     /// Creates a collection. Names are unique among collections.
@@ -325,7 +329,9 @@ impl Store {
         fill(&mut group)?;
         let group = group.finish()?;
         writer.end = group.end;
-        writer.ledger.enter(&*self.catalog, &group)
+        let entered = writer.ledger.enter(&*self.catalog, &group);
+        self.places.forget(&group);
+        entered
     }
 
     fn entry(&self, document: DocumentId) -> Result<DocumentEntry, StoreError> {

@@ -96,7 +96,7 @@ impl Store {
 
     /// Where a block lies. `Damaged` if its document has it and the catalog has lost it.
     fn locate(&self, block: BlockId) -> Result<Locator, StoreError> {
-        let look_up = || catalog::get::<Locator>(&*self.catalog, &key::block(block));
+        let look_up = || self.places.find(block, || catalog::get(&*self.catalog, &key::block(block)));
         if let Some(locator) = look_up()? {
             return Ok(locator);
         }

@@ -190,6 +190,37 @@ fn readers_go_on_while_segments_are_removed_under_them() {
 }
 
 #[test]
+fn readers_see_what_was_acknowledged_before_they_asked() {
+    let store = open(&Disk::default()).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let acknowledged = std::sync::atomic::AtomicU32::new(0);
+    const LAST: u32 = 400;
+    let document = store.create_document(collection, "a").unwrap().id;
+    store.append(document, &[block(0, 2, 0)]).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let oldest = acknowledged.load(std::sync::atomic::Ordering::Acquire);
+                    let (tail, _) = store.read_meta(id(document, 0)).unwrap();
+                    assert!(tail.token_ids[0] >= oldest * 1000, "{tail:?} once version {oldest} was durable");
+                    if oldest == LAST {
+                        break;
+                    }
+                }
+            });
+        }
+        for seed in 1..=LAST {
+            store.append(document, &[block(0, 2, seed)]).unwrap();
+            acknowledged.store(seed, std::sync::atomic::Ordering::Release);
+        }
+    });
+    store.delete(document).unwrap();
+    let gone = store.read_meta(id(document, 0));
+    assert!(matches!(gone, Err(StoreError::NotFound { entity: Entity::Block(_) })), "{gone:?}");
+}
+
+#[test]
 fn a_hundred_thousand_tiny_blocks_reopen() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
