@@ -59,6 +59,7 @@ pub struct Chunk {
     layout: KeyLayout,
     blocks: usize,
     numbers: Numbers,
+    /// Made by whoever needs it.
     copy: Mutex<Option<Copied>>,
 }
 
@@ -248,7 +249,7 @@ impl Chunk {
         largest_errors[piece]
     }
 
-    /// The place of a copy elsewhere, which goes when the chunk goes. Locked while the copy is made, so that it is made once.
+    /// The place of the copy, which goes when the chunk goes. Locked while the copy is made, so that it is made once.
     pub(super) fn copy(&self) -> MutexGuard<'_, Option<Copied>> {
         self.copy.lock().unwrap_or_else(PoisonError::into_inner)
     }

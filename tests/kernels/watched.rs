@@ -54,7 +54,9 @@ unsafe impl<R: Runner> Runner for Watched<R> {
 
     fn memory(&self, bytes: usize) -> Result<Self::Memory, R::Error> {
         if self.seen.fails.load(SeqCst) {
-            return Err(ArgumentError::Index { field: "a test's patience", count: 0, found: 0 }.into());
+            return Err(
+                ArgumentError::Index { field: "memory of a runner that was told to fail", count: 0, found: 0 }.into()
+            );
         }
         let memory = self.runner.memory(bytes)?;
         self.seen.live_bytes.fetch_add(bytes as u64, SeqCst);

@@ -32,7 +32,8 @@ const BANDWIDTH_EVERY: usize = 50;
 ///
 /// Fills a memory in a temporary directory, then looks queries up, in process and through a service. Layers take turns,
 /// so that keys come from memory and not from a cache; scanned bytes per second are set against the read bandwidth
-/// measured in between, those of a GPU against what it reads and writes while it copies. With --peers other libraries search the same keys with the same queries in the same minute.
+/// measured in between, those of a GPU against what it reads and writes while it copies. With --peers other libraries
+/// search the same keys with the same queries in the same minute.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -235,7 +236,7 @@ struct Bench<'a> {
     truth: &'a [Vec<Truth>],
     asking: Asking,
     bandwidth: Bandwidth,
-    /// Where it is to be measured, and there.
+    /// Where the engine cuda is measured.
     gpu: Option<Gpu>,
     results: Vec<LookupResult>,
 }
@@ -317,7 +318,7 @@ impl Bench<'_> {
         };
         let both: [(&str, Ask<'_>); 2] = [("lookup", &lookup), ("attend", &attend)];
         for (what, ask) in &both[..1 + self.args.attend as usize] {
-            let (times_us, read_bandwidth) = self.timed(*ask, engine)?;
+            let (times_us, read_bandwidth) = self.timed(*ask, &engine)?;
             let p50_us = percentile(&times_us, 0.5);
             let scanned_bytes_per_s = scanned_bytes.map(|bytes| bytes as f64 / p50_us * 1e6);
             self.results.push(LookupResult {

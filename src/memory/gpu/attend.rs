@@ -141,8 +141,9 @@ mod tests {
         let pieces = [0, 1, 1, 2, 0, 1, 5, 6, 5, 6].map(piece);
         assert_eq!(runs(&pieces, 5, 3), [0..3, 3..5]);
         assert_eq!(runs(&pieces, 5, 1), [0..1, 1..2, 2..3, 3..4, 4..5]);
-        assert_eq!(runs(&pieces, 5, 9), [0..5]);
-        assert_eq!(runs(&[], 2, 1), [0..2]);
+        let whole = |tokens: usize| vec![Range { start: 0, end: tokens }];
+        assert_eq!(runs(&pieces, 5, 9), whole(5));
+        assert_eq!(runs(&[], 2, 1), whole(2));
         assert_eq!(distinct(&pieces[..4]), (vec![piece(0), piece(1), piece(2)], vec![0, 1, 1, 2]));
     }
 }
