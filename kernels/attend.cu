@@ -15,10 +15,10 @@
 // With one part per row `attend` alone is the answer: a part is what any partial attention is, an out and an lse.
 //
 // A page is one piece (K and V of one block, layer and KV head) in memory of its own, in the numbers of
-// src/store/piece.rs: halves (2, B, D), K then V; or scales (D + B) of K's channels, then of V's tokens, and behind them,
-// so that they are aligned for any D and B, signed bytes (2, B, D). GQA is in the tables: a query head's ranks name
-// pages of its own KV head. Where a KV group shares its choice, its `sharing` = G heads share an entry of the tables;
-// they are neighbours in the grid and find each other's pages in the second-level cache.
+// src/store/piece.rs: halves (2, B, D), K then V; or scales (D + B) of K's channels, then of V's tokens, and behind
+// them, so that they are aligned for any D and B, signed bytes (2, B, D). GQA is in the tables: a query head's ranks
+// name pages of its own KV head. Where a KV group shares its choice, its `sharing` = G heads share an entry of the
+// tables; they are neighbours in the grid and find each other's pages in the second-level cache.
 //
 // Grid. attend: (T * Hq, parts); a warp takes every eighth token of a block, its lanes the dimensions, for K and for V,
 // so that both are read in order; sums over the warps are taken once at the end. combine: T * Hq, a thread a dimension.

@@ -19,9 +19,9 @@
 // for `token_span` tokens and `head_span` query heads.
 //
 // Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs, so that a warp reads 64
-// consecutive numbers of one dimension, two a lane, and no sum crosses lanes. A tile is some consecutive blocks that lie together and meet the
-// same queries (older blocks share one set, recent ones have their own); it says where its keys are, so that documents,
-// chunks and recent blocks are one launch.
+// consecutive numbers of one dimension, two a lane, and no sum crosses lanes. A tile is some consecutive blocks that lie
+// together and meet the same queries (older blocks share one set, recent ones have their own); it says where its keys
+// are, so that documents, chunks and recent blocks are one launch.
 //
 // Grid. score: (tiles * strips of ROWS query rows, Hkv), strips of a tile next to each other so that they find its keys
 // in the second-level cache; a warp takes a panel. total: a warp a query row. choose: (slices * rows of choices), a

@@ -79,8 +79,8 @@ pub enum Engine {
     /// f16 keys are scanned as int8 (scalar quantization), and blocks that could be among the best are compared as f16:
     /// half the bytes read, half as much memory again. int8 keys are scanned as they are.
     Sq8,
-    /// Every key is scanned as it is stored, by an NVIDIA GPU that holds a copy of the keys, and attention is computed there
-    /// over a cache of blocks. Scores differ from those of the CPU by rounding. What the GPU cannot do the CPU does.
+    /// Every key is scanned as it is stored, by an NVIDIA GPU that holds a copy of the keys, and attention is computed
+    /// there over a cache of blocks. Scores differ from those of the CPU by rounding. What the GPU cannot do the CPU does.
     Cuda,
     /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are compared; needs
     /// the feature `faiss`.

@@ -46,7 +46,7 @@ Examples:
 ")]
 pub(super) struct SetArgs {
     /// flat: keys are scanned as they are stored. sq8: f16 keys are scanned as int8, and blocks that could be among the best
-    /// are compared as f16; half as much memory again. cuda: keys are scanned, and blocks attended to, by an NVIDIA GPU.
+    /// are compared as f16; half as much memory again. cuda: an NVIDIA GPU scans keys as they are stored, and attends.
     /// faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in the language of its index_factory, find most of the
     /// blocks.
     #[arg(value_parser = word::<Engine>)]

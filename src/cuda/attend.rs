@@ -54,7 +54,7 @@ pub struct Attention<'a, M> {
     pub queries: &'a [f32],
     /// Blocks per row.
     pub k: u32,
-    /// Neighbouring query heads that share an entry of `page_of` and `turn_of`: 1, or up to G where they choose together.
+    /// Neighbouring query heads that share an entry of `page_of` and `turn_of`: 1, or up to G that choose together.
     pub sharing: u32,
     /// Of every page.
     pub layout: PageLayout,

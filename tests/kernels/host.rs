@@ -66,7 +66,7 @@ unsafe extern "C" fn body<A: Arguments>(kernel: *const c_void, arguments: *const
     }
 }
 
-// SAFETY: it is written through `&mut` only, or by a kernel, which no other thread's kernel or copy reads from meanwhile.
+// SAFETY: it is written through `&mut`, or by a kernel to memory that no other thread knows of.
 unsafe impl Sync for Memory {}
 
 impl Memory {

@@ -1,5 +1,5 @@
-//! Attention over chosen blocks' pages: the tables that the kernels read, for as many query tokens at once as there is room
-//! for the pages of.
+//! Attention over chosen blocks' pages: the tables that the kernels read, for as many query tokens at once as the cache
+//! has pages for. One token's are read at once however many they are.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -11,10 +11,6 @@ use crate::cuda::{self, Page, Part, Runner};
 use crate::index::Found;
 use crate::store::Store;
 use crate::types::Granularity;
-
-/// Bytes of the pages that are read at once: bounds what is loaded together, and what pages that are not kept take. One
-/// token's pages are read at once however many they are.
-const RUN_BYTES_MAX: usize = 256 << 20;
 
 /// Which pieces each row reads, and how its query is turned for them.
 struct Tables {
@@ -41,7 +37,7 @@ pub(super) fn attend<R: Runner>(
     let tokens = request.distances.len();
     let (token_entries, token_numbers) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
     let mut all = Part { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
-    for run in runs(&tables.pieces, tokens, (RUN_BYTES_MAX / layout.bytes()).max(1)) {
+    for run in runs(&tables.pieces, tokens, pages.at_once(layout)) {
         let entries = run.start * token_entries..run.end * token_entries;
         let (pieces, page_of) = distinct(&tables.pieces[entries.clone()]);
         let run_pages = pages.get(runner, store, layout, &pieces)?;

@@ -1,5 +1,5 @@
-//! Lookups and attention on a GPU, for collections of the engine `cuda`. Keys and pieces lie in its memory as copies of what
-//! the CPU has and the store keeps; what it cannot do, or fails at, the CPU does.
+//! Lookups and attention on a GPU, for collections of the engine `cuda`. Keys and pieces lie in its memory as copies of
+//! what the CPU has and the store keeps; what it cannot do, or fails at, the CPU does.
 
 use std::collections::HashSet;
 use std::fmt::Display;

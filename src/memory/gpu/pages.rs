@@ -15,13 +15,24 @@ use crate::types::{BlockId, DocumentId};
 /// One piece: `layer * Hkv + kv_head` of a full block, which never changes.
 pub(super) type PieceId = (BlockId, usize);
 
+/// Bytes of the pages that should be asked for at once: bounds what is loaded together, beside what is kept.
+const ONCE_BYTES_MAX: u64 = 256 << 20;
+
 /// The pages that were read last. A page in use whose turn to go comes is freed after its use.
-pub(super) struct Pages<M>(Mutex<Recent<PieceId, Arc<Page<M>>>>);
+pub(super) struct Pages<M> {
+    bytes_max: u64,
+    kept: Mutex<Recent<PieceId, Arc<Page<M>>>>,
+}
 
 impl<M> Pages<M> {
     /// Keeps at most so many bytes.
     pub(super) fn new(bytes_max: u64) -> Self {
-        Pages(Mutex::new(Recent::new(bytes_max)))
+        Pages { bytes_max, kept: Mutex::new(Recent::new(bytes_max)) }
+    }
+
+    /// How many pages should be asked for at once: no more than are kept.
+    pub(super) fn at_once(&self, layout: PageLayout) -> usize {
+        self.bytes_max.min(ONCE_BYTES_MAX) as usize / layout.bytes()
     }
 
     /// A page for each piece; reads from the store those that are not here, without keeping others waiting.
@@ -57,7 +68,7 @@ impl<M> Pages<M> {
     }
 
     fn kept(&self) -> MutexGuard<'_, Recent<PieceId, Arc<Page<M>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
