@@ -20,7 +20,7 @@ pub(super) struct Scratch {
     /// The data directory; none where a service has it.
     pub(super) folder: Option<PathBuf>,
     /// Dropped last, when nothing uses it any more.
-    pub(super) _directory: Option<TempDir>,
+    pub(super) temporary: Option<TempDir>,
 }
 
 impl Context {
@@ -31,12 +31,12 @@ impl Context {
                 Target::Data(path) => Some(path.clone()),
                 Target::Connect(_) => None,
             };
-            return Ok(Scratch { memory: self.memory_or_new()?, folder, _directory: None });
+            return Ok(Scratch { memory: self.memory_or_new()?, folder, temporary: None });
         }
         let directory = tempfile::Builder::new().prefix("landmarkdb-").tempdir();
         let directory = directory.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
         let memory = Arc::new(LocalMemory::open(directory.path())?);
-        Ok(Scratch { memory, folder: Some(directory.path().into()), _directory: Some(directory) })
+        Ok(Scratch { memory, folder: Some(directory.path().into()), temporary: Some(directory) })
     }
 }
 

@@ -223,7 +223,7 @@ impl Bench<'_> {
 
     /// What a document that is opened anew takes to its first token; then the documents are deleted.
     fn first_tokens(&self, scratch: Scratch, documents: Vec<(DocumentInfo, f64)>) -> Result<Vec<FirstToken>, CliError> {
-        let Scratch { mut memory, folder, _directory } = scratch;
+        let Scratch { mut memory, folder, temporary } = scratch;
         let ids: Vec<_> = documents.iter().map(|(document, _)| document.id).collect();
         let mut measured = Vec::new();
         if let Some(folder) = &folder {
@@ -241,7 +241,7 @@ impl Bench<'_> {
                 };
                 measured.extend(reopened.measure(folder)?);
             }
-            if _directory.is_some() {
+            if temporary.is_some() {
                 return Ok(measured);
             }
             memory = Arc::new(LocalMemory::open(folder)?);
