@@ -38,8 +38,8 @@ pub struct Page<M> {
 /// What a page is made of, in the numbers that are stored.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece<'a> {
-    /// `(2, B, D)`, K then V.
-    F16(&'a [f16]),
+    /// Each `(B, D)`.
+    F16 { k: &'a [f16], v: &'a [f16] },
     /// Numbers each `(B, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(B)`.
     Int8 { k: &'a [i8], k_scales: &'a [f32], v: &'a [i8], v_scales: &'a [f32] },
 }
@@ -108,7 +108,7 @@ impl PageLayout {
 impl Piece<'_> {
     fn dtype(&self) -> DType {
         match self {
-            Piece::F16(_) => DType::F16,
+            Piece::F16 { .. } => DType::F16,
             Piece::Int8 { .. } => DType::Int8,
         }
     }
@@ -129,9 +129,10 @@ impl<M> Page<M> {
                 return Err(ArgumentError::Dtype { expected: layout.dtype, found: piece.dtype() }.into());
             }
             let memory = match *piece {
-                Piece::F16(halves) => {
-                    length("piece", 2 * numbers, halves.len())?;
-                    upload(runner, halves)?
+                Piece::F16 { k, v } => {
+                    length("k", numbers, k.len())?;
+                    length("v", numbers, v.len())?;
+                    upload(runner, &[k, v].concat())?
                 }
                 Piece::Int8 { k, k_scales, v, v_scales } => {
                     length("k", numbers, k.len())?;

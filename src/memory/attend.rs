@@ -1,7 +1,7 @@
 //! What do the retrieved blocks say? Attention over them, next to the data.
 //!
-//! Every piece (one layer and KV head of one block) is read and decoded once per request and meets all query rows that
-//! chose its block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
+//! Every piece (one layer and KV head of one block) is read once per request and meets all query rows that chose its
+//! block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
 
 use std::sync::Arc;
 
@@ -13,8 +13,8 @@ use super::lookup::Prepared;
 use crate::api::{AttendRequest, Attended, Result};
 use crate::cuda::{PageLayout, Part};
 use crate::index::Found;
-use crate::numeric::{self, Matrix, Write};
-use crate::store::piece::PieceLayout;
+use crate::numeric::{self, FEW_ROWS, Matrix, Number, Write};
+use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::types::Normalisation;
 
 /// (row, block) pairs that a task should have at least; below, one task per KV head.
@@ -39,6 +39,13 @@ struct Partial {
     tops: Vec<f32>,
     /// `(T * G)`: sum of `e^(score - top)`.
     sums: Vec<f32>,
+}
+
+/// One piece that was read: few rows meet it as it lies, for many it is widened first.
+struct Stored<'a> {
+    layout: PieceLayout,
+    bytes: &'a [u8],
+    view: PieceView<'a>,
 }
 
 /// What the tasks of one request share.
@@ -143,27 +150,22 @@ impl Attention<'_> {
         let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
         let piece = self.prepared.request.layer as usize * spec.shape.kv_heads as usize + head;
         let mut partial = Partial::nothing(self.rows(), dim);
-        let (mut bytes, mut k, mut v) = (Vec::new(), vec![0.0; tokens * dim], vec![0.0; tokens * dim]);
+        let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
             let block = self.prepared.block(uses[0].position as usize);
             self.memory.store.read_piece(block, piece, &mut bytes)?;
-            layout.decode_k(&bytes, &mut k);
-            layout.decode_v(&bytes, &mut v);
+            let stored = Stored { layout, bytes: &bytes, view: layout.view(&bytes) };
 
             queries.clear();
             uses.iter().for_each(|block_use| self.push_query(head, block_use, &mut queries));
             scores.resize(uses.len() * tokens, 0.0);
-            let rows = Matrix::new(&queries, uses.len(), dim);
-            let keys = Matrix::new(&k, tokens, dim).transposed();
-            numeric::multiply(rows, keys, &mut scores, tokens, Write::Replace);
+            stored.score(&mut queries, &mut scores, &mut wide);
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
                 partial.weigh(block_use.row as usize, self.normalisation, scores);
             }
             mixed.resize(uses.len() * dim, 0.0);
-            let weights = Matrix::new(&scores, uses.len(), tokens);
-            let values = Matrix::new(&v, tokens, dim);
-            numeric::multiply(weights, values, &mut mixed, dim, Write::Replace);
+            stored.mix(&mut scores, &mut mixed, &mut wide);
             for (block_use, mixed) in uses.iter().zip(mixed.chunks_exact(dim)) {
                 numeric::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
             }
@@ -206,6 +208,68 @@ impl Attention<'_> {
             }
         }
         (out, lse)
+    }
+}
+
+/// Each row times `scales`, if there are any.
+fn times(rows: &mut [f32], scales: &[f32]) {
+    if !scales.is_empty() {
+        for row in rows.chunks_exact_mut(scales.len()) {
+            row.iter_mut().zip(scales).for_each(|(number, scale)| *number *= scale);
+        }
+    }
+}
+
+/// `out` = rows of `a` times stored numbers of a `shape`, or times their transpose.
+fn multiply_stored(a: &[f32], numbers: &Numbers, shape: (usize, usize), transposed: bool, out: &mut [f32]) {
+    fn multiply<N: Number>(
+        a: &[f32],
+        numbers: &[N],
+        (rows, columns): (usize, usize),
+        transposed: bool,
+        out: &mut [f32],
+    ) {
+        let b = Matrix::new(numbers, rows, columns);
+        let (b, from, to) = if transposed { (b.transposed(), columns, rows) } else { (b, rows, columns) };
+        numeric::multiply_few(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
+    }
+    match numbers {
+        Numbers::F32(numbers) => multiply(a, numbers, shape, transposed, out),
+        Numbers::F16(numbers) => multiply(a, numbers, shape, transposed, out),
+        Numbers::BF16(numbers) => multiply(a, numbers, shape, transposed, out),
+        Numbers::Int8(numbers) => multiply(a, numbers, shape, transposed, out),
+    }
+}
+
+impl Stored<'_> {
+    /// Scores `(rows, B)` of queries `(rows, D)`, which may be changed.
+    fn score(&self, queries: &mut [f32], scores: &mut [f32], wide: &mut Vec<f32>) {
+        let PieceLayout { tokens, head_dim, .. } = self.layout;
+        let rows = queries.len() / head_dim;
+        if rows <= FEW_ROWS {
+            times(queries, &self.view.k_scales);
+            multiply_stored(queries, &self.view.k, (tokens, head_dim), true, scores);
+        } else {
+            wide.resize(tokens * head_dim, 0.0);
+            self.layout.decode_k(self.bytes, wide);
+            let keys = Matrix::new(wide, tokens, head_dim).transposed();
+            numeric::multiply(Matrix::new(queries, rows, head_dim), keys, scores, tokens, Write::Replace);
+        }
+    }
+
+    /// Values `(rows, D)` by weights `(rows, B)`, which may be changed.
+    fn mix(&self, weights: &mut [f32], mixed: &mut [f32], wide: &mut Vec<f32>) {
+        let PieceLayout { tokens, head_dim, .. } = self.layout;
+        let rows = weights.len() / tokens;
+        if rows <= FEW_ROWS {
+            times(weights, &self.view.v_scales);
+            multiply_stored(weights, &self.view.v, (tokens, head_dim), false, mixed);
+        } else {
+            wide.resize(tokens * head_dim, 0.0);
+            self.layout.decode_v(self.bytes, wide);
+            let values = Matrix::new(wide, tokens, head_dim);
+            numeric::multiply(Matrix::new(weights, rows, tokens), values, mixed, head_dim, Write::Replace);
+        }
     }
 }
 

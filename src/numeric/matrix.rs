@@ -1,18 +1,15 @@
-//! Products of matrices that are at hand once: in panels for many rows, plain vector loops where packing would not pay.
+//! Products of matrices that are at hand once: in panels for many rows, as they lie where packing would not pay.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::few::{FEW_ROWS, multiply_few};
 use super::packed::{multiply_panels, pack};
-use super::{add_scaled, dot};
-
-/// Rows from which packing the operands for a blocked product pays.
-const PACKED_ROWS_MIN: usize = 8;
 
 /// Numbers read as `rows` x `columns`; strides count numbers.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    pub(super) numbers: &'a [f32],
+pub struct Matrix<'a, N = f32> {
+    pub(super) numbers: &'a [N],
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) row_stride: usize,
@@ -26,12 +23,12 @@ pub enum Write {
     Add,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, N> Matrix<'a, N> {
     /// A row-major matrix without gaps.
     ///
     /// # Panics
     /// When there are fewer numbers than that.
-    pub fn new(numbers: &'a [f32], rows: usize, columns: usize) -> Self {
+    pub fn new(numbers: &'a [N], rows: usize, columns: usize) -> Self {
         Self::with_stride(numbers, rows, columns, columns)
     }
 
@@ -39,7 +36,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Panics
     /// When rows overlap or reach beyond the numbers.
-    pub fn with_stride(numbers: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+    pub fn with_stride(numbers: &'a [N], rows: usize, columns: usize, stride: usize) -> Self {
         assert!(columns <= stride && reach(rows, columns, stride) <= numbers.len());
         Matrix { numbers, rows, columns, row_stride: stride, column_stride: 1 }
     }
@@ -86,32 +83,14 @@ pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write:
     if a.rows == 0 || b.columns == 0 {
         return;
     }
-    if a.rows < PACKED_ROWS_MIN && a.column_stride == 1 {
-        let row = |row: usize| &a.numbers[row * a.row_stride..][..a.columns];
-        let outs = out.chunks_mut(out_stride).take(a.rows);
-        outs.enumerate().for_each(|(index, out)| multiply_row(row(index), b, &mut out[..b.columns], write));
+    if a.rows <= FEW_ROWS && a.column_stride == 1 {
+        multiply_few(a, b, out, out_stride, write);
         return;
     }
     PANELS.with_borrow_mut(|panels| {
         pack(b, panels);
         multiply_panels(a, panels, b.columns, out, out_stride, write);
     });
-}
-
-/// `out (b.columns) = row b`, or `out += row b`, whichever way `b` is contiguous.
-fn multiply_row(row: &[f32], b: Matrix, out: &mut [f32], write: Write) {
-    if write == Write::Replace {
-        out.fill(0.0);
-    }
-    if b.row_stride == 1 {
-        for (column, out) in out.iter_mut().enumerate() {
-            *out += dot(row, &b.numbers[column * b.column_stride..][..b.rows]);
-        }
-    } else {
-        for (index, &weight) in row.iter().enumerate() {
-            add_scaled(out, weight, &b.numbers[index * b.row_stride..][..b.columns]);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,10 +5,12 @@
 //! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
 //! than left to right, and may differ in the last bits between machines.
 
+mod few;
 mod matrix;
 mod packed;
 mod panels;
 
+pub use few::{FEW_ROWS, Number, multiply_few};
 pub use matrix::{Matrix, Write, multiply};
 pub use packed::Packed;
 pub use panels::{BLOCK, BlockFormat};
@@ -21,31 +23,31 @@ pub const LANES: usize = 32;
 /// Compiles a function for several instruction sets. Inside the body, `fma::<FMA>(a, b, c)` is `a * b + c`, fused
 /// where the machine can.
 macro_rules! simd {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident$(<$generic:ident: $bound:ident>)?($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $type),*) $(-> $ret)? {
+        $vis fn $name$(<$generic: $bound>)?($($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<const FMA: bool>($($arg: $type),*) $(-> $ret)? $body
+            fn body<$($generic: $bound,)? const FMA: bool>($($arg: $type),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-                fn avx512($($arg: $type),*) $(-> $ret)? {
-                    body::<true>($($arg),*)
+                fn avx512$(<$generic: $bound>)?($($arg: $type),*) $(-> $ret)? {
+                    body::<$($generic,)? true>($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2($($arg: $type),*) $(-> $ret)? {
-                    body::<true>($($arg),*)
+                fn avx2$(<$generic: $bound>)?($($arg: $type),*) $(-> $ret)? {
+                    body::<$($generic,)? true>($($arg),*)
                 }
                 match $crate::numeric::level() {
                     // SAFETY: `level` found these instruction sets on this machine.
-                    $crate::numeric::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::numeric::Level::Avx512 => return unsafe { avx512$(::<$generic>)?($($arg),*) },
                     // SAFETY: as above.
-                    $crate::numeric::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::numeric::Level::Avx2 => return unsafe { avx2$(::<$generic>)?($($arg),*) },
                     $crate::numeric::Level::Portable => {}
                 }
             }
-            body::<false>($($arg),*)
+            body::<$($generic,)? false>($($arg),*)
         }
     };
 }

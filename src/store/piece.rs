@@ -63,56 +63,74 @@ impl PieceLayout {
         }
     }
 
-    /// The numbers of a piece that [`PieceLayout::encode`] made, if they are f16 or int8.
-    pub fn numbers<'a>(&self, piece: &'a [u8]) -> Option<PieceNumbers<'a>> {
+    /// A piece that [`PieceLayout::encode`] made, as it lies.
+    pub fn view<'a>(&self, piece: &'a [u8]) -> PieceView<'a> {
         assert_eq!(piece.len(), self.bytes(), "a piece of {self:?}");
+        let (k, v) = piece.split_at(self.k_bytes());
+        let (k_scales, k) = self.split_scales(k, self.head_dim);
+        let (v_scales, v) = self.split_scales(v, self.tokens);
+        PieceView { k: self.numbers_of(k), k_scales, v: self.numbers_of(v), v_scales }
+    }
+
+    /// The scales in front of K or V, none but for int8, and the numbers.
+    fn split_scales<'a>(&self, bytes: &'a [u8], count: usize) -> (Cow<'a, [f32]>, &'a [u8]) {
+        let (scales, numbers) = bytes.split_at(if self.dtype == DType::Int8 { 4 * count } else { 0 });
+        (floats(scales), numbers)
+    }
+
+    fn numbers_of<'a>(&self, bytes: &'a [u8]) -> Numbers<'a> {
         match self.dtype {
-            DType::F16 => Some(PieceNumbers::F16(halves(piece))),
-            DType::Int8 => {
-                let (k, v) = piece.split_at(self.k_bytes());
-                let ((k_scales, k), (v_scales, v)) = (k.split_at(4 * self.head_dim), v.split_at(4 * self.tokens));
-                let (k_scales, v_scales) = (floats(k_scales), floats(v_scales));
-                Some(PieceNumbers::Int8 { k_scales, k: bytemuck::cast_slice(k), v_scales, v: bytemuck::cast_slice(v) })
-            }
-            DType::F32 | DType::BF16 => None,
+            DType::F32 => Numbers::F32(floats(bytes)),
+            DType::F16 => Numbers::F16(halves(bytes)),
+            DType::BF16 => Numbers::BF16(halves(bytes)),
+            DType::Int8 => Numbers::Int8(bytemuck::cast_slice(bytes)),
         }
     }
 
     /// K of a piece that [`PieceLayout::encode`] made, into `k` `(T, D)`.
     pub fn decode_k(&self, piece: &[u8], k: &mut [f32]) {
-        assert_eq!((piece.len(), k.len()), (self.bytes(), self.count()), "a piece of {self:?}");
-        let bytes = &piece[..self.k_bytes()];
-        if self.dtype == DType::Int8 {
-            let (scales, numbers) = bytes.split_at(4 * self.head_dim);
-            widen_channels(bytemuck::cast_slice(numbers), &floats(scales), k);
-        } else {
-            decode_floats(self.dtype, bytes, k);
+        assert_eq!(k.len(), self.count(), "K of {self:?}");
+        let view = self.view(piece);
+        match &view.k {
+            Numbers::Int8(numbers) => widen_channels(numbers, &view.k_scales, k),
+            numbers => numbers.widen(k),
         }
     }
 
     /// V of a piece that [`PieceLayout::encode`] made, into `v` `(T, D)`.
     pub fn decode_v(&self, piece: &[u8], v: &mut [f32]) {
-        assert_eq!((piece.len(), v.len()), (self.bytes(), self.count()), "a piece of {self:?}");
-        let bytes = &piece[self.k_bytes()..];
-        if self.dtype == DType::Int8 {
-            let (scales, numbers) = bytes.split_at(4 * self.tokens);
-            let rows = numbers.chunks_exact(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
-            for ((numbers, v), &scale) in rows.zip(floats(scales).iter()) {
-                widen_int8(bytemuck::cast_slice(numbers), scale, v);
+        assert_eq!(v.len(), self.count(), "V of {self:?}");
+        let view = self.view(piece);
+        match &view.v {
+            Numbers::Int8(numbers) => {
+                let rows = numbers.chunks_exact(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
+                rows.zip(view.v_scales.iter()).for_each(|((numbers, v), &scale)| widen_int8(numbers, scale, v));
             }
-        } else {
-            decode_floats(self.dtype, bytes, v);
+            numbers => numbers.widen(v),
         }
     }
 }
 
-/// The numbers of one piece as they are stored, borrowed where alignment allows.
+/// A piece as it lies: what is borrowed from the bytes it was read as where alignment allows.
 #[derive(Clone, Debug, PartialEq)]
-pub enum PieceNumbers<'a> {
-    /// `(2, T, D)`, K then V.
+pub struct PieceView<'a> {
+    /// `(T, D)`, each column times its scale.
+    pub k: Numbers<'a>,
+    /// `(D)`; empty but for int8.
+    pub k_scales: Cow<'a, [f32]>,
+    /// `(T, D)`, each row times its scale.
+    pub v: Numbers<'a>,
+    /// `(T)`; empty but for int8.
+    pub v_scales: Cow<'a, [f32]>,
+}
+
+/// Numbers of a dtype.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Numbers<'a> {
+    F32(Cow<'a, [f32]>),
     F16(Cow<'a, [f16]>),
-    /// Numbers each `(T, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(T)`.
-    Int8 { k_scales: Cow<'a, [f32]>, k: &'a [i8], v_scales: Cow<'a, [f32]>, v: &'a [i8] },
+    BF16(Cow<'a, [bf16]>),
+    Int8(&'a [i8]),
 }
 
 /// Bytes of the keys of one block, layer and KV head.
@@ -188,16 +206,17 @@ fn encode_floats(dtype: DType, numbers: &[f32], out: &mut Vec<u8>) {
     }
 }
 
-fn decode_floats(dtype: DType, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        DType::F32 => out.copy_from_slice(&floats(bytes)),
-        DType::F16 => widen_f16(&halves(bytes), out),
-        DType::BF16 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *out = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+impl Numbers<'_> {
+    /// To single ones, exactly and without scales.
+    fn widen(&self, out: &mut [f32]) {
+        match self {
+            Numbers::F32(numbers) => out.copy_from_slice(numbers),
+            Numbers::F16(numbers) => widen_f16(numbers, out),
+            Numbers::BF16(numbers) => {
+                out.iter_mut().zip(numbers.iter()).for_each(|(out, number)| *out = number.to_f32())
             }
+            Numbers::Int8(numbers) => widen_int8(numbers, 1.0, out),
         }
-        DType::Int8 => unreachable!("int8 has scales and is decoded by rows"),
     }
 }
 
@@ -220,10 +239,10 @@ fn floats(bytes: &[u8]) -> Cow<'_, [f32]> {
     }
 }
 
-/// As [`floats`], for f16.
-fn halves(bytes: &[u8]) -> Cow<'_, [f16]> {
+/// As [`floats`], for f16 and bf16.
+fn halves<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     match bytemuck::try_cast_slice(bytes) {
         Ok(halves) if cfg!(target_endian = "little") => Cow::Borrowed(halves),
-        _ => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect(),
+        _ => bytes.chunks_exact(2).map(|b| bytemuck::cast(u16::from_le_bytes([b[0], b[1]]))).collect(),
     }
 }

@@ -126,7 +126,14 @@ impl Case {
             } else {
                 let halves: Vec<f16> =
                     (0..2 * tokens * dim).map(|_| f16::from_f32(rng.random_range(-2.0..2.0))).collect();
-                pages.extend(Page::upload(runner, self.layout(), &[Piece::F16(&halves)]).unwrap());
+                pages.extend(
+                    Page::upload(
+                        runner,
+                        self.layout(),
+                        &[Piece::F16 { k: &halves[..halves.len() / 2], v: &halves[halves.len() / 2..] }],
+                    )
+                    .unwrap(),
+                );
                 let wide = |halves: &[f16]| halves.iter().map(|half| half.to_f64()).collect();
                 let (k, v) = halves.split_at(tokens * dim);
                 decoded.push(Decoded { k: wide(k), v: wide(v) });
@@ -199,14 +206,14 @@ pub fn many_rows<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
 /// What would read beyond its memory is refused before anything runs.
 pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let layout = PageLayout { dtype: DType::F16, block_tokens: 2, head_dim: 4 };
-    let zeros = [f16::ZERO; 16];
-    let page = |layout, numbers: &[f16]| Page::upload(runner, layout, &[Piece::F16(numbers)]);
-    let pages = Page::upload(runner, layout, &[Piece::F16(&zeros); 2]).unwrap();
-    assert!(page(layout, &zeros[..15]).is_err(), "part of a page");
+    let zeros = [f16::ZERO; 8];
+    let page = |layout, numbers: &[f16]| Page::upload(runner, layout, &[Piece::F16 { k: numbers, v: numbers }]);
+    let pages = Page::upload(runner, layout, &[Piece::F16 { k: &zeros, v: &zeros }; 2]).unwrap();
+    assert!(page(layout, &zeros[..7]).is_err(), "part of a page");
     assert!(page(PageLayout { dtype: DType::Int8, ..layout }, &zeros).is_err(), "a page of another dtype");
     assert!(page(PageLayout { dtype: DType::F32, ..layout }, &zeros).is_err(), "numbers that no kernel reads");
-    assert!(page(PageLayout { head_dim: 257, ..layout }, &[f16::ZERO; 4 * 257]).is_err(), "too large a head dim");
-    assert!(page(PageLayout { block_tokens: 1, ..layout }, &zeros[..8]).is_err(), "a landmark and nothing else");
+    assert!(page(PageLayout { head_dim: 257, ..layout }, &[f16::ZERO; 2 * 257]).is_err(), "too large a head dim");
+    assert!(page(PageLayout { block_tokens: 1, ..layout }, &zeros[..4]).is_err(), "a landmark and nothing else");
     let attention = |page: u32, turn: u32, sharing: u32, half: u32, layout: PageLayout, pages: &[&Page<R::Memory>]| {
         let attention = Attention {
             tokens: 1,

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::Failure;
 use crate::cuda::{Page, PageLayout, Piece, Runner};
 use crate::recent::Recent;
-use crate::store::piece::{PieceLayout, PieceNumbers};
+use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 
@@ -85,13 +85,14 @@ fn load<R: Runner>(
     };
     let stored = pieces.par_iter().map(read).collect::<Result<Vec<_>, StoreError>>()?;
     let of_block = PieceLayout { dtype: layout.dtype, tokens: layout.block_tokens, head_dim: layout.head_dim };
-    let numbers: Vec<PieceNumbers<'_>> = stored.iter().filter_map(|bytes| of_block.numbers(bytes)).collect();
-    let pieces: Vec<Piece<'_>> = numbers
-        .iter()
-        .map(|numbers| match numbers {
-            PieceNumbers::F16(halves) => Piece::F16(halves),
-            PieceNumbers::Int8 { k_scales, k, v_scales, v } => Piece::Int8 { k, k_scales, v, v_scales },
-        })
-        .collect();
+    let views: Vec<PieceView<'_>> = stored.iter().map(|bytes| of_block.view(bytes)).collect();
+    let pieces = views.iter().map(|view| match (&view.k, &view.v) {
+        (Numbers::F16(k), Numbers::F16(v)) => Ok(Piece::F16 { k, v }),
+        (&Numbers::Int8(k), &Numbers::Int8(v)) => {
+            Ok(Piece::Int8 { k, k_scales: &view.k_scales, v, v_scales: &view.v_scales })
+        }
+        _ => Err(Failure::Gpu(format!("pages are f16 or int8, found {}", layout.dtype))),
+    });
+    let pieces = pieces.collect::<Result<Vec<Piece<'_>>, Failure>>()?;
     Page::upload(runner, layout, &pieces).map_err(Failure::gpu)
 }

@@ -97,7 +97,7 @@ const GRANULARITIES: [Granularity; 5] =
 
 #[test]
 fn attention_equals_double_precision_for_every_choice() {
-    for payload_dtype in [DType::F32, DType::F16, DType::Int8] {
+    for payload_dtype in [DType::F32, DType::F16, DType::BF16, DType::Int8] {
         let mut world = World::new(CollectionSpec { payload_dtype, ..spec("c") });
         let (a, b) = (world.document("a", 7), world.document("b", 4));
         for granularity in GRANULARITIES {
@@ -130,13 +130,15 @@ fn with_all_blocks_retrieved_it_is_full_attention_at_true_positions() {
 /// Enough rows per block for blocked products, and enough uses for several tasks per KV head.
 #[test]
 fn many_tokens_over_many_blocks_agree_too() {
-    let mut world = World::new(spec("c"));
-    let document = world.document("a", 60);
-    let distances: Vec<u32> = (0..64).collect();
-    for granularity in [Granularity::KvGroup, Granularity::Shared] {
-        let lookup = world.request(&distances, vec![range(document, 0..60)]);
-        let lookup = LookupRequest { granularity, top_k: 8, ..lookup };
-        check(&world, &AttendRequest { lookup, normalisation: Normalisation::Plain });
+    for payload_dtype in [DType::F16, DType::Int8] {
+        let mut world = World::new(CollectionSpec { payload_dtype, ..spec("c") });
+        let document = world.document("a", 60);
+        let distances: Vec<u32> = (0..64).collect();
+        for granularity in [Granularity::KvGroup, Granularity::Shared] {
+            let lookup = world.request(&distances, vec![range(document, 0..60)]);
+            let lookup = LookupRequest { granularity, top_k: 8, ..lookup };
+            check(&world, &AttendRequest { lookup, normalisation: Normalisation::Plain });
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::store::piece::{KeyNumbers, PieceNumbers, decode_keys, encode_keys};
+use crate::store::piece::{KeyNumbers, decode_keys, encode_keys};
 
 /// Standard normal numbers, times a factor per channel so that some channels are outliers, as keys have them.
 fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
@@ -34,23 +34,7 @@ fn round_trip(layout: PieceLayout, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>)
     let mut again = vec![f32::NAN; k.len()];
     layout.decode_k(&aligned, &mut again);
     assert_eq!(again, k_back, "alignment changes nothing");
-    for piece in [&bytes[1..], &aligned] {
-        let numbers = layout.numbers(piece).map(|numbers| widened(numbers, layout.head_dim));
-        let has_numbers = [DType::F16, DType::Int8].contains(&layout.dtype);
-        assert_eq!(numbers, has_numbers.then(|| [&k_back[..], &v_back].concat()));
-    }
     (k_back, v_back)
-}
-
-/// K, then V.
-fn widened(numbers: PieceNumbers<'_>, head_dim: usize) -> Vec<f32> {
-    match numbers {
-        PieceNumbers::F16(halves) => halves.iter().map(|half| half.to_f32()).collect(),
-        PieceNumbers::Int8 { k_scales, k, v_scales, v } => {
-            let k = k.iter().enumerate().map(|(i, &number)| number as f32 * k_scales[i % head_dim]);
-            k.chain(v.iter().enumerate().map(|(i, &number)| number as f32 * v_scales[i / head_dim])).collect()
-        }
-    }
 }
 
 #[test]
