@@ -4,6 +4,7 @@
 //! block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
@@ -22,6 +23,9 @@ const SHARD_USES_MIN: usize = 512;
 
 /// Tasks per KV head at most: each keeps sums for all rows of the head.
 const SHARDS_MAX: usize = 4;
+
+/// Pieces that the disk is asked for at once: tens of megabytes, which wait in memory until they are used.
+const EXPECTED_PIECES_MAX: usize = 1024;
 
 /// One query row's use of one block. Rows of a KV head are `t * G + g`.
 #[derive(Clone, Copy)]
@@ -52,6 +56,8 @@ struct Stored<'a> {
 pub(super) struct Attention<'a> {
     memory: &'a LocalMemory,
     pub(super) prepared: &'a Prepared<'a>,
+    /// Set once a piece had to come from the disk: the others were asked for then.
+    is_cold: AtomicBool,
     pub(super) turns: Arc<Turns>,
     pub(super) normalisation: Normalisation,
     /// G
@@ -67,6 +73,7 @@ impl LocalMemory {
         let attention = Attention {
             memory: self,
             prepared: &prepared,
+            is_cold: AtomicBool::new(false),
             turns: prepared.turns(),
             normalisation: request.normalisation,
             group: shape.group(),
@@ -115,7 +122,7 @@ impl Attention<'_> {
             .collect();
         let partials = shards
             .par_iter()
-            .map(|&(head, uses)| Ok((head, self.shard(head, uses)?)))
+            .map(|&(head, uses)| Ok((head, self.shard(head, uses, &heads)?)))
             .collect::<Result<Vec<(usize, Partial)>>>()?;
         let (out, lse) = self.gather(partials);
         Ok(Part { out, lse })
@@ -143,18 +150,43 @@ impl Attention<'_> {
         uses
     }
 
-    /// Attention of one KV head's rows over some blocks.
-    fn shard(&self, head: usize, uses: &[Use]) -> Result<Partial> {
+    /// Reads one piece of a KV head. The first that is not in the page cache makes the disk read those of all `heads`, side
+    /// by side; as long as all are, nothing is lost by it.
+    fn read(&self, head: usize, position: u32, heads: &[Vec<Use>], into: &mut Vec<u8>) -> Result<()> {
+        let store = &self.memory.store;
+        let block = self.prepared.block(position as usize);
+        if !self.is_cold.load(Ordering::Relaxed) {
+            if store.read_piece_at_hand(block, self.piece(head), into)? {
+                return Ok(());
+            }
+            if !self.is_cold.swap(true, Ordering::Relaxed) {
+                let pieces = heads.iter().enumerate().flat_map(|(head, uses)| {
+                    let positions = uses.chunk_by(|a, b| a.position == b.position).map(|uses| uses[0].position);
+                    positions.map(move |position| (position, self.piece(head)))
+                });
+                for (position, piece) in pieces.take(EXPECTED_PIECES_MAX) {
+                    store.expect_piece(self.prepared.block(position as usize), piece);
+                }
+            }
+        }
+        Ok(store.read_piece(block, self.piece(head), into)?)
+    }
+
+    /// The piece of a KV head in its block.
+    fn piece(&self, head: usize) -> usize {
+        self.prepared.request.layer as usize * self.prepared.collection.layout.kv_heads + head
+    }
+
+    /// Attention of one KV head's rows over some blocks; `heads` are the uses of all.
+    fn shard(&self, head: usize, uses: &[Use], heads: &[Vec<Use>]) -> Result<Partial> {
         let spec = &self.prepared.collection.spec;
         let (dim, tokens) = (self.dim, spec.shape.block_tokens as usize);
         let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
-        let piece = self.prepared.request.layer as usize * spec.shape.kv_heads as usize + head;
         let mut partial = Partial::nothing(self.rows(), dim);
         let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
-            let block = self.prepared.block(uses[0].position as usize);
-            self.memory.store.read_piece(block, piece, &mut bytes)?;
+            self.read(head, uses[0].position, heads, &mut bytes)?;
             let stored = Stored { layout, bytes: &bytes, view: layout.view(&bytes) };
 
             queries.clear();

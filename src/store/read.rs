@@ -32,16 +32,31 @@ impl Store {
 
     /// Replaces `into` by one piece (`layer * Hkv + kv_head`), read with a single positioned read and checked.
     pub fn read_piece(&self, block: BlockId, piece: usize, into: &mut Vec<u8>) -> Result<(), StoreError> {
+        self.with_block(block, |file, locator| read_part(file, locator, block, piece_of(locator, piece)?, into))
+    }
+
+    /// As [`read_piece`](Self::read_piece), but only what needs no disk: false, and `into` in any state, if it would.
+    pub fn read_piece_at_hand(&self, block: BlockId, piece: usize, into: &mut Vec<u8>) -> Result<bool, StoreError> {
         self.with_block(block, |file, locator| {
-            let pieces = locator.parts.pieces;
-            let piece =
-                u32::try_from(piece).ok().filter(|&piece| piece < pieces).ok_or_else(|| StoreError::Invalid {
-                    field: "piece",
-                    expected: format!("less than {pieces}"),
-                    found: piece.to_string(),
-                })?;
-            read_part(file, locator, block, Part::Piece(piece), into)
+            let part = piece_of(locator, piece)?;
+            let (begin, len) = locator.parts.span(part);
+            into.resize(len + CRC_BYTES, 0);
+            let read = file.read_at_hand(locator.offset + begin, into);
+            if !read.map_err(StoreError::io("read from a segment"))? {
+                return Ok(false);
+            }
+            check_part(block, part, into).map(|()| true)
         })
+    }
+
+    /// A hint that a piece will be read soon: those of many calls come from the disk side by side. Whatever is wrong with
+    /// it is told by the read.
+    pub fn expect_piece(&self, block: BlockId, piece: usize) {
+        let _ = self.with_block(block, |file, locator| {
+            let (begin, len) = locator.parts.span(piece_of(locator, piece)?);
+            file.expect(locator.offset + begin, (len + CRC_BYTES) as u64);
+            Ok(())
+        });
     }
 
     /// The segment file that holds a piece, by name, and where its bytes begin: for comparisons with other ways to read.
@@ -128,9 +143,24 @@ fn read_part(
     let (begin, len) = locator.parts.span(part);
     into.resize(len + CRC_BYTES, 0);
     read_exact(file, locator.offset + begin, block, into)?;
-    checked_part(block, part, into).ok_or_else(|| mismatch(block, part))?;
-    into.truncate(len);
+    check_part(block, part, into)
+}
+
+/// Takes the checksum off, which has to agree.
+fn check_part(block: BlockId, part: Part, bytes: &mut Vec<u8>) -> Result<(), StoreError> {
+    let len = checked_part(block, part, bytes).ok_or_else(|| mismatch(block, part))?.len();
+    bytes.truncate(len);
     Ok(())
+}
+
+fn piece_of(locator: &Locator, piece: usize) -> Result<Part, StoreError> {
+    let pieces = locator.parts.pieces;
+    let number = u32::try_from(piece).ok().filter(|&piece| piece < pieces);
+    number.map(Part::Piece).ok_or_else(|| StoreError::Invalid {
+        field: "piece",
+        expected: format!("less than {pieces}"),
+        found: piece.to_string(),
+    })
 }
 
 /// Reads bytes that belong to a block: a file that ends early is damage to it.

@@ -4,11 +4,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use rustix::fs::Advice;
+use rustix::io::ReadWriteFlags;
 use serde::{Deserialize, Serialize};
 
 /// One segment of the log. Numbers grow with age and are never reused.
@@ -42,6 +45,14 @@ pub trait SegmentFile: Send + Sync {
 
     /// Fills `into`; `ErrorKind::UnexpectedEof` past the end.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// As [`read_at`](Self::read_at), but only what needs no disk: false, and `into` in any state, if it would.
+    fn read_at_hand(&self, offset: u64, into: &mut [u8]) -> io::Result<bool> {
+        self.read_at(offset, into).map(|()| true)
+    }
+
+    /// A hint that these bytes will be read soon: those of many calls come from the disk side by side.
+    fn expect(&self, _offset: u64, _bytes: u64) {}
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
@@ -116,6 +127,18 @@ impl SegmentFile for File {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.read_exact_at(into, offset)
+    }
+
+    fn read_at_hand(&self, offset: u64, into: &mut [u8]) -> io::Result<bool> {
+        let bytes = into.len();
+        let read = rustix::io::preadv2(self, &mut [IoSliceMut::new(into)], offset, ReadWriteFlags::NOWAIT);
+        // Part of it, or an error: of a file system that cannot tell, or one that the read which waits meets too.
+        Ok(read == Ok(bytes))
+    }
+
+    fn expect(&self, offset: u64, bytes: u64) {
+        // Without the hint the bytes are read all the same, only later.
+        let _ = rustix::fs::fadvise(self, offset, NonZeroU64::new(bytes), Advice::WillNeed);
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

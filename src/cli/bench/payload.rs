@@ -76,7 +76,8 @@ pub(super) struct PayloadReport {
 
 #[derive(Debug, Serialize)]
 pub(super) struct PayloadResult {
-    /// `store` or `pread`.
+    /// `store`, `store-ahead` (once a piece is not in memory, the disk is asked for the whole batch, as attention does) or
+    /// `pread`.
     pub(super) what: &'static str,
     /// `warm` or `cold`.
     pub(super) pages: &'static str,
@@ -127,7 +128,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<PayloadReport, C
     let all = rayon::current_num_threads();
     let mut results = Vec::new();
     for pages in ["warm", "cold"] {
-        for (what, threads) in [("store", 1), ("pread", 1), ("store", all), ("pread", all)] {
+        for (what, threads) in [("store", 1), ("store-ahead", 1), ("pread", 1), ("store", all), ("pread", all)] {
             let mut times_us = Vec::with_capacity(args.batches);
             for batch in order.chunks_exact(args.batch) {
                 if pages == "cold" {
@@ -138,11 +139,13 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<PayloadReport, C
                     "store" => stored.read(index as usize, into),
                     _ => stored.pread(index as usize, into),
                 };
-                if threads == 1 {
-                    let mut into = Vec::new();
-                    batch.iter().try_for_each(|index| read(&mut into, index))?;
-                } else {
-                    batch.par_iter().try_for_each_init(Vec::new, read)?;
+                match (what, threads) {
+                    ("store-ahead", _) => stored.read_ahead(batch, &mut Vec::new())?,
+                    (_, 1) => {
+                        let mut into = Vec::new();
+                        batch.iter().try_for_each(|index| read(&mut into, index))?;
+                    }
+                    _ => batch.par_iter().try_for_each_init(Vec::new, read)?,
                 }
                 times_us.push(begin.elapsed().as_secs_f64() * 1e6);
             }
@@ -257,6 +260,24 @@ impl Stored {
     fn read(&self, index: usize, into: &mut Vec<u8>) -> Result<(), CliError> {
         let piece = &self.pieces[index];
         Ok(self.store.read_piece(piece.block, piece.piece, into).map_err(MemoryError::from)?)
+    }
+
+    fn read_ahead(&self, batch: &[i32], into: &mut Vec<u8>) -> Result<(), CliError> {
+        let mut is_cold = false;
+        for &index in batch {
+            let piece = &self.pieces[index as usize];
+            let at_hand =
+                !is_cold && self.store.read_piece_at_hand(piece.block, piece.piece, into).map_err(MemoryError::from)?;
+            if !at_hand && !is_cold {
+                is_cold = true;
+                let pieces = batch.iter().map(|&index| &self.pieces[index as usize]);
+                pieces.for_each(|piece| self.store.expect_piece(piece.block, piece.piece));
+            }
+            if !at_hand {
+                self.read(index as usize, into)?;
+            }
+        }
+        Ok(())
     }
 
     fn pread(&self, index: usize, into: &mut Vec<u8>) -> Result<(), CliError> {

@@ -143,6 +143,20 @@ fn many_tokens_over_many_blocks_agree_too() {
 }
 
 #[test]
+fn attention_is_the_same_from_a_cold_disk() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 40);
+    let lookup = world.request(&[0, 1], vec![range(document, 0..40)]);
+    let request = AttendRequest { lookup, normalisation: Normalisation::Plain };
+    let warm = world.memory.attend(&request).unwrap();
+    for segment in std::fs::read_dir(world.dir.path().join("segments")).unwrap() {
+        let file = std::fs::File::open(segment.unwrap().path()).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    assert_eq!(world.memory.attend(&request).unwrap(), warm);
+}
+
+#[test]
 fn nothing_eligible_gives_zeros_and_no_mass() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 1);

@@ -73,6 +73,10 @@ fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
     for (number, piece) in pieces.chunks_exact(pieces.len() / 2).enumerate() {
         store.read_piece(id, number, &mut one)?;
         assert_eq!(one, piece, "piece {number} of {id} read alone and with the others");
+        store.expect_piece(id, number);
+        if store.read_piece_at_hand(id, number, &mut one)? {
+            assert_eq!(one, piece, "piece {number} of {id} read from memory");
+        }
     }
     Ok(BlockRecord { index: id.index, meta, keys, pieces })
 }
