@@ -304,6 +304,13 @@ pub trait BlockMemory: Send + Sync {
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended>;
 
+    /// Answers requests whose queries are all known, of many layers or sequences, sooner than one call after the other
+    /// would: one outcome per request, in their order, and each what [`attend`](Self::attend) gives. A refused request
+    /// fails alone.
+    fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
+        requests.iter().map(|request| self.attend(request)).collect()
+    }
+
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>>;
 
     /// Blocks of a range without payload; the tail counts as index `blocks`. A range past the end is cut.

@@ -37,6 +37,9 @@ pub const SCOPE_DOCUMENTS_MAX: usize = 1024;
 /// Blocks retrieved per row.
 pub const TOP_K_MAX: u32 = 1024;
 
+/// Requests of one message that attends to many: a decode step of 126 layers and 8 sequences.
+pub const ATTEND_REQUESTS_MAX: usize = 1024;
+
 /// Bytes of scores that one lookup may need (rows x eligible blocks x 4): bounds its working memory.
 pub const LOOKUP_SCORES_BYTES_MAX: u64 = 4 << 30;
 

@@ -435,17 +435,18 @@ impl BlockAttention {
         let requests: Vec<_> = runs.iter().map(|run| self.request(layer, run, q)).collect();
         let slots: Vec<usize> =
             requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
-        let mut all = Vec::with_capacity(q.len());
-        for (mut partial, request) in self.attend_at_hand(layer, &runs, &slots, q).into_iter().zip(requests) {
-            if let (Some(request), Some(link)) = (request, &self.link) {
-                let attended = link.memory.attend(&request)?;
-                let shares = local::merge(&mut partial, &attended.out, &attended.lse);
-                let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
-                self.trace.add(layer, &attended.hits, request.lookup.granularity, &shares, heads);
+        let mut partials = self.attend_at_hand(layer, &runs, &slots, q);
+        if let Some(link) = &self.link {
+            let asking = requests.into_iter().enumerate().filter_map(|(run, request)| Some((run, request?)));
+            let (asking, requests): (Vec<usize>, Vec<AttendRequest>) = asking.unzip();
+            let heads = Heads { query: self.shape.query_heads as usize, kv: self.shape.kv_heads as usize };
+            for (run, attended) in asking.into_iter().zip(link.memory.attend_all(&requests)) {
+                let attended = attended?;
+                let shares = local::merge(&mut partials[run], &attended.out, &attended.lse);
+                self.trace.add(layer, &attended.hits, link.retrieval.granularity, &shares, heads);
             }
-            all.extend(partial.out);
         }
-        Ok(all)
+        Ok(partials.into_iter().flat_map(|partial| partial.out).collect())
     }
 }
 

@@ -22,6 +22,9 @@ use crate::wire::v1::block_memory_client::BlockMemoryClient;
 /// 180 us as a call of its own; a megabyte is no faster there, and would hold up what comes behind it.
 const PAIRED_QUERIES_BYTES_MAX: usize = 64 << 10;
 
+/// Queries of one message that attends to many: what a stream's window takes without waiting for the reader.
+const BATCH_QUERIES_BYTES_MAX: usize = 16 << 20;
+
 /// The memory behind a running service. Answers what that memory would answer in process, bit for bit, and adds two
 /// errors: `Unavailable` and `DeadlineExceeded`.
 ///
@@ -61,6 +64,20 @@ impl RemoteMemory {
         Patience { target: &self.connection.target, options: &self.options }
     }
 
+    fn attend_batch(&self, requests: &[AttendRequest]) -> Result<Vec<Result<Attended>>> {
+        let message = v1::AttendAllRequest { requests: requests.iter().map(v1::AttendRequest::from).collect() };
+        let send = async |request| self.data.clone().attend_all(request).await;
+        let outcomes = self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.outcomes;
+        if outcomes.len() != requests.len() {
+            return Err(MemoryError::Invalid {
+                field: "outcomes".into(),
+                expected: format!("{}, one per request", requests.len()),
+                found: outcomes.len().to_string(),
+            });
+        }
+        Ok(outcomes.into_iter().map(Attended::try_from).collect())
+    }
+
     /// All messages of a server stream, each made into what it stands for; from the beginning again if it breaks.
     fn collect<M, T>(
         &self,
@@ -77,6 +94,16 @@ impl RemoteMemory {
             Ok(items)
         }))
     }
+}
+
+/// How many of the first requests fit one message; at least one.
+fn batch_len(requests: &[AttendRequest]) -> usize {
+    let mut bytes = 0;
+    let fits = |request: &&AttendRequest| {
+        bytes += request.lookup.queries.len() * 4;
+        bytes <= BATCH_QUERIES_BYTES_MAX
+    };
+    requests.iter().take(limits::ATTEND_REQUESTS_MAX).take_while(fits).count().max(1)
 }
 
 impl BlockMemory for RemoteMemory {
@@ -152,6 +179,21 @@ impl BlockMemory for RemoteMemory {
         answer?.try_into()
     }
 
+    /// One message, unless there are very many or large ones.
+    fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
+        let mut outcomes = Vec::with_capacity(requests.len());
+        let mut rest = requests;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(batch_len(rest));
+            match self.attend_batch(now) {
+                Ok(batch) => outcomes.extend(batch),
+                Err(error) => outcomes.extend(now.iter().map(|_| Err(error.clone()))),
+            }
+            rest = later;
+        }
+        outcomes
+    }
+
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
         let message = v1::FetchRequest::from(request.clone());
         let open = async || self.data.clone().fetch(message.clone()).await;
@@ -193,5 +235,34 @@ impl BlockMemory for RemoteMemory {
                 }
             }
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{BlockScore, Granularity, Normalisation};
+
+    #[test]
+    fn messages_hold_what_fits_and_at_least_one_request() {
+        let request = |numbers: usize| AttendRequest {
+            lookup: LookupRequest {
+                collection: CollectionId(1),
+                layer: 0,
+                queries: vec![0.0; numbers],
+                distances: Vec::new(),
+                scope: Vec::new(),
+                top_k: 1,
+                block_score: BlockScore::Max,
+                granularity: Granularity::Shared,
+            },
+            normalisation: Normalisation::Plain,
+        };
+        const NUMBERS_MAX: usize = BATCH_QUERIES_BYTES_MAX / 4;
+        let requests = |sizes: &[usize]| sizes.iter().map(|&numbers| request(numbers)).collect::<Vec<_>>();
+        assert_eq!(batch_len(&requests(&[1, 2])), 2);
+        assert_eq!(batch_len(&requests(&[NUMBERS_MAX - 1, 1, 0, 1])), 3);
+        assert_eq!(batch_len(&requests(&[NUMBERS_MAX + 1, 1])), 1);
+        assert_eq!(batch_len(&vec![request(0); limits::ATTEND_REQUESTS_MAX + 1]), limits::ATTEND_REQUESTS_MAX);
     }
 }

@@ -27,6 +27,10 @@ const SHARDS_MAX: usize = 4;
 /// Pieces that the disk is asked for at once: tens of megabytes, which wait in memory until they are used.
 const EXPECTED_PIECES_MAX: usize = 1024;
 
+/// Bytes of scores up to which requests are worked on side by side, one per thread: a decode step over a million tokens in
+/// blocks of 64 needs 2 MiB. A larger one fills all threads by itself, and many at once would fill memory.
+const SIDE_BY_SIDE_BYTES_MAX: u64 = 4 << 20;
+
 /// One query row's use of one block. Rows of a KV head are `t * G + g`.
 #[derive(Clone, Copy)]
 struct Use {
@@ -68,14 +72,32 @@ pub(super) struct Attention<'a> {
 
 impl LocalMemory {
     pub(super) fn attend_blocks(&self, request: &AttendRequest) -> Result<Attended> {
-        let prepared = self.prepare(&request.lookup)?;
+        self.attend_prepared(&self.prepare(&request.lookup)?, request.normalisation)
+    }
+
+    pub(super) fn attend_many(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
+        // One after the other and outside of the pool: the first loads the keys that the others need too.
+        let prepared: Vec<_> = requests.iter().map(|request| self.prepare(&request.lookup)).collect();
+        let attend = |(prepared, request): (&Result<Prepared>, &AttendRequest)| match prepared {
+            Ok(prepared) => self.attend_prepared(prepared, request.normalisation),
+            Err(error) => Err(error.clone()),
+        };
+        let is_small = |prepared: &Prepared| prepared.score_bytes() <= SIDE_BY_SIDE_BYTES_MAX;
+        if prepared.iter().flatten().all(is_small) {
+            prepared.par_iter().zip(requests).map(attend).collect()
+        } else {
+            prepared.iter().zip(requests).map(attend).collect()
+        }
+    }
+
+    fn attend_prepared(&self, prepared: &Prepared, normalisation: Normalisation) -> Result<Attended> {
         let shape = &prepared.collection.spec.shape;
         let attention = Attention {
             memory: self,
-            prepared: &prepared,
+            prepared,
             is_cold: AtomicBool::new(false),
             turns: prepared.turns(),
-            normalisation: request.normalisation,
+            normalisation,
             group: shape.group(),
             dim: shape.head_dim as usize,
         };
@@ -83,6 +105,7 @@ impl LocalMemory {
         let found = prepared.search(&attention.turns, gpu)?;
         let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &attention, &found)).transpose()?.flatten();
         let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
+        self.counters.attends.add(1);
         Ok(Attended { out, lse, hits: prepared.hits(found) })
     }
 }

@@ -117,6 +117,12 @@ fn check_working_bytes(request: &LookupRequest, collection: &Collection, geometr
 }
 
 impl Prepared<'_> {
+    /// Bytes of the scores of all eligible blocks for all query rows.
+    pub(super) fn score_bytes(&self) -> u64 {
+        let query_rows = self.request.distances.len() as u64 * self.collection.spec.shape.query_heads as u64;
+        query_rows * self.geometry.eligible as u64 * 4
+    }
+
     /// The turns that scoring and attention need.
     pub(super) fn turns(&self) -> Arc<Turns> {
         self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)

@@ -286,9 +286,12 @@ impl BlockMemory for LocalMemory {
     }
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
-        let attended = self.attend_blocks(request)?;
-        self.counters.attends.add(1);
-        Ok(attended)
+        self.attend_blocks(request)
+    }
+
+    /// Small requests side by side, one per thread; others one after the other.
+    fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
+        self.attend_many(requests)
     }
 
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {

@@ -5,8 +5,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::pairs;
-use super::work::{Deadline, Line, Work, stopping};
-use crate::api::{AppendRequest, AttendRequest, FetchRequest, LookupRequest, MemoryError, StoredBlock};
+use super::work::{Deadline, Line, Work, log, stopping};
+use crate::api::{self, AppendRequest, AttendRequest, FetchRequest, LookupRequest, MemoryError, StoredBlock};
+use crate::limits;
 use crate::wire::v1::block_memory_server::BlockMemory;
 use crate::wire::{to_status, v1};
 
@@ -54,6 +55,16 @@ impl BlockMemory for DataService {
         self.work.reply(Line::Serving, deadline, move |memory| memory.attend(&request)).await
     }
 
+    async fn attend_all(&self, request: Request<v1::AttendAllRequest>) -> Result<Response<v1::AttendAllReply>, Status> {
+        let deadline = Deadline::of(request.metadata());
+        let requests = request.into_inner().requests;
+        let (limit, found) = (limits::ATTEND_REQUESTS_MAX as u64, requests.len() as u64);
+        if found > limit {
+            return Err(to_status(&MemoryError::LimitExceeded { what: "requests".into(), limit, found }));
+        }
+        self.work.reply(Line::Serving, deadline, move |memory| Ok(answer_all(memory, requests))).await
+    }
+
     type LookupStreamStream = Replies<v1::LookupStreamReply>;
 
     async fn lookup_stream(
@@ -80,6 +91,17 @@ impl BlockMemory for DataService {
         tokio::spawn(fetch_all(self.work.clone(), request, replies));
         Ok(Response::new(receiver.into()))
     }
+}
+
+/// Asks the memory what can be read, and puts the outcomes in the order of the requests.
+fn answer_all(memory: &dyn api::BlockMemory, requests: Vec<v1::AttendRequest>) -> v1::AttendAllReply {
+    let mut readable = Vec::with_capacity(requests.len());
+    let mut read = |request| AttendRequest::try_from(request).map(|request| readable.push(request)).err();
+    let refusals: Vec<Option<MemoryError>> = requests.into_iter().map(&mut read).collect();
+    let mut answers = memory.attend_all(&readable).into_iter();
+    let outcome = |refusal: Option<MemoryError>| refusal.map_or_else(|| answers.next(), |error| Some(Err(error)));
+    let outcomes = refusals.into_iter().filter_map(outcome).map(|outcome| outcome.inspect_err(log).into()).collect();
+    v1::AttendAllReply { outcomes }
 }
 
 /// Makes each batch durable, then says so, then takes the next. Ends with the first refusal, with the caller, or

@@ -149,7 +149,7 @@ pub(super) fn stopping() -> MemoryError {
 }
 
 /// Refusals are the caller's business; damage and failed storage are the operator's.
-fn log(error: &MemoryError) {
+pub(super) fn log(error: &MemoryError) {
     if matches!(error, MemoryError::DataLoss { .. } | MemoryError::Storage { .. } | MemoryError::Internal { .. }) {
         tracing::error!(%error, "a call failed");
     }

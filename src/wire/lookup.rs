@@ -2,6 +2,7 @@
 
 use super::convert::{FromNumber, bytes_of_f32, f32_of_bytes, invalid, required};
 use super::v1;
+use super::v1::attend_outcome::Outcome;
 use crate::api::{AttendRequest, Attended, Hits, LookupRequest, MemoryError, Result};
 use crate::types::{BlockId, BlockRange, BlockScore, CollectionId, DocumentId, Granularity, Normalisation};
 
@@ -94,6 +95,28 @@ impl From<Attended> for v1::AttendReply {
             out: bytes_of_f32(&attended.out),
             lse: bytes_of_f32(&attended.lse),
             hits: Some(attended.hits.into()),
+        }
+    }
+}
+
+impl From<Result<Attended>> for v1::AttendOutcome {
+    fn from(outcome: Result<Attended>) -> Self {
+        let outcome = match outcome {
+            Ok(attended) => Outcome::Reply(attended.into()),
+            Err(error) => Outcome::Error((&error).into()),
+        };
+        v1::AttendOutcome { outcome: Some(outcome) }
+    }
+}
+
+/// An outcome is an answer, or the error that the memory gave.
+impl TryFrom<v1::AttendOutcome> for Attended {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::AttendOutcome) -> Result<Self> {
+        match required("outcome", wire.outcome)? {
+            Outcome::Reply(reply) => reply.try_into(),
+            Outcome::Error(error) => Err(error.try_into()?),
         }
     }
 }

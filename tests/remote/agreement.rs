@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use landmarkdb::api::*;
 use landmarkdb::client::{ClientOptions, RemoteMemory};
+use landmarkdb::limits;
 use landmarkdb::server::ServeOptions;
 use landmarkdb::shape::Fingerprint;
 use landmarkdb::types::*;
@@ -32,6 +33,8 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.seal(document)),
         format!("{:?}", memory.attend(&requests::attend(5))),
         format!("{:?}", memory.attend(&requests::attend(5000))),
+        format!("{:?}", memory.attend_all(&[])),
+        format!("{:?}", memory.attend_all(&[1, 5000, 2].map(requests::attend))),
         format!("{:?}", memory.lookup(&requests::lookup(5000, Granularity::Token))),
         format!("{:?}", memory.blocks(&all)),
         format!("{:?}", memory.blocks(&BlockRange { blocks: 1..1025, ..all.clone() })),
@@ -109,10 +112,11 @@ fn every_error_survives_calls_and_streams_alike() {
         MemoryError::Unavailable { target: text(), detail: text() },
         MemoryError::Internal { detail: text() },
     ] {
-        let calls: [&dyn Fn() -> Option<MemoryError>; 8] = [
+        let calls: [&dyn Fn() -> Option<MemoryError>; 9] = [
             &|| remote.document(document).err(),
             &|| remote.attend(&requests::attend(1)).err(),
             &|| remote.attend(&requests::attend(600)).err(),
+            &|| remote.attend_all(&[requests::attend(1)]).pop()?.err(),
             &|| remote.append(requests::append(document, 0..1)).err(),
             &|| remote.fetch(&FetchRequest { document, blocks: vec![0, 1], dtype: DType::F16 }).err(),
             &|| remote.blocks(&BlockRange { document, blocks: 0..9 }).err(),
@@ -127,6 +131,30 @@ fn every_error_survives_calls_and_streams_alike() {
     // The client answers with the time that its own caller set.
     memory.fail_with([Some(MemoryError::DeadlineExceeded { ms: 1 })]);
     assert_eq!(remote.stats(), Err(MemoryError::DeadlineExceeded { ms: 120_000 }));
+}
+
+#[test]
+fn requests_asked_together_are_answered_in_their_order_and_fail_alone() {
+    let memory = Arc::new(Double::default());
+    let service = Service::start(&memory);
+    let remote = service.connect();
+    let of_layer = |layer| {
+        let request = requests::attend(1);
+        AttendRequest { lookup: LookupRequest { layer, ..request.lookup }, ..request }
+    };
+    // More than one message holds, and a refusal in the first.
+    let mut requests: Vec<AttendRequest> = (0..limits::ATTEND_REQUESTS_MAX as u32 + 30).map(of_layer).collect();
+    requests[11].lookup.scope[0].document = UNKNOWN;
+    let expected: Vec<Result<Attended>> = requests.iter().map(|request| memory.attend(request)).collect();
+    assert!(expected.iter().enumerate().all(|(layer, outcome)| outcome.is_err() == (layer == 11)));
+    assert_eq!(remote.attend_all(&requests), expected);
+
+    drop(service);
+    let gone = remote.attend_all(&requests[..2]);
+    assert!(
+        matches!(&gone[..], [Err(MemoryError::Unavailable { .. }), Err(MemoryError::Unavailable { .. })]),
+        "{gone:?}"
+    );
 }
 
 #[test]

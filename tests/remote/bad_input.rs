@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::{AppendRequest, BlockMemory, MemoryError};
+use landmarkdb::api::{AppendRequest, Attended, BlockMemory, MemoryError, Result};
+use landmarkdb::limits;
 use landmarkdb::server::ServeOptions;
 use landmarkdb::types::{DocumentId, Granularity};
 use landmarkdb::wire::{from_status, v1};
@@ -54,9 +55,23 @@ async fn lookups_and_attends_that_cannot_be_read() {
     ] {
         assert_eq!(field_of(&raw.attend(request).await.unwrap_err()), field);
     }
+    let too_many = v1::AttendAllRequest { requests: vec![attend(); limits::ATTEND_REQUESTS_MAX + 1] };
+    let refused = raw.attend_all(too_many).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
     let fetch = v1::FetchRequest { document: 1, blocks: vec![0], dtype: 9 };
     assert_eq!(field_of(&raw.fetch(fetch).await.unwrap_err()), "dtype");
     assert_eq!(memory.calls(), [""; 0], "the memory was never asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_of_many_that_cannot_be_read() {
+    let memory = Arc::new(Double::default());
+    let service = Service::start(&memory);
+    let request = v1::AttendAllRequest { requests: vec![attend(), v1::AttendRequest::default(), attend()] };
+    let outcomes = service.raw().await.attend_all(request).await.unwrap().into_inner().outcomes;
+    let outcomes: Vec<Result<Attended>> = outcomes.into_iter().map(Attended::try_from).collect();
+    let answer = memory.attend(&attend().try_into().unwrap());
+    assert_eq!(outcomes, [answer.clone(), Err(MemoryError::Missing { field: "lookup".into() }), answer]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -161,6 +161,7 @@ impl BlockMemory for Double {
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
         let mut rng = self.enter("attend", request)?;
+        request.lookup.scope.iter().try_for_each(|range| known(range.document))?;
         let hits = hits(&mut rng, &request.lookup);
         let queries = request.lookup.queries.len();
         Ok(Attended { out: numbers(&mut rng, queries), lse: numbers(&mut rng, queries / 8), hits })

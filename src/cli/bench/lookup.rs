@@ -88,6 +88,10 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     attend: bool,
 
+    /// Measure attention asked for of so many layers in one call.
+    #[arg(long, value_name = "LAYERS", value_parser = clap::value_parser!(u16).range(1..))]
+    together: Option<u16>,
+
     /// T, query tokens per lookup.
     #[arg(long, default_value_t = 1)]
     query_tokens: usize,
@@ -150,13 +154,15 @@ struct Skipped {
 
 #[derive(Debug, Serialize)]
 pub(super) struct LookupResult {
-    /// `lookup` or `attend`.
+    /// `lookup`, `attend`, or `attend_all` of `requests` layers.
     pub(super) what: &'static str,
+    /// Answered by one call.
+    requests: usize,
     pub(super) engine: String,
     pub(super) key_dtype: String,
     pub(super) way: String,
     keys_per_block: usize,
-    /// Key bytes that one lookup scans; none where an index says what is compared.
+    /// Key bytes that one call scans; none where an index says what is compared.
     pub(super) scanned_bytes: Option<u64>,
     pub(super) p50_us: f64,
     p99_us: f64,
@@ -311,18 +317,29 @@ impl Bench<'_> {
         let keys = (self.case.blocks * self.case.keys_per_block()) as u64 * shape.kv_heads as u64;
         let scanned_bytes = (!matches!(engine, Engine::Faiss(_))).then_some(keys * key_bytes);
         let lookup = |index| Ok(memory.lookup(&self.case.request(document, index, self.asking)).map(drop)?);
-        let attend = |index| {
-            let lookup = self.case.request(document, index, self.asking);
-            let normalisation = Normalisation::Plain;
-            Ok(memory.attend(&AttendRequest { lookup, normalisation }).map(drop)?)
+        let attended = |index| AttendRequest {
+            lookup: self.case.request(document, index, self.asking),
+            normalisation: Normalisation::Plain,
         };
-        let both: [(&str, Ask<'_>); 2] = [("lookup", &lookup), ("attend", &attend)];
-        for (what, ask) in &both[..1 + self.args.attend as usize] {
-            let (times_us, read_bandwidth) = self.timed(*ask, &engine)?;
+        let attend = |index| Ok(memory.attend(&attended(index)).map(drop)?);
+        let layers = self.args.together.unwrap_or(0) as usize;
+        let attend_all = |index| {
+            let requests: Vec<AttendRequest> = (index * layers..(index + 1) * layers).map(attended).collect();
+            memory.attend_all(&requests).into_iter().try_for_each(|outcome| Ok(outcome.map(drop)?))
+        };
+        let kinds: [(&str, usize, bool, Ask<'_>); 3] = [
+            ("lookup", 1, true, &lookup),
+            ("attend", 1, self.args.attend, &attend),
+            ("attend_all", layers, layers > 0, &attend_all),
+        ];
+        for (what, requests, _, ask) in kinds.into_iter().filter(|(_, _, wanted, _)| *wanted) {
+            let scanned_bytes = scanned_bytes.map(|bytes| bytes * requests as u64);
+            let (times_us, read_bandwidth) = self.timed(ask, engine)?;
             let p50_us = percentile(&times_us, 0.5);
             let scanned_bytes_per_s = scanned_bytes.map(|bytes| bytes as f64 / p50_us * 1e6);
             self.results.push(LookupResult {
                 what,
+                requests,
                 engine: engine.to_string(),
                 key_dtype: dtype.to_string(),
                 way: word_of(way),
@@ -445,7 +462,10 @@ impl Report for LookupReport {
         let or_dash = |text: Option<String>| text.unwrap_or("-".into());
         for result in &self.results {
             rows.add_row([
-                result.what.to_string(),
+                match result.requests {
+                    1 => result.what.to_string(),
+                    layers => format!("{} x {layers}", result.what),
+                },
                 result.key_dtype.clone(),
                 result.engine.clone(),
                 result.way.clone(),

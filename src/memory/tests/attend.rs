@@ -143,6 +143,30 @@ fn many_tokens_over_many_blocks_agree_too() {
 }
 
 #[test]
+fn requests_asked_together_are_answered_as_if_alone() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 66);
+    let mut request = |tokens: u32, layer: u32, end: u32| {
+        let distances: Vec<u32> = (0..tokens).collect();
+        let lookup = LookupRequest { layer, ..world.request(&distances, vec![range(document, 0..end)]) };
+        AttendRequest { lookup, normalisation: Normalisation::Plain }
+    };
+    let refused = request(1, 9, 66);
+    let small = [request(1, 0, 66), refused.clone(), request(3, 1, 66), request(1, 1, 0)];
+    let large = [request(4096, 1, 66), refused, request(1, 0, 66)];
+    // Nothing is in memory, so the keys are read by the first of them.
+    let world = world.reopened();
+    for requests in [&small[..], &large, &[]] {
+        let together = world.memory.attend_all(requests);
+        let alone: Vec<Result<Attended>> = requests.iter().map(|request| world.memory.attend(request)).collect();
+        assert_eq!(together, alone);
+        let refused = together.iter().filter(|outcome| outcome.is_err()).count();
+        assert_eq!(refused, requests.len().min(1), "layer 9 is refused, and nothing else");
+    }
+    assert_eq!(world.memory.stats().unwrap().attends, 2 * 5);
+}
+
+#[test]
 fn attention_is_the_same_from_a_cold_disk() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 40);
