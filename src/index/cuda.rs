@@ -6,21 +6,25 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::f16;
 use rayon::prelude::*;
 
 use super::snapshot::{Chunk, PANEL, Panels, QUAD};
 use super::{Found, KeyLayout, Query};
 use crate::cuda::{self, Choice, Chosen, HEAD_DIM_MAX, Keys, Runner, Span};
+use crate::types::DType;
 
-/// Whether the kernels take keys of a layout.
-pub fn is_supported(layout: &KeyLayout) -> bool {
-    layout.head_dim <= HEAD_DIM_MAX && !layout.compressed
+/// Whether the kernels take the keys of a query: they meet one kind of keys at once.
+pub fn is_supported(query: &Query<'_>) -> bool {
+    let coded = query.scope.iter().filter(|scoped| scoped.keys.is_coded()).count();
+    let one_kind = coded == 0 || coded == query.scope.iter().filter(|scoped| scoped.keys.blocks() > 0).count();
+    query.layout.head_dim <= HEAD_DIM_MAX && !query.layout.compressed && one_kind
 }
 
 /// Chooses the blocks of every row. f32 sums are taken in another order than the CPU's: scores differ by rounding.
 ///
 /// # Errors
-/// The runner's; keys of a layout that is not supported are refused.
+/// The runner's; keys that are not supported are refused.
 pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Error> {
     let mut parts = Vec::new();
     for scoped in query.scope {
@@ -37,7 +41,11 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
             kv_heads: query.layout.kv_heads as u32,
             keys_per_block: query.layout.keys_per_block as u32,
             head_dim: query.layout.head_dim,
-            dtype: query.layout.dtype,
+            dtype: if query.scope.iter().any(|scoped| scoped.keys.is_coded()) {
+                DType::F16
+            } else {
+                query.layout.dtype
+            },
             queries: &[query.queries, query.recent_queries].concat(),
             spans: &spans(query, &parts),
             top_k: query.top_k.min(query.eligible()) as u32,
@@ -73,6 +81,7 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
     }
     let (head_dim, pieces) = (chunk.layout().head_dim, chunk.layout().pieces());
     let keys = Arc::new(match chunk.all_panels() {
+        _ if chunk.is_coded() => Keys::upload(runner, cuda::Panels::F16(&decoded(chunk)), head_dim, pieces)?,
         Panels::F16(numbers) => Keys::upload(runner, cuda::Panels::F16(numbers), head_dim, pieces)?,
         Panels::Int8 { numbers, scales } => {
             let numbers = &by_dimension(numbers, head_dim);
@@ -81,6 +90,22 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
     });
     *copy = Some(keys.clone());
     Ok(keys)
+}
+
+/// Keys that are int8 by codes as f16 panels `(L * Hkv, panels, D, PANEL)`: the kernels know no codes.
+fn decoded(chunk: &Chunk) -> Vec<f16> {
+    let KeyLayout { head_dim, keys_per_block, .. } = chunk.layout();
+    let keys = chunk.blocks() * keys_per_block;
+    let piece_numbers = keys.next_multiple_of(PANEL) * head_dim;
+    let mut halves = vec![f16::ZERO; chunk.layout().pieces() * piece_numbers];
+    halves.par_chunks_exact_mut(piece_numbers).enumerate().for_each(|(piece, halves)| {
+        for key in 0..keys {
+            let lane = key / PANEL * PANEL * head_dim + key % PANEL;
+            let numbers = chunk.key(piece, key).into_iter().enumerate();
+            numbers.for_each(|(d, number)| halves[lane + d * PANEL] = f16::from_f32(number));
+        }
+    });
+    halves
 }
 
 /// Panels `(D / 4, PANEL, 4)` as `(D, PANEL)`.

@@ -45,7 +45,7 @@ pub(super) struct Tile<'a> {
 struct Set {
     /// `(Hkv, T * G, D)`
     numbers: Vec<f32>,
-    /// `(Hkv, strips)`; none where each tile's keys have channels of their own.
+    /// `(Hkv, strips)`; none where every tile's keys are met in a way of their own.
     strips: Vec<Rows>,
 }
 
@@ -238,7 +238,7 @@ impl<'a> Search<'a> {
     /// Step 1.
     fn score(&self) -> Scores {
         let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
-        let (strips, dim) = (rows.div_ceil(STRIP_ROWS), self.query.layout.head_dim);
+        let strips = rows.div_ceil(STRIP_ROWS);
         let mut numbers = Scratch::take(kv_heads * rows * self.eligible);
         let mut peaks = Scratch::take(kv_heads * rows * self.strides);
         let mut tile_totals = Scratch::take(kv_heads * self.tiles.len() * rows);
@@ -257,15 +257,16 @@ impl<'a> Search<'a> {
             }
         }
         self.for_each(parts, |part| {
-            if self.refines() {
-                let queries = self.times_channels(&part);
-                part.norms.iter_mut().zip(queries.chunks_exact(dim)).for_each(|(norm, row)| *norm = length(row));
-                let strips = queries.chunks(STRIP_ROWS * dim).map(|strip| Rows::new(self.form, strip, dim));
-                let strips: Vec<Rows> = strips.collect();
-                return self.score_part(part, &strips);
-            }
-            let queries = &self.sets[part.tile.set].strips[part.head * strips..][..strips];
-            self.score_part(part, queries);
+            let queries = self.rows(part.tile.set, part.head);
+            let Some(queries) = part.tile.chunk.meet(self.piece(part.head), queries) else {
+                let queries = &self.sets[part.tile.set].strips[part.head * strips..][..strips];
+                return self.score_part(part, queries);
+            };
+            let width = part.tile.chunk.width();
+            part.norms.iter_mut().zip(queries.chunks_exact(width)).for_each(|(norm, row)| *norm = length(row));
+            let strips = queries.chunks(STRIP_ROWS * width).map(|strip| Rows::new(self.form, strip, width));
+            let strips: Vec<Rows> = strips.collect();
+            self.score_part(part, &strips);
         });
         let mut totals = vec![f32::NEG_INFINITY; kv_heads * rows];
         for (totals, tiles) in totals.chunks_exact_mut(rows).zip(tile_totals.chunks_exact(rows * self.tiles.len())) {
@@ -274,16 +275,6 @@ impl<'a> Search<'a> {
             }
         }
         Scores { numbers, peaks, norms, totals }
-    }
-
-    /// The queries of a part `(T * G, D)` as they meet keys that were divided by channels.
-    fn times_channels(&self, part: &Part<'_>) -> Vec<f32> {
-        let channels = part.tile.chunk.channels(self.piece(part.head));
-        let mut queries = self.rows(part.tile.set, part.head).to_vec();
-        for row in queries.chunks_exact_mut(channels.len()) {
-            row.iter_mut().zip(channels).for_each(|(number, channel)| *number *= channel);
-        }
-        queries
     }
 
     fn packed(&self, set: usize) -> Set {
@@ -299,7 +290,7 @@ impl<'a> Search<'a> {
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
         }
-        if self.refines() {
+        if self.refines() || query.scope.iter().all(|scoped| scoped.keys.is_coded()) {
             return Set { numbers, strips: Vec::new() };
         }
         let heads = numbers.chunks_exact(self.head_rows * dim);
@@ -310,8 +301,7 @@ impl<'a> Search<'a> {
 
     /// Fills a part with the scores of packed `queries (strips)`.
     fn score_part(&self, Part { head, tile, scores, peaks, totals, .. }: Part<'_>, queries: &[Rows]) {
-        let layout = self.query.layout;
-        let (dim, per_block) = (layout.head_dim, layout.keys_per_block);
+        let (dim, per_block) = (tile.chunk.width(), self.query.layout.keys_per_block);
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
         let first = keys.start / PANEL;
         let panels = tile.chunk.panels(self.piece(head), first..keys.end.div_ceil(PANEL));

@@ -3,7 +3,7 @@
 //! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys, so that
 //! one vector register holds the same dimensions of many keys and scores need no sum across a register. An f16 panel is
 //! `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last panel is
-//! filled up with zeros, and so are the last four dimensions.
+//! filled up with zeros, and so are the last four dimensions. Documents with codes have W numbers per key in place of D.
 
 use std::any::Any;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::f16;
 
-use crate::numeric::{self, simd};
+use crate::numeric::{self, ChannelCode, simd};
 use crate::types::DType;
 
 /// Keys of one panel: four AVX-512 registers of sums for each of the kernel's rows.
@@ -49,7 +49,7 @@ pub struct KeyLayout {
 pub enum Keys<'a> {
     /// `(m, D)`
     F16(&'a [f16]),
-    /// Numbers `(m, D)`, scales `(m)`.
+    /// Numbers `(m, W)`, scales `(m)`. W is D unless the chunk is coded.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
@@ -58,6 +58,8 @@ pub enum Keys<'a> {
 pub struct Chunk {
     layout: KeyLayout,
     blocks: usize,
+    /// By which keys are int8 `(L * Hkv)`, equal in all chunks of a document; or none.
+    codes: Arc<[ChannelCode]>,
     numbers: Numbers,
     /// Made by whoever needs it.
     copy: Mutex<Option<Copied>>,
@@ -70,7 +72,7 @@ pub(super) type Copied = Arc<dyn Any + Send + Sync>;
 enum Numbers {
     /// `(L * Hkv, panels, D, PANEL)`
     F16(Vec<f16>),
-    /// Numbers `(L * Hkv, panels, D / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
+    /// Numbers `(L * Hkv, panels, W / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 { numbers: Vec<i8>, scales: Vec<f32> },
     /// `halves` is `(L * Hkv, keys, D)`. `numbers` and `scales` are as above, of keys divided by `channels (L * Hkv, D)`: a few
     /// channels of keys are large, and would make the steps of all others coarse. `errors` `(L * Hkv, blocks)` is how far
@@ -91,7 +93,7 @@ enum Numbers {
 pub(super) enum Panels<'a> {
     /// `(panels, D, PANEL)`
     F16(&'a [f16]),
-    /// Numbers `(panels, D / 4, PANEL, 4)`, scales `(panels, PANEL)`.
+    /// Numbers `(panels, W / 4, PANEL, 4)`, scales `(panels, PANEL)`.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
@@ -120,11 +122,6 @@ impl KeyLayout {
         if self.scanned() == DType::Int8 { QUAD } else { 1 }
     }
 
-    /// Numbers of one key as they lie in a panel, filling zeros included.
-    fn padded_dim(&self) -> usize {
-        self.head_dim.next_multiple_of(self.quad())
-    }
-
     /// Blocks that a chunk should hold when many are loaded at once.
     pub fn chunk_blocks(&self) -> usize {
         (CHUNK_KEYS_MAX / self.keys_per_block).max(1)
@@ -134,8 +131,14 @@ impl KeyLayout {
 impl Chunk {
     /// A chunk whose keys are all zero, to be filled with [`Chunk::put`].
     pub fn zeroed(layout: KeyLayout, blocks: usize) -> Self {
+        Chunk::coded(layout, Arc::default(), blocks)
+    }
+
+    /// The same for a document whose keys are int8 by `codes (L * Hkv)`, if there are any.
+    pub fn coded(layout: KeyLayout, codes: Arc<[ChannelCode]>, blocks: usize) -> Self {
+        assert!(codes.is_empty() || (codes.len() == layout.pieces() && layout.dtype == DType::Int8));
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
-        let count = keys * layout.padded_dim();
+        let count = keys * width(&layout, &codes).next_multiple_of(layout.quad());
         let numbers = match layout.scanned() {
             DType::Int8 if layout.compressed => Numbers::Compressed {
                 numbers: vec![0; count],
@@ -148,11 +151,21 @@ impl Chunk {
             DType::Int8 => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
             _ => Numbers::F16(vec![f16::ZERO; count]),
         };
-        Chunk { layout, blocks, numbers, copy: Mutex::default() }
+        Chunk { layout, blocks, codes, numbers, copy: Mutex::default() }
     }
 
     pub(super) fn layout(&self) -> KeyLayout {
         self.layout
+    }
+
+    /// Whether keys are int8 by codes.
+    pub fn is_coded(&self) -> bool {
+        !self.codes.is_empty()
+    }
+
+    /// Numbers of one key that a scan reads.
+    pub(super) fn width(&self) -> usize {
+        width(&self.layout, &self.codes)
     }
 
     /// Blocks in this chunk.
@@ -171,7 +184,7 @@ impl Chunk {
                 at.scatter(numbers, into);
             }
             (Numbers::Int8 { numbers: into, scales: scales_into }, Keys::Int8 { numbers, scales }) => {
-                assert_eq!((numbers.len(), scales.len()), (count * dim, count));
+                assert_eq!((numbers.len(), scales.len()), (count * at.dim, count));
                 at.scatter(numbers, into);
                 scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
@@ -207,10 +220,22 @@ impl Chunk {
         }
     }
 
-    /// What the dimensions of compressed keys were divided by `(D)`.
-    pub(super) fn channels(&self, piece: usize) -> &[f32] {
-        let Numbers::Compressed { channels, .. } = &self.numbers else { return &[] };
-        &channels[piece * self.layout.head_dim..][..self.layout.head_dim]
+    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`; `None` where these are the keys themselves.
+    pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Option<Vec<f32>> {
+        let dim = self.layout.head_dim;
+        if let Some(code) = self.codes.get(piece) {
+            let width = self.width();
+            let mut meeting = vec![0.0; queries.len() / dim * width];
+            let rows = queries.chunks_exact(dim).zip(meeting.chunks_exact_mut(width));
+            rows.for_each(|(query, meeting)| code.meet(query, meeting));
+            return Some(meeting);
+        }
+        let Numbers::Compressed { channels, .. } = &self.numbers else { return None };
+        let mut queries = queries.to_vec();
+        for row in queries.chunks_exact_mut(dim) {
+            row.iter_mut().zip(&channels[piece * dim..]).for_each(|(number, channel)| *number *= channel);
+        }
+        Some(queries)
     }
 
     /// One key `(D)` as single-precision numbers.
@@ -220,7 +245,14 @@ impl Chunk {
             Numbers::F16(numbers) => at.gather(numbers).map(f16::to_f32).collect(),
             Numbers::Int8 { numbers, scales } => {
                 let scale = scales[piece * self.piece_keys() + key];
-                at.gather(numbers).map(|number| number as f32 * scale).collect()
+                match self.codes.get(piece) {
+                    Some(code) => {
+                        let mut wide = vec![0.0; self.layout.head_dim];
+                        code.decode(&at.gather(numbers).collect::<Vec<i8>>(), scale, &mut wide);
+                        wide
+                    }
+                    None => at.gather(numbers).map(|number| number as f32 * scale).collect(),
+                }
             }
             Numbers::Compressed { .. } => {
                 let (block, key) = (key / self.layout.keys_per_block, key % self.layout.keys_per_block);
@@ -262,7 +294,7 @@ impl Chunk {
     /// Some panels of one piece.
     pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> Panels<'_> {
         let first = piece * self.piece_keys() + panels.start * PANEL;
-        let (keys, dim) = (first..first + panels.len() * PANEL, self.layout.padded_dim());
+        let (keys, dim) = (first..first + panels.len() * PANEL, self.lane(piece, 0).padded);
         let numbers_at = keys.start * dim..keys.end * dim;
         match &self.numbers {
             Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
@@ -273,9 +305,8 @@ impl Chunk {
     }
 
     fn lane(&self, piece: usize, key: usize) -> Lane {
-        let layout = &self.layout;
-        let (dim, padded, quad) = (layout.head_dim, layout.padded_dim(), layout.quad());
-        Lane { piece_keys: self.piece_keys(), dim, padded, quad, piece, key }
+        let (dim, quad) = (self.width(), self.layout.quad());
+        Lane { piece_keys: self.piece_keys(), dim, padded: dim.next_multiple_of(quad), quad, piece, key }
     }
 
     fn piece_keys(&self) -> usize {
@@ -300,7 +331,8 @@ impl Chunk {
 
     /// One chunk that holds the blocks of `a`, then those of `b`.
     fn merged(a: &Chunk, b: &Chunk) -> Chunk {
-        let mut merged = Chunk::zeroed(a.layout, a.blocks + b.blocks);
+        debug_assert_eq!(a.codes, b.codes, "chunks of one document");
+        let mut merged = Chunk::coded(a.layout, a.codes.clone(), a.blocks + b.blocks);
         for piece in 0..a.layout.pieces() {
             merged.copy_piece(a, piece, 0);
             merged.copy_piece(b, piece, a.blocks * a.layout.keys_per_block);
@@ -333,6 +365,10 @@ impl Chunk {
     }
 }
 
+fn width(layout: &KeyLayout, codes: &[ChannelCode]) -> usize {
+    if codes.is_empty() { layout.head_dim } else { ChannelCode::width(layout.head_dim) }
+}
+
 /// The largest number of every channel of keys `(keys, D)`; 1 where there is none.
 fn largest_by_channel(halves: &[f16], channels: &mut [f32]) {
     channels.fill(0.0);
@@ -363,6 +399,7 @@ fn compress(key: &[f16], channels: &[f32], into: &mut [i8]) -> (f32, f32) {
 struct Lane {
     /// Keys of one piece, filled up to whole panels.
     piece_keys: usize,
+    /// Numbers of one key.
     dim: usize,
     /// `dim`, filled up to a multiple of `quad`.
     padded: usize,
@@ -409,6 +446,11 @@ impl DocumentKeys {
     /// Blocks whose keys are here: the document's first ones.
     pub fn blocks(&self) -> u32 {
         self.blocks
+    }
+
+    /// Whether keys are int8 by codes.
+    pub(super) fn is_coded(&self) -> bool {
+        self.chunks.first().is_some_and(|chunk| chunk.is_coded())
     }
 
     /// Bytes of keys held.

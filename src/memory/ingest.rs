@@ -1,13 +1,16 @@
 //! How do blocks come in? Checked field by field, encoded, made durable, then visible to lookups.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::error::{at_most, invalid, writing};
 use super::{Collection, LocalMemory};
 use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, Tensor};
 use crate::limits;
-use crate::numeric;
-use crate::store::piece::{self, PieceLayout};
+use crate::numeric::{self, ChannelCode};
+use crate::shape::CollectionSpec;
+use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{BlockMeta, BlockRecord, Manifest};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 
@@ -31,16 +34,20 @@ impl LocalMemory {
         if first != manifest.blocks {
             return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: first });
         }
+        let codes = match first {
+            0 => first_codes(&collection, &new[0], skipped)?,
+            _ => state.codes(&self.store, &collection, document)?,
+        };
         let records = new
             .par_iter()
             .enumerate()
-            .map(|(i, block)| encode(&collection, block, skipped + i))
+            .map(|(i, block)| encode(&collection, block, &codes, skipped + i))
             .collect::<Result<Vec<BlockRecord>>>()?;
         let manifest = self.store.append(document, &records).map_err(writing(document))?;
 
         let keys: Vec<&[u8]> =
             records.iter().take((manifest.blocks - first) as usize).map(|record| &record.keys[..]).collect();
-        state.extend(&collection, document, first, &keys)?;
+        state.extend(&self.store, &collection, document, first, &keys)?;
         self.counters.appended_blocks.add(keys.len());
         Ok(self.info(&collection, manifest))
     }
@@ -153,22 +160,46 @@ fn numbers(field: String, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
     }
 }
 
-/// One checked block as the store keeps it. `i` is its place in the request.
-fn encode(collection: &Collection, block: &NewBlock, i: usize) -> Result<BlockRecord> {
+/// K `(L, Hkv, T, D)` of a checked block. `i` is its place in the request.
+fn k_numbers(spec: &CollectionSpec, block: &NewBlock, i: usize) -> Result<Vec<f32>> {
+    numbers(format!("blocks[{i}].k"), &block.k, largest(spec.payload_dtype).min(largest(spec.key_dtype)))
+}
+
+/// The codes `(L * Hkv)` of a document that begins with this block; none if its keys need none, or if it is a tail.
+fn first_codes(collection: &Collection, block: &NewBlock, i: usize) -> Result<Arc<[ChannelCode]>> {
+    let spec = &collection.spec;
+    let tokens = block.token_ids.len();
+    if !KeysLayout::of(spec).has_codes() || tokens < spec.shape.block_tokens as usize {
+        return Ok(Arc::default());
+    }
+    let (k, dim) = (k_numbers(spec, block, i)?, collection.layout.head_dim);
+    Ok(k.chunks_exact(tokens * dim).map(|k| ChannelCode::of(k, dim)).collect())
+}
+
+/// One checked block as the store keeps it, by the codes of its document. `i` is its place in the request.
+pub(super) fn encode(
+    collection: &Collection,
+    block: &NewBlock,
+    codes: &[ChannelCode],
+    i: usize,
+) -> Result<BlockRecord> {
     let (spec, dim) = (&collection.spec, collection.layout.head_dim);
     let tokens = block.token_ids.len();
-    let v_limit = largest(spec.payload_dtype);
-    let k = numbers(format!("blocks[{i}].k"), &block.k, v_limit.min(largest(spec.key_dtype)))?;
-    let v = numbers(format!("blocks[{i}].v"), &block.v, v_limit)?;
+    let k = k_numbers(spec, block, i)?;
+    let v = numbers(format!("blocks[{i}].v"), &block.v, largest(spec.payload_dtype))?;
 
     let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
     let mut pieces = Vec::with_capacity(layout.bytes() * spec.shape.pieces());
+    let is_full = tokens == spec.shape.block_tokens as usize;
+    let keys_layout = KeysLayout::of(spec);
     let mut keys = Vec::new();
-    for (k, v) in k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)) {
+    if is_full && block.index == 0 && !codes.is_empty() {
+        keys_layout.encode_codes(codes, &mut keys);
+    }
+    for (piece, (k, v)) in k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)).enumerate() {
         layout.encode(k, v, &mut pieces);
-        if tokens == spec.shape.block_tokens as usize {
-            let landmark = landmark_keys(spec.key_rule, k, dim);
-            piece::encode_keys(spec.key_dtype, collection.layout.keys_per_block, dim, &landmark, &mut keys);
+        if is_full {
+            keys_layout.encode(&landmark_keys(spec.key_rule, k, dim), codes.get(piece), &mut keys);
         }
     }
     let meta = BlockMeta {

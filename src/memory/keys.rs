@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use rayon::prelude::*;
 
@@ -18,7 +18,9 @@ use super::Collection;
 use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentIndexes, DocumentKeys, KeyLayout, Keys};
 use crate::limits;
-use crate::store::{Store, piece};
+use crate::numeric::ChannelCode;
+use crate::store::piece::{KeyNumbers, KeysLayout};
+use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId, FaissIndex};
 
 /// What is kept in memory of every document that was used.
@@ -72,6 +74,8 @@ pub(super) struct DocumentState {
     indexes: RwLock<Option<Arc<DocumentIndexes>>>,
     /// Whether larger indexes are being built.
     building: AtomicBool,
+    /// By which the document's keys are int8 `(L * Hkv)`, or none; set once its first block was read.
+    codes: OnceLock<Arc<[ChannelCode]>>,
 }
 
 impl Documents {
@@ -113,6 +117,7 @@ impl DocumentState {
             keys: RwLock::new(Arc::new(DocumentKeys::empty(layout))),
             indexes: RwLock::new(None),
             building: AtomicBool::new(false),
+            codes: OnceLock::new(),
         }
     }
 
@@ -138,6 +143,26 @@ impl DocumentState {
         if here.layout() == layout { here } else { Arc::new(DocumentKeys::empty(layout)) }
     }
 
+    /// The codes of a document whose first block is durable.
+    pub(super) fn codes(
+        &self,
+        store: &Store,
+        collection: &Collection,
+        document: DocumentId,
+    ) -> Result<Arc<[ChannelCode]>> {
+        let layout = KeysLayout::of(&collection.spec);
+        if !layout.has_codes() {
+            return Ok(Arc::default());
+        }
+        if let Some(codes) = self.codes.get() {
+            return Ok(codes.clone());
+        }
+        let block = BlockId { document, index: 0 };
+        let bytes = store.read_keys(block)?;
+        let (codes, _) = layout.split_codes(&bytes).map_err(data_loss(block))?;
+        Ok(self.codes.get_or_init(|| codes.into()).clone())
+    }
+
     /// The keys of at least the first `blocks` blocks, which must be durable; reads from the store what is not here yet.
     pub(super) fn load(
         &self,
@@ -150,6 +175,7 @@ impl DocumentState {
         if here.blocks() >= blocks {
             return Ok(here);
         }
+        let codes = self.codes(store, collection, document)?;
         let step = here.layout().chunk_blocks();
         let parts: Vec<Range<u32>> = (here.blocks()..blocks)
             .step_by(step)
@@ -158,7 +184,7 @@ impl DocumentState {
         let chunks = parts
             .into_par_iter()
             .map(|part| {
-                let mut chunk = Chunk::zeroed(here.layout(), part.len());
+                let mut chunk = Chunk::coded(here.layout(), codes.clone(), part.len());
                 for (i, index) in part.enumerate() {
                     let block = BlockId { document, index };
                     put(&mut chunk, i, collection, block, &store.read_keys(block)?)?;
@@ -210,6 +236,7 @@ impl DocumentState {
     /// If earlier ones are not here, the next lookup loads all of them.
     pub(super) fn extend(
         &self,
+        store: &Store,
         collection: &Collection,
         document: DocumentId,
         first: u32,
@@ -219,7 +246,8 @@ impl DocumentState {
         if here.blocks() != first || encoded.is_empty() {
             return Ok(());
         }
-        let mut chunk = Chunk::zeroed(here.layout(), encoded.len());
+        let codes = self.codes(store, collection, document)?;
+        let mut chunk = Chunk::coded(here.layout(), codes, encoded.len());
         for (i, bytes) in encoded.iter().enumerate() {
             let block = BlockId { document, index: first + i as u32 };
             put(&mut chunk, i, collection, block, bytes)?;
@@ -231,15 +259,20 @@ impl DocumentState {
 
 /// Sets all keys of one block from the bytes that the store keeps.
 fn put(chunk: &mut Chunk, at: usize, collection: &Collection, block: BlockId, bytes: &[u8]) -> Result<()> {
-    let layout = collection.layout;
-    let decoded = piece::decode_keys(layout.dtype, layout.keys_per_block, layout.head_dim, layout.pieces(), bytes)
-        .map_err(|error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() })?;
+    let layout = KeysLayout::of(&collection.spec);
+    let bytes = if block.index == 0 { layout.split_codes(bytes).map_err(data_loss(block))?.1 } else { bytes };
+    let decoded = layout.decode(chunk.is_coded(), bytes).map_err(data_loss(block))?;
     for (piece, numbers) in decoded.enumerate() {
         let keys = match &numbers {
-            piece::KeyNumbers::F16(numbers) => Keys::F16(numbers),
-            piece::KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
+            KeyNumbers::F16(numbers) => Keys::F16(numbers),
+            KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
         };
         chunk.put(at, piece, keys);
     }
     Ok(())
+}
+
+/// For `map_err`: what a block's bytes say makes no sense.
+fn data_loss(block: BlockId) -> impl FnOnce(StoreError) -> MemoryError {
+    move |error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() }
 }

@@ -5,11 +5,13 @@
 //! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
 //! than left to right, and may differ in the last bits between machines.
 
+mod channels;
 mod few;
 mod matrix;
 mod packed;
 mod panels;
 
+pub use channels::ChannelCode;
 pub use few::{FEW_ROWS, Number, multiply_few};
 pub use matrix::{Matrix, Write, multiply};
 pub use packed::Packed;

@@ -2,7 +2,7 @@
 
 use super::catalog::{self, key};
 use super::error::{Entity, StoreError};
-use super::piece::{self, PieceLayout};
+use super::piece::{KeysLayout, PieceLayout};
 use super::record::{DocumentEntry, Locator, Parts, meta_bytes};
 use super::{BlockRecord, Manifest, Store};
 use crate::limits;
@@ -111,13 +111,12 @@ fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Res
     let shape = &spec.shape;
     let head_dim = shape.head_dim as usize;
     let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim };
-    let keys_bytes = if tokens == shape.block_tokens as usize {
-        shape.pieces() * piece::keys_bytes(spec.key_dtype, shape.keys_per_block(spec.key_rule), head_dim)
-    } else {
-        0
-    };
     exactly("text_offsets of a block", tokens, block.meta.text_offsets.len())?;
-    exactly("bytes of keys of a block", keys_bytes, block.keys.len())?;
+    if tokens == shape.block_tokens as usize {
+        KeysLayout::of(spec).check(block.index == 0, &block.keys)?;
+    } else {
+        exactly("bytes of keys of a block", 0, block.keys.len())?;
+    }
     exactly("bytes of pieces of a block", shape.pieces() * layout.bytes(), block.pieces.len())?;
     if block.meta.text.len() > limits::BLOCK_TEXT_BYTES_MAX {
         return Err(StoreError::Invalid {
@@ -129,7 +128,7 @@ fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Res
     // All of these are bounded by `limits`, far below 4 GiB.
     Ok(Parts {
         meta_bytes: meta_bytes(&block.meta) as u32,
-        keys_bytes: keys_bytes as u32,
+        keys_bytes: block.keys.len() as u32,
         piece_bytes: layout.bytes() as u32,
         pieces: shape.pieces() as u32,
     })

@@ -86,7 +86,8 @@ pub struct BlockRecord {
     /// Position in the document, counted in blocks.
     pub index: u32,
     pub meta: BlockMeta,
-    /// L * Hkv times what [`piece::encode_keys`] gives; empty for a tail.
+    /// L * Hkv times what [`piece::KeysLayout::encode`] gives; empty for a tail. If a document's blocks have codes,
+    /// they lie before the keys of the first.
     pub keys: Vec<u8>,
     /// L * Hkv times what [`piece::PieceLayout::encode`] gives, for the block's own number of tokens.
     pub pieces: Vec<u8>,

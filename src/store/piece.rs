@@ -5,18 +5,24 @@
 //! f32, f16, bf16   K (T, D), V (T, D)
 //! int8             K scales (D) f32, K (T, D) i8, V scales (T) f32, V (T, D) i8
 //! keys f16         (m, D)
-//! keys int8        scales (m) f32, (m, D) i8
+//! keys int8        scales (m) f32, (m, W) i8
+//! codes            factors (D) f32
 //! ```
 //!
 //! Symmetric int8, nearest, -127 to 127. A key channel keeps its scale through a block (outlier channels are the same
 //! for all tokens), a value's scale is its token's.
+//!
+//! Blocks with several int8 keys have W bytes per key, by a [`ChannelCode`] for each layer and KV head that all blocks
+//! of the document share; they lie before the keys of its first block. Blocks with one int8 key, and all blocks of
+//! documents that were begun in format 2 or before, have no codes, and W = D.
 
 use std::borrow::Cow;
 
 use half::{bf16, f16};
 
 use super::error::StoreError;
-use crate::numeric::{int8_scale, simd, to_int8, widen_f16, widen_int8};
+use crate::numeric::{ChannelCode, int8_scale, simd, to_int8, widen_f16, widen_int8};
+use crate::shape::CollectionSpec;
 use crate::types::DType;
 
 /// The form of one piece.
@@ -133,17 +139,120 @@ pub enum Numbers<'a> {
     Int8(&'a [i8]),
 }
 
-/// Bytes of the keys of one block, layer and KV head.
-pub fn keys_bytes(dtype: DType, m: usize, head_dim: usize) -> usize {
-    m * head_dim * dtype.size_bytes() + if dtype == DType::Int8 { 4 * m } else { 0 }
+/// The form of the landmark keys of a collection's blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeysLayout {
+    /// f16 or int8.
+    pub dtype: DType,
+    /// m
+    pub keys: usize,
+    /// D
+    pub head_dim: usize,
+    /// L * Hkv
+    pub pieces: usize,
 }
 
-/// Appends the landmark keys of one block, layer and KV head to `out`. `keys` is `(m, D)`; `dtype` is f16 or int8.
-pub fn encode_keys(dtype: DType, m: usize, head_dim: usize, keys: &[f32], out: &mut Vec<u8>) {
-    assert_eq!(keys.len(), m * head_dim, "{m} keys of {head_dim}");
-    match dtype {
-        DType::Int8 => encode_rows_int8(head_dim, keys, out),
-        _ => encode_floats(DType::F16, keys, out),
+impl KeysLayout {
+    /// Of the blocks of a collection.
+    pub fn of(spec: &CollectionSpec) -> Self {
+        let shape = &spec.shape;
+        let (keys, head_dim) = (shape.keys_per_block(spec.key_rule), shape.head_dim as usize);
+        KeysLayout { dtype: spec.key_dtype, keys, head_dim, pieces: shape.pieces() }
+    }
+
+    /// Whether new documents have codes: one key of a block says too little about the channels of others.
+    pub fn has_codes(&self) -> bool {
+        self.dtype == DType::Int8 && self.keys > 1
+    }
+
+    /// Bytes of a block's keys in a document with or without codes; the codes themselves are not counted.
+    pub fn bytes(&self, coded: bool) -> usize {
+        self.pieces * self.piece_bytes(self.width(coded))
+    }
+
+    /// Numbers stored of one key.
+    fn width(&self, coded: bool) -> usize {
+        if coded { ChannelCode::width(self.head_dim) } else { self.head_dim }
+    }
+
+    fn codes_bytes(&self) -> usize {
+        self.pieces * self.head_dim * size_of::<f32>()
+    }
+
+    fn piece_bytes(&self, width: usize) -> usize {
+        self.keys * width * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.keys } else { 0 }
+    }
+
+    /// Checks the keys of a full block, of a document with codes or of one without.
+    pub(super) fn check(&self, first_block: bool, bytes: &[u8]) -> Result<(), StoreError> {
+        let (codes, keys) = if first_block { self.split_codes(bytes)? } else { (Vec::new(), bytes) };
+        let coded = if first_block { !codes.is_empty() } else { self.has_codes() };
+        if keys.len() == self.bytes(coded) || keys.len() == self.bytes(false) {
+            return Ok(());
+        }
+        Err(self.wrong_bytes(self.has_codes(), keys.len()))
+    }
+
+    fn wrong_bytes(&self, coded: bool, found: usize) -> StoreError {
+        let expected = self.bytes(coded).to_string();
+        StoreError::Invalid { field: "bytes of keys of a block", expected, found: found.to_string() }
+    }
+
+    /// Appends a document's codes `(L * Hkv)` to `out`.
+    pub fn encode_codes(&self, codes: &[ChannelCode], out: &mut Vec<u8>) {
+        assert_eq!(codes.len(), self.pieces, "codes of {self:?}");
+        out.extend(codes.iter().flat_map(ChannelCode::factors).flat_map(|factor| factor.to_le_bytes()));
+    }
+
+    /// Appends the landmark keys `(m, D)` of one block, layer and KV head to `out`, by the code of theirs if the
+    /// document has some.
+    pub fn encode(&self, keys: &[f32], code: Option<&ChannelCode>, out: &mut Vec<u8>) {
+        assert_eq!(keys.len(), self.keys * self.head_dim, "keys of {self:?}");
+        match (self.dtype, code) {
+            (DType::Int8, Some(code)) => encode_rows_coded(code, self.head_dim, keys, out),
+            (DType::Int8, None) => encode_rows_int8(self.head_dim, keys, out),
+            _ => encode_floats(DType::F16, keys, out),
+        }
+    }
+
+    /// Splits the keys of a document's first block into codes `(L * Hkv)`, none if the document has none, and the rest.
+    ///
+    /// `Invalid` if the bytes are those of no code.
+    pub fn split_codes<'a>(&self, bytes: &'a [u8]) -> Result<(Vec<ChannelCode>, &'a [u8]), StoreError> {
+        if !self.has_codes() || bytes.len() != self.codes_bytes() + self.bytes(true) {
+            return Ok((Vec::new(), bytes));
+        }
+        let (factors, keys) = bytes.split_at(self.codes_bytes());
+        let factors = floats(factors);
+        let codes = factors.chunks_exact(self.head_dim).map(|factors| ChannelCode::from_factors(factors.to_vec()));
+        let codes = codes.collect::<Option<_>>().ok_or_else(|| StoreError::Invalid {
+            field: "factors of channels of keys",
+            expected: "1 to 64".into(),
+            found: format!("{:?}", factors.iter().find(|factor| !(1.0..=64.0).contains(*factor))),
+        })?;
+        Ok((codes, keys))
+    }
+
+    /// Splits what [`KeysLayout::encode`] gave for every layer and KV head into L * Hkv parts, in order of `layer * Hkv
+    /// + kv_head`.
+    ///
+    /// `Invalid` if the bytes do not have the length of that many.
+    pub fn decode<'a>(
+        &self,
+        coded: bool,
+        bytes: &'a [u8],
+    ) -> Result<impl ExactSizeIterator<Item = KeyNumbers<'a>>, StoreError> {
+        if bytes.len() != self.bytes(coded) {
+            return Err(self.wrong_bytes(coded, bytes.len()));
+        }
+        let KeysLayout { dtype, keys, .. } = *self;
+        Ok(bytes.chunks_exact(self.piece_bytes(self.width(coded)).max(1)).map(move |part| match dtype {
+            DType::Int8 => {
+                let (scales, numbers) = part.split_at(4 * keys);
+                KeyNumbers::Int8 { numbers: bytemuck::cast_slice(numbers), scales: floats(scales) }
+            }
+            _ => KeyNumbers::F16(halves(part)),
+        }))
     }
 }
 
@@ -152,35 +261,8 @@ pub fn encode_keys(dtype: DType, m: usize, head_dim: usize, keys: &[f32], out: &
 pub enum KeyNumbers<'a> {
     /// `(m, D)`
     F16(Cow<'a, [f16]>),
-    /// `numbers` `(m, D)`, each row times its scale in `scales` `(m)`.
+    /// `numbers` `(m, W)`, each row times its scale in `scales` `(m)`.
     Int8 { numbers: &'a [i8], scales: Cow<'a, [f32]> },
-}
-
-/// Splits what `read_keys` gave into its `count` = L * Hkv parts, in order of `layer * Hkv + kv_head`.
-///
-/// `Invalid` if the bytes do not have the length of that many.
-pub fn decode_keys(
-    dtype: DType,
-    m: usize,
-    head_dim: usize,
-    count: usize,
-    bytes: &[u8],
-) -> Result<impl ExactSizeIterator<Item = KeyNumbers<'_>>, StoreError> {
-    let part_bytes = keys_bytes(dtype, m, head_dim);
-    if bytes.len() != count * part_bytes {
-        return Err(StoreError::Invalid {
-            field: "bytes of keys",
-            expected: (count * part_bytes).to_string(),
-            found: bytes.len().to_string(),
-        });
-    }
-    Ok(bytes.chunks_exact(part_bytes.max(1)).map(move |part| match dtype {
-        DType::Int8 => {
-            let (scales, numbers) = part.split_at(4 * m);
-            KeyNumbers::Int8 { numbers: bytemuck::cast_slice(numbers), scales: floats(scales) }
-        }
-        _ => KeyNumbers::F16(halves(part)),
-    }))
 }
 
 /// One scale per row of `(rows, D)`, then the numbers.
@@ -190,6 +272,16 @@ fn encode_rows_int8(head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
     for (row, &scale) in rows.chunks_exact(head_dim).zip(&scales) {
         out.extend(row.iter().map(|&number| to_int8(number, scale) as u8));
     }
+}
+
+/// One scale per row of `(rows, D)`, then the bytes of a code `(rows, W)`.
+fn encode_rows_coded(code: &ChannelCode, head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
+    let width = ChannelCode::width(head_dim);
+    let mut bytes = vec![0; rows.len() / head_dim * width];
+    for (row, bytes) in rows.chunks_exact(head_dim).zip(bytes.chunks_exact_mut(width)) {
+        out.extend(code.encode(row, bytes).to_le_bytes());
+    }
+    out.extend(bytes.iter().map(|byte| byte.cast_unsigned()));
 }
 
 /// One scale per column of `(T, D)`.

@@ -19,9 +19,9 @@ use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId, DocumentId, Engine};
 
 /// What this build writes. Raise it with every change of the format.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 /// The oldest build that can read what this one writes.
-const FORMAT_OLDEST_READER: u32 = 2;
+const FORMAT_OLDEST_READER: u32 = 3;
 
 pub(super) const CRC_BYTES: usize = 4;
 

@@ -7,9 +7,10 @@ use super::catalog::{self, key};
 use super::error::StoreError;
 use super::ledger::{Damage, SegmentState};
 use super::log::{Item, Scan, Scanned, read_segment_header};
+use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, Kind, Locator, RECORD_HEADER_BYTES, RecordHeader, Tombstone,
+    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader, Tombstone,
 };
 use super::segment::{SegmentFile, SegmentId};
 use crate::types::{BlockId, DocumentId};
@@ -78,9 +79,10 @@ impl Store {
             Err(error) => return Err(error),
         }
         report.documents += 1;
+        let keys = self.collection(manifest.collection)?.map(|collection| KeysLayout::of(&collection.spec));
         for index in 0..manifest.blocks + (manifest.tail_tokens > 0) as u32 {
             let block = BlockId { document: manifest.id, index };
-            match self.with_block(block, |file, locator| verify_block(file, locator, block, entry)) {
+            match self.with_block(block, |file, locator| verify_block(file, locator, block, entry, keys)) {
                 Ok(bytes) => {
                     report.bytes += bytes;
                     report.blocks += 1;
@@ -205,6 +207,7 @@ fn verify_block(
     locator: &Locator,
     block: BlockId,
     entry: &DocumentEntry,
+    keys: Option<KeysLayout>,
 ) -> Result<u64, StoreError> {
     let damaged = |detail: String| StoreError::Damaged { block: Some(block), detail };
     let mut record = vec![0; locator.bytes() as usize];
@@ -224,8 +227,16 @@ fn verify_block(
     if let Some(part) = header.damaged_part(&record) {
         return Err(mismatch(block, part));
     }
-    if block.index < entry.manifest.blocks && header.tokens != entry.block_tokens {
+    if block.index >= entry.manifest.blocks {
+        return Ok(locator.bytes());
+    }
+    if header.tokens != entry.block_tokens {
         return Err(damaged(format!("it has {} tokens, expected {}", header.tokens, entry.block_tokens)));
+    }
+    if let Some(keys) = keys {
+        let (at, len) = header.parts.span(Part::Keys);
+        let found = &record[at as usize..at as usize + len];
+        keys.check(block.index == 0, found).map_err(|error| damaged(error.to_string()))?;
     }
     Ok(locator.bytes())
 }

@@ -18,7 +18,7 @@ use crate::cli::bench::{forget_pages, percentile};
 use crate::cli::error::CliError;
 use crate::cli::output::{Report, count, plain_table, size, write_table};
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use crate::store::piece::{PieceLayout, keys_bytes};
+use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{BlockMeta, BlockRecord, Store, StoreError};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 
@@ -212,7 +212,7 @@ impl Stored {
         };
         let collection = store.create_collection(&spec)?;
         let document = store.create_document(collection, "random")?.id;
-        let keys = vec![0; PIECES * keys_bytes(DType::F16, 1, layout.head_dim)];
+        let keys = vec![0; KeysLayout::of(&spec).bytes(false)];
         let blocks: Vec<&[u8]> = bytes.chunks_exact(PIECES * layout.bytes()).collect();
         for (number, blocks) in blocks.chunks(APPEND_BLOCKS).enumerate() {
             let records = blocks.iter().zip(number * APPEND_BLOCKS..).map(|(pieces, index)| BlockRecord {

@@ -76,7 +76,7 @@ impl Gpu {
 
     /// Chooses blocks, if it can.
     pub(super) fn search(&self, query: &Query<'_>) -> Result<Option<Found>, MemoryError> {
-        if !index::cuda::is_supported(&query.layout) {
+        if !index::cuda::is_supported(query) {
             return Ok(None);
         }
         self.ask(|gpu| gpu.search(query))

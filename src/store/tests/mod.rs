@@ -1,7 +1,7 @@
 //! Tests of the store, and what they share: a tiny collection and blocks whose every byte depends on their place.
 
 use super::double::Disk;
-use super::piece::{PieceLayout, keys_bytes};
+use super::piece::{KeysLayout, PieceLayout};
 use super::*;
 use crate::shape::{ModelShape, Rope, Sha256Digest};
 use crate::types::{BlockId, DType, KeyRule};
@@ -47,7 +47,7 @@ fn block(index: u32, tokens: u32, seed: u32) -> BlockRecord {
             text: bytes(tokens as usize * 2, 1),
             text_offsets: (0..tokens).map(|token| token * 2).collect(),
         },
-        keys: if tokens == 4 { bytes(2 * keys_bytes(DType::F16, 1, 4), 2) } else { Vec::new() },
+        keys: if tokens == 4 { bytes(KeysLayout::of(&spec("")).bytes(false), 2) } else { Vec::new() },
         pieces: bytes(2 * layout.bytes(), 3),
     }
 }

@@ -4,7 +4,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::store::piece::{KeyNumbers, decode_keys, encode_keys};
+use crate::numeric::ChannelCode;
+use crate::store::piece::KeyNumbers;
 
 /// Standard normal numbers, times a factor per channel so that some channels are outliers, as keys have them.
 fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
@@ -80,29 +81,73 @@ fn zeros_and_the_extremes_are_exact_in_int8() {
     assert!((v_back[5] - 0.1).abs() < 1e-6, "{v_back:?}");
 }
 
+/// Keys `(m, D)` of a part, by a code if there is one.
+fn widened(part: KeyNumbers<'_>, code: Option<&ChannelCode>, head_dim: usize) -> Vec<f32> {
+    match part {
+        KeyNumbers::F16(numbers) => numbers.iter().map(|number| number.to_f32()).collect(),
+        KeyNumbers::Int8 { numbers, scales } => {
+            let row = |(row, &scale): (&[i8], &f32)| match code {
+                Some(code) => {
+                    let mut wide = vec![f32::NAN; head_dim];
+                    code.decode(row, scale, &mut wide);
+                    wide
+                }
+                None => row.iter().map(|&number| number as f32 * scale).collect(),
+            };
+            numbers.chunks_exact(numbers.len() / scales.len()).zip(scales.iter()).flat_map(row).collect()
+        }
+    }
+}
+
 #[test]
 fn keys_come_back_per_layer_and_head() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    let (m, head_dim, count) = (5, 12, 6);
-    let keys: Vec<Vec<f32>> = (0..count).map(|_| gaussian(m, head_dim, |_| 3.0, &mut rng)).collect();
-    for (dtype, bound) in [(DType::F16, 3e-4), (DType::Int8, 8e-3)] {
+    let (m, head_dim, pieces) = (5, 16, 6);
+    let outliers = |channel| if channel == 3 { 40.0 } else { 1.0 };
+    let keys: Vec<Vec<f32>> = (0..pieces).map(|_| gaussian(m, head_dim, outliers, &mut rng)).collect();
+    let codes: Vec<ChannelCode> = keys.iter().map(|keys| ChannelCode::of(keys, head_dim)).collect();
+    for (dtype, coded, bound) in [(DType::F16, false, 3e-4), (DType::Int8, false, 4e-2), (DType::Int8, true, 4e-3)] {
+        let layout = KeysLayout { dtype, keys: m, head_dim, pieces };
+        let code = |piece: usize| coded.then(|| &codes[piece]);
         let mut bytes = Vec::new();
-        keys.iter().for_each(|keys| encode_keys(dtype, m, head_dim, keys, &mut bytes));
-        assert_eq!(bytes.len(), count * keys_bytes(dtype, m, head_dim));
-        let parts = decode_keys(dtype, m, head_dim, count, &bytes).unwrap();
-        assert_eq!(parts.len(), count);
-        for (part, want) in parts.zip(&keys) {
-            let got: Vec<f32> = match part {
-                KeyNumbers::F16(numbers) => numbers.iter().map(|number| number.to_f32()).collect(),
-                KeyNumbers::Int8 { numbers, scales } => {
-                    let row = |(row, scale): (&[i8], &f32)| row.iter().map(|&n| n as f32 * scale).collect::<Vec<f32>>();
-                    numbers.chunks_exact(head_dim).zip(scales.iter()).flat_map(row).collect()
-                }
-            };
-            let error = relative_error(want, &got);
-            assert!(error <= bound, "{dtype}: {error}");
+        keys.iter().enumerate().for_each(|(piece, keys)| layout.encode(keys, code(piece), &mut bytes));
+        assert_eq!(bytes.len(), layout.bytes(coded));
+        let parts = layout.decode(coded, &bytes).unwrap();
+        assert_eq!(parts.len(), pieces);
+        for (piece, (part, want)) in parts.zip(&keys).enumerate() {
+            let error = relative_error(want, &widened(part, code(piece), head_dim));
+            assert!(error <= bound, "{dtype}, {coded}: {error}");
         }
-        let short = decode_keys(dtype, m, head_dim, count, &bytes[1..]).map(drop);
+        let short = layout.decode(coded, &bytes[1..]).map(drop);
         assert!(matches!(short, Err(StoreError::Invalid { .. })), "{short:?}");
     }
+}
+
+#[test]
+fn codes_lie_before_the_keys_of_a_first_block_and_are_checked() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let layout = KeysLayout { dtype: DType::Int8, keys: 3, head_dim: 8, pieces: 2 };
+    let keys = gaussian(3, 8, |_| 1.0, &mut rng);
+    let codes = vec![ChannelCode::of(&keys, 8); 2];
+    let mut rest = Vec::new();
+    codes.iter().for_each(|code| layout.encode(&keys, Some(code), &mut rest));
+    let mut first = Vec::new();
+    layout.encode_codes(&codes, &mut first);
+    first.extend_from_slice(&rest);
+    assert_eq!(layout.split_codes(&first).unwrap(), (codes, &rest[..]));
+    let plain = vec![0; layout.bytes(false)];
+    assert_eq!(layout.split_codes(&plain).unwrap(), (vec![], &plain[..]), "begun in an older format");
+
+    for (bytes, first_block, right) in [
+        (&first, true, true),
+        (&first, false, false),
+        (&rest, true, false),
+        (&rest, false, true),
+        (&plain, true, true),
+        (&plain, false, true),
+    ] {
+        assert_eq!(layout.check(first_block, bytes).is_ok(), right, "{} bytes, {first_block}", bytes.len());
+    }
+    first[..4].copy_from_slice(&0f32.to_le_bytes());
+    assert!(matches!(layout.check(true, &first), Err(StoreError::Invalid { .. })));
 }
