@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::f16;
-use landmarkdb::index::{Chunk, DocumentKeys, KeyLayout, Keys, Query, Scoped, exact, fast};
+use landmarkdb::index::{Chunk, Compression, DocumentKeys, KeyLayout, Keys, Query, Scoped, exact, fast};
 use landmarkdb::types::{BlockScore, DType, Granularity};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -28,12 +28,12 @@ struct Shape {
     keys_per_block: usize,
     blocks: usize,
     keys: DType,
-    compressed: bool,
+    compressed: Option<Compression>,
     /// The plain definition is left out where one lookup of it takes seconds.
     plain_too: bool,
 }
 
-const SHAPES: [Shape; 5] = [
+const SHAPES: [Shape; 6] = [
     Shape {
         name: "smollm2-4k m=64",
         kv_heads: 3,
@@ -42,7 +42,7 @@ const SHAPES: [Shape; 5] = [
         keys_per_block: 64,
         blocks: 64,
         keys: DType::F16,
-        compressed: false,
+        compressed: None,
         plain_too: true,
     },
     Shape {
@@ -53,7 +53,7 @@ const SHAPES: [Shape; 5] = [
         keys_per_block: 64,
         blocks: 512,
         keys: DType::Int8,
-        compressed: false,
+        compressed: None,
         plain_too: false,
     },
     Shape {
@@ -64,7 +64,7 @@ const SHAPES: [Shape; 5] = [
         keys_per_block: 1,
         blocks: 16_384,
         keys: DType::F16,
-        compressed: false,
+        compressed: None,
         plain_too: true,
     },
     Shape {
@@ -75,18 +75,29 @@ const SHAPES: [Shape; 5] = [
         keys_per_block: 1,
         blocks: 16_384,
         keys: DType::Int8,
-        compressed: false,
+        compressed: None,
         plain_too: false,
     },
     Shape {
-        name: "llama3-8b-1m m=1 compressed",
+        name: "llama3-8b-1m m=1 sq8",
         kv_heads: 8,
         query_heads: 32,
         head_dim: 128,
         keys_per_block: 1,
         blocks: 16_384,
         keys: DType::F16,
-        compressed: true,
+        compressed: Some(Compression::Int8),
+        plain_too: false,
+    },
+    Shape {
+        name: "llama3-8b-1m m=1 sq4",
+        kv_heads: 8,
+        query_heads: 32,
+        head_dim: 128,
+        keys_per_block: 1,
+        blocks: 16_384,
+        keys: DType::F16,
+        compressed: Some(Compression::Int4),
         plain_too: false,
     },
 ];

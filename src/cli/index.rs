@@ -45,10 +45,10 @@ Examples:
   landmarkdb index set faiss:IVF256,Flat@32
 ")]
 pub(super) struct SetArgs {
-    /// flat: keys are scanned as they are stored. sq8: f16 keys are scanned as int8, and blocks that could be among the best
-    /// are compared as f16; half as much memory again. cuda: an NVIDIA GPU scans keys as they are stored, and attends.
-    /// faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in the language of its index_factory, find most of the
-    /// blocks.
+    /// flat: keys are scanned as they are stored. sq8, sq4: f16 keys are scanned as int8 or int4, and blocks that could
+    /// be among the best are compared as f16; half or a quarter as much memory again. cuda: an NVIDIA GPU scans keys as they are
+    /// stored, and attends. faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in the language of its
+    /// index_factory, find most of the blocks.
     #[arg(value_parser = word::<Engine>)]
     engine: Engine,
 }
@@ -57,8 +57,8 @@ pub(super) struct SetArgs {
 ///
 /// Looks queries up in all layers in turn: random ones, or those that `landmarkdb capture` recorded of the collection's model,
 /// which are what indexes should be judged by. Recall is against flat. For each --faiss without an effort the smallest effort that
-/// reaches the recall is found. An engine that takes more memory is kept only if it is at least a tenth faster. For int8 keys sq8 is
-/// flat and is not measured, nor is cuda where there is no GPU.
+/// reaches the recall is found. An engine that takes more memory is kept only if it is at least a tenth faster. For int8 keys sq8
+/// and sq4 are flat and are not measured, nor is cuda where there is no GPU.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -228,9 +228,10 @@ fn tune(
 
     let mut measured = Vec::new();
     let mut fastest = (Engine::Flat, f64::INFINITY);
+    // From the least memory to the most.
     let mut tunables = vec![Tunable::fixed(Engine::Flat)];
     if collection.spec.key_dtype != DType::Int8 {
-        tunables.push(Tunable::fixed(Engine::Sq8));
+        tunables.extend([Engine::Sq4, Engine::Sq8].map(Tunable::fixed));
     }
     match memory.set_engine(collection.id, Engine::Cuda) {
         Ok(_) => tunables.push(Tunable::fixed(Engine::Cuda)),

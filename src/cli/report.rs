@@ -21,7 +21,7 @@ pub(super) struct CollectionReport {
     pub(super) payload_dtype: String,
     /// Of landmark keys: f16 or int8.
     pub(super) key_dtype: String,
-    /// What answers lookups: flat or sq8.
+    /// What answers lookups: flat, sq8 or sq4.
     pub(super) engine: String,
     pub(super) layers: u32,
     pub(super) query_heads: u32,

@@ -2,15 +2,16 @@
 //!
 //! Most blocks need no aggregate: that of the largest scores of their stride does not reach the k-th best so far. The strides
 //! that promise most come first. Where scores come from compressed keys, a block that could be among the best is scored
-//! again with the keys that it has: a score that is off by at most `e` is added to its bound, so that nothing is missed.
+//! again with the keys that it has: how far its score may be off ([`super::compress`]) is added to its bound.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Query;
+use super::compress::Compressed;
 use super::fast::{STRIDE, Scores, Search, Tile, reduce};
-use super::select::Best;
+use super::select::{Best, Candidate};
 use crate::numeric::{self, exp, fma, larger, simd};
 use crate::types::Granularity;
 
@@ -31,12 +32,21 @@ pub(super) struct Member {
 pub(super) struct Rough {
     /// Above the aggregate of every block of a stride, for all strides.
     bounds: Vec<f32>,
-    /// Above the aggregates of one stride.
+    /// Above the aggregates of the blocks of one stride.
     shares: Vec<f32>,
     /// How far scores of one stride may be off.
     errors: Vec<f32>,
+    /// Blocks that may be scored again: what their aggregates are at most, their stride, and their place in it.
+    waiting: Vec<(f32, usize, usize)>,
     /// Scores of one block's keys.
     keys: Vec<f32>,
+}
+
+/// One stride of a tile.
+struct Part<'a> {
+    tile: &'a Tile<'a>,
+    /// In the tile.
+    first: usize,
 }
 
 /// One row of choices.
@@ -91,6 +101,7 @@ impl Choice<'_> {
     /// The best blocks of some consecutive tiles.
     fn among(&self, tiles: &[Tile<'_>], k: usize, rough: &mut Rough) -> Best {
         let mut bounds = std::mem::take(&mut rough.bounds);
+        let mut waiting = std::mem::take(&mut rough.waiting);
         bounds.clear();
         for tile in tiles {
             let first = bounds.len();
@@ -99,60 +110,106 @@ impl Choice<'_> {
             let error = self.error(tile) + self.slack();
             bounds[first..].iter_mut().for_each(|bound| *bound += error);
         }
-        let offer = |best: &mut Best, stride: usize, rough: &mut Rough| {
+        let part = |stride: usize| {
             let first = tiles[0].first_stride;
             let tile = &tiles[tiles.partition_point(|tile| tile.first_stride - first <= stride) - 1];
-            self.offer(tile, stride - (tile.first_stride - first), rough, best);
+            Part { tile, first: (stride - (tile.first_stride - first)) * STRIDE }
         };
         let mut promising = Best::new(k);
         promising.offer_all(0, &bounds, |stride| bounds[stride]);
         let promising = promising.into_positions();
+        let mut promising = promising.iter().map(|stride| stride.position as usize);
+        // The best of each first: what is no better than all of these needs no exact score.
         let mut best = Best::new(k);
-        for stride in &promising {
-            offer(&mut best, stride.position as usize, rough);
+        for stride in promising.clone() {
+            let part = part(stride);
+            self.bound(&part, rough);
+            best.offer(self.candidate(&part, largest_of(&rough.shares), rough));
         }
-        let mut promising = promising.iter().map(|stride| stride.position as usize).peekable();
+        let mut next = promising.next();
         for (stride, &bound) in bounds.iter().enumerate() {
-            if promising.next_if_eq(&stride).is_none() && best.may_take(bound) {
-                offer(&mut best, stride, rough);
+            let is_promising = next == Some(stride);
+            if is_promising {
+                next = promising.next();
+            }
+            if !best.may_take(bound) {
+                continue;
+            }
+            let part = part(stride);
+            self.bound(&part, rough);
+            let mut reaching = reaching(&rough.shares, best.least().unwrap_or(f32::NEG_INFINITY));
+            if is_promising {
+                reaching &= !(1 << largest_of(&rough.shares));
+            }
+            while reaching != 0 {
+                let block = reaching.trailing_zeros() as usize;
+                reaching &= reaching - 1;
+                let bound = rough.shares[block];
+                if let Some(compressed) = part.tile.chunk.compressed() {
+                    self.ask_for(&part, compressed, block);
+                    waiting.push((bound, stride, block));
+                } else if best.may_take(bound) {
+                    best.offer(self.candidate(&part, block, rough));
+                }
             }
         }
-        rough.bounds = bounds;
+        for (bound, stride, block) in waiting.drain(..) {
+            if best.may_take(bound) {
+                best.offer(self.candidate(&part(stride), block, rough));
+            }
+        }
+        (rough.bounds, rough.waiting) = (bounds, waiting);
         best
     }
 
-    /// Offers the blocks of one stride of a tile.
-    fn offer(&self, tile: &Tile<'_>, stride: usize, rough: &mut Rough, best: &mut Best) {
-        let first = stride * STRIDE;
-        let range = first..tile.blocks.len().min(first + STRIDE);
-        let Rough { shares, errors, keys, .. } = rough;
+    /// Has memory bring the keys of a block that may be scored again: they lie anywhere, and many can be on their way
+    /// at once.
+    fn ask_for(&self, part: &Part<'_>, compressed: &Compressed, block: usize) {
+        // Of one head and one key: with more of them there is other work to wait in, and the hardware reads on.
+        let Some(member) = self.members.first() else { return };
+        let keys = compressed.halves(self.search.piece(member.head), part.tile.blocks.start + part.first + block);
+        numeric::ask_for(&keys[..self.search.query.layout.head_dim]);
+    }
+
+    /// Sets `rough.shares` to what the aggregates of the blocks of a stride are at most.
+    fn bound(&self, part: &Part<'_>, rough: &mut Rough) {
+        let tile = part.tile;
+        let range = part.first..tile.blocks.len().min(part.first + STRIDE);
+        let Rough { shares, errors, .. } = rough;
         shares.clear();
         shares.resize(range.len(), f32::NEG_INFINITY);
         self.aggregate(|member| &self.numbers(tile, member)[range.clone()], shares);
-        if !self.search.refines() && !self.sums {
-            best.offer_all(tile.start + first, shares, |i| shares[i]);
-            return;
-        }
-        errors.clear();
-        errors.resize(range.len(), 0.0);
-        if self.search.refines() {
+        let slack = self.slack();
+        if let Some(compressed) = tile.chunk.compressed() {
+            errors.clear();
+            errors.resize(range.len(), 0.0);
             let blocks = tile.blocks.start + range.start..tile.blocks.start + range.end;
             for &member in &self.members {
-                let of_keys = tile.chunk.errors(self.search.piece(member.head), blocks.clone());
+                let of_keys = compressed.errors(self.search.piece(member.head), blocks.clone());
                 widen_errors(errors, of_keys, self.norm(tile, member));
             }
+            shares.iter_mut().zip(errors.iter()).for_each(|(share, error)| *share += error + slack);
+        } else {
+            shares.iter_mut().for_each(|share| *share += slack);
         }
-        let slack = self.slack();
-        shares.iter_mut().zip(errors.iter()).for_each(|(share, error)| *share += error + slack);
-        best.offer_all(tile.start + first, shares, |i| self.exact(tile, first + i, keys));
+    }
+
+    /// A block of a stride with its aggregate.
+    fn candidate(&self, part: &Part<'_>, block: usize, rough: &mut Rough) -> Candidate {
+        let is_exact = part.tile.chunk.compressed().is_none() && !self.sums;
+        let score = match is_exact {
+            true => rough.shares[block],
+            false => self.exact(part.tile, part.first + block, &mut rough.keys),
+        };
+        Candidate { score, position: (part.tile.start + part.first + block) as u32 }
     }
 
     /// The aggregate of one block.
     fn exact(&self, tile: &Tile<'_>, block: usize, keys: &mut Vec<f32>) -> f32 {
         let share = |&member: &Member, keys: &mut Vec<f32>| {
-            let score = match self.search.refines() {
-                true => self.refined(tile, block, member, keys),
-                false => self.numbers(tile, member)[block],
+            let score = match tile.chunk.compressed() {
+                Some(compressed) => self.refined(tile, compressed, block, member, keys),
+                None => self.numbers(tile, member)[block],
             };
             score - self.total(member)
         };
@@ -161,11 +218,18 @@ impl Choice<'_> {
     }
 
     /// The score of one block for one query row, with its keys as they are.
-    fn refined(&self, tile: &Tile<'_>, block: usize, member: Member, scores: &mut Vec<f32>) -> f32 {
+    fn refined(
+        &self,
+        tile: &Tile<'_>,
+        compressed: &Compressed,
+        block: usize,
+        member: Member,
+        scores: &mut Vec<f32>,
+    ) -> f32 {
         let search = self.search;
         let query = search.row(tile.set, member.head, member.row);
         let per_block = search.query.layout.keys_per_block;
-        let keys = tile.chunk.halves(search.piece(member.head), tile.blocks.start + block);
+        let keys = compressed.halves(search.piece(member.head), tile.blocks.start + block);
         scores.clear();
         scores.extend(keys.chunks_exact(query.len()).map(|key| numeric::dot_f16(query, key)));
         let mut score = [0.0];
@@ -199,10 +263,8 @@ impl Choice<'_> {
 
     /// How far the score of any block of a tile may be off.
     fn error(&self, tile: &Tile<'_>) -> f32 {
-        if !self.search.refines() {
-            return 0.0;
-        }
-        let largest = |member: Member| tile.chunk.largest_error(self.search.piece(member.head));
+        let Some(compressed) = tile.chunk.compressed() else { return 0.0 };
+        let largest = |member: Member| compressed.largest_error(self.search.piece(member.head));
         self.members.iter().map(|&member| largest(member) * self.norm(tile, member)).fold(0.0, larger)
     }
 
@@ -220,6 +282,11 @@ impl Choice<'_> {
             }
         }
     }
+}
+
+/// Where the largest of some numbers is.
+fn largest_of(numbers: &[f32]) -> usize {
+    (0..numbers.len()).fold(0, |top, i| if numbers[i] > numbers[top] { i } else { top })
 }
 
 /// `log(e^a + e^b)`.
@@ -255,6 +322,14 @@ simd! {
         for (best, score) in best.iter_mut().zip(scores) {
             *best = larger(*best, *score - total);
         }
+    }
+}
+
+simd! {
+    /// A bit for each of up to 64 numbers that is not below `least`.
+    fn reaching(numbers: &[f32], least: f32) -> u64 {
+        const { assert!(STRIDE == u64::BITS as usize) };
+        numbers.iter().enumerate().fold(0, |bits, (i, number)| bits | (((*number < least) as u64 ^ 1) << i))
     }
 }
 

@@ -18,7 +18,7 @@ use crate::types::DType;
 pub fn is_supported(query: &Query<'_>) -> bool {
     let coded = query.scope.iter().filter(|scoped| scoped.keys.is_coded()).count();
     let one_kind = coded == 0 || coded == query.scope.iter().filter(|scoped| scoped.keys.blocks() > 0).count();
-    query.layout.head_dim <= HEAD_DIM_MAX && !query.layout.compressed && one_kind
+    query.layout.head_dim <= HEAD_DIM_MAX && query.layout.compressed.is_none() && one_kind
 }
 
 /// Chooses the blocks of every row. f32 sums are taken in another order than the CPU's: scores differ by rounding.
@@ -81,11 +81,13 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
     }
     let (head_dim, pieces) = (chunk.layout().head_dim, chunk.layout().pieces());
     let keys = Arc::new(match chunk.all_panels() {
-        _ if chunk.is_coded() => Keys::upload(runner, cuda::Panels::F16(&decoded(chunk)), head_dim, pieces)?,
         Panels::F16(numbers) => Keys::upload(runner, cuda::Panels::F16(numbers), head_dim, pieces)?,
-        Panels::Int8 { numbers, scales } => {
+        Panels::Int8 { numbers, scales } if !chunk.is_coded() => {
             let numbers = &by_dimension(numbers, head_dim);
             Keys::upload(runner, cuda::Panels::Int8 { numbers, scales }, head_dim, pieces)?
+        }
+        Panels::Int8 { .. } | Panels::Int4 { .. } => {
+            Keys::upload(runner, cuda::Panels::F16(&decoded(chunk)), head_dim, pieces)?
         }
     });
     *copy = Some(keys.clone());

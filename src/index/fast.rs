@@ -187,7 +187,7 @@ impl<'a> Search<'a> {
 
     /// Whether scores come from compressed keys, and blocks that could be among the best are scored again.
     pub(super) fn refines(&self) -> bool {
-        self.query.layout.compressed
+        self.query.layout.compressed.is_some()
     }
 
     /// The piece of a chunk that belongs to a KV head.

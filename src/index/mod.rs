@@ -12,6 +12,7 @@ use crate::types::{BlockScore, Granularity};
 
 mod candidates;
 mod choose;
+mod compress;
 pub mod cuda;
 pub mod exact;
 #[cfg_attr(not(feature = "faiss"), path = "faiss_absent.rs")]
@@ -23,6 +24,7 @@ mod scratch;
 mod select;
 mod snapshot;
 
+pub use compress::Compression;
 pub use faiss::check as check_factory;
 pub use indexes::DocumentIndexes;
 pub use snapshot::{Chunk, DocumentKeys, KeyLayout, Keys};

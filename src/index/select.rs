@@ -38,7 +38,13 @@ impl Best {
 
     /// Whether a candidate could be among the best with such a score.
     pub(super) fn may_take(&self, score: f32) -> bool {
-        self.kept.len() < self.k || self.kept.peek().is_some_and(|worst| score >= worst.0.score)
+        self.least().is_none_or(|least| score >= least)
+    }
+
+    /// The score that a candidate needs to be among the best; `None` while any will do.
+    pub(super) fn least(&self) -> Option<f32> {
+        let worst = self.kept.peek().filter(|_| self.kept.len() == self.k);
+        worst.map(|worst| worst.0.score)
     }
 
     pub(super) fn offer(&mut self, candidate: Candidate) {

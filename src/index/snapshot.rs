@@ -1,9 +1,10 @@
 //! How do keys lie in memory? Chunks of blocks that never change, shared by every snapshot that includes them.
 //!
-//! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys, so that
-//! one vector register holds the same dimensions of many keys and scores need no sum across a register. An f16 panel is
-//! `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last panel is
-//! filled up with zeros, and so are the last four dimensions. Documents with codes have W numbers per key in place of D.
+//! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys, so
+//! that one vector register holds the same dimensions of many keys and scores need no sum across a register. An f16
+//! panel is `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last
+//! panel is filled up with zeros, and so are the last four dimensions. Documents with codes have W numbers per key in
+//! place of D.
 
 use std::any::Any;
 use std::ops::Range;
@@ -11,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::f16;
 
+use super::compress::{Compressed, Compression, NIBBLE_OFFSET};
 use crate::numeric::{self, ChannelCode, simd};
 use crate::types::DType;
 
@@ -20,8 +22,9 @@ pub(super) const PANEL: usize = 64;
 /// Dimensions of an int8 key that lie together.
 pub(super) const QUAD: usize = 4;
 
-/// Steps from zero to the largest number of a query that meets int8 keys, at least.
-const QUERY_STEPS: f32 = 127.0 * 508.0;
+/// Dimensions of an int4 key that lie together: two quads, of which one is in the low and one in the high halves of
+/// four bytes.
+pub(super) const OCTET: usize = 2 * QUAD;
 
 /// Chunks are merged up to this many keys. Larger ones would cost more to rewrite than they save: a scan is cut into
 /// tiles of about this size anyway.
@@ -40,8 +43,16 @@ pub struct KeyLayout {
     pub keys_per_block: usize,
     /// f16 or int8.
     pub dtype: DType,
-    /// f16 keys are scanned as int8, half the bytes; blocks that could be among the best are compared as f16.
-    pub compressed: bool,
+    /// f16 keys are scanned as these; blocks that could be among the best are compared as f16.
+    pub compressed: Option<Compression>,
+}
+
+/// What a scan reads of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scanned {
+    F16,
+    Int8,
+    Int4,
 }
 
 /// The keys of one block for one layer and KV head, row-major.
@@ -73,19 +84,11 @@ enum Numbers {
     /// `(L * Hkv, panels, D, PANEL)`
     F16(Vec<f16>),
     /// Numbers `(L * Hkv, panels, W / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
-    Int8 { numbers: Vec<i8>, scales: Vec<f32> },
-    /// `halves` is `(L * Hkv, keys, D)`. `numbers` and `scales` are as above, of keys divided by `channels (L * Hkv, D)`: a few
-    /// channels of keys are large, and would make the steps of all others coarse. `errors` `(L * Hkv, blocks)` is how far
-    /// the score of any of a block's keys may be off for a query that, times the channels, has length 1, and
-    /// `largest_errors (L * Hkv)` the largest of them. All but `halves` come with [`Chunk::compress`].
-    Compressed {
+    Int8 {
         numbers: Vec<i8>,
         scales: Vec<f32>,
-        channels: Vec<f32>,
-        halves: Vec<f16>,
-        errors: Vec<f32>,
-        largest_errors: Vec<f32>,
     },
+    Compressed(Compressed),
 }
 
 /// Some panels of one layer and KV head.
@@ -95,6 +98,8 @@ pub(super) enum Panels<'a> {
     F16(&'a [f16]),
     /// Numbers `(panels, W / 4, PANEL, 4)`, scales `(panels, PANEL)`.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
+    /// Numbers `(panels, D / 8, PANEL, 4)`, two in a byte, scales `(panels, PANEL)`.
+    Int4 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
 /// All keys of one document's first blocks. Immutable: a longer document is a new value that shares the old chunks.
@@ -113,13 +118,18 @@ impl KeyLayout {
     }
 
     /// What a scan reads.
-    pub fn scanned(&self) -> DType {
-        if self.compressed { DType::Int8 } else { self.dtype }
+    pub(super) fn scanned(&self) -> Scanned {
+        match self.compressed {
+            Some(Compression::Int8) => Scanned::Int8,
+            Some(Compression::Int4) => Scanned::Int4,
+            None if self.dtype == DType::Int8 => Scanned::Int8,
+            None => Scanned::F16,
+        }
     }
 
-    /// Dimensions that lie together in a panel.
+    /// Dimensions of keys as they are stored that lie together in a panel.
     fn quad(&self) -> usize {
-        if self.scanned() == DType::Int8 { QUAD } else { 1 }
+        if self.dtype == DType::Int8 { QUAD } else { 1 }
     }
 
     /// Blocks that a chunk should hold when many are loaded at once.
@@ -139,17 +149,13 @@ impl Chunk {
         assert!(codes.is_empty() || (codes.len() == layout.pieces() && layout.dtype == DType::Int8));
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
         let count = keys * width(&layout, &codes).next_multiple_of(layout.quad());
-        let numbers = match layout.scanned() {
-            DType::Int8 if layout.compressed => Numbers::Compressed {
-                numbers: vec![0; count],
-                scales: vec![0.0; keys],
-                channels: vec![1.0; layout.pieces() * layout.head_dim],
-                halves: vec![f16::ZERO; layout.pieces() * blocks * layout.keys_per_block * layout.head_dim],
-                errors: vec![0.0; layout.pieces() * blocks],
-                largest_errors: vec![0.0; layout.pieces()],
-            },
-            DType::Int8 => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
-            _ => Numbers::F16(vec![f16::ZERO; count]),
+        let numbers = match (layout.compressed, layout.dtype) {
+            (Some(compression), _) => {
+                let KeyLayout { head_dim, keys_per_block, .. } = layout;
+                Numbers::Compressed(Compressed::zeroed(compression, head_dim, keys_per_block, layout.pieces(), blocks))
+            }
+            (None, DType::Int8) => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
+            (None, _) => Numbers::F16(vec![f16::ZERO; count]),
         };
         Chunk { layout, blocks, codes, numbers, copy: Mutex::default() }
     }
@@ -188,39 +194,29 @@ impl Chunk {
                 at.scatter(numbers, into);
                 scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
-            (Numbers::Compressed { halves, .. }, Keys::F16(numbers)) => {
-                assert_eq!(numbers.len(), count * dim);
-                halves[(piece * self.blocks + block) * count * dim..][..count * dim].copy_from_slice(numbers);
-            }
+            (Numbers::Compressed(compressed), Keys::F16(numbers)) => compressed.put(block, piece, numbers),
             _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
         }
     }
 
     /// Makes the compressed form, once every key is there.
     fn compress(&mut self) {
-        let KeyLayout { head_dim: dim, keys_per_block: count, .. } = self.layout;
-        let first_lane = self.lane(0, 0);
-        let Numbers::Compressed { numbers, scales, channels, halves, errors, largest_errors } = &mut self.numbers
-        else {
-            return;
-        };
-        let pieces = halves.chunks_exact(self.blocks * count * dim).zip(channels.chunks_exact_mut(dim)).enumerate();
-        let mut compressed = vec![0; dim];
-        for (piece, (halves, channels)) in pieces {
-            largest_by_channel(halves, channels);
-            for (key, halves) in halves.chunks_exact(dim).enumerate() {
-                let lane = Lane { piece, key, ..first_lane };
-                let (scale, error) = compress(halves, channels, &mut compressed);
-                scales[piece * lane.piece_keys + key] = scale;
-                let of_block = &mut errors[piece * self.blocks + key / count];
-                *of_block = numeric::larger(*of_block, error);
-                largest_errors[piece] = numeric::larger(largest_errors[piece], error);
-                lane.scatter(&compressed, numbers);
-            }
+        if let Numbers::Compressed(compressed) = &mut self.numbers {
+            compressed.finish();
         }
     }
 
-    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`; `None` where these are the keys themselves.
+    /// The keys before they were compressed, and how far scores from the compressed ones may be off; `None` if they are
+    /// as stored.
+    pub(super) fn compressed(&self) -> Option<&Compressed> {
+        match &self.numbers {
+            Numbers::Compressed(compressed) => Some(compressed),
+            Numbers::F16(_) | Numbers::Int8 { .. } => None,
+        }
+    }
+
+    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`; `None` where these are the keys
+    /// themselves.
     pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Option<Vec<f32>> {
         let dim = self.layout.head_dim;
         if let Some(code) = self.codes.get(piece) {
@@ -230,10 +226,10 @@ impl Chunk {
             rows.for_each(|(query, meeting)| code.meet(query, meeting));
             return Some(meeting);
         }
-        let Numbers::Compressed { channels, .. } = &self.numbers else { return None };
+        let channels = self.compressed()?.channels(piece);
         let mut queries = queries.to_vec();
         for row in queries.chunks_exact_mut(dim) {
-            row.iter_mut().zip(&channels[piece * dim..]).for_each(|(number, channel)| *number *= channel);
+            row.iter_mut().zip(channels).for_each(|(number, channel)| *number *= channel);
         }
         Some(queries)
     }
@@ -254,31 +250,12 @@ impl Chunk {
                     None => at.gather(numbers).map(|number| number as f32 * scale).collect(),
                 }
             }
-            Numbers::Compressed { .. } => {
+            Numbers::Compressed(compressed) => {
                 let (block, key) = (key / self.layout.keys_per_block, key % self.layout.keys_per_block);
-                let halves = &self.halves(piece, block)[key * self.layout.head_dim..][..self.layout.head_dim];
+                let halves = &compressed.halves(piece, block)[key * self.layout.head_dim..][..self.layout.head_dim];
                 halves.iter().map(|half| half.to_f32()).collect()
             }
         }
-    }
-
-    /// The keys of one block `(m, D)` before they were compressed.
-    pub(super) fn halves(&self, piece: usize, block: usize) -> &[f16] {
-        let Numbers::Compressed { halves, .. } = &self.numbers else { return &[] };
-        let count = self.layout.keys_per_block * self.layout.head_dim;
-        &halves[(piece * self.blocks + block) * count..][..count]
-    }
-
-    /// How far scores from some blocks' compressed keys may be off for a query that, times the channels, has length 1.
-    pub(super) fn errors(&self, piece: usize, blocks: Range<usize>) -> &[f32] {
-        let Numbers::Compressed { errors, .. } = &self.numbers else { return &[] };
-        &errors[piece * self.blocks..][blocks]
-    }
-
-    /// The largest of them.
-    pub(super) fn largest_error(&self, piece: usize) -> f32 {
-        let Numbers::Compressed { largest_errors, .. } = &self.numbers else { return 0.0 };
-        largest_errors[piece]
     }
 
     /// The place of the copy, which goes when the chunk goes. Locked while the copy is made, so that it is made once.
@@ -298,8 +275,13 @@ impl Chunk {
         let numbers_at = keys.start * dim..keys.end * dim;
         match &self.numbers {
             Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
-            Numbers::Int8 { numbers, scales } | Numbers::Compressed { numbers, scales, .. } => {
-                Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] }
+            Numbers::Int8 { numbers, scales } => Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] },
+            Numbers::Compressed(compressed) => {
+                let (numbers, scales) = compressed.panels(piece, panels);
+                match self.layout.scanned() {
+                    Scanned::Int4 => Panels::Int4 { numbers, scales },
+                    Scanned::Int8 | Scanned::F16 => Panels::Int8 { numbers, scales },
+                }
             }
         }
     }
@@ -317,14 +299,7 @@ impl Chunk {
         let bytes = match &self.numbers {
             Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
             Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
-            Numbers::Compressed { numbers, scales, channels, halves, errors, largest_errors } => {
-                size_of_val(numbers.as_slice())
-                    + size_of_val(scales.as_slice())
-                    + size_of_val(channels.as_slice())
-                    + size_of_val(halves.as_slice())
-                    + size_of_val(errors.as_slice())
-                    + size_of_val(largest_errors.as_slice())
-            }
+            Numbers::Compressed(compressed) => compressed.bytes(),
         };
         bytes as u64
     }
@@ -345,9 +320,9 @@ impl Chunk {
     fn copy_piece(&mut self, from: &Chunk, piece: usize, first_key: usize) {
         let layout = self.layout;
         let first_block = first_key / layout.keys_per_block;
-        if let Numbers::Compressed { .. } = from.numbers {
+        if let Some(compressed) = from.compressed() {
             for block in 0..from.blocks {
-                self.put(first_block + block, piece, Keys::F16(from.halves(piece, block)));
+                self.put(first_block + block, piece, Keys::F16(compressed.halves(piece, block)));
             }
             return;
         }
@@ -367,31 +342,6 @@ impl Chunk {
 
 fn width(layout: &KeyLayout, codes: &[ChannelCode]) -> usize {
     if codes.is_empty() { layout.head_dim } else { ChannelCode::width(layout.head_dim) }
-}
-
-/// The largest number of every channel of keys `(keys, D)`; 1 where there is none.
-fn largest_by_channel(halves: &[f16], channels: &mut [f32]) {
-    channels.fill(0.0);
-    for key in halves.chunks_exact(channels.len()) {
-        channels.iter_mut().zip(key).for_each(|(top, half)| *top = numeric::larger(*top, half.to_f32().abs()));
-    }
-    channels.iter_mut().filter(|top| **top == 0.0).for_each(|top| *top = 1.0);
-}
-
-/// Makes one key, divided by the channels, int8. Returns the scale, and how far the score of a query of length 1 may be off.
-fn compress(key: &[f16], channels: &[f32], into: &mut [i8]) -> (f32, f32) {
-    let divided = || key.iter().zip(channels).map(|(half, channel)| half.to_f32() / channel);
-    let scale = numeric::int8_scale(divided());
-    let (mut missed, mut kept) = (0f32, 0f32);
-    for (into, number) in into.iter_mut().zip(divided()) {
-        *into = numeric::to_int8(number, scale);
-        let compressed = *into as f32 * scale;
-        missed += (number - compressed) * (number - compressed);
-        kept += compressed * compressed;
-    }
-    // The inequality of Cauchy and Schwarz; what the query loses as integers, and what f32 sums lose, is added.
-    let of_query = (key.len() as f32).sqrt() / QUERY_STEPS;
-    (scale, (missed.sqrt() + kept.sqrt() * of_query) * 1.01)
 }
 
 /// Where one key lies in a chunk's numbers.
@@ -509,6 +459,12 @@ impl Panels<'_> {
                     widen_quads(numbers, into);
                 }
             }
+            Panels::Int4 { numbers, .. } => {
+                let panels = numbers.chunks_exact(dim.next_multiple_of(OCTET) / 2 * PANEL);
+                for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
+                    widen_octets(numbers, into);
+                }
+            }
         }
     }
 }
@@ -527,12 +483,27 @@ simd! {
     }
 }
 
+simd! {
+    /// One panel `(D / 8, PANEL, 4)` of pairs to `(D, PANEL)`.
+    fn widen_octets(numbers: &[i8], into: &mut [f32]) {
+        for (pairs, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * OCTET)) {
+            for (d, row) in rows.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+                let shift = d % QUAD * 8 + d / QUAD * 4;
+                for (number, pair) in row.iter_mut().zip(pairs.as_chunks::<QUAD>().0) {
+                    let pair = u32::from_le_bytes(pair.map(i8::cast_unsigned));
+                    *number = ((pair >> shift & 0xf) as i32 - NIBBLE_OFFSET) as f32;
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn layout(keys_per_block: usize) -> KeyLayout {
-        KeyLayout { layers: 1, kv_heads: 2, head_dim: 3, keys_per_block, dtype: DType::F16, compressed: false }
+        KeyLayout { layers: 1, kv_heads: 2, head_dim: 3, keys_per_block, dtype: DType::F16, compressed: None }
     }
 
     /// A chunk in which every number names its block, piece, key and dimension.
@@ -556,7 +527,7 @@ mod tests {
 
     #[test]
     fn growing_block_by_block_keeps_every_key_in_few_chunks_and_leaves_old_snapshots_alone() {
-        for (keys_per_block, compressed) in [(1, false), (5, false), (64, false), (5, true)] {
+        for (keys_per_block, compressed) in [(1, None), (5, None), (64, None), (5, Some(Compression::Int4))] {
             let layout = KeyLayout { compressed, ..layout(keys_per_block) };
             let blocks = 3 * layout.chunk_blocks() + 7;
             let mut keys = DocumentKeys::empty(layout);

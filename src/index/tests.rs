@@ -15,7 +15,8 @@ use crate::types::DType;
 const TOLERANCE_F16: f64 = 1e-4;
 const TOLERANCE_INT8: f64 = 1e-3;
 /// The softmax that a score is a share of is taken over compressed keys, the score itself over f16 ones.
-const TOLERANCE_COMPRESSED: f64 = 0.03;
+const TOLERANCE_SQ8: f64 = 0.03;
+const TOLERANCE_SQ4: f64 = 0.5;
 
 const GRANULARITIES: [Granularity; 5] =
     [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
@@ -110,12 +111,13 @@ impl Case {
 
 fn compare(query: &Query<'_>) {
     let tolerance = match query.layout {
-        KeyLayout { compressed: true, .. } => TOLERANCE_COMPRESSED,
+        KeyLayout { compressed: Some(Compression::Int8), .. } => TOLERANCE_SQ8,
+        KeyLayout { compressed: Some(Compression::Int4), .. } => TOLERANCE_SQ4,
         KeyLayout { dtype: DType::Int8, .. } => TOLERANCE_INT8,
         _ => TOLERANCE_F16,
     };
     // Blocks of one head differ by their scores, whatever these are shares of.
-    let alone = query.granularity == Granularity::TokenHead && query.layout.compressed;
+    let alone = query.granularity == Granularity::TokenHead && query.layout.compressed.is_some();
     let tie = if alone { TOLERANCE_F16 } else { tolerance };
     let (want, got) = (exact::search(query), fast::search(query));
     assert_eq!((got.rows, got.k), (want.rows, want.k));
@@ -140,14 +142,20 @@ fn compare(query: &Query<'_>) {
 }
 
 fn layout(keys_per_block: usize, head_dim: usize, dtype: DType) -> KeyLayout {
-    KeyLayout { layers: 2, kv_heads: 2, head_dim, keys_per_block, dtype, compressed: false }
+    KeyLayout { layers: 2, kv_heads: 2, head_dim, keys_per_block, dtype, compressed: None }
 }
 
 /// f16, the same compressed, int8, and int8 by codes.
-fn layouts(keys_per_block: usize, head_dim: usize) -> [(KeyLayout, bool); 4] {
+fn layouts(keys_per_block: usize, head_dim: usize) -> [(KeyLayout, bool); 5] {
     let of = |dtype| layout(keys_per_block, head_dim, dtype);
-    let compressed = KeyLayout { compressed: true, ..of(DType::F16) };
-    [(of(DType::F16), false), (compressed, false), (of(DType::Int8), false), (of(DType::Int8), true)]
+    let compressed = |to| KeyLayout { compressed: Some(to), ..of(DType::F16) };
+    [
+        (of(DType::F16), false),
+        (compressed(Compression::Int8), false),
+        (compressed(Compression::Int4), false),
+        (of(DType::Int8), false),
+        (of(DType::Int8), true),
+    ]
 }
 
 #[test]
@@ -185,12 +193,14 @@ fn fast_equals_exact_for_many_tokens_odd_dims_and_several_documents() {
 #[test]
 fn fast_equals_exact_across_chunks_and_tiles() {
     for (dtype, compressed, coded, keys_per_block, blocks) in [
-        (DType::F16, false, false, 1, 5000),
-        (DType::F16, true, false, 1, 5000),
-        (DType::F16, true, false, 64, 150),
-        (DType::Int8, false, false, 64, 150),
-        (DType::Int8, false, true, 64, 150),
-        (DType::Int8, false, false, 1, 2049),
+        (DType::F16, None, false, 1, 5000),
+        (DType::F16, Some(Compression::Int8), false, 1, 5000),
+        (DType::F16, Some(Compression::Int8), false, 64, 150),
+        (DType::F16, Some(Compression::Int4), false, 1, 5000),
+        (DType::F16, Some(Compression::Int4), false, 64, 150),
+        (DType::Int8, None, false, 64, 150),
+        (DType::Int8, None, true, 64, 150),
+        (DType::Int8, None, false, 1, 2049),
     ] {
         let layout = KeyLayout { layers: 1, compressed, ..layout(keys_per_block, 32, dtype) };
         Case { layout, coded, query_heads: 4, tokens: 2, documents: vec![blocks], recent: 5, top_k: 8 }.check(11);
@@ -200,7 +210,7 @@ fn fast_equals_exact_across_chunks_and_tiles() {
 #[test]
 fn equal_keys_tie_to_the_first_blocks() {
     let layout =
-        KeyLayout { layers: 1, kv_heads: 1, head_dim: 4, keys_per_block: 1, dtype: DType::F16, compressed: false };
+        KeyLayout { layers: 1, kv_heads: 1, head_dim: 4, keys_per_block: 1, dtype: DType::F16, compressed: None };
     let mut equal = Chunk::zeroed(layout, 100);
     (0..100).for_each(|block| equal.put(block, 0, Keys::F16(&[f16::ONE; 4])));
     let scope =

@@ -50,7 +50,7 @@ impl LocalMemory {
                 let state = self.documents.state(range.document, collection.layout);
                 let load = |blocks| state.load(&self.store, &collection, range.document, blocks);
                 let (keys, indexes) = match &collection.engine {
-                    Engine::Flat | Engine::Sq8 | Engine::Cuda => (load(range.blocks.end)?, None),
+                    Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => (load(range.blocks.end)?, None),
                     // Indexes cover the document, whatever part of it is asked.
                     Engine::Faiss(setting) => {
                         let keys = load(durable)?;

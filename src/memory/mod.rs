@@ -13,7 +13,7 @@ use crate::api::{
     Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
 };
 use crate::cuda::Runner;
-use crate::index::{self, KeyLayout};
+use crate::index::{self, Compression, KeyLayout};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
 use crate::store::{CollectionEntry, Manifest, Store, StoreError};
@@ -134,7 +134,11 @@ impl LocalMemory {
             head_dim: spec.shape.head_dim as usize,
             keys_per_block: spec.shape.keys_per_block(spec.key_rule),
             dtype: spec.key_dtype,
-            compressed: engine == Engine::Sq8 && spec.key_dtype == DType::F16,
+            compressed: match engine {
+                Engine::Sq8 if spec.key_dtype == DType::F16 => Some(Compression::Int8),
+                Engine::Sq4 if spec.key_dtype == DType::F16 => Some(Compression::Int4),
+                _ => None,
+            },
         };
         if let Engine::Faiss(FaissIndex { factory, .. }) = &engine
             && let Err(problem) = index::check_factory(factory, layout.head_dim)

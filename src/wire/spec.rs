@@ -99,6 +99,7 @@ fn engine_number(engine: &Engine) -> i32 {
     let wire = match engine {
         Engine::Flat => v1::Engine::Flat,
         Engine::Sq8 => v1::Engine::Sq8,
+        Engine::Sq4 => v1::Engine::Sq4,
         Engine::Cuda => v1::Engine::Cuda,
         Engine::Faiss(_) => v1::Engine::Faiss,
     };
@@ -108,7 +109,7 @@ fn engine_number(engine: &Engine) -> i32 {
 fn faiss_index(engine: Engine) -> Option<v1::FaissIndex> {
     match engine {
         Engine::Faiss(FaissIndex { factory, effort }) => Some(v1::FaissIndex { factory, effort }),
-        Engine::Flat | Engine::Sq8 | Engine::Cuda => None,
+        Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => None,
     }
 }
 
@@ -116,6 +117,7 @@ fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
     match v1::Engine::try_from(number) {
         Ok(v1::Engine::Flat) => Ok(Engine::Flat),
         Ok(v1::Engine::Sq8) => Ok(Engine::Sq8),
+        Ok(v1::Engine::Sq4) => Ok(Engine::Sq4),
         Ok(v1::Engine::Cuda) => Ok(Engine::Cuda),
         Ok(v1::Engine::Faiss) => {
             let v1::FaissIndex { factory, effort } = required("faiss", faiss)?;

@@ -48,7 +48,7 @@ fn gaussian(rng: &mut ChaCha8Rng) -> f32 {
 impl Case {
     fn layout(&self) -> KeyLayout {
         let Case { dtype, head_dim, keys_per_block, kv_heads, .. } = *self;
-        KeyLayout { layers: 2, kv_heads, head_dim, keys_per_block, dtype, compressed: false }
+        KeyLayout { layers: 2, kv_heads, head_dim, keys_per_block, dtype, compressed: None }
     }
 
     fn store<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R, rng: &mut ChaCha8Rng) -> Stored<R::Memory> {

@@ -19,7 +19,7 @@ use crate::cli::output::{Report, count, plain_table, size, write_table};
 use crate::cli::settings::{faiss_index, word};
 use crate::cuda::{CudaError, Device, Session};
 use crate::memory::LocalMemory;
-use crate::numeric::{self, simd};
+use crate::numeric::{self, ChannelCode, simd};
 use crate::types::{BlockScore, DType, Engine, Granularity, Normalisation};
 
 /// Bytes that the read bandwidth is measured on: far more than any cache.
@@ -72,7 +72,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = word::<DType>)]
     keys: Vec<DType>,
 
-    /// What answers: flat, sq8 and cuda. sq8 is flat where keys are int8; cuda is skipped where there is no GPU.
+    /// What answers: flat, sq8, sq4, cuda. Where keys are int8, sq8 and sq4 are flat; cuda is skipped where there is no GPU.
     #[arg(long, value_delimiter = ',', default_value = "flat,sq8", value_parser = word::<Engine>)]
     engines: Vec<Engine>,
 
@@ -271,7 +271,7 @@ impl Bench<'_> {
         let (args, with_gpu) = (self.args, self.gpu.is_some());
         let measured = |engine: &&Engine| match engine {
             Engine::Flat | Engine::Faiss(_) => true,
-            Engine::Sq8 => dtype != DType::Int8,
+            Engine::Sq8 | Engine::Sq4 => dtype != DType::Int8,
             Engine::Cuda => with_gpu,
         };
         for engine in args.engines.iter().chain(&args.faiss).filter(measured) {
@@ -311,9 +311,14 @@ impl Bench<'_> {
         recall: f64,
     ) -> Result<(), CliError> {
         let shape = &self.case.shape;
-        let scanned = if *engine == Engine::Sq8 { DType::Int8 } else { dtype };
-        let key_bytes =
-            shape.head_dim as u64 * scanned.size_bytes() as u64 + if scanned == DType::Int8 { 4 } else { 0 };
+        let (dim, scale) = (shape.head_dim as u64, size_of::<f32>() as u64);
+        let key_bytes = match (engine, dtype) {
+            (Engine::Sq8, _) => dim + scale,
+            (Engine::Sq4, _) => dim / 2 + scale,
+            (_, DType::Int8) if self.case.keys_per_block() > 1 => ChannelCode::width(dim as usize) as u64 + scale,
+            (_, DType::Int8) => dim + scale,
+            _ => 2 * dim,
+        };
         let keys = (self.case.blocks * self.case.keys_per_block()) as u64 * shape.kv_heads as u64;
         let scanned_bytes = (!matches!(engine, Engine::Faiss(_))).then_some(keys * key_bytes);
         let lookup = |index| Ok(memory.lookup(&self.case.request(document, index, self.asking)).map(drop)?);

@@ -6,6 +6,8 @@ use std::array::from_fn;
 use half::f16;
 
 use super::integers::{Integers, KEY_OFFSET, LOW_STEPS};
+use super::nibbles::Bytes;
+use crate::index::compress::NIBBLE_OFFSET;
 use crate::index::snapshot::{PANEL, QUAD};
 use crate::numeric::prefetch;
 
@@ -103,6 +105,58 @@ fn integers_rows<const R: usize>(queries: &Integers, numbers: &[i8], scales: &[f
                 });
                 store(&products, &mut scores[row * keys + panel * PANEL + strip * LANES..]);
             }
+        }
+    }
+}
+
+/// Scores `(rows, panels * PANEL)` of up to four rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn score_nibbles(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    match queries.rows.len() {
+        4 => nibbles_rows::<4>(queries, numbers, scales, scores),
+        3 => nibbles_rows::<3>(queries, numbers, scales, scores),
+        2 => nibbles_rows::<2>(queries, numbers, scales, scores),
+        _ => nibbles_rows::<1>(queries, numbers, scales, scores),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn nibbles_rows<const R: usize>(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    let octets = queries.octets.as_chunks::<R>().0;
+    let keys = scales.len();
+    let mask = _mm512_set1_epi8(0x0f);
+    for (panel, (numbers, scales)) in
+        numbers.chunks_exact(octets.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
+    {
+        let mut sums = [[_mm512_setzero_si512(); PARTS]; R];
+        for (sums, row) in sums.iter_mut().zip(&queries.rows) {
+            // What the offset of the keys will have added.
+            *sums = [_mm512_set1_epi32(-NIBBLE_OFFSET * row.sums[0]); PARTS];
+        }
+        for (numbers, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(octets) {
+            prefetch::<{ PANEL * QUAD }>(numbers.as_ptr());
+            let pairs: [__m512i; PARTS] = from_fn(|part| {
+                // SAFETY: 64 of the octet's 256 bytes; the load needs no alignment.
+                unsafe { _mm512_loadu_si512(numbers.as_ptr().add(part * LANES * QUAD).cast()) }
+            });
+            let low = pairs.map(|pair| _mm512_and_si512(pair, mask));
+            let high = pairs.map(|pair| _mm512_and_si512(_mm512_srli_epi16::<4>(pair), mask));
+            for (half, keys) in [low, high].iter().enumerate() {
+                for (sums, row) in sums.iter_mut().zip(rows) {
+                    let query = _mm512_set1_epi32(i32::from_le_bytes(row[half].map(i8::cast_unsigned)));
+                    for (sum, &keys) in sums.iter_mut().zip(keys) {
+                        *sum = _mm512_dpbusd_epi32(*sum, keys, query);
+                    }
+                }
+            }
+        }
+        for (row, (sums, query)) in sums.iter().zip(&queries.rows).enumerate() {
+            let products: [__m512; PARTS] = from_fn(|part| {
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[part]), _mm512_set1_ps(query.scale));
+                // SAFETY: 16 of the panel's 64 scales; the load needs no alignment.
+                _mm512_mul_ps(sum, unsafe { _mm512_loadu_ps(scales[part * LANES..].as_ptr()) })
+            });
+            store(&products, &mut scores[row * keys + panel * PANEL..]);
         }
     }
 }

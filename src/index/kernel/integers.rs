@@ -4,13 +4,16 @@
 //! below what the keys lost when they became int8.
 
 use crate::index::snapshot::QUAD;
-use crate::numeric::{self, simd};
+use crate::numeric::{self, larger, simd};
 
 /// What the instruction adds to keys, which it takes unsigned.
 pub(super) const KEY_OFFSET: i32 = 128;
 
 /// Steps of `low` in one of `high`: half of them fit a byte in either direction.
 pub(super) const LOW_STEPS: f32 = 254.0;
+
+/// Numbers that are compared side by side: one AVX-512 register.
+const LANES: usize = 16;
 
 /// Some query rows.
 #[derive(Clone, Debug, Default)]
@@ -54,13 +57,19 @@ simd! {
 
 simd! {
     /// The largest size of a number.
-    fn largest(numbers: &[f32]) -> f32 {
-        numbers.iter().fold(0.0, |top, number| numeric::larger(top, number.abs()))
+    pub(super) fn largest(numbers: &[f32]) -> f32 {
+        let mut tops = [0f32; LANES];
+        for part in numbers.chunks(LANES) {
+            for (top, number) in tops.iter_mut().zip(part) {
+                *top = larger(*top, number.abs());
+            }
+        }
+        numeric::fold(tops, larger)
     }
 }
 
 simd! {
-    fn sum(bytes: &[i8]) -> i32 {
+    pub(super) fn sum(bytes: &[i8]) -> i32 {
         bytes.iter().map(|&byte| byte as i32).sum()
     }
 }

@@ -8,15 +8,16 @@
 
 use half::f16;
 
-use super::snapshot::{PANEL, Panels};
+use super::snapshot::{PANEL, Panels, Scanned};
 use crate::numeric::{HALVES, Level, fma, level, simd, widen};
-use crate::types::DType;
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod integers;
+mod nibbles;
 
 use integers::Integers;
+use nibbles::Bytes;
 
 /// Rows that pass over the keys together.
 pub(super) const ROWS: usize = 4;
@@ -30,18 +31,21 @@ const NARROW: usize = 16;
 pub(super) enum Form {
     /// f16 keys as they are stored.
     Halves,
-    /// int8 keys as they are stored, and queries as integers.
+    /// int8 keys as they are stored, and queries as integers of two bytes.
     Integers,
+    /// int4 keys as they are stored, and queries as bytes.
+    Bytes,
     /// Keys widened by [`Panels::widen`].
     Wide,
 }
 
 impl Form {
     /// The quickest for this machine, keys and number of rows.
-    pub(super) fn of(keys: DType, rows: usize) -> Form {
+    pub(super) fn of(keys: Scanned, rows: usize) -> Form {
         match keys {
-            DType::F16 if rows <= ROWS => Form::Halves,
-            DType::Int8 if rows <= ROWS && integers::available() => Form::Integers,
+            Scanned::F16 if rows <= ROWS => Form::Halves,
+            Scanned::Int8 if rows <= ROWS && integers::available() => Form::Integers,
+            Scanned::Int4 if rows <= ROWS && integers::available() => Form::Bytes,
             _ => Form::Wide,
         }
     }
@@ -56,13 +60,16 @@ pub(super) enum Rows {
         dim: usize,
     },
     Integers(Integers),
+    Bytes(Bytes),
 }
 
 impl Rows {
     /// `queries` is `(rows, D)`.
     pub(super) fn new(form: Form, queries: &[f32], dim: usize) -> Rows {
-        if form == Form::Integers {
-            return Rows::Integers(Integers::new(queries, dim));
+        match form {
+            Form::Integers => return Rows::Integers(Integers::new(queries, dim)),
+            Form::Bytes => return Rows::Bytes(Bytes::new(queries, dim)),
+            Form::Halves | Form::Wide => {}
         }
         let mut numbers = Vec::with_capacity(queries.len());
         for rows in queries.chunks(ROWS * dim) {
@@ -81,14 +88,17 @@ impl Rows {
             }
             (Rows::Floats { numbers, dim }, panels) => {
                 score_wide(wide, *dim, numbers, scores);
-                if let Panels::Int8 { scales, .. } = panels {
+                if let Panels::Int8 { scales, .. } | Panels::Int4 { scales, .. } = panels {
                     for row in scores.chunks_exact_mut(scales.len()) {
                         row.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
                     }
                 }
             }
             (Rows::Integers(rows), Panels::Int8 { numbers, scales }) => rows.score(numbers, scales, scores),
-            (Rows::Integers(_), Panels::F16(_)) => unreachable!("queries are integers only where keys are"),
+            (Rows::Bytes(rows), Panels::Int4 { numbers, scales }) => rows.score(numbers, scales, scores),
+            (Rows::Integers(_) | Rows::Bytes(_), _) => {
+                unreachable!("the form of queries follows from that of the keys")
+            }
         }
     }
 }
@@ -199,7 +209,8 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::index::snapshot::QUAD;
+    use crate::index::compress::NIBBLE_OFFSET;
+    use crate::index::snapshot::{OCTET, QUAD};
 
     /// Every kernel that this machine can run, also those that it does not choose.
     #[test]
@@ -252,6 +263,38 @@ mod tests {
                 Rows::new(Form::Integers, &queries, dim).score(panels, &[], &mut scores);
                 // A query's number is off by at most 1 / 64,516 of the row's largest.
                 check("integers", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 2.54 / 64_516.0);
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_score_as_plain_sums_do() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for dim in [1usize, 8, 12, 64, 256] {
+            let padded = dim.next_multiple_of(OCTET) / 2;
+            let mut packed = vec![0i8; 2 * PANEL * padded];
+            let scales: Vec<f32> = (0..2 * PANEL).map(|_| rng.random_range(0.02..0.2)).collect();
+            let mut wide = vec![0f32; 2 * PANEL * dim];
+            for (key, d) in (0..2 * PANEL).flat_map(|key| (0..dim).map(move |d| (key, d))) {
+                let number = rng.random_range(-7..=7);
+                let panel = key / PANEL * PANEL;
+                let byte = &mut packed[panel * padded + (d / OCTET * PANEL + key % PANEL) * QUAD + d % QUAD];
+                *byte |= ((number + NIBBLE_OFFSET) << (d % OCTET / QUAD * 4)) as i8;
+                wide[panel * dim + d * PANEL + key % PANEL] = number as f32 * scales[key];
+            }
+            let panels = Panels::Int4 { numbers: &packed, scales: &scales };
+            for rows in 1..=ROWS {
+                let queries: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-8.0..8.0)).collect();
+                let (mut scores, mut widened) = (vec![f32::NAN; rows * 2 * PANEL], vec![f32::NAN; wide.len()]);
+                panels.widen(dim, &mut widened);
+                Rows::new(Form::Wide, &queries, dim).score(panels, &widened, &mut scores);
+                check("int4 widened", &wide, dim, &queries, &scores, 1e-2);
+                if integers::available() {
+                    scores.fill(f32::NAN);
+                    Rows::new(Form::Bytes, &queries, dim).score(panels, &[], &mut scores);
+                    // A query's number is off by at most half of 1 / 127 of the row's largest.
+                    check("int4", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 1.4 / 254.0);
+                }
             }
         }
     }

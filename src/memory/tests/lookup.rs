@@ -151,7 +151,7 @@ fn what_was_loaded_from_disk_equals_what_appends_left_in_memory() {
 
 #[test]
 fn an_engine_is_kept_and_chooses_the_same_blocks() {
-    for (engine, tolerance) in [(Engine::Sq8, 0.02)] {
+    for (engine, tolerance) in [(Engine::Sq8, 0.02), (Engine::Sq4, 0.5)] {
         let mut world = World::new(spec("c"));
         let document = world.document("a", 90);
         let request = world.request(&[0, 1, 9], vec![range(document, 0..90)]);
