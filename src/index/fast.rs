@@ -12,7 +12,7 @@ use super::choose::{Rough, add_logs};
 use super::kernel::{self, Form, Rows};
 use super::scratch::{self, Scratch};
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
-use super::{Found, Query};
+use super::{DocumentKeys, Found, Query};
 use crate::numeric::{self, exp, larger, simd};
 use crate::types::{BlockScore, Granularity};
 
@@ -39,6 +39,8 @@ pub(super) struct Tile<'a> {
     pub(super) number: usize,
     /// Which queries: 0 for older blocks, `1 + j` for the j-th recent one.
     pub(super) set: usize,
+    /// Which entry of the scope.
+    entry: usize,
 }
 
 /// The queries of one set, times the softmax scale.
@@ -63,6 +65,9 @@ pub(super) struct Search<'a> {
     pub(super) head_rows: usize,
     form: Form,
     sets: Vec<Set>,
+    /// By entry of the scope, `(Hkv, strips)`: the queries for older blocks as they meet its keys; none if these have
+    /// no codes.
+    coded: Vec<Vec<Rows>>,
     pub(super) parallel: bool,
 }
 
@@ -138,7 +143,7 @@ pub(super) fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
     let tile_blocks = query.layout.chunk_blocks();
     let mut tiles = Vec::new();
     let (mut start, mut first_stride) = (0usize, 0);
-    for scoped in query.scope {
+    for (entry, scoped) in query.scope.iter().enumerate() {
         for (chunk, part) in scoped.keys.parts(scoped.blocks.clone()) {
             let mut from = part.start;
             while from < part.end {
@@ -148,7 +153,15 @@ pub(super) fn tiles<'a>(query: &'a Query<'a>) -> Vec<Tile<'a>> {
                 };
                 let blocks = from..part.end.min(from + room);
                 from = blocks.end;
-                tiles.push(Tile { chunk, start, first_stride, number: tiles.len(), set, blocks: blocks.clone() });
+                tiles.push(Tile {
+                    chunk,
+                    start,
+                    first_stride,
+                    number: tiles.len(),
+                    set,
+                    entry,
+                    blocks: blocks.clone(),
+                });
                 start += blocks.len();
                 first_stride += blocks.len().div_ceil(STRIDE);
             }
@@ -178,10 +191,12 @@ impl<'a> Search<'a> {
             head_rows,
             form: Form::of(query.layout.scanned(), head_rows),
             sets: Vec::new(),
+            coded: Vec::new(),
             parallel: numbers * keys >= PARALLEL_WORK_MIN,
             tokens,
         };
         search.sets = (0..=query.recent()).map(|set| search.packed(set)).collect();
+        search.coded = query.scope.iter().map(|scoped| search.coded(&scoped.keys)).collect();
         search
     }
 
@@ -238,7 +253,6 @@ impl<'a> Search<'a> {
     /// Step 1.
     fn score(&self) -> Scores {
         let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
-        let strips = rows.div_ceil(STRIP_ROWS);
         let mut numbers = Scratch::take(kv_heads * rows * self.eligible);
         let mut peaks = Scratch::take(kv_heads * rows * self.strides);
         let mut tile_totals = Scratch::take(kv_heads * self.tiles.len() * rows);
@@ -257,15 +271,13 @@ impl<'a> Search<'a> {
             }
         }
         self.for_each(parts, |part| {
-            let queries = self.rows(part.tile.set, part.head);
-            let Some(queries) = part.tile.chunk.meet(self.piece(part.head), queries) else {
-                let queries = &self.sets[part.tile.set].strips[part.head * strips..][..strips];
-                return self.score_part(part, queries);
-            };
-            let width = part.tile.chunk.width();
-            part.norms.iter_mut().zip(queries.chunks_exact(width)).for_each(|(norm, row)| *norm = length(row));
-            let strips = queries.chunks(STRIP_ROWS * width).map(|strip| Rows::new(self.form, strip, width));
-            let strips: Vec<Rows> = strips.collect();
+            if let Some(strips) = self.strips(part.tile, part.head) {
+                return self.score_part(part, strips);
+            }
+            let (chunk, queries) = (part.tile.chunk, self.rows(part.tile.set, part.head));
+            let queries = chunk.meet(self.piece(part.head), queries);
+            part.norms.iter_mut().zip(queries.chunks_exact(chunk.width())).for_each(|(norm, row)| *norm = length(row));
+            let strips: Vec<Rows> = self.pack(&queries, chunk.width()).collect();
             self.score_part(part, &strips);
         });
         let mut totals = vec![f32::NEG_INFINITY; kv_heads * rows];
@@ -275,6 +287,29 @@ impl<'a> Search<'a> {
             }
         }
         Scores { numbers, peaks, norms, totals }
+    }
+
+    /// The packed queries that a tile's keys are met with; `None` if no other tile's are met with the same.
+    fn strips(&self, tile: &Tile<'_>, head: usize) -> Option<&[Rows]> {
+        let strips = self.head_rows.div_ceil(STRIP_ROWS);
+        let packed = match (tile.set, tile.chunk.is_coded()) {
+            (0, true) => &self.coded[tile.entry],
+            (_, true) => return None,
+            (set, false) => &self.sets[set].strips,
+        };
+        packed.get(head * strips..(head + 1) * strips)
+    }
+
+    /// Queries `(rows, W)` of one KV head as strips.
+    fn pack(&self, queries: &[f32], width: usize) -> impl Iterator<Item = Rows> {
+        queries.chunks(STRIP_ROWS * width).map(move |strip| Rows::new(self.form, strip, width))
+    }
+
+    /// The queries for older blocks as they meet a document's keys `(Hkv, strips)`; none if these have no codes.
+    fn coded(&self, keys: &DocumentKeys) -> Vec<Rows> {
+        let Some(chunk) = keys.coded() else { return Vec::new() };
+        let met = (0..self.query.layout.kv_heads).map(|head| chunk.meet(self.piece(head), self.rows(0, head)));
+        met.flat_map(|queries| self.pack(&queries, chunk.width()).collect::<Vec<Rows>>()).collect()
     }
 
     fn packed(&self, set: usize) -> Set {
@@ -290,12 +325,11 @@ impl<'a> Search<'a> {
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
         }
-        if self.refines() || query.scope.iter().all(|scoped| scoped.keys.is_coded()) {
+        if self.refines() || query.scope.iter().all(|scoped| scoped.keys.coded().is_some()) {
             return Set { numbers, strips: Vec::new() };
         }
         let heads = numbers.chunks_exact(self.head_rows * dim);
-        let strips = heads.flat_map(|rows| rows.chunks(STRIP_ROWS * dim));
-        let strips = strips.map(|strip| Rows::new(self.form, strip, dim)).collect();
+        let strips = heads.flat_map(|rows| self.pack(rows, dim)).collect();
         Set { numbers, strips }
     }
 

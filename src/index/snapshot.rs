@@ -215,23 +215,24 @@ impl Chunk {
         }
     }
 
-    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`; `None` where these are the keys
-    /// themselves.
-    pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Option<Vec<f32>> {
+    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`.
+    pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Vec<f32> {
         let dim = self.layout.head_dim;
         if let Some(code) = self.codes.get(piece) {
             let width = self.width();
             let mut meeting = vec![0.0; queries.len() / dim * width];
             let rows = queries.chunks_exact(dim).zip(meeting.chunks_exact_mut(width));
             rows.for_each(|(query, meeting)| code.meet(query, meeting));
-            return Some(meeting);
+            return meeting;
         }
-        let channels = self.compressed()?.channels(piece);
         let mut queries = queries.to_vec();
-        for row in queries.chunks_exact_mut(dim) {
-            row.iter_mut().zip(channels).for_each(|(number, channel)| *number *= channel);
+        if let Some(compressed) = self.compressed() {
+            for row in queries.chunks_exact_mut(dim) {
+                let channels = row.iter_mut().zip(compressed.channels(piece));
+                channels.for_each(|(number, channel)| *number *= channel);
+            }
         }
-        Some(queries)
+        queries
     }
 
     /// One key `(D)` as single-precision numbers.
@@ -398,9 +399,9 @@ impl DocumentKeys {
         self.blocks
     }
 
-    /// Whether keys are int8 by codes.
-    pub(super) fn is_coded(&self) -> bool {
-        self.chunks.first().is_some_and(|chunk| chunk.is_coded())
+    /// A chunk with the document's codes, if it has some.
+    pub(super) fn coded(&self) -> Option<&Chunk> {
+        self.chunks.first().map(|chunk| &**chunk).filter(|chunk| chunk.is_coded())
     }
 
     /// Bytes of keys held.
