@@ -48,15 +48,15 @@ pub(super) fn answer_all<P: Paired>(
                     // Opened here and not in its task, so that time counts from when it came.
                     let (id, deadline, request) = request.open();
                     let work = work.clone();
+                    let answer = move |outcome| drop(place.send(Ok(P::close(id, outcome))));
                     tokio::spawn(async move {
-                        let outcome = match request {
-                            Err(error) => Err(error),
+                        match request {
+                            Err(error) => answer(Err(error)),
                             Ok(request) => {
                                 let ask = move |memory: &dyn BlockMemory| P::ask(memory, &request);
-                                work.run(Line::Serving, deadline, ask).await
+                                work.hand_over(Line::Serving, deadline, ask, answer).await;
                             }
-                        };
-                        place.send(Ok(P::close(id, outcome)));
+                        }
                     });
                 }
                 Err(status) => {

@@ -1,9 +1,10 @@
 //! The one place where calls meet the memory: bounded, off the network threads, within their deadline.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
@@ -97,22 +98,40 @@ impl Work {
         deadline: Deadline,
         job: impl FnOnce(&dyn BlockMemory) -> Result<R> + Send + 'static,
     ) -> Result<R> {
+        let (sender, answer) = oneshot::channel();
+        // Who does not wait any more has no use for the answer.
+        self.hand_over(line, deadline, job, |answer| drop(sender.send(answer))).await;
+        let gone = |_| Err(MemoryError::Internal { detail: "a worker gave no answer".into() });
+        deadline.bound(answer).await?.unwrap_or_else(gone)
+    }
+
+    /// As [`run`](Self::run), but `answer` takes the outcome on the thread that worked, which saves the way back to this
+    /// one; returns when the job has its turn.
+    pub(super) async fn hand_over<R: Send + 'static>(
+        &self,
+        line: Line,
+        deadline: Deadline,
+        job: impl FnOnce(&dyn BlockMemory) -> Result<R> + Send + 'static,
+        answer: impl FnOnce(Result<R>) + Send + 'static,
+    ) {
         let semaphore = match line {
             Line::Serving => &self.serving,
             Line::Maintenance => &self.maintenance,
         };
-        let permit = deadline.bound(semaphore.clone().acquire_owned()).await?;
+        let permit = match deadline.bound(semaphore.clone().acquire_owned()).await {
+            Ok(permit) => permit,
+            Err(error) => return answer(Err(error)),
+        };
         let memory = self.memory.clone();
-        let task = tokio::task::spawn_blocking(move || {
+        tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            deadline.check()?;
-            job(&*memory)
+            let work = || deadline.check().and_then(|()| job(&*memory));
+            // Nothing that a panic leaves half done is seen again: the memory's own locks say so themselves.
+            let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+                Err(MemoryError::Internal { detail: "a worker panicked: its log says where".into() })
+            });
+            answer(outcome.inspect_err(log));
         });
-        let answer = deadline
-            .bound(task)
-            .await?
-            .unwrap_or_else(|panic| Err(MemoryError::Internal { detail: format!("a worker failed: {panic}") }));
-        answer.inspect_err(log)
     }
 
     /// `run` for calls of one request and one reply.
