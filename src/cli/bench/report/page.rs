@@ -249,8 +249,8 @@ fn decode(report: &DecodeReport) -> Vec<String> {
     let encoding = ratio(report.encode_ratio);
     sentences
         .push(format!("Encoding takes {encoding} times as long as prefill with the same window that keeps nothing."));
-    let ours: Vec<&FirstToken> = report.first_tokens.iter().collect();
-    sentences.extend(first_tokens("A document", &ours));
+    let ours: Vec<_> = report.first_tokens.iter().map(|row| ("a document".to_string(), row)).collect();
+    sentences.extend(first_tokens(&ours));
 
     let speeds = report.peers.iter().filter_map(|peer| Some((peer, peer.speed?)));
     let step = speeds.clone().min_by(|(_, a), (_, b)| a.step_ms.total_cmp(&b.step_ms));
@@ -275,21 +275,23 @@ fn decode(report: &DecodeReport) -> Vec<String> {
             ratio(speed.prefill_tokens_per_s / report.full_prefill_tokens_per_s)
         ));
     }
-    let states: Vec<&FirstToken> = report.peers.iter().filter_map(|peer| peer.first_token.as_ref()).collect();
-    sentences.extend(first_tokens("A state of llama.cpp", &states));
+    let states = report.peers.iter().filter_map(|peer| Some((peer.label(), peer.first_token.as_ref()?)));
+    let states: Vec<_> = states.collect();
+    sentences.extend(first_tokens(&states));
     sentences.extend(longest_of_both(&ours, &states));
     let skipped = report.peers.iter().filter(|peer| peer.skipped.is_some());
     sentences.extend(skipped.map(|peer| format!("{} was not measured.", peer.peer)));
     sentences
 }
 
-/// One sentence for each length, of which there is a row with warm pages and then one with cold ones.
-fn first_tokens(what: &str, rows: &[&FirstToken]) -> Vec<String> {
-    let sentence = |pair: &[&FirstToken]| {
-        let [warm, cold] = pair else { return None };
+/// One sentence for each length, of which there is a row with warm pages and then one with cold ones. Rows come with what
+/// was reopened.
+fn first_tokens(rows: &[(String, &FirstToken)]) -> Vec<String> {
+    let sentence = |pair: &[(String, &FirstToken)]| {
+        let [(what, warm), (_, cold)] = pair else { return None };
         Some(format!(
-            "{what} of {} tokens takes {} on disk. The first token after opening it comes after {:.0} ms, after {:.0} ms when no file is \
-             in the page cache; reading and keeping the text took {} and {} times as long.",
+            "{} tokens, {what}: {} on disk. The first token after opening it comes after {:.0} ms, after {:.0} ms when no file is in the \
+             page cache; reading and keeping the text took {} and {} times as long.",
             count(warm.tokens),
             size(warm.stored_bytes),
             warm.first_token_ms,
@@ -301,13 +303,18 @@ fn first_tokens(what: &str, rows: &[&FirstToken]) -> Vec<String> {
     rows.chunks(2).filter_map(sentence).collect()
 }
 
-/// The peer's first token beside ours, at the greatest length that both have, with warm pages.
-fn longest_of_both(ours: &[&FirstToken], theirs: &[&FirstToken]) -> Option<String> {
-    let same = |a: &FirstToken, b: &FirstToken| a.tokens == b.tokens && a.pages == "warm" && b.pages == "warm";
-    let pairs = ours.iter().filter_map(|ours| Some((ours, theirs.iter().find(|theirs| same(ours, theirs))?)));
-    let (ours, theirs) = pairs.max_by_key(|(ours, _)| ours.tokens)?;
+/// The peer's fastest first token beside ours, at the greatest length that both have, with warm pages.
+fn longest_of_both(ours: &[(String, &FirstToken)], theirs: &[(String, &FirstToken)]) -> Option<String> {
+    let fastest = |tokens: u64| {
+        let rows = theirs.iter().filter(|(_, row)| row.tokens == tokens && row.pages == "warm");
+        rows.min_by(|(_, a), (_, b)| a.first_token_ms.total_cmp(&b.first_token_ms))
+    };
+    let warm = ours.iter().filter(|(_, row)| row.pages == "warm");
+    let pairs = warm.filter_map(|(_, ours)| Some((ours, fastest(ours.tokens)?)));
+    let (ours, (who, theirs)) = pairs.max_by_key(|(ours, _)| ours.tokens)?;
     Some(format!(
-        "{} tokens: the state's first token takes {} times as long as the document's, and its file {} times the bytes.",
+        "{} tokens: the first token after loading a state ({who}) takes {} times as long as after opening a document, and its file {} \
+         times the bytes.",
         count(ours.tokens),
         ratio(theirs.first_token_ms / ours.first_token_ms),
         ratio(theirs.stored_bytes as f64 / ours.stored_bytes as f64)
@@ -354,13 +361,17 @@ mod tests {
             first_token_ms,
         };
         let ours = [row(4, "warm", 100.0), row(4, "cold", 200.0), row(8, "warm", 100.0), row(8, "cold", 500.0)];
-        let theirs = [row(4, "warm", 300.0), row(4, "cold", 300.0), row(6, "warm", 900.0), row(6, "cold", 900.0)];
-        let (ours, theirs): (Vec<_>, Vec<_>) = (ours.iter().collect(), theirs.iter().collect());
-        let told = first_tokens("A document", &ours);
+        let slow = [row(4, "warm", 600.0), row(4, "cold", 700.0)];
+        let fast = [row(4, "warm", 300.0), row(4, "cold", 300.0), row(6, "warm", 900.0), row(6, "cold", 900.0)];
+        let named = |name: &'static str| move |row| (name.to_string(), row);
+        let theirs: Vec<_> = slow.iter().map(named("slow")).chain(fast.iter().map(named("fast"))).collect();
+        let ours: Vec<_> = ours.iter().map(named("a document")).collect();
+        let told = first_tokens(&ours);
         assert_eq!(told.len(), 2);
         assert!(told[0].ends_with("reading and keeping the text took 100 and 50 times as long."), "{}", told[0]);
         let told = longest_of_both(&ours, &theirs).unwrap();
-        assert!(told.starts_with("4 tokens: the state's first token takes 3.0 times as long"), "{told}");
+        let expected = "4 tokens: the first token after loading a state (fast) takes 3.0 times as long";
+        assert!(told.starts_with(expected), "{told}");
         assert_eq!(longest_of_both(&ours, &[]), None);
     }
 }
