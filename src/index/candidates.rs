@@ -144,12 +144,12 @@ impl Search<'_> {
     /// Replaces `scores` by `(members, positions)`, for members of one KV head and ascending positions.
     fn score(&self, members: &[Member], positions: &[u32], scores: &mut Vec<f32>) {
         let query = self.query;
-        let (dim, m) = (query.layout.head_dim, query.layout.keys_per_block);
+        let m = query.layout.keys_per_block;
         let form = Form::of(query.layout.scanned(), members.len());
         let piece = query.layer * query.layout.kv_heads + members[0].head;
         scores.clear();
         scores.resize(members.len() * positions.len(), 0.0);
-        let (mut queries, mut of_set) = (None, usize::MAX);
+        let (mut queries, mut met) = (None, None);
         let (mut wide, mut of_keys, mut next) = (Vec::new(), Vec::new(), 0);
         for tile in &self.tiles {
             let end = positions[next..].partition_point(|&p| (p as usize) < tile.start + tile.blocks.len()) + next;
@@ -158,11 +158,12 @@ impl Search<'_> {
             if inside.is_empty() {
                 continue;
             }
-            if of_set != tile.set {
+            if met != Some((tile.set, tile.entry)) {
                 let scaled = |number: &f32| number * query.softmax_scale;
                 let rows: Vec<f32> =
                     members.iter().flat_map(|&member| query.row(tile.set, member)).map(scaled).collect();
-                (queries, of_set) = (Some(Rows::new(form, &rows, dim)), tile.set);
+                queries = Some(Rows::new(form, &tile.chunk.meet(piece, &rows), tile.chunk.width()));
+                met = Some((tile.set, tile.entry));
             }
             let Some(queries) = &queries else { continue };
             let first_key = |i: usize| (positions[i] as usize - tile.start + tile.blocks.start) * m;
@@ -180,8 +181,8 @@ impl Search<'_> {
                 let panels = tile.chunk.panels(piece, run.clone());
                 let width = run.len() * PANEL;
                 if form == Form::Wide {
-                    wide.resize(width * dim, 0.0);
-                    panels.widen(dim, &mut wide);
+                    wide.resize(width * tile.chunk.width(), 0.0);
+                    panels.widen(tile.chunk.width(), &mut wide);
                 }
                 of_keys.resize(members.len() * width, 0.0);
                 queries.score(panels, &wide, &mut of_keys);

@@ -16,7 +16,7 @@ use crate::types::DType;
 
 /// Whether the kernels take the keys of a query: they meet one kind of keys at once.
 pub fn is_supported(query: &Query<'_>) -> bool {
-    let coded = query.scope.iter().filter(|scoped| scoped.keys.is_coded()).count();
+    let coded = query.scope.iter().filter(|scoped| scoped.keys.coded().is_some()).count();
     let one_kind = coded == 0 || coded == query.scope.iter().filter(|scoped| scoped.keys.blocks() > 0).count();
     query.layout.head_dim <= HEAD_DIM_MAX && query.layout.compressed.is_none() && one_kind
 }
@@ -41,7 +41,7 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
             kv_heads: query.layout.kv_heads as u32,
             keys_per_block: query.layout.keys_per_block as u32,
             head_dim: query.layout.head_dim,
-            dtype: if query.scope.iter().any(|scoped| scoped.keys.is_coded()) {
+            dtype: if query.scope.iter().any(|scoped| scoped.keys.coded().is_some()) {
                 DType::F16
             } else {
                 query.layout.dtype

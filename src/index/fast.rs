@@ -40,7 +40,7 @@ pub(super) struct Tile<'a> {
     /// Which queries: 0 for older blocks, `1 + j` for the j-th recent one.
     pub(super) set: usize,
     /// Which entry of the scope.
-    entry: usize,
+    pub(super) entry: usize,
 }
 
 /// The queries of one set, times the softmax scale.

@@ -233,8 +233,8 @@ impl KeysLayout {
         Ok((codes, keys))
     }
 
-    /// Splits what [`KeysLayout::encode`] gave for every layer and KV head into L * Hkv parts, in order of `layer * Hkv
-    /// + kv_head`.
+    /// Splits what [`KeysLayout::encode`] gave for every layer and KV head into L * Hkv parts; that of a layer and KV head
+    /// is the one at `layer * Hkv + kv_head`.
     ///
     /// `Invalid` if the bytes do not have the length of that many.
     pub fn decode<'a>(

@@ -354,6 +354,20 @@ fn indexes_of_faiss_find_blocks_and_are_only_a_cache() {
 
 #[test]
 #[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
+fn indexes_of_int8_keys_name_blocks_that_are_compared_by_their_codes() {
+    let mut world = World::new(CollectionSpec { key_dtype: DType::Int8, ..spec("c") });
+    let (_, _, [alone, _]) = long_document(&mut world);
+    for request in &alone {
+        world.memory.set_engine(world.collection, Engine::Flat).unwrap();
+        let right = world.memory.lookup(request).unwrap();
+        world.memory.set_engine(world.collection, "faiss:Flat@1".parse().unwrap()).unwrap();
+        // A query meets int8 keys with a rounding of its own, which a near tie may turn on.
+        assert!(share_found(&world.memory.lookup(request).unwrap(), &right) > 0.97);
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
 fn a_grown_document_gets_larger_indexes_while_lookups_go_on() {
     let mut world = World::new(spec("c"));
     let (document, blocks, requests) = long_document(&mut world);
