@@ -189,6 +189,16 @@ fn payload_reads_are_measured() {
     assert_eq!(measured["piece_bytes"], 4 * 8 * 2 * 2);
 }
 
+/// A model that sees all of a text in its window asks nothing; a lookup in what was captured of it divided by zero.
+#[test]
+fn a_capture_without_queries_is_refused() {
+    let sandbox = Sandbox::new();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen");
+    sandbox.run(&["capture", "few", "--model", model, "--tokens", "256", "--queries", "2", "--window", "512"]).exits(0);
+    let error = sandbox.run(&["bench", "lookup", "--captured", "few"]).exits(1).stderr;
+    assert!(error.contains("longer than the window"), "{error}");
+}
+
 #[test]
 fn a_report_runs_every_benchmark_and_writes_the_page() {
     let sandbox = Sandbox::new();

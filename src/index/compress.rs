@@ -106,10 +106,10 @@ impl Compressed {
             dim,
             keys_per_block,
             blocks,
-            numbers: vec![0; lanes * compression.key_bytes(dim)],
-            scales: vec![0.0; lanes],
+            numbers: numeric::zeroed(lanes * compression.key_bytes(dim)),
+            scales: numeric::zeroed(lanes),
             channels: vec![1.0; pieces * dim],
-            halves: vec![f16::ZERO; pieces * blocks * keys_per_block * dim],
+            halves: numeric::zeroed(pieces * blocks * keys_per_block * dim),
             errors: vec![0.0; pieces * blocks],
             largest_errors: vec![0.0; pieces],
         }

@@ -154,8 +154,8 @@ impl Chunk {
                 let KeyLayout { head_dim, keys_per_block, .. } = layout;
                 Numbers::Compressed(Compressed::zeroed(compression, head_dim, keys_per_block, layout.pieces(), blocks))
             }
-            (None, DType::Int8) => Numbers::Int8 { numbers: vec![0; count], scales: vec![0.0; keys] },
-            (None, _) => Numbers::F16(vec![f16::ZERO; count]),
+            (None, DType::Int8) => Numbers::Int8 { numbers: numeric::zeroed(count), scales: numeric::zeroed(keys) },
+            (None, _) => Numbers::F16(numeric::zeroed(count)),
         };
         Chunk { layout, blocks, codes, numbers, copy: Mutex::default() }
     }

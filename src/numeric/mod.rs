@@ -8,12 +8,14 @@
 mod channels;
 mod few;
 mod matrix;
+mod memory;
 mod packed;
 mod panels;
 
 pub use channels::ChannelCode;
 pub use few::{FEW_ROWS, Number, multiply_few};
 pub use matrix::{Matrix, Write, multiply};
+pub use memory::zeroed;
 pub use packed::Packed;
 pub use panels::{BLOCK, BlockFormat};
 

@@ -399,7 +399,10 @@ pub(super) struct Bandwidth(Vec<u64>);
 
 impl Bandwidth {
     pub(super) fn new() -> Self {
-        Bandwidth(vec![1; BANDWIDTH_BYTES / 8])
+        // In large pages, as keys are.
+        let mut words = numeric::zeroed(BANDWIDTH_BYTES / 8);
+        words.fill(1);
+        Bandwidth(words)
     }
 
     /// Bytes per second, now.
