@@ -65,8 +65,8 @@ const SECTIONS: [Section; 7] = [
         title: "One lookup, one key per block",
         about: "What one layer of a model with landmarks asks at one decode step. Keys (f16, as in a model's cache) and queries are \
                 random; layers take turns, so that nothing is served from a cache.",
-        command: "bench lookup --shape llama3-8b-1m --ways tcp,unix --peers faiss-flat --lookups 400",
-        quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --ways tcp,unix --peers faiss-flat \
+        command: "bench lookup --shape llama3-8b-1m --engines flat,sq8,sq4 --ways tcp,unix --peers faiss-flat --lookups 400",
+        quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --engines flat,sq8,sq4 --ways tcp,unix --peers faiss-flat \
                 --peer-seconds 1 --lookups 3",
     },
     Section {
