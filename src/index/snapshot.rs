@@ -399,9 +399,14 @@ impl DocumentKeys {
         self.blocks
     }
 
+    /// A chunk, for what is equal in all of them.
+    pub(super) fn first(&self) -> Option<&Chunk> {
+        self.chunks.first().map(|chunk| &**chunk)
+    }
+
     /// A chunk with the document's codes, if it has some.
     pub(super) fn coded(&self) -> Option<&Chunk> {
-        self.chunks.first().map(|chunk| &**chunk).filter(|chunk| chunk.is_coded())
+        self.first().filter(|chunk| chunk.is_coded())
     }
 
     /// Bytes of keys held.
