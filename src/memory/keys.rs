@@ -209,12 +209,15 @@ impl DocumentState {
             return None;
         }
         let here = self.indexes.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let here = here.filter(|here| here.setting() == setting && here.blocks() <= keys.blocks());
-        let Some(here) = here else {
+        let Some(here) = here.filter(|here| here.setting() == setting) else {
             let new = Arc::new(DocumentIndexes::of(setting.clone(), keys, folder));
             *self.indexes.write().unwrap_or_else(PoisonError::into_inner) = Some(new.clone());
             return Some(new);
         };
+        if here.blocks() > keys.blocks() {
+            // Of blocks that came since these keys were read.
+            return None;
+        }
         if !here.cover(keys) && !self.building.swap(true, Ordering::AcqRel) {
             let (state, keys) = (self.clone(), keys.clone());
             let larger = Arc::new(DocumentIndexes::of_all(setting.clone(), &keys, folder));
