@@ -1,8 +1,8 @@
 //! The search where documents have indexes: these name blocks, and only named ones are scored and compared.
 //!
-//! Named for every query: the blocks of the keys that the index of its document, layer and KV head finds nearest. Always named:
-//! the recent blocks, which have queries of their own, and blocks that no index covers. A row of choices compares what any of its
-//! members names; where that is less than k blocks, it compares all.
+//! Named for every query: the blocks of the keys that the index of its document, layer and KV head finds nearest; where those are
+//! fewer than k eligible ones, all that the index covers. Always named: the recent blocks, which have queries of their own, and
+//! blocks that no index covers. A row of choices compares what any of its members names.
 
 use rayon::prelude::*;
 
@@ -96,15 +96,18 @@ impl Search<'_> {
             let count = (wanted + not_eligible.min(wanted)).min(part.indexes.blocks() as usize * m);
             let nearest = part.indexes.nearest(query.layer * query.layout.kv_heads + head, part.keys);
             let found = nearest.map(|nearest| nearest.search(&queries, dim, count));
-            let Some(Ok(found)) = found else {
-                named.iter_mut().for_each(|named| named.extend(part.position..part.position + part.blocks));
-                continue;
-            };
-            for (named, keys) in named.iter_mut().zip(found.chunks_exact(count)) {
+            let found = found.and_then(Result::ok).unwrap_or_default();
+            for (row, named) in named.iter_mut().enumerate() {
+                let keys = found.get(row * count..(row + 1) * count).unwrap_or_default();
                 let blocks = keys.iter().filter(|&&key| key >= 0).map(|&key| (key as usize / m) as u32);
-                let eligible =
-                    blocks.filter(|block| (part.first_block..part.first_block + part.blocks).contains(block));
-                named.extend(eligible.map(|block| part.position + block - part.first_block));
+                let eligible = blocks.filter_map(|block| block.checked_sub(part.first_block));
+                let mut eligible: Vec<u32> = eligible.filter(|&block| block < part.blocks).collect();
+                eligible.sort_unstable();
+                eligible.dedup();
+                if eligible.len() < query.top_k {
+                    eligible = (0..part.blocks).collect();
+                }
+                named.extend(eligible.iter().map(|block| part.position + block));
             }
         }
         named
@@ -119,9 +122,6 @@ impl Search<'_> {
         }
         positions.sort_unstable();
         positions.dedup();
-        if positions.len() < k {
-            positions = (0..self.query.eligible() as u32).collect();
-        }
         let mut shares = vec![f32::NEG_INFINITY; positions.len()];
         let mut scores = Vec::new();
         for of_head in members.chunk_by(|a, b| a.head == b.head) {

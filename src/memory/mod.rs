@@ -38,7 +38,7 @@ pub use gpu::GPU_CACHE_BYTES;
 /// inside that pool.
 pub struct LocalMemory {
     store: Store,
-    /// Collections never change and are never deleted, so they are decoded once.
+    /// Decoded once: collections are never deleted, and one whose engine is changed is taken out.
     collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
     documents: keys::Documents,
     indexes: keys::IndexFolder,

@@ -352,6 +352,31 @@ fn indexes_of_faiss_find_blocks_and_are_only_a_cache() {
     assert!(!world.dir.path().join("indexes").join(document.to_string()).exists());
 }
 
+/// Where all nearest keys were of blocks that may not be chosen, only the recent blocks were compared.
+#[test]
+#[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
+fn an_index_that_finds_nothing_eligible_names_all_that_it_covers() {
+    let mut world = World::new(spec("c"));
+    let blocks = (limits::INDEXED_KEYS_MIN / 5 + 1) as u32;
+    let eligible = blocks * 3 / 5;
+    let document = world.document("long", eligible);
+    for first in (eligible..blocks).step_by(limits::APPEND_BLOCKS_MAX) {
+        let larger = |mut block: NewBlock| {
+            let numbers: Vec<f32> = block.k.to_f32().unwrap().iter().map(|number| number * 100.0).collect();
+            block.k = Tensor::from_f32(block.k.shape.clone(), &numbers);
+            block
+        };
+        let end = blocks.min(first + limits::APPEND_BLOCKS_MAX as u32);
+        let more = (first..end).map(|index| larger(world.block(index, 5))).collect();
+        world.memory.append(AppendRequest { document, blocks: more }).unwrap();
+    }
+    let request =
+        LookupRequest { block_score: BlockScore::Max, ..world.request(&[0, 7], vec![range(document, 1..eligible)]) };
+    let right = world.memory.lookup(&request).unwrap();
+    world.memory.set_engine(world.collection, "faiss:Flat@1".parse().unwrap()).unwrap();
+    assert_eq!(world.memory.lookup(&request).unwrap().blocks, right.blocks);
+}
+
 #[test]
 #[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
 fn indexes_of_int8_keys_name_blocks_that_are_compared_by_their_codes() {
