@@ -13,7 +13,7 @@ use crate::api::{BlockMemory, CollectionInfo, DocumentInfo, Entity, LookupReques
 use crate::eval::Capture;
 use crate::limits;
 use crate::shape::ModelShape;
-use crate::types::{BlockId, BlockRange, BlockScore, DType, Engine, Granularity};
+use crate::types::{BlockId, BlockRange, BlockScore, DType, Engine, FaissIndex, Granularity};
 
 use super::Context;
 use super::bench::percentile;
@@ -173,29 +173,21 @@ fn build(memory: &dyn BlockMemory, collection: &CollectionInfo, context: &Contex
     Ok(())
 }
 
-/// An engine, and the efforts of which the least that is enough is wanted.
+/// An engine with less and then more effort, of which the first that finds enough is wanted.
 #[derive(Clone, Debug)]
-struct Tunable {
-    engine: Engine,
-    efforts: Vec<u32>,
-}
-
-impl Tunable {
-    /// An engine as it is.
-    fn fixed(engine: Engine) -> Self {
-        Tunable { engine, efforts: vec![0] }
-    }
-}
+struct Tunable(Vec<Engine>);
 
 /// For `value_parser`: FACTORY or FACTORY@EFFORT.
 fn tunable_index(typed: &str) -> Result<Tunable, String> {
     let engine = faiss_index(typed)?;
+    let Engine::Faiss(FaissIndex { factory, .. }) = &engine else { return Ok(Tunable(vec![engine])) };
+    if typed.contains('@') {
+        return Ok(Tunable(vec![engine]));
+    }
     let doubled = |effort: &u32| effort.checked_mul(2).filter(|&effort| effort <= limits::FAISS_EFFORT_MAX);
-    let efforts = match &engine {
-        Engine::Faiss(index) if typed.contains('@') => vec![index.effort],
-        _ => std::iter::successors(Some(EFFORT_MIN), doubled).collect(),
-    };
-    Ok(Tunable { engine, efforts })
+    let efforts = std::iter::successors(Some(EFFORT_MIN), doubled);
+    let with = |effort| Engine::Faiss(FaissIndex { factory: factory.clone(), effort });
+    Ok(Tunable(efforts.map(with).collect()))
 }
 
 /// One measurement of a collection.
@@ -229,19 +221,20 @@ fn tune(
     let mut measured = Vec::new();
     let mut fastest = (Engine::Flat, f64::INFINITY);
     // From the least memory to the most.
-    let mut tunables = vec![Tunable::fixed(Engine::Flat)];
+    let mut engines = vec![Engine::Flat];
     if collection.spec.key_dtype != DType::Int8 {
-        tunables.extend([Engine::Sq4, Engine::Sq8].map(Tunable::fixed));
+        engines.extend([Engine::Sq4, Engine::Sq8]);
     }
     match memory.set_engine(collection.id, Engine::Cuda) {
-        Ok(_) => tunables.push(Tunable::fixed(Engine::Cuda)),
+        Ok(_) => engines.push(Engine::Cuda),
         Err(error @ MemoryError::Invalid { .. }) => context.output.say(&format!("not measuring cuda: {error}")),
         Err(error) => return Err(error.into()),
     }
-    tunables.extend_from_slice(&args.faiss);
-    for tunable in tunables {
-        context.output.say(&format!("measuring {} on {} blocks", tunable.engine, count(document.blocks)));
-        let (engine, of_engine) = tuning.measure(tunable, args.recall)?;
+    let fixed = engines.into_iter().map(|engine| Tunable(vec![engine]));
+    for tunable in fixed.chain(args.faiss.iter().cloned()) {
+        let (engine, of_engine) = tuning.measure(tunable, args.recall, &mut |engine| {
+            context.output.say(&format!("measuring {engine} on {} blocks", count(document.blocks)));
+        })?;
         if of_engine.recall >= args.recall && of_engine.p50_us < fastest.1 * WORTH_ITS_MEMORY {
             fastest = (engine, of_engine.p50_us);
         }
@@ -254,14 +247,16 @@ fn tune(
 
 impl Tuning<'_> {
     /// Measures an engine; one that takes an effort with the least that reaches the recall, or with the most that there is.
-    fn measure(&self, tunable: Tunable, wanted: f64) -> Result<(Engine, Measured), CliError> {
-        let Tunable { mut engine, efforts } = tunable;
-        let mut recall = 0.0;
-        for effort in efforts {
-            if let Engine::Faiss(index) = &mut engine {
-                index.effort = effort;
-            }
-            self.memory.set_engine(self.collection.id, engine.clone())?;
+    fn measure(
+        &self,
+        Tunable(engines): Tunable,
+        wanted: f64,
+        say: &mut dyn FnMut(&Engine),
+    ) -> Result<(Engine, Measured), CliError> {
+        let (mut engine, mut recall) = (Engine::Flat, 0.0);
+        for more in engines {
+            say(&more);
+            engine = self.memory.set_engine(self.collection.id, more)?.engine;
             recall = self.recall()?;
             if recall >= wanted {
                 break;
