@@ -313,7 +313,7 @@ impl Report for DecodeReport {
             if let Some(why) = &peer.skipped {
                 rows.add_row([format!("{}: {why}", peer.peer)]);
             }
-            if let Some(of) = peer.speed {
+            if let Some(of) = peer.figures.speed {
                 rows.add_row([
                     peer.label(),
                     speed(of.prefill_tokens_per_s),
@@ -330,7 +330,7 @@ impl Report for DecodeReport {
         }
 
         let ours = self.first_tokens.iter().map(|row| ("landmarkdb".into(), row));
-        let theirs = self.peers.iter().filter_map(|peer| Some((peer.label(), peer.first_token.as_ref()?)));
+        let theirs = self.peers.iter().filter_map(|peer| Some((peer.label(), peer.figures.first_token.as_ref()?)));
         let mut rows = ours.chain(theirs).peekable();
         if rows.peek().is_some() {
             writeln!(to)?;

@@ -500,10 +500,10 @@ impl Report for LookupReport {
                     format!("{} {}", peer.peer, peer.version),
                     peer.setting.clone(),
                     peer.threads.to_string(),
-                    format!("{:.0} us", peer.p50_us),
-                    format!("{:.0} us", peer.p99_us),
-                    format!("{:.4}", peer.recall),
-                    format!("{:.1}", peer.p50_us / fastest),
+                    format!("{:.0} us", peer.figures.p50_us),
+                    format!("{:.0} us", peer.figures.p99_us),
+                    format!("{:.4}", peer.figures.recall),
+                    format!("{:.1}", peer.figures.p50_us / fastest),
                 ]),
             };
         }

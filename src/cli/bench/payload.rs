@@ -320,9 +320,12 @@ impl Report for PayloadReport {
                     format!("{} {}", peer.peer, peer.version),
                     peer.setting.clone(),
                     peer.threads.to_string(),
-                    format!("{:.0} us", peer.p50_us),
-                    format!("{:.0} us", peer.p99_us),
-                    format!("{}/s", size((self.batch * self.piece_bytes) as u64 * 1_000_000 / peer.p50_us as u64)),
+                    format!("{:.0} us", peer.figures.p50_us),
+                    format!("{:.0} us", peer.figures.p99_us),
+                    format!(
+                        "{}/s",
+                        size((self.batch * self.piece_bytes) as u64 * 1_000_000 / peer.figures.p50_us as u64)
+                    ),
                 ]),
             };
         }

@@ -84,7 +84,7 @@ pub(super) struct DecodeCase<'a> {
 
 /// What a script says of one peer in one setting.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct PeerResult {
+pub(super) struct Peer<F> {
     pub(super) peer: String,
     /// Why there are no figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -95,6 +95,15 @@ pub(super) struct PeerResult {
     pub(super) setting: String,
     #[serde(default)]
     pub(super) threads: u32,
+    #[serde(flatten)]
+    pub(super) figures: F,
+}
+
+/// Of a library that searches, or of a program that reads; the latter has no recall.
+pub(super) type PeerResult = Peer<CallFigures>;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct CallFigures {
     #[serde(default)]
     pub(super) p50_us: f64,
     #[serde(default)]
@@ -103,19 +112,11 @@ pub(super) struct PeerResult {
     pub(super) recall: f64,
 }
 
-/// What the script says of a program that runs the model, in one setting.
+/// Of a program that runs the model.
+pub(super) type DecodePeer = Peer<DecodeFigures>;
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct DecodePeer {
-    pub(super) peer: String,
-    /// Why there are no figures.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) skipped: Option<String>,
-    #[serde(default)]
-    pub(super) version: String,
-    #[serde(default)]
-    pub(super) setting: String,
-    #[serde(default)]
-    pub(super) threads: u32,
+pub(super) struct DecodeFigures {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) speed: Option<Speed>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

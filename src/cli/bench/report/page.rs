@@ -8,7 +8,7 @@ use crate::cli::bench::decode::DecodeReport;
 use crate::cli::bench::first_token::FirstToken;
 use crate::cli::bench::lookup::{LookupReport, LookupResult};
 use crate::cli::bench::payload::PayloadReport;
-use crate::cli::bench::peers::{PeerResult, RECALL};
+use crate::cli::bench::peers::{Peer, PeerResult, RECALL};
 use crate::cli::output::{Report, count, plural, size};
 
 const ABOUT: &str = "\
@@ -57,18 +57,16 @@ fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
 
 /// `faiss-flat 1.15.1`, of every peer that was measured.
 fn peers_of(section: &Measured) -> Vec<String> {
-    let named = |peers: &[PeerResult]| {
-        let measured = peers.iter().filter(|peer| peer.skipped.is_none());
-        measured.map(|peer| format!("{} {}", peer.peer, peer.version)).collect()
-    };
     match &section.figures {
-        Figures::Lookup(report) => named(&report.peers),
-        Figures::Payload(report) => named(&report.peers),
-        Figures::Decode(report) => {
-            let measured = report.peers.iter().filter(|peer| peer.skipped.is_none());
-            measured.map(|peer| format!("{} {}", peer.peer, peer.version)).collect()
-        }
+        Figures::Lookup(report) => measured(&report.peers),
+        Figures::Payload(report) => measured(&report.peers),
+        Figures::Decode(report) => measured(&report.peers),
     }
+}
+
+fn measured<F>(peers: &[Peer<F>]) -> Vec<String> {
+    let measured = peers.iter().filter(|peer| peer.skipped.is_none());
+    measured.map(|peer| format!("{} {}", peer.peer, peer.version)).collect()
 }
 
 fn write_section(page: &mut Vec<u8>, section: &Measured) -> io::Result<()> {
@@ -172,10 +170,12 @@ fn searches(peers: &[PeerResult], ours: &[(String, f64)]) -> Vec<String> {
     names.dedup();
     let sentence = |name: &str| {
         let settings = peers.iter().filter(|peer| peer.peer == name && peer.skipped.is_none());
-        let fastest =
-            settings.clone().filter(|peer| peer.recall >= RECALL).min_by(|a, b| a.p50_us.total_cmp(&b.p50_us));
+        let fastest = settings
+            .clone()
+            .filter(|peer| peer.figures.recall >= RECALL)
+            .min_by(|a, b| a.figures.p50_us.total_cmp(&b.figures.p50_us));
         if let Some(peer) = fastest {
-            let times = ours.iter().map(|(name, p50_us)| format!("{} ({name})", ratio(peer.p50_us / p50_us)));
+            let times = ours.iter().map(|(name, p50_us)| format!("{} ({name})", ratio(peer.figures.p50_us / p50_us)));
             return format!(
                 "{} {} ({}, {}) takes this many times as long: {}.",
                 peer.peer,
@@ -185,10 +185,10 @@ fn searches(peers: &[PeerResult], ours: &[(String, f64)]) -> Vec<String> {
                 times.collect::<Vec<_>>().join(", ")
             );
         }
-        match settings.max_by(|a, b| a.recall.total_cmp(&b.recall)) {
+        match settings.max_by(|a, b| a.figures.recall.total_cmp(&b.figures.recall)) {
             Some(peer) => format!(
                 "{} {} does not find {RECALL} of the right blocks: at its best {:.4}, in {:.0} us ({}).",
-                peer.peer, peer.version, peer.recall, peer.p50_us, peer.setting
+                peer.peer, peer.version, peer.figures.recall, peer.figures.p50_us, peer.setting
             ),
             None => format!("{name} was not measured."),
         }
@@ -214,7 +214,7 @@ fn payload(report: &PayloadReport) -> Vec<String> {
     }
     for peer in report.peers.iter().filter(|peer| peer.skipped.is_none()) {
         if let Some(store) = find("store", "warm", 1) {
-            let times = ratio(peer.p50_us / store.p50_us);
+            let times = ratio(peer.figures.p50_us / store.p50_us);
             let (name, version, setting) = (&peer.peer, &peer.version, &peer.setting);
             sentences.push(format!("{name} {version} ({setting}) takes {times} times as long as the store, warm."));
         }
@@ -252,7 +252,7 @@ fn decode(report: &DecodeReport) -> Vec<String> {
     let ours: Vec<_> = report.first_tokens.iter().map(|row| ("a document".to_string(), row)).collect();
     sentences.extend(first_tokens(&ours));
 
-    let speeds = report.peers.iter().filter_map(|peer| Some((peer, peer.speed?)));
+    let speeds = report.peers.iter().filter_map(|peer| Some((peer, peer.figures.speed?)));
     let step = speeds.clone().min_by(|(_, a), (_, b)| a.step_ms.total_cmp(&b.step_ms));
     if let (Some((peer, speed)), Some(longest)) = (step, longest) {
         sentences.push(format!(
@@ -275,7 +275,7 @@ fn decode(report: &DecodeReport) -> Vec<String> {
             ratio(speed.prefill_tokens_per_s / report.full_prefill_tokens_per_s)
         ));
     }
-    let states = report.peers.iter().filter_map(|peer| Some((peer.label(), peer.first_token.as_ref()?)));
+    let states = report.peers.iter().filter_map(|peer| Some((peer.label(), peer.figures.first_token.as_ref()?)));
     let states: Vec<_> = states.collect();
     sentences.extend(first_tokens(&states));
     sentences.extend(longest_of_both(&ours, &states));
