@@ -15,21 +15,22 @@
 // With one part per row `attend` alone is the answer: a part is what any partial attention is, an out and an lse.
 //
 // A page is one piece (K and V of one block, layer and KV head) in memory of its own, in the numbers of
-// src/store/piece.rs: halves (2, B, D), K then V; or scales (D + B) of K's channels, then of V's tokens, and behind
-// them, so that they are aligned for any D and B, signed bytes (2, B, D). GQA is in the tables: a query head's ranks
-// name pages of its own KV head. Where a KV group shares its choice, its `sharing` = G heads share an entry of the
-// tables; they are neighbours in the grid and find each other's pages in the second-level cache.
+// src/store/piece.rs, every token's D numbers filled up with zeros to a multiple of eight, C eights: halves (2, B, 8 C),
+// K then V; or scales (D + B) of K's channels, then of V's tokens, filled up to a multiple of four, and behind them
+// signed bytes (2, B, 8 C). GQA is in the tables: a query head's ranks name pages of its own KV head. Where a KV group
+// shares its choice, its `sharing` = G heads share an entry of the tables; they are neighbours in the grid and find each
+// other's pages in the second-level cache.
 //
-// Grid. attend: (T * Hq, parts); a warp takes every eighth token of a block, its lanes the dimensions, for K and for V,
-// so that both are read in order; sums over the warps are taken once at the end. combine: T * Hq, a thread a dimension.
+// Grid. attend: (T * Hq, parts). A lane takes eight dimensions, so many lanes as there are eights, up to a power of two,
+// take a token, for K and for V; a thread block has EIGHTS loads of each lane under way at once. Sums over tokens are
+// taken once at the end. combine: T * Hq, a thread a dimension.
 //
-// Shared memory. attend: 4 (2 D + B + WARPS D) bytes, at most 14 KB with D = 256 and B = 1024. combine: none.
+// Shared memory. attend: 4 (2 * 8 C + B + WARPS * 8 C) bytes, at most 14 KB with D = 256 and B = 1024. combine: none.
 //
-// Versions tried: this one. No GPU has run or timed it yet; its answers were checked on a CPU.
+// Versions tried, on an H100: docs/performance.md.
 
-constexpr unsigned HEAD_DIM_MAX = 256;
-// Dimensions of a lane.
-constexpr unsigned LANE_DIMS = HEAD_DIM_MAX / WARP;
+// Loads of a lane that are under way at once.
+constexpr unsigned EIGHTS = 4;
 
 // Names of the normalisations.
 constexpr unsigned PLAIN = 0;
@@ -80,42 +81,92 @@ static __device__ __forceinline__ float turned(const float* query, const float* 
     return query[d];
 }
 
-template <typename Number, bool SCALED>
+// Where a lane stands among those of a thread block that read the tokens of a block.
+struct Place {
+    // C
+    unsigned eights;
+    // Lanes that take a token, a power of two.
+    unsigned width;
+    // Which eight of a token; none if there are no more.
+    unsigned eight;
+    // The first token, and from there to the next.
+    unsigned token;
+    unsigned stride;
+};
+
+static __device__ __forceinline__ Place place_of_lane(unsigned dim) {
+    const unsigned eights = (dim + 7) / 8, lane = threadIdx.x % WARP;
+    unsigned width = 1;
+    while (width < eights) width *= 2;
+    const unsigned tokens = WARP / width;
+    return {eights, width, lane % width, threadIdx.x / WARP * tokens + lane / width, WARPS * tokens};
+}
+
+// The lane's next eights of K or of V, of tokens before `end`; zeros where there are none.
+template <typename Eight>
+static __device__ __forceinline__ void load(
+    const Eight* __restrict__ tokens, const Place& place, unsigned first, unsigned end, Eight (&eights)[EIGHTS]) {
+#pragma unroll
+    for (unsigned i = 0; i < EIGHTS; i++) {
+        const unsigned token = first + place.token + i * place.stride;
+        const bool there = token < end && place.eight < place.eights;
+        eights[i] = there ? tokens[token * place.eights + place.eight] : Eight();
+    }
+}
+
+template <typename Eight, bool SCALED>
 static __device__ __forceinline__ void attend(const AttendArguments& a) {
     const unsigned dim = a.head_dim, tokens = a.block_tokens;
     const unsigned row = blockIdx.x, part = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned first = size_t(a.k) * part / a.parts, last = size_t(a.k) * (part + 1) / a.parts;
-    float* plain = reinterpret_cast<float*>(shared_memory);  // (D)
-    float* query = plain + dim;                              // (D), turned
-    float* scores = query + dim;                             // (B)
-    float* warp_sums = scores + tokens;                      // (WARPS, D)
+    const Place place = place_of_lane(dim);
+    const unsigned padded = 8 * place.eights, at_once = EIGHTS * place.stride;
+    float* plain = reinterpret_cast<float*>(shared_memory);  // (8 C)
+    float* query = plain + padded;                           // (8 C), turned
+    float* scores = query + padded;                          // (B)
+    float* warp_sums = scores + tokens;                      // (WARPS, 8 C)
 
-    for (unsigned d = threadIdx.x; d < dim; d += THREADS) {
-        plain[d] = a.queries[size_t(row) * dim + d] * a.softmax_scale;
+    for (unsigned d = threadIdx.x; d < padded; d += THREADS) {
+        plain[d] = d < dim ? a.queries[size_t(row) * dim + d] * a.softmax_scale : 0;
+        query[d] = 0;
     }
     // Of this row's blocks so far: the largest score, the sum of e^(score - top), and the lane's values weighted alike.
-    float top = -infinity(), sum = 0, values[LANE_DIMS] = {};
+    float top = -infinity(), sum = 0, values[8] = {};
     for (unsigned rank = first; rank < last; rank++) {
         const size_t entry = size_t(row / a.sharing) * a.k + rank;
         const float* turn = a.turns + size_t(a.turn_of[entry]) * 2 * a.half;
         const float* scales = static_cast<const float*>(a.pages[entry]);
-        const Number* keys = reinterpret_cast<const Number*>(scales + (SCALED ? dim + tokens : 0));
+        const Eight* keys = reinterpret_cast<const Eight*>(scales + (SCALED ? (dim + tokens + 3) / 4 * 4 : 0));
+        Eight eights[EIGHTS];
+        load(keys, place, 0, tokens, eights);
         // The block before is done with, and `plain` is written.
         __syncthreads();
         for (unsigned d = threadIdx.x; d < dim; d += THREADS) {
             query[d] = turned(plain, turn, a.half, d) * (SCALED ? scales[d] : 1);
         }
         __syncthreads();
-        for (unsigned token = warp; token < tokens; token += WARPS) {
-            float score = 0;
-            for (unsigned d = lane; d < dim; d += WARP) score = fmaf(query[d], widen(keys[token * dim + d]), score);
-            score = lanes_sum(score, WARP);
-            if (lane == 0) scores[token] = score;
+        float of_lane[8];
+#pragma unroll
+        for (unsigned i = 0; i < 8; i++) of_lane[i] = place.eight < place.eights ? query[8 * place.eight + i] : 0;
+        for (unsigned begin = 0; begin < tokens; begin += at_once) {
+            if (begin > 0) load(keys, place, begin, tokens, eights);
+#pragma unroll
+            for (unsigned i = 0; i < EIGHTS; i++) {
+                float numbers[8], score = 0;
+                widen(eights[i], numbers);
+#pragma unroll
+                for (unsigned j = 0; j < 8; j++) score = fmaf(of_lane[j], numbers[j], score);
+                score = lanes_sum(score, place.width);
+                const unsigned token = begin + place.token + i * place.stride;
+                if (place.eight == 0 && token < tokens) scores[token] = score;
+            }
         }
+        const Eight* block_values = keys + tokens * place.eights;
+        const unsigned competing = a.normalisation == PLAIN ? tokens : tokens - 1;
+        load(block_values, place, 0, competing, eights);
         __syncthreads();
 
         // Every warp for itself: the same numbers, and no barrier.
-        const unsigned competing = a.normalisation == PLAIN ? tokens : tokens - 1;
         const TopSum inner = warp_top_sum(scores, competing);
         // The block counts as mass * e^claim.
         const bool grouped = a.normalisation == GROUPED;
@@ -125,39 +176,47 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
         const float keep = expf(old - top), gain = expf(claim - top);
         sum = sum * keep + gain * mass;
         const float weight = gain * (mass / inner.sum);
-        for (unsigned i = 0; i < LANE_DIMS; i++) values[i] *= keep;
-        const Number* block_values = keys + tokens * dim;
-        for (unsigned token = warp; token < competing; token += WARPS) {
-            const float share = expf(scores[token] - inner.top) * weight * (SCALED ? scales[dim + token] : 1);
 #pragma unroll
-            for (unsigned i = 0; i < LANE_DIMS; i++) {
-                const unsigned d = lane + i * WARP;
-                if (d < dim) values[i] = fmaf(share, widen(block_values[token * dim + d]), values[i]);
+        for (unsigned i = 0; i < 8; i++) values[i] *= keep;
+        for (unsigned begin = 0; begin < competing; begin += at_once) {
+            if (begin > 0) load(block_values, place, begin, competing, eights);
+#pragma unroll
+            for (unsigned i = 0; i < EIGHTS; i++) {
+                const unsigned token = begin + place.token + i * place.stride;
+                if (token >= competing) continue;
+                const float share = expf(scores[token] - inner.top) * weight * (SCALED ? scales[dim + token] : 1);
+                float numbers[8];
+                widen(eights[i], numbers);
+#pragma unroll
+                for (unsigned j = 0; j < 8; j++) values[j] = fmaf(share, numbers[j], values[j]);
             }
         }
     }
 #pragma unroll
-    for (unsigned i = 0; i < LANE_DIMS; i++) {
-        const unsigned d = lane + i * WARP;
-        if (d < dim) warp_sums[warp * dim + d] = values[i];
+    for (unsigned i = 0; i < 8; i++) {
+        // The lanes that took the same eight of other tokens.
+        for (unsigned apart = place.width; apart < WARP; apart *= 2) {
+            values[i] += __shfl_xor_sync(ALL_LANES, values[i], apart);
+        }
+        if (lane < place.eights) warp_sums[warp * padded + 8 * lane + i] = values[i];
     }
     __syncthreads();
 
     const size_t to = size_t(part) * gridDim.x + row;
     for (unsigned d = threadIdx.x; d < dim; d += THREADS) {
         float total = 0;
-        for (unsigned from = 0; from < WARPS; from++) total += warp_sums[from * dim + d];
+        for (unsigned from = 0; from < WARPS; from++) total += warp_sums[from * padded + d];
         a.out[to * dim + d] = total / sum;
     }
     if (threadIdx.x == 0) a.lse[to] = top + logf(sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend_f16(AttendArguments a) {
-    attend<unsigned short, false>(a);
+    attend<uint4, false>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend_int8(AttendArguments a) {
-    attend<signed char, true>(a);
+    attend<uint2, true>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) combine(CombineArguments a) {

@@ -9,7 +9,7 @@
 //
 //   score   one pass over the keys for all query rows of a KV head: scores, and their log-sum-exp over each tile
 //   total   log-sum-exp over the tiles
-//   choose  shares of a slice of blocks and its best k, for one row of choices
+//   choose  shares of a slice of blocks and the best k of it, for one row of choices
 //   merge   the best k of all slices
 //
 // Scores go through memory and are not chosen from inside `score`, because four of the five granularities need the
@@ -18,30 +18,45 @@
 // they do not leave the second-level cache. All granularities are done here, none on the host: a row of choices stands
 // for `token_span` tokens and `head_span` query heads.
 //
-// Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs, so that a warp reads 64
-// consecutive numbers of one dimension, two a lane, and no sum crosses lanes. A tile is some consecutive blocks that lie
-// together and meet the same queries (older blocks share one set, recent ones have their own); it says where its keys
-// are, so that documents, chunks and recent blocks are one launch.
+// Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs. A lane reads eight consecutive
+// keys' numbers of one dimension at once; eight lanes read a dimension, a warp four of them, so that its loads are the
+// widest there are and many are under way. What the lanes of the four summed up for a key is added at the end. A tile is
+// some consecutive blocks that lie together and meet the same queries (older blocks share one set, recent ones have their
+// own); it says where its keys are, so that documents, chunks and recent blocks are one launch.
+//
+// The best k are those above the k-th best score, which is found bit by bit (a bit is set if at least k reach what it
+// makes), and the first ones of just that score. No candidate is moved, so that they keep their order.
 //
 // Grid. score: (tiles * strips of ROWS query rows, Hkv), strips of a tile next to each other so that they find its keys
-// in the second-level cache; a warp takes a panel. total: a warp a query row. choose: (slices * rows of choices), a
-// thread a block. merge: rows of choices.
+// in the second-level cache; SCORE_WARPS warps, each takes a panel. total: a warp a query row. choose: (slices * rows of
+// choices). merge: rows of choices.
 //
 // Shared memory. score: 4 ROWS (D + keys of the largest tile) bytes, at most 40 KB with D = 256 and 1024 keys (a tile
-// has 512, or one block). choose, merge: 8 bytes for each entry of the queue, a power of two that is at least
-// k + THREADS, and 16 more: at most 16 KB and those 16. total: none.
+// has 256, or one block). choose: 4 bytes for each block of a slice and warp, 4 KB. merge: what warps tell each other, 64 bytes. total: none.
 //
-// Versions tried: this one. No GPU has run or timed it yet; its answers were checked on a CPU.
+// Versions tried, on an H100: docs/performance.md.
 
-// Query rows that meet a key while it is in a register. More would cost registers, fewer would leave the reads alone
-// with too little to do when G = 8.
-constexpr unsigned ROWS = 8;
 constexpr unsigned PANEL = 64;
+// Keys of a lane.
+constexpr unsigned LANE_KEYS = 8;
+// Lanes that read a dimension of a panel, and dimensions that a warp reads at once.
+constexpr unsigned PANEL_LANES = PANEL / LANE_KEYS;
+constexpr unsigned WARP_DIMS = WARP / PANEL_LANES;
+constexpr unsigned SCORE_WARPS = 4;
+constexpr unsigned SCORE_THREADS = SCORE_WARPS * WARP;
+// Query rows that meet a key while it is in a register: few where there are no more, for those that are not there cost
+// as much as others.
+constexpr unsigned FEW_ROWS = 4;
+constexpr unsigned MANY_ROWS = 8;
+// Loads of a lane that are under way at once. Compilers do not bring them about by themselves.
+constexpr unsigned LOADS = 8;
+// Thread blocks whose registers have room in a multiprocessor.
+constexpr unsigned FEW_ROWS_BLOCKS = 5;
+constexpr unsigned MANY_ROWS_BLOCKS = 4;
 // Blocks of a slice.
-constexpr unsigned SLICE = 1024;
+constexpr unsigned SLICE = 4 * WARP;
 
-static_assert(ROWS == WARPS, "a warp takes the log-sum-exp of a row");
-static_assert(PANEL == 2 * WARP, "a lane takes two keys of a panel");
+static_assert(WARP_DIMS == 4, "two steps add up what the lanes have of a key");
 
 struct Tile {
     // (L * Hkv, piece_panels, D, PANEL): halves or signed bytes.
@@ -101,13 +116,12 @@ struct ChooseArguments {
     const float* scores;
     // (Hkv, T * G)
     const float* totals;
-    // (rows of choices, slices, kept), out; the best first, 0 where a slice has fewer.
-    unsigned long long* candidates;
+    // (rows of choices, slices, kept) ordered scores and positions, out; those of a slice in order, then 0 if it has fewer.
+    uint2* candidates;
+    unsigned rows;
     unsigned blocks;
     unsigned slices;
     unsigned kept;
-    // Entries of the queue.
-    unsigned capacity;
     unsigned tokens;
     unsigned query_heads;
     unsigned kv_heads;
@@ -119,44 +133,65 @@ struct ChooseArguments {
 
 struct MergeArguments {
     // (rows of choices, count)
-    const unsigned long long* candidates;
+    const uint2* candidates;
     // (rows of choices, k), out.
     unsigned* positions;
     // (rows of choices, k), out.
     float* scores;
     unsigned count;
     unsigned k;
-    unsigned capacity;
 };
 
-struct Pair {
-    float a;
-    float b;
-};
-
-static __device__ __forceinline__ Pair widen(char2 pair) {
-    return {float(pair.x), float(pair.y)};
-}
-
-static __device__ __forceinline__ Pair widen(ushort2 pair) {
-    return {widen(pair.x), widen(pair.y)};
-}
-
-// Scores of ROWS queries (D, ROWS) against the lane's two keys of a panel (D, PANEL).
-template <typename Two>
-static __device__ __forceinline__ void score_panel(
-    const Two* __restrict__ panel, const float4* __restrict__ queries, unsigned head_dim, Pair (&sums)[ROWS]) {
+// Sums of ROWS queries (D, ROWS) over the lane's dimensions of its keys of a panel (D, PANEL).
+template <typename Eight, unsigned ROWS>
+static __device__ __forceinline__ void lane_sums(
+    const Eight* __restrict__ panel, const float4* __restrict__ queries, unsigned head_dim,
+    float (&sums)[LANE_KEYS][ROWS]) {
     const unsigned lane = threadIdx.x % WARP;
-    for (unsigned row = 0; row < ROWS; row++) sums[row] = {0, 0};
-#pragma unroll 8
-    for (unsigned d = 0; d < head_dim; d++) {
-        const Pair key = widen(panel[d * WARP + lane]);
-        const float4 low = queries[2 * d], high = queries[2 * d + 1];
-        const float query[ROWS] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (unsigned key = 0; key < LANE_KEYS; key++) {
+#pragma unroll
+        for (unsigned row = 0; row < ROWS; row++) sums[key][row] = 0;
+    }
+    const unsigned first_dim = lane / PANEL_LANES, eight = lane % PANEL_LANES;
+    for (unsigned first = first_dim; first - first_dim < head_dim; first += LOADS * WARP_DIMS) {
+        Eight eights[LOADS];
+#pragma unroll
+        for (unsigned i = 0; i < LOADS; i++) {
+            const unsigned d = first + i * WARP_DIMS;
+            if (d < head_dim) eights[i] = panel[d * PANEL_LANES + eight];
+        }
+#pragma unroll
+        for (unsigned i = 0; i < LOADS; i++) {
+            const unsigned d = first + i * WARP_DIMS;
+            if (d >= head_dim) break;
+            float keys[LANE_KEYS];
+            widen(eights[i], keys);
+#pragma unroll
+            for (unsigned row = 0; row < ROWS; row += 4) {
+                const float4 query = queries[(d * ROWS + row) / 4];
+#pragma unroll
+                for (unsigned key = 0; key < LANE_KEYS; key++) {
+                    sums[key][row] = fmaf(query.x, keys[key], sums[key][row]);
+                    sums[key][row + 1] = fmaf(query.y, keys[key], sums[key][row + 1]);
+                    sums[key][row + 2] = fmaf(query.z, keys[key], sums[key][row + 2]);
+                    sums[key][row + 3] = fmaf(query.w, keys[key], sums[key][row + 3]);
+                }
+            }
+        }
+    }
+}
+
+// Adds up what this lane and that `apart` from it have of COUNT keys; either is left with half of the keys, this one
+// with the upper half if `upper`.
+template <unsigned COUNT, unsigned ROWS>
+static __device__ __forceinline__ void halve(float (&sums)[LANE_KEYS][ROWS], unsigned apart, bool upper) {
+#pragma unroll
+    for (unsigned key = 0; key < COUNT / 2; key++) {
 #pragma unroll
         for (unsigned row = 0; row < ROWS; row++) {
-            sums[row].a = fmaf(query[row], key.a, sums[row].a);
-            sums[row].b = fmaf(query[row], key.b, sums[row].b);
+            const float low = sums[key][row], high = sums[key + COUNT / 2][row];
+            sums[key][row] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, apart);
         }
     }
 }
@@ -168,7 +203,7 @@ static __device__ __forceinline__ unsigned lanes_of_block(unsigned keys) {
     return lanes;
 }
 
-template <typename Two, bool SCALED>
+template <typename Eight, bool SCALED, unsigned ROWS>
 static __device__ __forceinline__ void score(const ScoreArguments& a) {
     const unsigned group = a.query_heads / a.kv_heads, rows = a.tokens * group, head = blockIdx.y;
     const unsigned strips = (rows + ROWS - 1) / ROWS;
@@ -179,73 +214,86 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
     float* queries = reinterpret_cast<float*>(shared_memory);  // (D, ROWS)
     float* products = queries + ROWS * a.head_dim;             // (ROWS, tile_keys)
 
-    for (unsigned i = threadIdx.x; i < ROWS * a.head_dim; i += THREADS) {
-        const unsigned within = i / a.head_dim, d = i % a.head_dim, row = first_row + within;
-        float number = 0;
-        if (within < strip_rows) {
-            const size_t token = size_t(tile.set) * a.tokens + row / group;
-            const size_t from = token * a.query_heads + head * group + row % group;
-            number = a.queries[from * a.head_dim + d] * a.softmax_scale;
+    for (unsigned row = warp; row < ROWS; row += SCORE_WARPS) {
+        const unsigned of_all = first_row + row;
+        const size_t token = size_t(tile.set) * a.tokens + of_all / group;
+        const float* from = a.queries + (token * a.query_heads + head * group + of_all % group) * a.head_dim;
+        for (unsigned d = lane; d < a.head_dim; d += WARP) {
+            queries[d * ROWS + row] = row < strip_rows ? from[d] * a.softmax_scale : 0;
         }
-        queries[d * ROWS + within] = number;
     }
     __syncthreads();
 
     const unsigned keys = tile.blocks * a.keys_per_block;
     const unsigned last_panel = (tile.key + keys - 1) / PANEL;
     const size_t piece = size_t(a.first_piece + head) * tile.piece_panels;
-    for (unsigned panel = tile.key / PANEL + warp; panel <= last_panel; panel += WARPS) {
-        const Two* numbers = static_cast<const Two*>(tile.numbers) + (piece + panel) * a.head_dim * WARP;
-        Pair sums[ROWS];
-        score_panel(numbers, shared_memory, a.head_dim, sums);
-        Pair scale = {1, 1};
-        if (SCALED) {
-            const float* scales = tile.scales + (piece + panel) * PANEL + 2 * lane;
-            scale = {scales[0], scales[1]};
-        }
-        // Keys of the panel that lie before the tile wrap around and are too large as well.
-        const unsigned key = panel * PANEL + 2 * lane - tile.key;
+    const bool first_upper = lane & PANEL_LANES, second_upper = lane & 2 * PANEL_LANES;
+    for (unsigned panel = tile.key / PANEL + warp; panel <= last_panel; panel += SCORE_WARPS) {
+        const Eight* numbers = static_cast<const Eight*>(tile.numbers) + (piece + panel) * a.head_dim * PANEL_LANES;
+        float sums[LANE_KEYS][ROWS];
+        lane_sums<Eight, ROWS>(numbers, shared_memory, a.head_dim, sums);
+        halve<LANE_KEYS, ROWS>(sums, PANEL_LANES, first_upper);
+        halve<LANE_KEYS / 2, ROWS>(sums, 2 * PANEL_LANES, second_upper);
+        const unsigned in_panel = lane % PANEL_LANES * LANE_KEYS + first_upper * 4 + second_upper * 2;
 #pragma unroll
-        for (unsigned row = 0; row < ROWS; row++) {
-            if (key < keys) products[row * a.tile_keys + key] = sums[row].a * scale.a;
-            if (key + 1 < keys) products[row * a.tile_keys + key + 1] = sums[row].b * scale.b;
+        for (unsigned i = 0; i < LANE_KEYS / WARP_DIMS; i++) {
+            // Keys of the panel that lie before the tile wrap around and are too large as well.
+            const unsigned key = panel * PANEL + in_panel + i - tile.key;
+            if (key >= keys) continue;
+            const float scale = SCALED ? tile.scales[(piece + panel) * PANEL + in_panel + i] : 1;
+#pragma unroll
+            for (unsigned row = 0; row < ROWS; row++) products[row * a.tile_keys + key] = sums[i][row] * scale;
         }
     }
     __syncthreads();
 
-    const size_t head_row = size_t(head) * rows + first_row;
-    float* scores = a.scores + head_row * a.blocks + tile.position;  // (strip_rows, N), from the tile's first block on
-    const unsigned width = lanes_of_block(a.keys_per_block), pairs = strip_rows * tile.blocks;
-    for (unsigned first = 0; first < pairs; first += THREADS / width) {
-        const unsigned pair = first + threadIdx.x / width;
-        const unsigned row = pair / tile.blocks, block = pair % tile.blocks;
-        const float* of_block = products + row * a.tile_keys + block * a.keys_per_block;
-        // All lanes take part in the shuffles; those behind the last pair have no keys.
-        const unsigned count = pair < pairs ? a.keys_per_block : 0;
-        float score = -infinity();
-        for (unsigned i = threadIdx.x % width; i < count; i += width) score = fmaxf(score, of_block[i]);
-        score = lanes_max(score, width);
-        if (a.log_sum_exp) {
-            float sum = 0;
-            for (unsigned i = threadIdx.x % width; i < count; i += width) sum += expf(of_block[i] - score);
-            score += logf(lanes_sum(sum, width));
+    // A warp takes a row, some lanes a block.
+    const unsigned width = lanes_of_block(a.keys_per_block), at_once = WARP / width;
+    for (unsigned row = warp; row < strip_rows; row += SCORE_WARPS) {
+        const size_t to = size_t(head) * rows + first_row + row;
+        float* scores = a.scores + to * a.blocks + tile.position;
+        // Of the lane's blocks so far.
+        float top = -infinity(), sum = 0;
+        for (unsigned first = 0; first < tile.blocks; first += at_once) {
+            const unsigned block = first + lane / width;
+            const float* of_block = products + row * a.tile_keys + block * a.keys_per_block;
+            // All lanes take part in the shuffles; those behind the last block have no keys.
+            const unsigned count = block < tile.blocks ? a.keys_per_block : 0;
+            float score = -infinity();
+            for (unsigned i = lane % width; i < count; i += width) score = fmaxf(score, of_block[i]);
+            score = lanes_max(score, width);
+            if (a.log_sum_exp && a.keys_per_block > 1) {
+                float inner = 0;
+                for (unsigned i = lane % width; i < count; i += width) inner += expf(of_block[i] - score);
+                score += logf(lanes_sum(inner, width));
+            }
+            if (block < tile.blocks && lane % width == 0) {
+                scores[block] = score;
+                const float higher = fmaxf(top, score);
+                sum = sum * expf(top - higher) + expf(score - higher);
+                top = higher;
+            }
         }
-        if (pair < pairs && threadIdx.x % width == 0) scores[size_t(row) * a.blocks + block] = score;
-    }
-    __syncthreads();
-
-    if (warp < strip_rows) {
-        const TopSum total = warp_top_sum(scores + size_t(warp) * a.blocks, tile.blocks);
-        if (lane == 0) a.tile_totals[(head_row + warp) * a.tile_count + tile_index] = total.top + logf(total.sum);
+        const float highest = lanes_max(top, WARP);
+        sum = lanes_sum(sum * expf(top - highest), WARP);
+        if (lane == 0) a.tile_totals[to * a.tile_count + tile_index] = highest + logf(sum);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) score_f16(ScoreArguments a) {
-    score<ushort2, false>(a);
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, FEW_ROWS_BLOCKS) score_few_f16(ScoreArguments a) {
+    score<uint4, false, FEW_ROWS>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) score_int8(ScoreArguments a) {
-    score<char2, true>(a);
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, FEW_ROWS_BLOCKS) score_few_int8(ScoreArguments a) {
+    score<uint2, true, FEW_ROWS>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, MANY_ROWS_BLOCKS) score_many_f16(ScoreArguments a) {
+    score<uint4, false, MANY_ROWS>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, MANY_ROWS_BLOCKS) score_many_int8(ScoreArguments a) {
+    score<uint2, true, MANY_ROWS>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) total(TotalArguments a) {
@@ -261,75 +309,141 @@ static __device__ __forceinline__ float add_logs(float a, float b) {
     return low == -infinity() ? high : high + log1pf(expf(low - high));
 }
 
-// A score and a position as one number: the better candidate is the greater number, of equal scores the earlier
-// position. No candidate is 0.
-static __device__ __forceinline__ unsigned long long candidate(float score, unsigned position) {
+// A score as a number that is greater where the score is. None is 0, which stands for no score.
+static __device__ __forceinline__ unsigned ordered(float score) {
     const unsigned bits = __float_as_uint(score);
-    const unsigned ordered = bits >> 31 ? ~bits : bits | 0x80000000;
-    return static_cast<unsigned long long>(ordered) << 32 | ~position;
+    return bits >> 31 ? ~bits : bits | 0x80000000;
 }
 
 static __device__ __forceinline__ float score_of(unsigned ordered) {
     return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffff : ~ordered);
 }
 
-// Sorts `count` numbers, a power of two, in descending order: the whole thread block, by bitonic merges.
-static __device__ void sort(unsigned long long* numbers, unsigned count) {
-    for (unsigned run = 2; run <= count; run *= 2) {
-        for (unsigned stride = run / 2; stride > 0; stride /= 2) {
-            __syncthreads();
-            for (unsigned i = threadIdx.x; i < count / 2; i += THREADS) {
-                const unsigned low = i / stride * stride * 2 + i % stride, high = low + stride;
-                const unsigned long long a = numbers[low], b = numbers[high];
-                const bool descending = (low & run) == 0;
-                if ((a < b) == descending) {
-                    numbers[low] = b;
-                    numbers[high] = a;
-                }
-            }
-        }
-    }
-    __syncthreads();
-}
+// Who chooses together: the threads of a warp.
+struct Warp {
+    static constexpr unsigned SIZE = WARP;
 
-// The best k candidates so far, in shared memory. Candidates that beat the k-th best are written behind them; when
-// there might be no room for another THREADS, the queue is sorted and cut to k.
-struct Queue {
-    // (capacity)
-    unsigned long long* entries;
-    unsigned* used;
-    unsigned capacity;
-    unsigned k;
-    // What a candidate has to exceed.
-    unsigned long long bar;
+    __device__ unsigned rank() const { return threadIdx.x % WARP; }
+
+    // The sum of what all say.
+    __device__ unsigned sum(unsigned number) { return __reduce_add_sync(ALL_LANES, number); }
+
+    // The bits of what any of them says.
+    __device__ unsigned any(unsigned bits) { return __reduce_or_sync(ALL_LANES, bits); }
+
+    // How many of lower rank say so. Adds to `all` how many do.
+    __device__ unsigned before(bool vote, unsigned& all) {
+        const unsigned lanes = __ballot_sync(ALL_LANES, vote);
+        all += __popc(lanes);
+        return __popc(lanes & ((1u << rank()) - 1));
+    }
 };
 
-static __device__ Queue empty_queue(unsigned capacity, unsigned k) {
-    unsigned long long* entries = reinterpret_cast<unsigned long long*>(shared_memory);
-    Queue queue = {entries, reinterpret_cast<unsigned*>(entries + capacity), capacity, k, 0};
-    if (threadIdx.x == 0) *queue.used = 0;
-    __syncthreads();
-    return queue;
+// Who chooses together: the threads of a thread block. What its warps tell each other goes through two rows of shared
+// memory that are used in turns, so that one barrier is enough each time.
+struct Block {
+    unsigned (*of_warps)[WARPS];
+    unsigned turn;
+
+    static constexpr unsigned SIZE = THREADS;
+
+    __device__ unsigned rank() const { return threadIdx.x; }
+
+    __device__ const unsigned* exchange(unsigned of_warp) {
+        turn ^= 1;
+        if (threadIdx.x % WARP == 0) of_warps[turn][threadIdx.x / WARP] = of_warp;
+        __syncthreads();
+        return of_warps[turn];
+    }
+
+    __device__ unsigned sum(unsigned number) {
+        const unsigned* numbers = exchange(Warp().sum(number));
+        unsigned sum = 0;
+#pragma unroll
+        for (unsigned warp = 0; warp < WARPS; warp++) sum += numbers[warp];
+        return sum;
+    }
+
+    __device__ unsigned any(unsigned bits) {
+        const unsigned* numbers = exchange(Warp().any(bits));
+        unsigned any = 0;
+#pragma unroll
+        for (unsigned warp = 0; warp < WARPS; warp++) any |= numbers[warp];
+        return any;
+    }
+
+    __device__ unsigned before(bool vote, unsigned& all) {
+        unsigned in_warp = 0, before = Warp().before(vote, in_warp);
+        const unsigned* numbers = exchange(in_warp);
+#pragma unroll
+        for (unsigned warp = 0; warp < WARPS; warp++) {
+            if (warp < threadIdx.x / WARP) before += numbers[warp];
+            all += numbers[warp];
+        }
+        return before;
+    }
+};
+
+// Scores as `ordered` numbers, STRIDE apart; 0 where there is none.
+template <unsigned STRIDE>
+struct Scores {
+    const unsigned* numbers;
+    unsigned count;
+
+    __device__ unsigned operator[](unsigned i) const { return numbers[i * STRIDE]; }
+};
+
+// Chosen are the scores above a bar and the first `equal` of just the bar.
+struct Bar {
+    unsigned score;
+    unsigned equal;
+};
+
+// All of the team must call it.
+template <typename Team, unsigned STRIDE>
+static __device__ Bar bar_of_best(const Scores<STRIDE>& scores, unsigned k, Team& team) {
+    if (scores.count <= k) return {0, 0};
+    // What all have in common needs no votes.
+    unsigned ones = 0, zeros = 0;
+#pragma unroll 4
+    for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) {
+        const unsigned score = scores[i];
+        if (score != 0) ones |= score, zeros |= ~score;
+    }
+    ones = team.any(ones);
+    zeros = team.any(zeros);
+    const unsigned differing = 32 - __clz(ones & zeros);
+    unsigned reached = differing < 32 ? ones >> differing << differing : 0;
+    for (unsigned bit = differing; bit-- > 0;) {
+        const unsigned next = reached | 1u << bit;
+        unsigned reach = 0;
+#pragma unroll 4
+        for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) reach += scores[i] >= next;
+        reach = team.sum(reach);
+        if (reach == k) return {next - 1, 0};
+        if (reach > k) reached = next;
+    }
+    unsigned above = 0;
+    for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) above += scores[i] > reached;
+    return {reached, k - team.sum(above)};
 }
 
-// Sorts the best k to the front and drops the others. The whole thread block.
-static __device__ void cut(Queue& queue) {
-    const unsigned used = *queue.used;
-    for (unsigned i = used + threadIdx.x; i < queue.capacity; i += THREADS) queue.entries[i] = 0;
-    sort(queue.entries, queue.capacity);
-    if (used >= queue.k) queue.bar = queue.entries[queue.k - 1];
-    if (threadIdx.x == 0) *queue.used = min(used, queue.k);
-    __syncthreads();
-}
-
-// One candidate of each thread, or 0. The whole thread block.
-static __device__ void offer(Queue& queue, unsigned long long candidate) {
-    if (candidate > queue.bar) queue.entries[atomicAdd(queue.used, 1u)] = candidate;
-    __syncthreads();
-    const bool full = *queue.used + THREADS > queue.capacity;
-    // Nobody may add before everybody has seen that.
-    __syncthreads();
-    if (full) cut(queue);
+// Calls put(place, i) for each chosen score, the places counted in order. All of the team must call it, and get their
+// number.
+template <typename Team, unsigned STRIDE, typename Put>
+static __device__ unsigned put_best(const Scores<STRIDE>& scores, const Bar& bar, Team& team, Put put) {
+    unsigned above_before = 0, equal_before = 0;
+    for (unsigned first = 0; first < scores.count; first += Team::SIZE) {
+        const unsigned i = first + team.rank(), score = i < scores.count ? scores[i] : 0;
+        unsigned above_all = above_before, equal_all = equal_before;
+        const unsigned above = above_before + team.before(score > bar.score, above_all);
+        const unsigned equal = equal_before + team.before(score == bar.score, equal_all);
+        const bool chosen = score > bar.score || (score == bar.score && equal < bar.equal);
+        if (chosen) put(above + min(equal, bar.equal), i);
+        above_before = above_all;
+        equal_before = equal_all;
+    }
+    return above_before + min(equal_before, bar.equal);
 }
 
 // The share of a block in a row of choices.
@@ -348,37 +462,30 @@ static __device__ float share(const ChooseArguments& a, unsigned row, unsigned b
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) choose(ChooseArguments a) {
-    const unsigned row = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
-    const unsigned end = min(a.blocks, (slice + 1) * SLICE);
-    Queue queue = empty_queue(a.capacity, a.kept);
-    for (unsigned first = slice * SLICE; first < end; first += THREADS) {
-        const unsigned block = first + threadIdx.x;
-        offer(queue, block < end ? candidate(share(a, row, block), block) : 0);
-    }
-    cut(queue);
-    unsigned long long* best = a.candidates + size_t(blockIdx.x) * a.kept;
-    for (unsigned i = threadIdx.x; i < a.kept; i += THREADS) best[i] = queue.entries[i];
+    const unsigned slice = blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (slice >= a.rows * a.slices) return;
+    const unsigned row = slice / a.slices, first = slice % a.slices * SLICE;
+    const unsigned count = min(SLICE, a.blocks - first);
+    Warp warp;
+    unsigned* shares = reinterpret_cast<unsigned*>(shared_memory) + threadIdx.x / WARP * SLICE;  // (SLICE)
+    for (unsigned i = warp.rank(); i < count; i += WARP) shares[i] = ordered(share(a, row, first + i));
+    __syncwarp();
+    const Scores<1> scores = {shares, count};
+    uint2* best = a.candidates + size_t(slice) * a.kept;
+    const Bar bar = bar_of_best(scores, a.kept, warp);
+    const auto put = [=](unsigned place, unsigned i) { best[place] = {shares[i], first + i}; };
+    const unsigned used = put_best(scores, bar, warp, put);
+    for (unsigned i = used + warp.rank(); i < a.kept; i += WARP) best[i] = {0, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) merge(MergeArguments a) {
-    const unsigned long long* candidates = a.candidates + size_t(blockIdx.x) * a.count;
-    Queue queue = empty_queue(a.capacity, a.k);
-    for (unsigned first = 0; first < a.count; first += THREADS) {
-        const unsigned i = first + threadIdx.x;
-        offer(queue, i < a.count ? candidates[i] : 0);
-    }
-    cut(queue);
-    // With its halves swapped, the greater candidate is the earlier one.
-    unsigned sorted = 1;
-    while (sorted < a.k) sorted *= 2;
-    for (unsigned i = threadIdx.x; i < sorted; i += THREADS) {
-        const unsigned long long best = queue.entries[i];
-        queue.entries[i] = i < a.k ? best << 32 | best >> 32 : 0;
-    }
-    sort(queue.entries, sorted);
-    for (unsigned i = threadIdx.x; i < a.k; i += THREADS) {
-        const size_t to = size_t(blockIdx.x) * a.k + i;
-        a.positions[to] = ~static_cast<unsigned>(queue.entries[i] >> 32);
-        a.scores[to] = score_of(static_cast<unsigned>(queue.entries[i]));
-    }
+    const uint2* candidates = a.candidates + size_t(blockIdx.x) * a.count;
+    Block block = {reinterpret_cast<unsigned (*)[WARPS]>(shared_memory), 0};
+    const Scores<2> scores = {&candidates->x, a.count};
+    const size_t to = size_t(blockIdx.x) * a.k;
+    const Bar bar = bar_of_best(scores, a.k, block);
+    put_best(scores, bar, block, [=](unsigned place, unsigned i) {
+        a.positions[to + place] = candidates[i].y;
+        a.scores[to + place] = score_of(candidates[i].x);
+    });
 }

@@ -57,7 +57,7 @@ unsafe impl Runner for Session {
         match *self {}
     }
 
-    fn read(&self, _memory: &Self::Memory, _bytes: &mut [u8]) -> Result<(), CudaError> {
+    fn read(&self, _memory: &Self::Memory, _at: usize, _bytes: &mut [u8]) -> Result<(), CudaError> {
         match *self {}
     }
 

@@ -1,11 +1,12 @@
 //! What do the chosen blocks say? Sizes, memory and launches for `kernels/attend.cu`.
 
+use bytemuck::NoUninit;
 use half::f16;
 
 use super::HEAD_DIM_MAX;
 use super::launch::{
-    ArgumentError, AttendArguments, CombineArguments, Kernel, Launch, Runner, THREADS, below, download, length,
-    multiple, room, upload, within,
+    ArgumentError, AttendArguments, CombineArguments, Kernel, Launch, Runner, THREADS, Work, below, length, multiple,
+    upload, within,
 };
 use crate::limits;
 use crate::types::{DType, Normalisation};
@@ -16,6 +17,9 @@ const THREAD_BLOCKS_WANTED: u32 = 512;
 
 /// Warps of a thread block.
 const WARPS: u32 = THREADS / 32;
+
+/// Dimensions of a lane, to whose multiple kernels find every token's filled up.
+const LANE_DIMS: usize = 8;
 
 /// What all pages of an attention have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +34,7 @@ pub struct PageLayout {
 
 /// K and V of one block, layer and KV head, where kernels find them. Never changes.
 pub struct Page<M> {
-    /// f16 `(2, B, D)`; or f32 `(D + B)` and int8 `(2, B, D)`.
+    /// As kernels/attend.cu says: f16 `(2, B, 8 C)`; or f32 `(D + B)` and int8 `(2, B, 8 C)`.
     memory: M,
     layout: PageLayout,
 }
@@ -90,13 +94,34 @@ impl PageLayout {
 
     /// Bytes of one page.
     pub fn bytes(&self) -> usize {
-        let scales = if self.dtype == DType::Int8 { self.head_dim + self.block_tokens } else { 0 };
-        2 * self.numbers() * self.dtype.size_bytes() + scales * size_of::<f32>()
+        2 * self.block_tokens * self.padded() * self.dtype.size_bytes() + self.scales() * size_of::<f32>()
+    }
+
+    /// Of a token's K or V, with what fills them up.
+    fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(LANE_DIMS)
+    }
+
+    /// Scales, with what fills them up.
+    fn scales(&self) -> usize {
+        if self.dtype == DType::Int8 { (self.head_dim + self.block_tokens).next_multiple_of(4) } else { 0 }
     }
 
     /// Of K, and of V.
     fn numbers(&self) -> usize {
         self.block_tokens * self.head_dim
+    }
+
+    /// K or V `(B, D)`, every token's filled up with zeros.
+    fn extend_padded<N: NoUninit>(&self, bytes: &mut Vec<u8>, numbers: &[N]) {
+        if self.padded() == self.head_dim {
+            return bytes.extend_from_slice(bytemuck::cast_slice(numbers));
+        }
+        for token in numbers.chunks_exact(self.head_dim) {
+            let end = bytes.len() + self.padded() * size_of::<N>();
+            bytes.extend_from_slice(bytemuck::cast_slice(token));
+            bytes.resize(end, 0);
+        }
     }
 
     fn check(&self) -> Result<(), ArgumentError> {
@@ -123,32 +148,33 @@ impl<M> Page<M> {
     ) -> Result<Vec<Self>, R::Error> {
         layout.check()?;
         let (numbers, tokens, dim) = (layout.numbers(), layout.block_tokens, layout.head_dim);
+        let mut bytes = Vec::with_capacity(layout.bytes());
         let mut pages = Vec::with_capacity(pieces.len());
         for piece in pieces {
             if piece.dtype() != layout.dtype {
                 return Err(ArgumentError::Dtype { expected: layout.dtype, found: piece.dtype() }.into());
             }
-            let memory = match *piece {
+            bytes.clear();
+            match *piece {
                 Piece::F16 { k, v } => {
                     length("k", numbers, k.len())?;
                     length("v", numbers, v.len())?;
-                    upload(runner, &[k, v].concat())?
+                    layout.extend_padded(&mut bytes, k);
+                    layout.extend_padded(&mut bytes, v);
                 }
                 Piece::Int8 { k, k_scales, v, v_scales } => {
                     length("k", numbers, k.len())?;
                     length("k_scales", dim, k_scales.len())?;
                     length("v", numbers, v.len())?;
                     length("v_scales", tokens, v_scales.len())?;
-                    let parts: [&[u8]; 4] = [
-                        bytemuck::cast_slice(k_scales),
-                        bytemuck::cast_slice(v_scales),
-                        bytemuck::cast_slice(k),
-                        bytemuck::cast_slice(v),
-                    ];
-                    upload(runner, &parts.concat())?
+                    bytes.extend_from_slice(bytemuck::cast_slice(k_scales));
+                    bytes.extend_from_slice(bytemuck::cast_slice(v_scales));
+                    bytes.resize(layout.scales() * size_of::<f32>(), 0);
+                    layout.extend_padded(&mut bytes, k);
+                    layout.extend_padded(&mut bytes, v);
                 }
-            };
-            pages.push(Page { memory, layout });
+            }
+            pages.push(Page { memory: upload(runner, &bytes)?, layout });
         }
         // Other runners of the same device may use them from now on.
         runner.wait()?;
@@ -165,22 +191,23 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
         return Ok(Part { out: vec![0.0; numbers], lse: vec![f32::NEG_INFINITY; row_count] });
     }
     let parts = THREAD_BLOCKS_WANTED.div_ceil(rows).min(attention.k);
-    let (queries, turns) = (upload(runner, attention.queries)?, upload(runner, attention.turns)?);
     let address = |&page: &u32| runner.address(&attention.pages[page as usize].memory);
     let addresses: Vec<u64> = attention.page_of.iter().map(address).collect();
-    let (table, turn_of) = (upload(runner, &addresses)?, upload(runner, attention.turn_of)?);
-    let part_out = room::<R, f32>(runner, parts as usize * numbers)?;
-    let part_lse = room::<R, f32>(runner, parts as usize * row_count)?;
-    let (out, lse) = (room::<R, f32>(runner, numbers)?, room::<R, f32>(runner, row_count)?);
-    let at = |memory| runner.address(memory);
+    let mut work = Work::default();
+    let (queries, turns) = (work.input(attention.queries), work.input(attention.turns));
+    let (pages, turn_of) = (work.input(&addresses), work.input(attention.turn_of));
+    let (part_out, part_lse) = (work.room(parts as usize * numbers), work.room(parts as usize * row_count));
+    // One part is all there is to say.
+    let (out, lse) = if parts > 1 { (work.room(numbers), work.room(row_count)) } else { (part_out, part_lse) };
+    let work = work.place(runner)?;
 
     let attend = AttendArguments {
-        queries: at(&queries),
-        turns: at(&turns),
-        pages: at(&table),
-        turn_of: at(&turn_of),
-        out: at(&part_out),
-        lse: at(&part_lse),
+        queries: work.address(queries),
+        turns: work.address(turns),
+        pages: work.address(pages),
+        turn_of: work.address(turn_of),
+        out: work.address(part_out),
+        lse: work.address(part_lse),
         k: attention.k,
         parts,
         sharing: attention.sharing,
@@ -195,29 +222,30 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
         softmax_scale: attention.softmax_scale,
     };
     let combine = CombineArguments {
-        part_out: at(&part_out),
-        part_lse: at(&part_lse),
-        out: at(&out),
-        lse: at(&lse),
+        part_out: work.address(part_out),
+        part_lse: work.address(part_lse),
+        out: work.address(out),
+        lse: work.address(lse),
         rows,
         parts,
         head_dim: dim,
     };
     let attend_kernel = if attention.layout.dtype == DType::Int8 { Kernel::AttendInt8 } else { Kernel::AttendF16 };
-    let shared_bytes = 4 * (2 * dim + attend.block_tokens + WARPS * dim);
+    let padded = attention.layout.padded() as u32;
+    let shared_bytes = 4 * (2 * padded + attend.block_tokens + WARPS * padded);
     // SAFETY: each kernel gets its own structure. `check` has compared the tables with the pages, the turns and the
     // number of rows, the pages with the layout, as long as which they were made, and every size with its limit, so
-    // that no product above wraps; all other memory was made above in the shapes that the kernels' sources give for
-    // these very fields. It lives until the downloads below have waited, or a launch has failed, which leaves nothing
-    // running, and the pages are borrowed until then.
+    // that no product above wraps; all other memory was planned above in the shapes that the kernels' sources give for
+    // these very fields. It lives until `read` below has waited, or a launch has failed, which leaves nothing running,
+    // and the pages are borrowed until then.
     unsafe {
         runner.launch(attend_kernel, Launch::new([rows, parts], shared_bytes), &attend)?;
         if parts > 1 {
             runner.launch(Kernel::Combine, Launch::new([rows, 1], 0), &combine)?;
         }
     }
-    let (out, lse) = if parts > 1 { (out, lse) } else { (part_out, part_lse) };
-    Ok(Part { out: download(runner, &out, numbers)?, lse: download(runner, &lse, row_count)? })
+    let (out, lse) = work.read(out, lse)?;
+    Ok(Part { out, lse })
 }
 
 impl<M> Attention<'_, M> {

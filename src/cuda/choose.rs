@@ -8,7 +8,7 @@ use half::f16;
 use super::HEAD_DIM_MAX;
 use super::launch::{
     ArgumentError, ChooseArguments, Kernel, Launch, MergeArguments, Runner, ScoreArguments, THREADS, TotalArguments,
-    below, download, length, multiple, room, upload, within,
+    Work, below, length, multiple, upload, within,
 };
 use crate::limits;
 use crate::types::{BlockScore, DType, Granularity};
@@ -16,14 +16,21 @@ use crate::types::{BlockScore, DType, Granularity};
 /// Keys of a panel: `PANEL` of the kernels.
 const PANEL: usize = 64;
 
-/// Query rows that pass over the keys together: `ROWS` of the kernels.
-const ROWS: u32 = 8;
+/// Query rows that pass over the keys together: `FEW_ROWS` and `MANY_ROWS` of the kernels.
+const FEW_ROWS: u32 = 4;
+const MANY_ROWS: u32 = 8;
 
 /// Blocks of a slice: `SLICE` of the kernels.
-const SLICE: u32 = 1024;
+const SLICE: u32 = 128;
+
+/// Warps of a thread block that scores: `SCORE_WARPS` of the kernels.
+const SCORE_WARPS: usize = 4;
 
 /// Keys of a tile that has more than one block: a panel for each warp.
-const TILE_KEYS: usize = 512;
+const TILE_KEYS: usize = SCORE_WARPS * PANEL;
+
+/// Warps of the other thread blocks.
+const WARPS: u32 = THREADS / 32;
 
 /// Blocks of a lookup: no grid has more thread blocks than this, for none has more than there are scores.
 const BLOCKS_MAX: u64 = i32::MAX as u64;
@@ -160,20 +167,21 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
     let tile_count = tiles.len() as u32;
     let tile_keys = tiles.iter().map(|tile| tile.blocks * choice.keys_per_block).max().unwrap_or(0);
     let (slices, kept) = (blocks.div_ceil(SLICE), k.min(SLICE));
-    let (tiles, queries) = (upload(runner, &tiles)?, upload(runner, choice.queries)?);
-    let scores = room::<R, f32>(runner, query_rows as usize * blocks as usize)?;
-    let tile_totals = room::<R, f32>(runner, query_rows as usize * tile_count as usize)?;
-    let totals = room::<R, f32>(runner, query_rows as usize)?;
-    let candidates = room::<R, u64>(runner, rows as usize * slices as usize * kept as usize)?;
-    let positions = room::<R, u32>(runner, rows as usize * k as usize)?;
-    let shares = room::<R, f32>(runner, rows as usize * k as usize)?;
-    let at = |memory| runner.address(memory);
+    let mut work = Work::default();
+    let (tiles, queries) = (work.input(&tiles), work.input(choice.queries));
+    let positions = work.room::<u32>(rows as usize * k as usize);
+    let shares = work.room::<f32>(rows as usize * k as usize);
+    let scores = work.room::<f32>(query_rows as usize * blocks as usize);
+    let tile_totals = work.room::<f32>(query_rows as usize * tile_count as usize);
+    let totals = work.room::<f32>(query_rows as usize);
+    let candidates = work.room::<[u32; 2]>(rows as usize * slices as usize * kept as usize);
+    let work = work.place(runner)?;
 
     let score = ScoreArguments {
-        tiles: at(&tiles),
-        queries: at(&queries),
-        scores: at(&scores),
-        tile_totals: at(&tile_totals),
+        tiles: work.address(tiles),
+        queries: work.address(queries),
+        scores: work.address(scores),
+        tile_totals: work.address(tile_totals),
         blocks,
         tile_count,
         tile_keys,
@@ -186,19 +194,33 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
         log_sum_exp: (choice.block_score == BlockScore::LogSumExp).into(),
         softmax_scale: choice.softmax_scale,
     };
-    let strips = (query_rows / choice.kv_heads).div_ceil(ROWS);
-    let score_launch = Launch::new([tile_count * strips, choice.kv_heads], 4 * ROWS * (score.head_dim + tile_keys));
-    let score_kernel = if choice.dtype == DType::Int8 { Kernel::ScoreInt8 } else { Kernel::ScoreF16 };
-    let total = TotalArguments { tile_totals: at(&tile_totals), totals: at(&totals), rows: query_rows, tile_count };
+    let head_rows = query_rows / choice.kv_heads;
+    let few = head_rows <= FEW_ROWS;
+    let strip_rows = if few { FEW_ROWS } else { MANY_ROWS };
+    let score_grid = [tile_count * head_rows.div_ceil(strip_rows), choice.kv_heads];
+    let score_launch =
+        Launch::new(score_grid, 4 * strip_rows * (score.head_dim + tile_keys)).of_warps(SCORE_WARPS as u32);
+    let score_kernel = match (choice.dtype, few) {
+        (DType::Int8, true) => Kernel::ScoreFewInt8,
+        (DType::Int8, false) => Kernel::ScoreManyInt8,
+        (_, true) => Kernel::ScoreFewF16,
+        (_, false) => Kernel::ScoreManyF16,
+    };
+    let total = TotalArguments {
+        tile_totals: work.address(tile_totals),
+        totals: work.address(totals),
+        rows: query_rows,
+        tile_count,
+    };
     let (token_span, head_span) = choice.spans_of_row();
     let choose = ChooseArguments {
-        scores: at(&scores),
-        totals: at(&totals),
-        candidates: at(&candidates),
+        scores: work.address(scores),
+        totals: work.address(totals),
+        candidates: work.address(candidates),
+        rows,
         blocks,
         slices,
         kept,
-        capacity: queue_capacity(kept),
         tokens: choice.tokens,
         query_heads: choice.query_heads,
         kv_heads: choice.kv_heads,
@@ -207,40 +229,24 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
         add: (choice.granularity == Granularity::KvGroup).into(),
     };
     let merge = MergeArguments {
-        candidates: at(&candidates),
-        positions: at(&positions),
-        scores: at(&shares),
+        candidates: work.address(candidates),
+        positions: work.address(positions),
+        scores: work.address(shares),
         count: slices * kept,
         k,
-        capacity: queue_capacity(k),
     };
     // SAFETY: each kernel gets its own structure. `tiles` has compared every tile with its keys and the queries, so
     // that what `score` reads is there, and every size with its limit, so that no product above wraps; all other memory
-    // was made above in the shapes that the kernels' sources give for these very fields. It lives until the downloads
-    // below have waited, or a launch has failed, which leaves nothing running, and the keys are borrowed until then.
+    // was planned above in the shapes that the kernels' sources give for these very fields. It lives until `read` below
+    // has waited, or a launch has failed, which leaves nothing running, and the keys are borrowed until then.
     unsafe {
         runner.launch(score_kernel, score_launch, &score)?;
-        runner.launch(Kernel::Total, Launch::warps(query_rows), &total)?;
-        runner.launch(Kernel::Choose, Launch::new([rows * slices, 1], queue_bytes(kept)), &choose)?;
-        runner.launch(Kernel::Merge, Launch::new([rows, 1], queue_bytes(k)), &merge)?;
+        runner.launch(Kernel::Total, Launch::warps(query_rows, 0), &total)?;
+        runner.launch(Kernel::Choose, Launch::warps(rows * slices, 4 * SLICE * WARPS), &choose)?;
+        runner.launch(Kernel::Merge, Launch::new([rows, 1], 2 * 4 * WARPS), &merge)?;
     }
-    let chosen = rows as usize * k as usize;
-    Ok(Chosen {
-        rows: rows as usize,
-        k: k as usize,
-        positions: download(runner, &positions, chosen)?,
-        scores: download(runner, &shares, chosen)?,
-    })
-}
-
-/// Entries of the kernels' queue for the best k.
-fn queue_capacity(k: u32) -> u32 {
-    (k + THREADS).next_power_of_two()
-}
-
-/// The queue and its count, which keeps what follows aligned.
-fn queue_bytes(k: u32) -> u32 {
-    8 * queue_capacity(k) + 16
+    let (positions, scores) = work.read(positions, shares)?;
+    Ok(Chosen { rows: rows as usize, k: k as usize, positions, scores })
 }
 
 impl<M> Choice<'_, M> {

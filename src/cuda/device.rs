@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{self, CUmemPool_attribute, CUresult};
 use cudarc::driver::{
-    self, CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
-    PushKernelArg,
+    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc;
 use thiserror::Error;
@@ -14,14 +13,23 @@ use thiserror::Error;
 use super::launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
 use super::module;
 
+/// Bytes of freed memory that the driver keeps for whoever asks next. Unless it is told, it keeps none when a stream has been
+/// waited for, and every operation would wait for memory anew.
+const FREED_BYTES_KEPT: u64 = 256 << 20;
+
 /// Why a GPU did not do what it was asked.
 #[derive(Debug, Error)]
 pub enum CudaError {
     #[error("no CUDA driver: libcuda was not found; it comes with NVIDIA's driver for the GPU")]
     NoDriver,
     #[error(
-        "no CUDA compiler: libnvrtc of CUDA 12 was not found where the system looks for libraries; install it, or name \
-         its folder in LD_LIBRARY_PATH"
+        "no CUDA driver: the libcuda that was found is the stub that programs are linked with; take the CUDA toolkit's \
+         folder `stubs` out of LD_LIBRARY_PATH"
+    )]
+    Stub,
+    #[error(
+        "no CUDA compiler: neither libnvrtc.so nor libnvrtc.so.12 was found where the system looks for libraries; \
+         install it, or name its folder in LD_LIBRARY_PATH"
     )]
     NoCompiler,
     #[error("no GPU {ordinal}: expected less than {count}, for the GPUs here are counted from 0")]
@@ -55,14 +63,14 @@ impl Device {
     /// Opens a GPU and compiles the kernels for it.
     pub fn open(ordinal: usize) -> Result<Device, CudaError> {
         // SAFETY: loads NVIDIA's libraries, whose initialisers ask nothing of the program.
-        let (driver_present, compiler_present) =
-            unsafe { (driver::sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
+        let (driver_present, compiler_present) = unsafe { (sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
         if !driver_present {
             return Err(CudaError::NoDriver);
         }
         let count = match CudaContext::device_count() {
             Ok(count) => count as usize,
             Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::Stub),
             Err(error) => return Err(failed("start", error)),
         };
         if ordinal >= count {
@@ -74,6 +82,7 @@ impl Device {
         let context = CudaContext::new(ordinal).map_err(|error| failed("open a GPU", error))?;
         // SAFETY: no memory is used by two streams without a wait in between, for the reason at `Runner` for `Session`.
         unsafe { context.disable_event_tracking() };
+        keep_freed(&context).map_err(|error| failed("keep freed memory", error))?;
         let (major, minor) = context.compute_capability().map_err(|error| failed("describe a GPU", error))?;
         let code = module::compile(&format!("sm_{major}{minor}"))?;
         let module =
@@ -96,6 +105,20 @@ impl Device {
         let stream = self.context.new_stream().map_err(|error| failed("make a stream", error))?;
         Ok(Session { device: self.clone(), stream })
     }
+}
+
+/// Tells the driver what to keep of what is freed. Where it has no pool of memory, there is nothing to keep.
+fn keep_freed(context: &CudaContext) -> Result<(), DriverError> {
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the device is that of a live context, and the pool goes to a local.
+    match unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()) } {
+        CUresult::CUDA_ERROR_NOT_SUPPORTED => return Ok(()),
+        found => found.result()?,
+    }
+    let mut bytes = FREED_BYTES_KEPT;
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the pool was given above, and the value of this attribute is 64 bits.
+    unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut bytes).cast()) }.result()
 }
 
 fn failed(action: &'static str, error: DriverError) -> CudaError {
@@ -148,9 +171,9 @@ unsafe impl Runner for Session {
         self.settle("copy to the GPU", self.stream.memcpy_htod(bytes, &mut into))
     }
 
-    fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) -> Result<(), CudaError> {
+    fn read(&self, memory: &CudaSlice<u8>, at: usize, bytes: &mut [u8]) -> Result<(), CudaError> {
         if !bytes.is_empty() {
-            let from = memory.slice(..bytes.len());
+            let from = memory.slice(at..at + bytes.len());
             self.settle("copy from the GPU", self.stream.memcpy_dtoh(&from, bytes))?;
         }
         self.wait()

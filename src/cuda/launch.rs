@@ -1,16 +1,20 @@
 //! What passes between the operations and whatever runs kernels: the seam, and the arguments of each kernel.
 
+use std::marker::PhantomData;
 use std::ops::RangeInclusive;
 
 use thiserror::Error;
 
 use crate::types::DType;
 
-/// Threads of every thread block: `THREADS` of the kernels.
+/// Threads of a thread block where nothing else is said: `THREADS` of the kernels.
 pub(super) const THREADS: u32 = 256;
 
 /// Threads of a warp.
 const WARP: u32 = 32;
+
+/// Where each array of a [`Work`] begins is a multiple of this: the widest load of a kernel.
+const ALIGNMENT: usize = 16;
 
 /// A stream of work on some memory, or what stands in for one. Work is done in the order in which it was asked for; an
 /// error is returned only when none goes on. Panics if given the memory of another device.
@@ -29,8 +33,8 @@ pub unsafe trait Runner {
     /// Copies to `memory`, from byte `at` on. Panics if that is too long.
     fn write(&self, memory: &mut Self::Memory, at: usize, bytes: &[u8]) -> Result<(), Self::Error>;
 
-    /// Waits for the work so far and copies the first bytes of `memory`. Panics if it is shorter.
-    fn read(&self, memory: &Self::Memory, bytes: &mut [u8]) -> Result<(), Self::Error>;
+    /// Waits for the work so far and copies from `memory`, from byte `at` on. Panics if it is shorter.
+    fn read(&self, memory: &Self::Memory, at: usize, bytes: &mut [u8]) -> Result<(), Self::Error>;
 
     /// Waits for the work so far.
     fn wait(&self) -> Result<(), Self::Error>;
@@ -71,8 +75,10 @@ pub enum ArgumentError {
 /// A kernel of [`super::SOURCE`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
-    ScoreF16,
-    ScoreInt8,
+    ScoreFewF16,
+    ScoreFewInt8,
+    ScoreManyF16,
+    ScoreManyInt8,
     Total,
     Choose,
     Merge,
@@ -93,9 +99,11 @@ pub struct Launch {
 }
 
 impl Kernel {
-    pub const ALL: [Kernel; 8] = [
-        Kernel::ScoreF16,
-        Kernel::ScoreInt8,
+    pub const ALL: [Kernel; 10] = [
+        Kernel::ScoreFewF16,
+        Kernel::ScoreFewInt8,
+        Kernel::ScoreManyF16,
+        Kernel::ScoreManyInt8,
         Kernel::Total,
         Kernel::Choose,
         Kernel::Merge,
@@ -107,8 +115,10 @@ impl Kernel {
     /// In the source.
     pub fn name(self) -> &'static str {
         match self {
-            Kernel::ScoreF16 => "score_f16",
-            Kernel::ScoreInt8 => "score_int8",
+            Kernel::ScoreFewF16 => "score_few_f16",
+            Kernel::ScoreFewInt8 => "score_few_int8",
+            Kernel::ScoreManyF16 => "score_many_f16",
+            Kernel::ScoreManyInt8 => "score_many_int8",
             Kernel::Total => "total",
             Kernel::Choose => "choose",
             Kernel::Merge => "merge",
@@ -124,9 +134,14 @@ impl Launch {
         Launch { grid, threads: THREADS, shared_bytes }
     }
 
-    /// A warp for each of `rows`.
-    pub(super) fn warps(rows: u32) -> Self {
-        Launch::new([rows.div_ceil(THREADS / WARP), 1], 0)
+    /// With thread blocks of so many warps.
+    pub(super) fn of_warps(self, warps: u32) -> Self {
+        Launch { threads: warps * WARP, ..self }
+    }
+
+    /// A warp for each of `rows`, with so much memory for each thread block.
+    pub(super) fn warps(rows: u32, shared_bytes: u32) -> Self {
+        Launch::new([rows.div_ceil(THREADS / WARP), 1], shared_bytes)
     }
 }
 
@@ -166,10 +181,10 @@ arguments!(ChooseArguments {
     scores: u64,
     totals: u64,
     candidates: u64,
+    rows: u32,
     blocks: u32,
     slices: u32,
     kept: u32,
-    capacity: u32,
     tokens: u32,
     query_heads: u32,
     kv_heads: u32,
@@ -178,7 +193,7 @@ arguments!(ChooseArguments {
     add: u32,
 });
 
-arguments!(MergeArguments { candidates: u64, positions: u64, scores: u64, count: u32, k: u32, capacity: u32 });
+arguments!(MergeArguments { candidates: u64, positions: u64, scores: u64, count: u32, k: u32 });
 
 arguments!(AttendArguments {
     queries: u64,
@@ -207,20 +222,71 @@ pub(super) fn upload<R: Runner, N: bytemuck::NoUninit>(runner: &R, numbers: &[N]
     Ok(memory)
 }
 
-/// Memory for so many numbers.
-pub(super) fn room<R: Runner, N>(runner: &R, numbers: usize) -> Result<R::Memory, R::Error> {
-    runner.memory((numbers * size_of::<N>()).max(1))
+/// All memory of one operation, planned before any is asked for: a copy to a GPU, a copy from it and memory there cost
+/// microseconds each, however small they are.
+#[derive(Default)]
+pub(super) struct Work {
+    /// Of the arrays that go there, which come first.
+    inputs: Vec<u8>,
+    bytes: usize,
 }
 
-/// Waits for the work so far and copies the first numbers of `memory`.
-pub(super) fn download<R: Runner, N: bytemuck::Pod>(
-    runner: &R,
-    memory: &R::Memory,
+/// An array of a [`Work`].
+#[derive(Clone, Copy)]
+pub(super) struct Place<N> {
+    at: usize,
     numbers: usize,
-) -> Result<Vec<N>, R::Error> {
-    let mut into = vec![N::zeroed(); numbers];
-    runner.read(memory, bytemuck::cast_slice_mut(&mut into))?;
-    Ok(into)
+    of: PhantomData<N>,
+}
+
+/// A [`Work`] in a runner's memory.
+pub(super) struct Placed<'a, R: Runner> {
+    runner: &'a R,
+    memory: R::Memory,
+}
+
+impl Work {
+    /// An array that goes there. Before all that do not.
+    pub(super) fn input<N: bytemuck::NoUninit>(&mut self, numbers: &[N]) -> Place<N> {
+        let place = self.room(numbers.len());
+        self.inputs.resize(place.at, 0);
+        self.inputs.extend_from_slice(bytemuck::cast_slice(numbers));
+        place
+    }
+
+    /// An array that kernels write.
+    pub(super) fn room<N>(&mut self, numbers: usize) -> Place<N> {
+        let at = self.bytes.next_multiple_of(ALIGNMENT);
+        self.bytes = at + numbers * size_of::<N>();
+        Place { at, numbers, of: PhantomData }
+    }
+
+    /// Asks for the memory and copies what goes there.
+    pub(super) fn place<R: Runner>(self, runner: &R) -> Result<Placed<'_, R>, R::Error> {
+        let mut memory = runner.memory(self.bytes.max(1))?;
+        runner.write(&mut memory, 0, &self.inputs)?;
+        Ok(Placed { runner, memory })
+    }
+}
+
+impl<R: Runner> Placed<'_, R> {
+    /// Where kernels find an array.
+    pub(super) fn address<N>(&self, place: Place<N>) -> u64 {
+        self.runner.address(&self.memory) + place.at as u64
+    }
+
+    /// Waits for the kernels and copies two arrays back, of which the second was planned right behind the first.
+    pub(super) fn read<M: bytemuck::Pod, N: bytemuck::Pod>(
+        &self,
+        first: Place<M>,
+        second: Place<N>,
+    ) -> Result<(Vec<M>, Vec<N>), R::Error> {
+        let apart = second.at - first.at;
+        let mut bytes = vec![0; apart + second.numbers * size_of::<N>()];
+        self.runner.read(&self.memory, first.at, &mut bytes)?;
+        let firsts = &bytes[..first.numbers * size_of::<M>()];
+        Ok((bytemuck::pod_collect_to_vec(firsts), bytemuck::pod_collect_to_vec(&bytes[apart..])))
+    }
 }
 
 /// Refuses a number outside of `range`.

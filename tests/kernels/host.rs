@@ -101,10 +101,10 @@ unsafe impl Runner for Host {
         Ok(())
     }
 
-    fn read(&self, memory: &Memory, bytes: &mut [u8]) -> Result<(), ArgumentError> {
-        assert!(bytes.len() <= memory.bytes);
+    fn read(&self, memory: &Memory, at: usize, bytes: &mut [u8]) -> Result<(), ArgumentError> {
+        assert!(at + bytes.len() <= memory.bytes);
         // SAFETY: inside the memory, which no kernel writes after its launch; `bytes` is other memory.
-        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(memory.start(), bytes.len()) };
+        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(memory.start().add(at), bytes.len()) };
         Ok(())
     }
 

@@ -172,9 +172,13 @@ where
         }
         // Requests without eligible blocks have nothing to run.
         let asked = requests.iter().filter(|request| !request.lookup.scope.is_empty()).count() as u64;
-        let score = if key_dtype == DType::Int8 { Kernel::ScoreInt8 } else { Kernel::ScoreF16 };
+        let scores = match key_dtype {
+            DType::Int8 => [Kernel::ScoreFewInt8, Kernel::ScoreManyInt8],
+            _ => [Kernel::ScoreFewF16, Kernel::ScoreManyF16],
+        };
         let attend = if payload_dtype == DType::Int8 { Kernel::AttendInt8 } else { Kernel::AttendF16 };
-        assert_eq!((world.seen.launches(score), world.seen.launches(attend)), (2 * asked, asked));
+        let scans: u64 = scores.iter().map(|&kernel| world.seen.launches(kernel)).sum();
+        assert_eq!((scans, world.seen.launches(attend)), (2 * asked, asked));
 
         // An engine that needs no GPU leaves nothing there.
         world.engine(Engine::Flat);
@@ -315,7 +319,7 @@ where
             same(got, want, &payload_dtype);
             assert_eq!(got.out, want.out, "the same blocks, attended to by the same code");
         }
-        assert_eq!(world.seen.launches(Kernel::ScoreF16), scans);
+        assert_eq!(world.seen.launches(Kernel::Merge), scans);
         assert_eq!(world.seen.launches(Kernel::AttendF16), 0);
     }
 }
@@ -333,8 +337,8 @@ where
     world.engine(Engine::Cuda);
     world.seen.fails.store(true, SeqCst);
     assert_eq!(world.answers(&requests), want);
-    assert_eq!(world.seen.launches(Kernel::ScoreF16), 0);
+    assert_eq!(world.seen.launches(Kernel::Merge), 0);
     world.seen.fails.store(false, SeqCst);
     same(&world.answers(&requests)[0], &want[0], &requests);
-    assert_eq!((world.seen.launches(Kernel::ScoreF16), world.seen.launches(Kernel::AttendF16)), (1, 1));
+    assert_eq!((world.seen.launches(Kernel::Merge), world.seen.launches(Kernel::AttendF16)), (1, 1));
 }

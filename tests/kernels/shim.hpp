@@ -19,10 +19,10 @@
 #define __global__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
-struct char2 { signed char x, y; };
-struct ushort2 { unsigned short x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { unsigned x, y, z; };
 
@@ -165,25 +165,7 @@ extern "C" void shim_launch(
 
 static void __syncthreads() { shim::wait(shim::block); }
 
-static float __shfl_xor_sync(unsigned mask, float value, unsigned offset) {
-    shim::Warp& warp = shim::warp();
-    if (mask != 0xffffffff || warp.barrier.living != shim::LANES) shim::fail("a shuffle without the whole warp");
-    const unsigned lane = threadIdx.x % shim::LANES;
-    memcpy(&warp.values[lane], &value, sizeof value);
-    shim::wait(warp.barrier);
-    float other;
-    memcpy(&other, &warp.values[lane ^ offset], sizeof other);
-    shim::wait(warp.barrier);
-    return other;
-}
-
-static unsigned atomicAdd(unsigned* number, unsigned more) {
-    const unsigned old = *number;
-    *number += more;
-    return old;
-}
-
-static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+static void __syncwarp() { shim::wait(shim::warp().barrier); }
 
 static float __uint_as_float(unsigned bits) {
     float number;
@@ -196,6 +178,49 @@ static unsigned __float_as_uint(float number) {
     memcpy(&bits, &number, sizeof bits);
     return bits;
 }
+
+// Gives every lane what all lanes of the warp gave.
+static void exchange_of_warp(unsigned mask, unsigned value, unsigned (&values)[shim::LANES]) {
+    shim::Warp& warp = shim::warp();
+    if (mask != 0xffffffff || warp.barrier.living != shim::LANES) shim::fail("a shuffle without the whole warp");
+    warp.values[threadIdx.x % shim::LANES] = value;
+    shim::wait(warp.barrier);
+    memcpy(values, warp.values, sizeof values);
+    shim::wait(warp.barrier);
+}
+
+static float __shfl_xor_sync(unsigned mask, float value, unsigned offset) {
+    unsigned values[shim::LANES];
+    exchange_of_warp(mask, __float_as_uint(value), values);
+    return __uint_as_float(values[threadIdx.x % shim::LANES ^ offset]);
+}
+
+static unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+    unsigned values[shim::LANES], sum = 0;
+    exchange_of_warp(mask, value, values);
+    for (unsigned of_lane : values) sum += of_lane;
+    return sum;
+}
+
+static unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+    unsigned values[shim::LANES], any = 0;
+    exchange_of_warp(mask, value, values);
+    for (unsigned of_lane : values) any |= of_lane;
+    return any;
+}
+
+static unsigned __ballot_sync(unsigned mask, bool vote) {
+    unsigned values[shim::LANES], ballot = 0;
+    exchange_of_warp(mask, vote, values);
+    for (unsigned lane = 0; lane < shim::LANES; lane++) ballot |= values[lane] << lane;
+    return ballot;
+}
+
+static unsigned __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+static unsigned __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
+
+static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 
 static float half_to_float(unsigned short bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;

@@ -68,8 +68,8 @@ unsafe impl<R: Runner> Runner for Watched<R> {
         self.runner.write(&mut memory.memory, at, bytes)
     }
 
-    fn read(&self, memory: &Self::Memory, bytes: &mut [u8]) -> Result<(), R::Error> {
-        self.runner.read(&memory.memory, bytes)
+    fn read(&self, memory: &Self::Memory, at: usize, bytes: &mut [u8]) -> Result<(), R::Error> {
+        self.runner.read(&memory.memory, at, bytes)
     }
 
     fn wait(&self) -> Result<(), R::Error> {
