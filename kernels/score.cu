@@ -28,11 +28,12 @@
 // makes), and the first ones of just that score. No candidate is moved, so that they keep their order.
 //
 // Grid. score: (tiles * strips of ROWS query rows, Hkv), strips of a tile next to each other so that they find its keys
-// in the second-level cache; SCORE_WARPS warps, each takes a panel. total: a warp a query row. choose: (slices * rows of
-// choices). merge: rows of choices.
+// in the second-level cache; SCORE_WARPS warps, each takes a panel. total: a warp a query row. choose: a warp a slice of
+// a row of choices. merge: rows of choices, MERGE_WARPS warps each.
 //
 // Shared memory. score: 4 ROWS (D + keys of the largest tile) bytes, at most 40 KB with D = 256 and 1024 keys (a tile
-// has 256, or one block). choose: 4 bytes for each block of a slice and warp, 4 KB. merge: what warps tell each other, 64 bytes. total: none.
+// has 256, or one block). choose: 4 bytes for each block of a slice, for each warp. merge: 4 bytes for each warp, twice.
+// total: none.
 //
 // Versions tried, on an H100: docs/performance.md.
 
@@ -51,10 +52,12 @@ constexpr unsigned MANY_ROWS = 8;
 // Loads of a lane that are under way at once. Compilers do not bring them about by themselves.
 constexpr unsigned LOADS = 8;
 // Thread blocks whose registers have room in a multiprocessor.
-constexpr unsigned FEW_ROWS_BLOCKS = 5;
+constexpr unsigned FEW_ROWS_BLOCKS = 6;
 constexpr unsigned MANY_ROWS_BLOCKS = 4;
 // Blocks of a slice.
 constexpr unsigned SLICE = 4 * WARP;
+constexpr unsigned MERGE_WARPS = 32;
+constexpr unsigned MERGE_THREADS = MERGE_WARPS * WARP;
 
 static_assert(WARP_DIMS == 4, "two steps add up what the lanes have of a key");
 
@@ -339,58 +342,56 @@ struct Warp {
     }
 };
 
-// Who chooses together: the threads of a thread block. What its warps tell each other goes through two rows of shared
-// memory that are used in turns, so that one barrier is enough each time.
+// Who chooses together: the threads of a thread block of MERGE_WARPS. What its warps tell each other goes through two
+// rows of shared memory that are used in turns, so that one barrier is enough each time.
 struct Block {
-    unsigned (*of_warps)[WARPS];
+    unsigned (*of_warps)[MERGE_WARPS];
     unsigned turn;
 
-    static constexpr unsigned SIZE = THREADS;
+    static constexpr unsigned SIZE = MERGE_THREADS;
 
     __device__ unsigned rank() const { return threadIdx.x; }
 
-    __device__ const unsigned* exchange(unsigned of_warp) {
+    // What the warp says whose number is the lane's.
+    __device__ unsigned exchange(unsigned of_warp) {
         turn ^= 1;
         if (threadIdx.x % WARP == 0) of_warps[turn][threadIdx.x / WARP] = of_warp;
         __syncthreads();
-        return of_warps[turn];
+        return of_warps[turn][threadIdx.x % WARP];
     }
 
-    __device__ unsigned sum(unsigned number) {
-        const unsigned* numbers = exchange(Warp().sum(number));
-        unsigned sum = 0;
-#pragma unroll
-        for (unsigned warp = 0; warp < WARPS; warp++) sum += numbers[warp];
-        return sum;
-    }
+    __device__ unsigned sum(unsigned number) { return Warp().sum(exchange(Warp().sum(number))); }
 
-    __device__ unsigned any(unsigned bits) {
-        const unsigned* numbers = exchange(Warp().any(bits));
-        unsigned any = 0;
-#pragma unroll
-        for (unsigned warp = 0; warp < WARPS; warp++) any |= numbers[warp];
-        return any;
-    }
+    __device__ unsigned any(unsigned bits) { return Warp().any(exchange(Warp().any(bits))); }
 
     __device__ unsigned before(bool vote, unsigned& all) {
-        unsigned in_warp = 0, before = Warp().before(vote, in_warp);
-        const unsigned* numbers = exchange(in_warp);
-#pragma unroll
-        for (unsigned warp = 0; warp < WARPS; warp++) {
-            if (warp < threadIdx.x / WARP) before += numbers[warp];
-            all += numbers[warp];
-        }
-        return before;
+        unsigned in_warp = 0;
+        const unsigned before = Warp().before(vote, in_warp), of_warp = exchange(in_warp);
+        all += Warp().sum(of_warp);
+        return before + Warp().sum(threadIdx.x % WARP < threadIdx.x / WARP ? of_warp : 0);
     }
 };
 
-// Scores as `ordered` numbers, STRIDE apart; 0 where there is none.
-template <unsigned STRIDE>
-struct Scores {
-    const unsigned* numbers;
-    unsigned count;
+static_assert(MERGE_WARPS == WARP, "a lane reads what a warp says");
 
-    __device__ unsigned operator[](unsigned i) const { return numbers[i * STRIDE]; }
+// A slice's scores as `ordered` numbers; 0 where there is none.
+struct SliceScores {
+    const unsigned* numbers;
+
+    // So that loops over them are none.
+    static __device__ constexpr unsigned count() { return SLICE; }
+
+    __device__ unsigned operator[](unsigned i) const { return numbers[i]; }
+};
+
+// Those of candidates.
+struct CandidateScores {
+    const uint2* candidates;
+    unsigned number;
+
+    __device__ unsigned count() const { return number; }
+
+    __device__ unsigned operator[](unsigned i) const { return candidates[i].x; }
 };
 
 // Chosen are the scores above a bar and the first `equal` of just the bar.
@@ -399,14 +400,13 @@ struct Bar {
     unsigned equal;
 };
 
-// All of the team must call it.
-template <typename Team, unsigned STRIDE>
-static __device__ Bar bar_of_best(const Scores<STRIDE>& scores, unsigned k, Team& team) {
-    if (scores.count <= k) return {0, 0};
+// Of the best k of more than k scores. All of the team must call it.
+template <typename Team, typename Scores>
+static __device__ __forceinline__ Bar bar_of_best(const Scores& scores, unsigned k, Team& team) {
     // What all have in common needs no votes.
     unsigned ones = 0, zeros = 0;
 #pragma unroll 4
-    for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) {
+    for (unsigned i = team.rank(); i < scores.count(); i += Team::SIZE) {
         const unsigned score = scores[i];
         if (score != 0) ones |= score, zeros |= ~score;
     }
@@ -418,23 +418,23 @@ static __device__ Bar bar_of_best(const Scores<STRIDE>& scores, unsigned k, Team
         const unsigned next = reached | 1u << bit;
         unsigned reach = 0;
 #pragma unroll 4
-        for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) reach += scores[i] >= next;
+        for (unsigned i = team.rank(); i < scores.count(); i += Team::SIZE) reach += scores[i] >= next;
         reach = team.sum(reach);
         if (reach == k) return {next - 1, 0};
         if (reach > k) reached = next;
     }
     unsigned above = 0;
-    for (unsigned i = team.rank(); i < scores.count; i += Team::SIZE) above += scores[i] > reached;
+    for (unsigned i = team.rank(); i < scores.count(); i += Team::SIZE) above += scores[i] > reached;
     return {reached, k - team.sum(above)};
 }
 
 // Calls put(place, i) for each chosen score, the places counted in order. All of the team must call it, and get their
 // number.
-template <typename Team, unsigned STRIDE, typename Put>
-static __device__ unsigned put_best(const Scores<STRIDE>& scores, const Bar& bar, Team& team, Put put) {
+template <typename Team, typename Scores, typename Put>
+static __device__ __forceinline__ unsigned put_best(const Scores& scores, const Bar& bar, Team& team, Put put) {
     unsigned above_before = 0, equal_before = 0;
-    for (unsigned first = 0; first < scores.count; first += Team::SIZE) {
-        const unsigned i = first + team.rank(), score = i < scores.count ? scores[i] : 0;
+    for (unsigned first = 0; first < scores.count(); first += Team::SIZE) {
+        const unsigned i = first + team.rank(), score = i < scores.count() ? scores[i] : 0;
         unsigned above_all = above_before, equal_all = equal_before;
         const unsigned above = above_before + team.before(score > bar.score, above_all);
         const unsigned equal = equal_before + team.before(score == bar.score, equal_all);
@@ -468,22 +468,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(ChooseArguments a) 
     const unsigned count = min(SLICE, a.blocks - first);
     Warp warp;
     unsigned* shares = reinterpret_cast<unsigned*>(shared_memory) + threadIdx.x / WARP * SLICE;  // (SLICE)
-    for (unsigned i = warp.rank(); i < count; i += WARP) shares[i] = ordered(share(a, row, first + i));
+    for (unsigned i = warp.rank(); i < SLICE; i += WARP) shares[i] = i < count ? ordered(share(a, row, first + i)) : 0;
     __syncwarp();
-    const Scores<1> scores = {shares, count};
+    const SliceScores scores = {shares};
     uint2* best = a.candidates + size_t(slice) * a.kept;
-    const Bar bar = bar_of_best(scores, a.kept, warp);
+    Bar bar = {0, 0};
+    if (count > a.kept) bar = bar_of_best(scores, a.kept, warp);
     const auto put = [=](unsigned place, unsigned i) { best[place] = {shares[i], first + i}; };
     const unsigned used = put_best(scores, bar, warp, put);
     for (unsigned i = used + warp.rank(); i < a.kept; i += WARP) best[i] = {0, 0};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) merge(MergeArguments a) {
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(MergeArguments a) {
     const uint2* candidates = a.candidates + size_t(blockIdx.x) * a.count;
-    Block block = {reinterpret_cast<unsigned (*)[WARPS]>(shared_memory), 0};
-    const Scores<2> scores = {&candidates->x, a.count};
+    Block block = {reinterpret_cast<unsigned (*)[MERGE_WARPS]>(shared_memory), 0};
+    const CandidateScores scores = {candidates, a.count};
     const size_t to = size_t(blockIdx.x) * a.k;
-    const Bar bar = bar_of_best(scores, a.k, block);
+    Bar bar = {0, 0};
+    if (a.count > a.k) bar = bar_of_best(scores, a.k, block);
     put_best(scores, bar, block, [=](unsigned place, unsigned i) {
         a.positions[to + place] = candidates[i].y;
         a.scores[to + place] = score_of(candidates[i].x);

@@ -29,6 +29,9 @@ const SCORE_WARPS: usize = 4;
 /// Keys of a tile that has more than one block: a panel for each warp.
 const TILE_KEYS: usize = SCORE_WARPS * PANEL;
 
+/// Warps of a thread block that merges: `MERGE_WARPS` of the kernels.
+const MERGE_WARPS: u32 = 32;
+
 /// Warps of the other thread blocks.
 const WARPS: u32 = THREADS / 32;
 
@@ -243,7 +246,7 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
         runner.launch(score_kernel, score_launch, &score)?;
         runner.launch(Kernel::Total, Launch::warps(query_rows, 0), &total)?;
         runner.launch(Kernel::Choose, Launch::warps(rows * slices, 4 * SLICE * WARPS), &choose)?;
-        runner.launch(Kernel::Merge, Launch::new([rows, 1], 2 * 4 * WARPS), &merge)?;
+        runner.launch(Kernel::Merge, Launch::new([rows, 1], 2 * 4 * MERGE_WARPS).of_warps(MERGE_WARPS), &merge)?;
     }
     let (positions, scores) = work.read(positions, shares)?;
     Ok(Chosen { rows: rows as usize, k: k as usize, positions, scores })
