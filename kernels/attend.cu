@@ -27,7 +27,7 @@
 //
 // Shared memory. attend: 4 (2 * 8 C + B + WARPS * 8 C) bytes, at most 14 KB with D = 256 and B = 1024. combine: none.
 //
-// Versions tried, on an H100: docs/performance.md.
+// Versions tried, on an H100 (docs/performance.md): this one, and one whose lanes took a number each, one after the other.
 
 // Loads of a lane that are under way at once.
 constexpr unsigned EIGHTS = 4;

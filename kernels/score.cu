@@ -35,7 +35,8 @@
 // has 256, or one block). choose: 4 bytes for each block of a slice, for each warp. merge: 4 bytes for each warp, twice.
 // total: none.
 //
-// Versions tried, on an H100: docs/performance.md.
+// Versions tried, on an H100 (docs/performance.md): lanes that read two keys' numbers; loops that the compiler was to
+// unroll; 2 and 8 warps; 4 and 16 loads, and loads ahead of the work on those before; choices by sorting.
 
 constexpr unsigned PANEL = 64;
 // Keys of a lane.

@@ -8,7 +8,7 @@
 //!
 //! The kernels are compiled for the device at hand when it is opened, by NVRTC. Neither CUDA nor a GPU is needed to
 //! build, and both are looked for only when a device is opened; a build without the feature has a `Device` that says so
-//! when it is opened. No GPU has run or timed the kernels yet.
+//! when it is opened.
 
 mod attend;
 mod choose;
