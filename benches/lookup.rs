@@ -11,6 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use half::f16;
 use landmarkdb::index::{Chunk, Compression, DocumentKeys, KeyLayout, Keys, Query, Scoped, exact, fast};
 use landmarkdb::types::{BlockScore, DType, Granularity};
+use landmarkdb::until::Until;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -103,6 +104,7 @@ fn lookups(criterion: &mut Criterion) {
         let keys = Arc::new(keys(shape, &mut rng));
         let queries: Vec<f32> = (0..shape.query_heads * shape.head_dim).map(|_| rng.random_range(-5.0..5.0)).collect();
         let scope = [Scoped { blocks: 0..keys.blocks(), keys: keys.clone(), indexes: None }];
+        let forever = Until::FOREVER;
         let query = |layer| Query {
             layout: keys.layout(),
             layer,
@@ -115,6 +117,7 @@ fn lookups(criterion: &mut Criterion) {
             block_score: BlockScore::LogSumExp,
             granularity: Granularity::KvGroup,
             softmax_scale: (shape.head_dim as f32).powf(-0.5),
+            until: &forever,
         };
         let mut group = criterion.benchmark_group(format!("{} {}, seed {SEED}", shape.name, shape.keys));
         group.sample_size(10);

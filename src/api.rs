@@ -6,10 +6,12 @@
 
 use bytes::Bytes;
 
+use crate::limits;
 use crate::shape::{CollectionSpec, Fingerprint, InvalidShape};
 use crate::types::{
     BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation,
 };
+use crate::until::Until;
 
 /// A tensor as raw little-endian numbers in row-major order.
 #[derive(Clone, Debug, PartialEq)]
@@ -194,6 +196,19 @@ pub struct Stats {
     pub attends: u64,
     pub appended_blocks: u64,
     pub fetched_blocks: u64,
+    pub health: Health,
+}
+
+/// What a memory can do now. The reason is for people.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Health {
+    /// All that it promises.
+    #[default]
+    Serving,
+    /// It reads, and refuses writes.
+    ReadOnly { reason: String },
+    /// It answers nothing.
+    Failed { reason: String },
 }
 
 /// One thing that verification found wrong.
@@ -256,6 +271,9 @@ pub enum MemoryError {
     OutOfOrder { document: DocumentId, expected: u32, found: u32 },
     #[error("{what}: at most {limit} are allowed, found {found}")]
     LimitExceeded { what: String, limit: u64, found: u64 },
+    /// Others have what the call needs; it was not begun.
+    #[error("{what}: all in use now, try again in {retry_ms} ms")]
+    Busy { what: String, retry_ms: u64 },
     #[error("stored data is damaged{}: {detail}; run `landmarkdb verify`", in_block(.block))]
     DataLoss { block: Option<BlockId>, detail: String },
     /// The store stopped taking writes after a failed flush, or the disk refused.
@@ -304,11 +322,31 @@ pub trait BlockMemory: Send + Sync {
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended>;
 
+    /// As [`lookup`](Self::lookup), for a caller that waits no longer than `until`: work that has begun ends then, with
+    /// [`MemoryError::DeadlineExceeded`] or, if the caller is gone, any other error.
+    fn lookup_until(&self, request: &LookupRequest, until: &Until) -> Result<Hits> {
+        until.check()?;
+        self.lookup(request)
+    }
+
+    /// As [`attend`](Self::attend), for a caller that waits no longer than `until`.
+    fn attend_until(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+        until.check()?;
+        self.attend(request)
+    }
+
     /// Answers requests whose queries are all known, of many layers or sequences, sooner than one call after the other
     /// would: one outcome per request, in their order, and each what [`attend`](Self::attend) gives. A refused request
     /// fails alone.
     fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
         requests.iter().map(|request| self.attend(request)).collect()
+    }
+
+    /// As [`attend_all`](Self::attend_all), for a caller that waits no longer than `until`. Requests that need more
+    /// memory together than there is are refused as a whole, before any of them is begun.
+    fn attend_all_until(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
+        until.check()?;
+        Ok(self.attend_all(requests))
     }
 
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>>;
@@ -321,9 +359,25 @@ pub trait BlockMemory: Send + Sync {
 
     fn stats(&self) -> Result<Stats>;
 
+    /// What the memory can do now; asked often, so it has to be cheap.
+    fn health(&self) -> Health {
+        Health::Serving
+    }
+
     /// Reads everything that a document (or all) refers to and checks it. `progress` is told the bytes read so far
     /// and in all.
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
+
+    /// As [`verify`](Self::verify), for a caller that waits no longer than `until`.
+    fn verify_until(
+        &self,
+        document: Option<DocumentId>,
+        progress: &mut dyn FnMut(u64, u64),
+        until: &Until,
+    ) -> Result<VerifyReport> {
+        until.check()?;
+        self.verify(document, progress)
+    }
 }
 
 fn in_block(block: &Option<BlockId>) -> String {
@@ -340,7 +394,35 @@ impl std::fmt::Display for Entity {
     }
 }
 
+impl Until {
+    /// # Errors
+    /// `DeadlineExceeded` when time has run out, `Unavailable` when the caller has hung up.
+    pub fn check(&self) -> Result<()> {
+        if self.is_given_up() {
+            return Err(MemoryError::Unavailable { target: "the caller".into(), detail: "it hung up".into() });
+        }
+        if self.is_late() { Err(MemoryError::DeadlineExceeded { ms: self.timeout_ms() }) } else { Ok(()) }
+    }
+}
+
+impl FetchRequest {
+    /// The bound that holds for a request as a whole, however it is read.
+    ///
+    /// # Errors
+    /// `LimitExceeded` for too many blocks.
+    pub fn check(&self) -> Result<()> {
+        let (limit, found) = (limits::FETCH_BLOCKS_MAX as u64, self.blocks.len() as u64);
+        if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: "blocks".into(), limit, found }) }
+    }
+}
+
 impl LookupRequest {
+    /// A measure of the work that needs no collection: numbers of the queries times blocks that they meet.
+    pub fn weight(&self) -> u64 {
+        let eligible: u64 = self.scope.iter().map(|range| range.blocks.len() as u64).sum();
+        (self.queries.len() as u64).saturating_mul(eligible.saturating_add(self.top_k as u64))
+    }
+
     /// Slots between the sink and the local window; the geometry is told at [`AttendRequest`].
     pub fn slots(&self) -> u32 {
         let of = |range: &BlockRange| range.blocks.len() as u32;

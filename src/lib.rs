@@ -16,12 +16,14 @@
 #![warn(unreachable_pub)]
 
 // Values that every layer speaks.
+pub mod budget;
 pub mod limits;
 pub mod numeric;
 pub mod passkey;
 mod recent;
 pub mod shape;
 pub mod types;
+pub mod until;
 
 // The product without a network.
 pub mod api;

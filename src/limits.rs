@@ -40,8 +40,13 @@ pub const TOP_K_MAX: u32 = 1024;
 /// Requests of one message that attends to many: a decode step of 126 layers and 8 sequences.
 pub const ATTEND_REQUESTS_MAX: usize = 1024;
 
-/// Bytes of scores that one lookup may need (rows x eligible blocks x 4): bounds its working memory.
-pub const LOOKUP_SCORES_BYTES_MAX: u64 = 4 << 30;
+/// Scores of one lookup (query rows x eligible blocks): a prefill chunk of 512 tokens and 64 heads over two million tokens in
+/// blocks of 64. Bounds its work; its memory has a budget that can be set.
+pub const LOOKUP_SCORES_MAX: u64 = 1 << 30;
+
+/// Weight (`LookupRequest::weight`) up to which work is light: a decode step of a large model over a million tokens. What is
+/// heavier takes tenths of a second, and has threads of its own.
+pub const LIGHT_WEIGHT_MAX: u64 = 1 << 26;
 
 /// Keys of one layer and KV head of a document above which FAISS indexes them: fewer are scanned in some 20 us.
 pub const INDEXED_KEYS_MIN: usize = 8192;

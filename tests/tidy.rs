@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Modules that every module may import.
-const OPEN: &[&str] = &["types", "shape", "limits", "numeric", "passkey", "recent"];
+const OPEN: &[&str] = &["types", "shape", "limits", "numeric", "passkey", "recent", "until", "budget"];
 
 /// What each top-level module of `src/` may import besides [`OPEN`].
 const IMPORTS: &[(&str, &[&str])] = &[
@@ -19,6 +19,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("numeric", &[]),
     ("passkey", &[]),
     ("recent", &[]),
+    ("until", &[]),
+    ("budget", &[]),
     ("api", &[]),
     ("store", &[]),
     ("cuda", &[]),

@@ -33,7 +33,11 @@ const EXITS: [(Exit, &str, &str); 8] = [
     (Exit::Failure, "failure", "the command failed: the message says why"),
     (Exit::Usage, "usage", "the command line or the configuration makes no sense"),
     (Exit::NotFound, "not_found", "no such data directory, collection, document or model"),
-    (Exit::Unavailable, "unavailable", "the service cannot be reached, or another process holds the directory"),
+    (
+        Exit::Unavailable,
+        "unavailable",
+        "the service cannot be reached or is busy, or another process holds the directory",
+    ),
     (Exit::Damaged, "damaged", "stored data is damaged"),
     (Exit::FingerprintMismatch, "fingerprint_mismatch", "the collection belongs to another model"),
     (Exit::Interrupted, "interrupted", "interrupted by a signal"),
@@ -173,9 +177,10 @@ fn memory_exit(error: &MemoryError) -> Exit {
         MemoryError::NotFound { .. } => Exit::NotFound,
         // The client's name for what `--connect` was given.
         MemoryError::Invalid { field, .. } if field == "target" => Exit::Usage,
-        MemoryError::Locked { .. } | MemoryError::Unavailable { .. } | MemoryError::DeadlineExceeded { .. } => {
-            Exit::Unavailable
-        }
+        MemoryError::Locked { .. }
+        | MemoryError::Unavailable { .. }
+        | MemoryError::Busy { .. }
+        | MemoryError::DeadlineExceeded { .. } => Exit::Unavailable,
         MemoryError::DataLoss { .. } => Exit::Damaged,
         MemoryError::FingerprintMismatch { .. } => Exit::FingerprintMismatch,
         MemoryError::Missing { .. }

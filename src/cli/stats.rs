@@ -4,6 +4,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::api::Health;
+
 use super::Context;
 use super::error::CliError;
 use super::output::{Report, count, plural, size, write_facts};
@@ -39,10 +41,20 @@ struct Totals {
     attends: u64,
     appended_blocks: u64,
     fetched_blocks: u64,
+    /// `serving`, `read-only` or `failed`.
+    health: &'static str,
+    /// Why it is not serving.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    health_reason: Option<String>,
 }
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
     let stats = context.memory()?.stats()?;
+    let (health, health_reason) = match stats.health {
+        Health::Serving => ("serving", None),
+        Health::ReadOnly { reason } => ("read-only", Some(reason)),
+        Health::Failed { reason } => ("failed", Some(reason)),
+    };
     context.output.print(&Totals {
         collections: stats.collections,
         documents: stats.documents,
@@ -57,11 +69,17 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
         attends: stats.attends,
         appended_blocks: stats.appended_blocks,
         fetched_blocks: stats.fetched_blocks,
+        health,
+        health_reason,
     })
 }
 
 impl Report for Totals {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        let health = match &self.health_reason {
+            Some(reason) => format!("{}: {reason}", self.health),
+            None => self.health.into(),
+        };
         let segments = format!("{} in {}", size(self.segment_bytes), plural(self.segments, "file"));
         write_facts(
             to,
@@ -78,6 +96,7 @@ impl Report for Totals {
                 ("attends", count(self.attends)),
                 ("blocks appended", count(self.appended_blocks)),
                 ("blocks fetched", count(self.fetched_blocks)),
+                ("health", health),
             ],
         )
     }

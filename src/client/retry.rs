@@ -118,15 +118,17 @@ impl Backoff {
         Backoff { next: options.backoff, attempts_left: options.attempts.saturating_sub(1) }
     }
 
-    /// How long to wait after `error`; none if it would come again or was seen too often.
+    /// How long to wait after `error`, at least as long as it asks for; none if it would come again or was seen too often.
     fn next(&mut self, error: &MemoryError) -> Option<Duration> {
-        if !matches!(error, MemoryError::Unavailable { .. }) {
-            return None;
-        }
+        let least = match error {
+            MemoryError::Unavailable { .. } => Duration::ZERO,
+            MemoryError::Busy { retry_ms, .. } => Duration::from_millis(*retry_ms).min(BACKOFF_MAX),
+            _ => return None,
+        };
         self.attempts_left = self.attempts_left.checked_sub(1)?;
         let pause = self.next.min(BACKOFF_MAX);
         self.next = pause.saturating_mul(2);
-        Some(pause.mul_f64(rand::random_range(0.5..=1.0)))
+        Some(least + pause.mul_f64(rand::random_range(0.5..=1.0)))
     }
 }
 
@@ -146,6 +148,11 @@ mod tests {
             full = (full * 2).min(BACKOFF_MAX);
         }
         assert_eq!(backoff.next(&gone), None);
+        let busy = MemoryError::Busy { what: String::new(), retry_ms: 700 };
+        assert!(
+            Backoff::new(&options).next(&busy).unwrap() >= Duration::from_millis(750),
+            "no sooner than it was told"
+        );
         let refused = MemoryError::Missing { field: String::new() };
         assert_eq!(Backoff::new(&options).next(&refused), None, "a refusal comes again");
     }

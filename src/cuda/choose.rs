@@ -37,7 +37,7 @@ const WARPS: u32 = THREADS / 32;
 
 /// Blocks of a lookup: no grid has more thread blocks than this, for none has more than there are scores.
 const BLOCKS_MAX: u64 = i32::MAX as u64;
-const _: () = assert!(limits::LOOKUP_SCORES_BYTES_MAX / 4 <= BLOCKS_MAX);
+const _: () = assert!(limits::LOOKUP_SCORES_MAX <= BLOCKS_MAX);
 
 /// Keys that stand for consecutive blocks, for all layers and KV heads, where kernels find them. They never change.
 pub struct Keys<M> {
@@ -291,7 +291,7 @@ impl<M> Choice<'_, M> {
             }
             let blocks = position + span.blocks.len() as u64;
             within("blocks", 0..=BLOCKS_MAX, blocks)?;
-            within("bytes of scores", 0..=limits::LOOKUP_SCORES_BYTES_MAX, rows * blocks * 4)?;
+            within("scores", 0..=limits::LOOKUP_SCORES_MAX, rows * blocks)?;
             position = self.cut(runner, span, position, &mut tiles);
         }
         Ok(tiles)

@@ -115,6 +115,9 @@ impl Search<'_> {
 
     /// The best blocks of one row of choices.
     fn choose(&self, row: usize, k: usize) -> Vec<Candidate> {
+        if self.query.until.is_over() {
+            return Vec::new();
+        }
         let members = self.query.members(row, self.query.tokens);
         let mut positions = self.always.clone();
         for member in &members {

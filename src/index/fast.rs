@@ -226,6 +226,9 @@ impl<'a> Search<'a> {
     fn run(&self, k: usize, positions: &mut [u32], shares: &mut [f32]) {
         let scores = self.score();
         let choose = |rough: &mut Rough, (row, (positions, shares)): (usize, (&mut [u32], &mut [f32]))| {
+            if self.query.until.is_over() {
+                return;
+            }
             let best = scores.choose(self, row, k, rough).into_positions();
             for (candidate, (position, share)) in best.into_iter().zip(positions.iter_mut().zip(shares)) {
                 (*position, *share) = (candidate.position, candidate.score);
@@ -271,6 +274,9 @@ impl<'a> Search<'a> {
             }
         }
         self.for_each(parts, |part| {
+            if self.query.until.is_over() {
+                return;
+            }
             if let Some(strips) = self.strips(part.tile, part.head) {
                 return self.score_part(part, strips);
             }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::types::{BlockScore, Granularity};
+use crate::until::Until;
 
 mod candidates;
 mod choose;
@@ -61,6 +62,8 @@ pub struct Query<'a> {
     pub granularity: Granularity,
     /// What `q . key` is multiplied with.
     pub softmax_scale: f32,
+    /// What is found after it is over is not whole.
+    pub until: &'a Until,
 }
 
 /// The chosen blocks of every row.

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::numeric::ChannelCode;
 use crate::types::DType;
+use crate::until::Until;
 
 /// Both searches read the same stored numbers. Against f16 keys only the order of f32 sums differs: the error of a score
 /// grows with its size (here up to about 20). Against int8 keys queries may be integers of 15 bits.
@@ -103,6 +104,7 @@ impl Case {
                     block_score,
                     granularity,
                     softmax_scale: (layout.head_dim as f32).powf(-0.5),
+                    until: &Until::FOREVER,
                 });
             }
         }
@@ -227,6 +229,7 @@ fn equal_keys_tie_to_the_first_blocks() {
         block_score: BlockScore::Max,
         granularity: Granularity::TokenHead,
         softmax_scale: 0.5,
+        until: &Until::FOREVER,
     });
     assert_eq!(found.positions, [0, 1, 2]);
     assert!(found.scores.iter().all(|score| (score - (1.0f32 / 90.0).ln()).abs() < 1e-5));

@@ -10,13 +10,15 @@ use rayon::prelude::*;
 
 use super::LocalMemory;
 use super::geometry::Turns;
-use super::lookup::Prepared;
-use crate::api::{AttendRequest, Attended, Result};
+use super::lookup::{Plan, Prepared};
+use super::work::{self, Need, Then};
+use crate::api::{AttendRequest, Attended, LookupRequest, Result};
 use crate::cuda::{PageLayout, Part};
 use crate::index::Found;
 use crate::numeric::{self, FEW_ROWS, Matrix, Number, Write};
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::types::Normalisation;
+use crate::until::Until;
 
 /// (row, block) pairs that a task should have at least; below, one task per KV head.
 const SHARD_USES_MIN: usize = 512;
@@ -71,13 +73,26 @@ pub(super) struct Attention<'a> {
 }
 
 impl LocalMemory {
-    pub(super) fn attend_blocks(&self, request: &AttendRequest) -> Result<Attended> {
-        self.attend_prepared(&self.prepare(&request.lookup)?, request.normalisation)
+    pub(super) fn attend_blocks(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+        let plan = self.plan(&request.lookup, until)?;
+        let Need { working, answer } = plan.need(Then::Attend);
+        let _taken = self.take(working + answer, until)?;
+        work::run(&[&request.lookup], || self.attend_prepared(&self.prepare(plan)?, request.normalisation))
     }
 
-    pub(super) fn attend_many(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
-        // One after the other and outside of the pool: the first loads the keys that the others need too.
-        let prepared: Vec<_> = requests.iter().map(|request| self.prepare(&request.lookup)).collect();
+    pub(super) fn attend_many(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
+        let plans: Vec<Result<Plan>> = requests.iter().map(|request| self.plan(&request.lookup, until)).collect();
+        let needs: Vec<Need> = plans.iter().flatten().map(|plan| plan.need(Then::Attend)).collect();
+        let at_once = rayon::current_num_threads().min(needs.len()) as u64;
+        let working = needs.iter().map(|need| need.working).max().unwrap_or(0).saturating_mul(at_once);
+        let _taken = self.take(needs.iter().fold(working, |sum, need| sum.saturating_add(need.answer)), until)?;
+        let lookups: Vec<&LookupRequest> = requests.iter().map(|request| &request.lookup).collect();
+        Ok(work::run(&lookups, || self.attend_planned(requests, plans)))
+    }
+
+    fn attend_planned(&self, requests: &[AttendRequest], plans: Vec<Result<Plan>>) -> Vec<Result<Attended>> {
+        // One after the other: the first loads the keys that the others need too.
+        let prepared: Vec<_> = plans.into_iter().map(|plan| plan.and_then(|plan| self.prepare(plan))).collect();
         let attend = |(prepared, request): (&Result<Prepared>, &AttendRequest)| match prepared {
             Ok(prepared) => self.attend_prepared(prepared, request.normalisation),
             Err(error) => Err(error.clone()),
@@ -209,6 +224,7 @@ impl Attention<'_> {
         let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
+            self.prepared.until.check()?;
             self.read(head, uses[0].position, heads, &mut bytes)?;
             let stored = Stored { layout, bytes: &bytes, view: layout.view(&bytes) };
 

@@ -18,6 +18,7 @@ impl From<StoreError> for MemoryError {
             | StoreError::Io { .. }
             | StoreError::Catalog { .. }
             | StoreError::UnsupportedFormat { .. }) => MemoryError::Storage { detail: error.to_string() },
+            StoreError::GivenUp => gone(),
             // The memory checks these before it asks the store.
             error @ (StoreError::AlreadyExists { .. } | StoreError::OutOfOrder { .. } | StoreError::Sealed) => {
                 MemoryError::Internal { detail: error.to_string() }
@@ -33,6 +34,10 @@ pub(super) fn writing(document: DocumentId) -> impl FnOnce(StoreError) -> Memory
         StoreError::OutOfOrder { expected, found } => MemoryError::OutOfOrder { document, expected, found },
         error => error.into(),
     }
+}
+
+fn gone() -> MemoryError {
+    MemoryError::Unavailable { target: "the caller".into(), detail: "it hung up".into() }
 }
 
 fn not_found(entity: store::Entity) -> MemoryError {

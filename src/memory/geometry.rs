@@ -43,6 +43,13 @@ impl Geometry {
         rank + (is_recent && self.older_exist()) as usize
     }
 
+    /// How many different turns queries need at most.
+    pub(super) fn turns_max(&self, distances: &[u32]) -> u64 {
+        let apart = distances.iter().max().zip(distances.iter().min()).map_or(0, |(max, min)| max - min);
+        let reached = apart as u64 + (self.slots * self.block_tokens) as u64;
+        reached.min(distances.len() as u64 * self.slots as u64)
+    }
+
     /// Tokens from the first token of a slot to a query that is `distance` tokens into the window.
     pub(super) fn reach(&self, distance: u32, slot: usize) -> i64 {
         distance as i64 + ((self.slots - slot) * self.block_tokens) as i64
@@ -132,6 +139,16 @@ mod tests {
         assert_eq!((geometry.k, geometry.recent, geometry.slots), (3, 3, 3));
         assert!((0..3).all(|i| geometry.slot(i, i) == i && geometry.recent_slot(i) == i));
         assert_eq!(geometry.reach(0, 0), 12);
+    }
+
+    #[test]
+    fn turns_are_counted_before_they_are_made() {
+        for distances in [vec![0], vec![7, 8, 9], vec![0, 1 << 20], (0..100).collect()] {
+            let geometry = Geometry::new(10, 10, 3, 4);
+            let made = Turns::new(&Rope::from_base(100.0, 4), &geometry, &distances).0.len() as u64;
+            let counted = geometry.turns_max(&distances);
+            assert!(made <= counted && counted <= made + 3, "{made} of {counted} for {} distances", distances.len());
+        }
     }
 
     #[test]

@@ -1,31 +1,49 @@
 //! Which blocks does a request want? Checks it, finds the snapshots it reads, turns its queries and asks the index.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{at_most, invalid};
 use super::geometry::{Geometry, Turns};
 use super::gpu::Gpu;
+use super::work::{PART_BYTES, PART_SHARE};
 use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
 use crate::index::{self, Found, Query, Scoped};
 use crate::limits;
 use crate::types::{BlockId, BlockRange, Engine};
+use crate::until::Until;
 
-/// Bytes that one hit needs on its way: position, slot and row in attention, id and score in the answer.
-const HIT_BYTES: u64 = 40;
+/// A checked request, before anything is read or allocated for it.
+pub(super) struct Plan<'a> {
+    pub(super) request: &'a LookupRequest,
+    pub(super) until: &'a Until,
+    pub(super) collection: Arc<Collection>,
+    pub(super) geometry: Geometry,
+    /// Blocks that each document of the scope has.
+    durable: Vec<u32>,
+    /// Position after the last block of each scope entry.
+    ends: Vec<usize>,
+    /// Bytes that scoring should take at once.
+    pub(super) part_bytes: u64,
+}
 
 /// A checked request with everything it reads.
 pub(super) struct Prepared<'a> {
     pub(super) request: &'a LookupRequest,
+    pub(super) until: &'a Until,
     pub(super) collection: Arc<Collection>,
     pub(super) geometry: Geometry,
+    /// Query tokens that are scored at once.
+    tokens_at_once: usize,
     scope: Vec<Scoped>,
     /// Position after the last block of each scope entry.
     ends: Vec<usize>,
 }
 
 impl LocalMemory {
-    pub(super) fn prepare<'a>(&self, request: &'a LookupRequest) -> Result<Prepared<'a>> {
+    pub(super) fn plan<'a>(&self, request: &'a LookupRequest, until: &'a Until) -> Result<Plan<'a>> {
+        until.check()?;
         let collection = self.collection_of(request.collection)?;
         check_queries(&collection, request)?;
         at_most("scope", limits::SCOPE_DOCUMENTS_MAX as u64, request.scope.len() as u64)?;
@@ -40,13 +58,23 @@ impl LocalMemory {
         let eligible = ends.last().copied().unwrap_or(0);
         let last = request.scope.last().map_or(0, |range| range.blocks.len());
         let geometry = Geometry::new(eligible, last, request.top_k as usize, shape.block_tokens as usize);
-        check_working_bytes(request, &collection, &geometry)?;
+        let query_rows = request.distances.len() as u64 * shape.query_heads as u64;
+        let what = "scores (query tokens x query heads x eligible blocks)";
+        at_most(what, limits::LOOKUP_SCORES_MAX, query_rows * geometry.eligible as u64)?;
+        let part_bytes = PART_BYTES.min(self.work.total() / PART_SHARE);
+        Ok(Plan { request, until, collection, geometry, durable, ends, part_bytes })
+    }
 
+    /// Finds the keys that a request reads, from the disk if nobody read them before.
+    pub(super) fn prepare<'a>(&self, plan: Plan<'a>) -> Result<Prepared<'a>> {
+        let tokens_at_once = plan.tokens_at_once();
+        let Plan { request, until, collection, geometry, durable, ends, .. } = plan;
         let scope = request
             .scope
             .iter()
             .zip(durable)
             .map(|(range, durable)| {
+                until.check()?;
                 let state = self.documents.state(range.document, collection.layout);
                 let load = |blocks| state.load(&self.store, &collection, range.document, blocks);
                 let (keys, indexes) = match &collection.engine {
@@ -61,7 +89,7 @@ impl LocalMemory {
                 Ok(Scoped { keys, blocks: range.blocks.clone(), indexes })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Prepared { request, collection, geometry, scope, ends })
+        Ok(Prepared { request, until, collection, geometry, tokens_at_once, scope, ends })
     }
 
     /// Returns the blocks that the document has.
@@ -104,18 +132,6 @@ fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()>
     }
 }
 
-/// Bounds what the request will allocate: scores of all eligible blocks, hits, and the queries turned for every slot.
-fn check_working_bytes(request: &LookupRequest, collection: &Collection, geometry: &Geometry) -> Result<()> {
-    let query_rows = request.distances.len() as u64 * collection.spec.shape.query_heads as u64;
-    let row_bytes = geometry.eligible as u64 * 4 + geometry.k as u64 * HIT_BYTES;
-    let turned_bytes = (geometry.k as u64 + 1) * collection.layout.head_dim as u64 * 4;
-    at_most(
-        "bytes of scores (query tokens x query heads x eligible blocks x 4, hits and turned queries included)",
-        limits::LOOKUP_SCORES_BYTES_MAX,
-        query_rows * (row_bytes + turned_bytes),
-    )
-}
-
 impl Prepared<'_> {
     /// Bytes of the scores of all eligible blocks for all query rows.
     pub(super) fn score_bytes(&self) -> u64 {
@@ -128,17 +144,36 @@ impl Prepared<'_> {
         self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
     }
 
-    /// Asks the index, on a GPU if one is given and can answer.
+    /// Asks the index, on a GPU if one is given and can answer, for as many query tokens at once as memory is meant for.
     pub(super) fn search(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
+        let tokens = self.request.distances.len();
+        if self.tokens_at_once >= tokens {
+            return self.search_some(turns, 0..tokens, gpu);
+        }
+        let mut found = Found::default();
+        for first in (0..tokens).step_by(self.tokens_at_once) {
+            let part = self.search_some(turns, first..tokens.min(first + self.tokens_at_once), gpu)?;
+            found.rows += part.rows;
+            found.k = part.k;
+            found.positions.extend(part.positions);
+            found.scores.extend(part.scores);
+        }
+        Ok(found)
+    }
+
+    fn search_some(&self, turns: &Turns, tokens: Range<usize>, gpu: Option<&Gpu>) -> Result<Found> {
+        self.until.check()?;
         let (request, shape) = (self.request, &self.collection.spec.shape);
-        let older =
-            if self.geometry.recent < self.geometry.eligible { self.turned(turns, 0) } else { request.queries.clone() };
+        let older = match self.geometry.recent < self.geometry.eligible {
+            true => self.turned(turns, &tokens, 0),
+            false => self.queries(&tokens).to_vec(),
+        };
         let recent: Vec<f32> =
-            (0..self.geometry.recent).flat_map(|i| self.turned(turns, self.geometry.recent_slot(i))).collect();
+            (0..self.geometry.recent).flat_map(|i| self.turned(turns, &tokens, self.geometry.recent_slot(i))).collect();
         let query = Query {
             layout: self.collection.layout,
             layer: request.layer as usize,
-            tokens: request.distances.len(),
+            tokens: tokens.len(),
             query_heads: shape.query_heads as usize,
             queries: &older,
             recent_queries: &recent,
@@ -147,17 +182,27 @@ impl Prepared<'_> {
             block_score: request.block_score,
             granularity: request.granularity,
             softmax_scale: shape.softmax_scale,
+            until: self.until,
         };
         let of_gpu = gpu.map(|gpu| gpu.search(&query)).transpose()?.flatten();
-        Ok(of_gpu.unwrap_or_else(|| index::search(&query)))
+        let found = of_gpu.unwrap_or_else(|| index::search(&query));
+        // What was found after nobody waited any more is not whole.
+        self.until.check()?;
+        Ok(found)
     }
 
-    /// All queries `(T, Hq, D)`, turned for one slot.
-    fn turned(&self, turns: &Turns, slot: usize) -> Vec<f32> {
+    /// The queries `(T, Hq, D)` of some tokens.
+    fn queries(&self, tokens: &Range<usize>) -> &[f32] {
+        let token_numbers = self.request.queries.len() / self.request.distances.len();
+        &self.request.queries[tokens.start * token_numbers..tokens.end * token_numbers]
+    }
+
+    /// The same, turned for one slot.
+    fn turned(&self, turns: &Turns, tokens: &Range<usize>, slot: usize) -> Vec<f32> {
         let (request, dim) = (self.request, self.collection.layout.head_dim);
-        let mut queries = request.queries.clone();
-        let token_numbers = queries.len() / request.distances.len();
-        for (heads, &distance) in queries.chunks_exact_mut(token_numbers).zip(&request.distances) {
+        let mut queries = self.queries(tokens).to_vec();
+        let token_numbers = request.queries.len() / request.distances.len();
+        for (heads, &distance) in queries.chunks_exact_mut(token_numbers).zip(&request.distances[tokens.clone()]) {
             turns.apply(self.geometry.reach(distance, slot), heads, dim);
         }
         queries

@@ -12,12 +12,14 @@ use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
     Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
 };
+use crate::budget::Budget;
 use crate::cuda::Runner;
 use crate::index::{self, Compression, KeyLayout};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
 use crate::store::{CollectionEntry, Manifest, Store, StoreError};
 use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissIndex};
+use crate::until::Until;
 
 mod attend;
 mod error;
@@ -29,8 +31,12 @@ mod lookup;
 mod read;
 #[cfg(test)]
 mod tests;
+mod work;
 
 pub use gpu::GPU_CACHE_BYTES;
+pub use work::WORK_BYTES;
+
+use work::{Need, Then};
 
 /// A block memory over a data directory that no other process uses.
 ///
@@ -44,6 +50,8 @@ pub struct LocalMemory {
     indexes: keys::IndexFolder,
     gpu: gpu::Gpu,
     counters: Counters,
+    /// For lookups and attends.
+    work: Arc<Budget>,
 }
 
 /// A collection's spec with what follows from it.
@@ -96,7 +104,13 @@ impl LocalMemory {
             indexes: keys::IndexFolder::default(),
             gpu: gpu::Gpu::of_machine(GPU_CACHE_BYTES),
             counters: Counters::default(),
+            work: Budget::new(WORK_BYTES),
         }
+    }
+
+    /// With so many bytes for all lookups and attends under way.
+    pub fn with_work_budget(self, bytes: u64) -> LocalMemory {
+        LocalMemory { work: Budget::new(bytes), ..self }
     }
 
     /// With room for so many bytes of blocks' K and V in the GPU's memory, for collections of the engine `cuda`. Blocks
@@ -282,20 +296,37 @@ impl BlockMemory for LocalMemory {
     }
 
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
-        let prepared = self.prepare(request)?;
-        let found = prepared.search(&prepared.turns(), self.gpu_of(&prepared.collection))?;
-        let hits = prepared.hits(found);
-        self.counters.lookups.add(1);
-        Ok(hits)
+        self.lookup_until(request, &Until::FOREVER)
+    }
+
+    fn lookup_until(&self, request: &LookupRequest, until: &Until) -> Result<Hits> {
+        let plan = self.plan(request, until)?;
+        let Need { working, answer } = plan.need(Then::Answer);
+        let _taken = self.take(working + answer, until)?;
+        work::run(&[request], || {
+            let prepared = self.prepare(plan)?;
+            let found = prepared.search(&prepared.turns(), self.gpu_of(&prepared.collection))?;
+            self.counters.lookups.add(1);
+            Ok(prepared.hits(found))
+        })
     }
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
-        self.attend_blocks(request)
+        self.attend_until(request, &Until::FOREVER)
+    }
+
+    fn attend_until(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+        self.attend_blocks(request, until)
     }
 
     /// Small requests side by side, one per thread; others one after the other.
     fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
-        self.attend_many(requests)
+        let refused = |error: MemoryError| requests.iter().map(|_| Err(error.clone())).collect();
+        self.attend_all_until(requests, &Until::FOREVER).unwrap_or_else(refused)
+    }
+
+    fn attend_all_until(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
+        self.attend_many(requests, until)
     }
 
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
@@ -333,11 +364,22 @@ impl BlockMemory for LocalMemory {
             attends: self.counters.attends.get(),
             appended_blocks: self.counters.appended_blocks.get(),
             fetched_blocks: self.counters.fetched_blocks.get(),
+            health: self.health(),
         })
     }
 
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
-        let report = self.store.verify(document, progress)?;
+        self.verify_until(document, progress, &Until::FOREVER)
+    }
+
+    fn verify_until(
+        &self,
+        document: Option<DocumentId>,
+        progress: &mut dyn FnMut(u64, u64),
+        until: &Until,
+    ) -> Result<VerifyReport> {
+        let ended = |error: StoreError| until.check().err().unwrap_or_else(|| error.into());
+        let report = self.store.verify_until(document, progress, until).map_err(ended)?;
         let faults = report.faults.into_iter();
         Ok(VerifyReport {
             documents: report.documents,

@@ -4,9 +4,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::LocalMemory;
-use super::error::{at_most, invalid};
+use super::error::invalid;
 use crate::api::{BlockInfo, BlockText, Entity, FetchRequest, MemoryError, Result, StoredBlock, Tensor};
-use crate::limits;
 use crate::shape::CollectionSpec;
 use crate::store::BlockMeta;
 use crate::store::piece::PieceLayout;
@@ -14,7 +13,7 @@ use crate::types::{BlockId, BlockRange, DType};
 
 impl LocalMemory {
     pub(super) fn fetch_blocks(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {
-        at_most("blocks", limits::FETCH_BLOCKS_MAX as u64, request.blocks.len() as u64)?;
+        request.check()?;
         if request.dtype == DType::Int8 {
             return Err(invalid("dtype", "f32, f16 or bf16", request.dtype));
         }

@@ -38,6 +38,9 @@ pub enum StoreError {
     Damaged { block: Option<BlockId>, detail: String },
     #[error("segment {segment} needs format {oldest} or newer, this build reads up to {ours}: use a newer build")]
     UnsupportedFormat { segment: u32, oldest: u32, ours: u32 },
+    /// The caller waits no longer.
+    #[error("ended, because nobody waits for it any more")]
+    GivenUp,
     /// An earlier write or flush failed, so what is on disk is no longer known: reopen to find out.
     #[error("writes are refused since an earlier one failed: reopen the store")]
     Poisoned,

@@ -14,6 +14,7 @@ use super::record::{
 };
 use super::segment::{SegmentFile, SegmentId};
 use crate::types::{BlockId, DocumentId};
+use crate::until::Until;
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +46,16 @@ impl Store {
         document: Option<DocumentId>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<VerifyReport, StoreError> {
+        self.verify_until(document, progress, &Until::FOREVER)
+    }
+
+    /// The same, as long as somebody waits for it.
+    pub fn verify_until(
+        &self,
+        document: Option<DocumentId>,
+        progress: &mut dyn FnMut(u64, u64),
+        until: &Until,
+    ) -> Result<VerifyReport, StoreError> {
         let mut report = VerifyReport::default();
         let documents = match document {
             Some(document) => vec![self.entry(document)?],
@@ -57,9 +68,14 @@ impl Store {
             }
         };
         let total = documents.iter().map(|entry| entry.manifest.stored_bytes).sum();
-        progress(report.bytes, total);
+        // Every step tells how far it is, which is where it ends once nobody listens.
+        let step = &mut |report: &VerifyReport| {
+            progress(report.bytes, total);
+            if until.is_over() { Err(StoreError::GivenUp) } else { Ok(()) }
+        };
+        step(&report)?;
         for entry in documents {
-            self.verify_document(&entry, total, &mut report, progress)?;
+            self.verify_document(&entry, &mut report, step)?;
         }
         Ok(report)
     }
@@ -67,9 +83,8 @@ impl Store {
     fn verify_document(
         &self,
         entry: &DocumentEntry,
-        total: u64,
         report: &mut VerifyReport,
-        progress: &mut dyn FnMut(u64, u64),
+        step: &mut dyn FnMut(&VerifyReport) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let manifest = &entry.manifest;
         match self.verify_manifest(manifest.id) {
@@ -92,7 +107,7 @@ impl Store {
                 Err(StoreError::Damaged { detail, .. }) => report.fault(Some(manifest.id), Some(block), detail),
                 Err(error) => return Err(error),
             }
-            progress(report.bytes, total);
+            step(report)?;
         }
         Ok(())
     }

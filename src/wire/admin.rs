@@ -1,7 +1,9 @@
 //! What an operator asks.
 
+use super::error::cut;
 use super::v1;
-use crate::api::{Deleted, Fault, Stats, VerifyReport};
+use super::v1::health::State;
+use crate::api::{Deleted, Fault, Health, Stats, VerifyReport};
 use crate::types::DocumentId;
 
 /// Both sides have the same fields under the same names.
@@ -9,13 +11,13 @@ macro_rules! same_fields {
     ($type:ident, $wire:path, $($field:ident),+ $(,)?) => {
         impl From<$type> for $wire {
             fn from(value: $type) -> Self {
-                Self { $($field: value.$field),+ }
+                Self { $($field: value.$field.into()),+ }
             }
         }
 
         impl From<$wire> for $type {
             fn from(wire: $wire) -> Self {
-                Self { $($field: wire.$field),+ }
+                Self { $($field: wire.$field.into()),+ }
             }
         }
     };
@@ -39,7 +41,31 @@ same_fields!(
     attends,
     appended_blocks,
     fetched_blocks,
+    health,
 );
+
+impl From<Health> for Option<v1::Health> {
+    fn from(health: Health) -> Self {
+        let (state, reason) = match health {
+            Health::Serving => (State::Serving, String::new()),
+            Health::ReadOnly { reason } => (State::ReadOnly, reason),
+            Health::Failed { reason } => (State::Failed, reason),
+        };
+        Some(v1::Health { state: state.into(), reason: cut(reason) })
+    }
+}
+
+/// A service that says nothing is one of before there was anything to say.
+impl From<Option<v1::Health>> for Health {
+    fn from(wire: Option<v1::Health>) -> Self {
+        let wire = wire.unwrap_or_default();
+        match wire.state() {
+            State::Unspecified | State::Serving => Health::Serving,
+            State::ReadOnly => Health::ReadOnly { reason: wire.reason },
+            State::Failed => Health::Failed { reason: wire.reason },
+        }
+    }
+}
 
 impl From<Fault> for v1::verify_report::Fault {
     fn from(fault: Fault) -> Self {

@@ -44,6 +44,7 @@ impl From<&MemoryError> for v1::Error {
             MemoryError::LimitExceeded { what, limit, found } => {
                 Kind::LimitExceeded(wire::LimitExceeded { what: text(what), limit: *limit, found: *found })
             }
+            MemoryError::Busy { what, retry_ms } => Kind::Busy(wire::Busy { what: text(what), retry_ms: *retry_ms }),
             MemoryError::DataLoss { block, detail } => {
                 Kind::DataLoss(wire::DataLoss { block: block.map(v1::BlockId::from), detail: text(detail) })
             }
@@ -78,6 +79,7 @@ impl TryFrom<v1::Error> for MemoryError {
                 MemoryError::OutOfOrder { document: DocumentId(e.document), expected: e.expected, found: e.found }
             }
             Kind::LimitExceeded(e) => MemoryError::LimitExceeded { what: e.what, limit: e.limit, found: e.found },
+            Kind::Busy(e) => MemoryError::Busy { what: e.what, retry_ms: e.retry_ms },
             Kind::DataLoss(e) => MemoryError::DataLoss { block: e.block.map(BlockId::from), detail: e.detail },
             Kind::Storage(e) => MemoryError::Storage { detail: e.detail },
             Kind::Locked(e) => MemoryError::Locked { path: e.path },

@@ -1,7 +1,8 @@
 //! The one map between `MemoryError` and gRPC status, both ways.
 //!
-//! The code is for programs that know gRPC but not us; the typed `Error` travels beside it as the only detail of a
-//! google.rpc.Status, where generic tools look for it, and gives our client back the very error the memory returned.
+//! The code is for programs that know gRPC but not us; the typed `Error` travels beside it as the first detail of a
+//! google.rpc.Status, where generic tools look for it, and gives our client back the very error the memory returned. What
+//! is worth another try says when, as google.rpc.RetryInfo.
 
 use std::error::Error as _;
 
@@ -14,6 +15,7 @@ use super::v1;
 use crate::api::MemoryError;
 
 const ERROR_TYPE_URL: &str = "type.googleapis.com/landmark.v1.Error";
+const RETRY_TYPE_URL: &str = "type.googleapis.com/google.rpc.RetryInfo";
 
 /// google.rpc.Status, the envelope that gRPC prescribes for details.
 #[derive(Clone, PartialEq, Message)]
@@ -35,13 +37,37 @@ struct Any {
     value: Bytes,
 }
 
+/// google.rpc.RetryInfo: when generic clients try again.
+#[derive(Clone, PartialEq, Message)]
+struct RetryInfo {
+    #[prost(message, optional, tag = "1")]
+    retry_delay: Option<Delay>,
+}
+
+/// google.protobuf.Duration.
+#[derive(Clone, PartialEq, Message)]
+struct Delay {
+    #[prost(int64, tag = "1")]
+    seconds: i64,
+    #[prost(int32, tag = "2")]
+    nanos: i32,
+}
+
 /// What a server answers.
 pub fn to_status(error: &MemoryError) -> Status {
     let code = code(error);
     let message = cut(error.to_string());
     let detail = Any { type_url: ERROR_TYPE_URL.into(), value: v1::Error::from(error).encode_to_vec().into() };
-    let envelope = RpcStatus { code: code.into(), message: message.clone(), details: vec![detail] };
+    let details = [detail].into_iter().chain(retry_info(error)).collect();
+    let envelope = RpcStatus { code: code.into(), message: message.clone(), details };
     Status::with_details(code, message, envelope.encode_to_vec().into())
+}
+
+fn retry_info(error: &MemoryError) -> Option<Any> {
+    let MemoryError::Busy { retry_ms, .. } = *error else { return None };
+    let delay = Delay { seconds: (retry_ms / 1000) as i64, nanos: (retry_ms % 1000) as i32 * 1_000_000 };
+    let value = RetryInfo { retry_delay: Some(delay) }.encode_to_vec().into();
+    Some(Any { type_url: RETRY_TYPE_URL.into(), value })
 }
 
 /// What a client makes of an answer. `target` and `deadline_ms` tell whom it asked and how long it gave, for errors
@@ -81,7 +107,7 @@ fn code(error: &MemoryError) -> Code {
         | MemoryError::Sealed { .. }
         | MemoryError::OutOfOrder { .. }
         | MemoryError::Locked { .. } => Code::FailedPrecondition,
-        MemoryError::LimitExceeded { .. } => Code::ResourceExhausted,
+        MemoryError::LimitExceeded { .. } | MemoryError::Busy { .. } => Code::ResourceExhausted,
         MemoryError::DataLoss { .. } => Code::DataLoss,
         MemoryError::Unavailable { .. } => Code::Unavailable,
         MemoryError::DeadlineExceeded { .. } => Code::DeadlineExceeded,
@@ -141,6 +167,7 @@ mod tests {
             (MemoryError::Sealed { document }, Code::FailedPrecondition),
             (MemoryError::OutOfOrder { document, expected: 3, found: u32::MAX }, Code::FailedPrecondition),
             (MemoryError::LimitExceeded { what: text(), limit: 1, found: u64::MAX }, Code::ResourceExhausted),
+            (MemoryError::Busy { what: text(), retry_ms: 250 }, Code::ResourceExhausted),
             (MemoryError::Storage { detail: text() }, Code::Internal),
             (MemoryError::Locked { path: text() }, Code::FailedPrecondition),
             (MemoryError::Unavailable { target: text(), detail: text() }, Code::Unavailable),
@@ -157,6 +184,15 @@ mod tests {
             assert_eq!(status.code(), code, "{error:?}");
             assert_eq!(from_status(&status, "elsewhere", 1), error);
         }
+    }
+
+    #[test]
+    fn who_comes_too_early_is_told_when_to_come_again() {
+        let status = to_status(&MemoryError::Busy { what: "memory".into(), retry_ms: 1250 });
+        let details = RpcStatus::decode(status.details()).unwrap().details;
+        let retry = details.iter().find(|detail| detail.type_url == RETRY_TYPE_URL).unwrap();
+        let delay = RetryInfo::decode(retry.value.clone()).unwrap().retry_delay;
+        assert_eq!(delay, Some(Delay { seconds: 1, nanos: 250_000_000 }));
     }
 
     #[test]

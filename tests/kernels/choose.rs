@@ -6,6 +6,7 @@ use half::f16;
 use landmarkdb::cuda::{Choice, Chosen, Keys, Panels, Runner, Span, choose};
 use landmarkdb::index::{Chunk, DocumentKeys, Found, KeyLayout, Keys as ExactKeys, Query, Scoped, exact};
 use landmarkdb::types::{BlockScore, DType, Granularity};
+use landmarkdb::until::Until;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -155,6 +156,7 @@ impl Case {
                     block_score,
                     granularity,
                     softmax_scale,
+                    until: &Until::FOREVER,
                 };
                 self.compare(&exact::search(&query), &choose(runner, &choice).unwrap());
             }

@@ -107,6 +107,7 @@ fn every_error_survives_calls_and_streams_alike() {
         MemoryError::LimitExceeded { what: text(), limit: 1, found: 2 },
         MemoryError::DataLoss { block: Some(BlockId { document, index: 1 }), detail: text() },
         MemoryError::DataLoss { block: None, detail: text() },
+        MemoryError::Busy { what: text(), retry_ms: 3 },
         MemoryError::Storage { detail: text() },
         MemoryError::Locked { path: text() },
         MemoryError::Unavailable { target: text(), detail: text() },

@@ -207,6 +207,7 @@ impl BlockMemory for Double {
             attends: count(),
             appended_blocks: count(),
             fetched_blocks: count(),
+            health: Health::ReadOnly { reason: format!("räson {}", count()) },
         })
     }
 

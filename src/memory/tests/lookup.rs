@@ -253,7 +253,7 @@ fn impossible_requests_are_refused_by_field() {
             request.queries = vec![0.0; 4096 * 32];
             request.scope = vec![large.clone(); 1024];
         })
-        .starts_with("limit bytes of scores")
+        .starts_with("limit scores")
     );
 }
 

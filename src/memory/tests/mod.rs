@@ -3,6 +3,7 @@
 mod attend;
 mod ingest;
 mod lookup;
+mod work;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -12,6 +13,7 @@ use crate::api::*;
 use crate::limits;
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::*;
+use crate::until::Until;
 
 /// A spec with L = 2, Hq = 4, Hkv = 2, D = 8 of which 6 turn, B = 5.
 fn spec(name: &str) -> CollectionSpec {
