@@ -3,6 +3,8 @@
 
 #[path = "tidy/code.rs"]
 mod code;
+#[path = "tidy/locks.rs"]
+mod locks;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -139,7 +141,7 @@ fn walk(root: &Path, folder: &str) -> Vec<String> {
 }
 
 /// Fails with every place that `check` finds in the files that `applies` lets through.
-fn hold(rule: Rule, applies: fn(&File) -> bool, check: fn(&File) -> Vec<Finding>) {
+fn hold(rule: Rule, applies: fn(&File) -> bool, check: impl Fn(&File) -> Vec<Finding>) {
     let mut places = String::new();
     for file in files().iter().filter(|file| applies(file)) {
         for finding in check(file) {
@@ -278,6 +280,23 @@ fn check_unsafe(file: &File) -> Vec<Finding> {
         }
     }
     findings
+}
+
+#[test]
+fn no_lock_is_held_over_parallel_work() {
+    let rule = Rule {
+        rule: "no guard of a lock lives while its function shares work out over rayon's pool, itself or through what it calls",
+        why: "whoever waits inside the pool works on other tasks meanwhile; one that wants the same lock waits for its own thread",
+        fix: "do the parallel work first and take the lock for its result, or copy out of the lock what the work needs",
+    };
+    let files = files();
+    let sources = files.iter().filter(|file| in_src(file));
+    let code: Vec<(&str, &str)> = sources.map(|file| (file.path.as_str(), file.code.as_str())).collect();
+    let program = locks::Program::of(&code);
+    hold(rule, in_src, |file| {
+        let found = program.parallel_under_lock(&file.path, &file.code).into_iter();
+        found.map(|(line, word)| Finding { line, what: format!("a guard lives while `{word}` works") }).collect()
+    });
 }
 
 #[test]

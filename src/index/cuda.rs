@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::snapshot::{Chunk, PANEL, Panels, QUAD};
+use super::snapshot::{Chunk, Copied, PANEL, Panels, QUAD};
 use super::{Found, Query};
 use crate::cuda::{self, ArgumentError, Choice, Chosen, HEAD_DIM_MAX, Keys, Runner, Span};
 use crate::types::DType;
@@ -101,16 +101,26 @@ fn spans<'a, M>(query: &Query<'_>, parts: &'a [Part<M>]) -> Vec<Span<'a, M>> {
 
 /// The chunk's keys on the GPU.
 fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, R::Error> {
-    let mut copy = chunk.copy();
-    if let Some(keys) = copy.clone().and_then(|copy| copy.downcast().ok()) {
+    let here = |copy: &Option<Copied>| copy.clone().and_then(|copy| copy.downcast().ok());
+    let copied = here(&chunk.copy());
+    if let Some(keys) = copied {
         return Ok(keys);
     }
     let (width, pieces) = (chunk.width(), chunk.layout().pieces());
+    // Before the lock is taken: a thread that waits for others of the pool may meanwhile begin a request over the same chunk.
+    let rearranged = match chunk.all_panels() {
+        Panels::Int8 { numbers, .. } => by_dimension(numbers, width),
+        Panels::F16(_) | Panels::Int4 { .. } => Vec::new(),
+    };
+    let mut copy = chunk.copy();
+    if let Some(keys) = here(&copy) {
+        // Another call was faster.
+        return Ok(keys);
+    }
     let keys = Arc::new(match chunk.all_panels() {
         Panels::F16(numbers) => Keys::upload(runner, cuda::Panels::F16(numbers), width, pieces)?,
-        Panels::Int8 { numbers, scales } => {
-            let numbers = &by_dimension(numbers, width);
-            Keys::upload(runner, cuda::Panels::Int8 { numbers, scales }, width, pieces)?
+        Panels::Int8 { scales, .. } => {
+            Keys::upload(runner, cuda::Panels::Int8 { numbers: &rearranged, scales }, width, pieces)?
         }
         Panels::Int4 { .. } => {
             return Err(ArgumentError::Dtype { expected: chunk.layout().dtype, found: DType::Int8 }.into());

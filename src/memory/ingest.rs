@@ -20,36 +20,57 @@ impl LocalMemory {
         let collection = self.collection_of(self.store.manifest(document)?.collection)?;
         check_request(&collection, &request.blocks)?;
 
-        let state = self.documents.state(document, collection.layout);
-        let _writing = state.lock_writer();
-        let manifest = self.store.manifest(document)?;
-        let skipped = self.durable(&manifest, &request.blocks)?;
-        let new = &request.blocks[skipped..];
-        let Some(first) = new.first().map(|block| block.index) else {
-            return Ok(self.info(&collection, manifest));
-        };
+        // Encoded before the lock is taken, which is not held over work of the pool, and again where another writer was faster.
+        loop {
+            let manifest = self.store.manifest(document)?;
+            let skipped = self.durable(&manifest, &request.blocks)?;
+            if skipped == request.blocks.len() {
+                return Ok(self.info(&collection, manifest));
+            }
+            let records = self.encode_new(&collection, &manifest, &request.blocks, skipped)?;
+            if let Some(manifest) = self.write(&collection, &manifest, &records)? {
+                return Ok(self.info(&collection, manifest));
+            }
+        }
+    }
+
+    /// The blocks behind the first `skipped` as the store keeps them, if they may come next.
+    fn encode_new(
+        &self,
+        collection: &Collection,
+        manifest: &Manifest,
+        blocks: &[NewBlock],
+        skipped: usize,
+    ) -> Result<Vec<BlockRecord>> {
+        let (document, new) = (manifest.id, &blocks[skipped..]);
         if manifest.sealed {
             return Err(MemoryError::Sealed { document });
         }
-        if first != manifest.blocks {
-            return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: first });
+        if new[0].index != manifest.blocks {
+            return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: new[0].index });
         }
-        let codes = match first {
-            0 => first_codes(&collection, &new[0], skipped)?,
-            _ => state.codes(&self.store, &collection, document)?,
+        let codes = match manifest.blocks {
+            0 => first_codes(collection, &new[0], skipped)?,
+            _ => self.documents.state(document, collection.layout).codes(&self.store, collection, document)?,
         };
-        let records = new
-            .par_iter()
-            .enumerate()
-            .map(|(i, block)| encode(&collection, block, &codes, skipped + i))
-            .collect::<Result<Vec<BlockRecord>>>()?;
-        let manifest = self.store.append(document, &records).map_err(writing(document))?;
+        let encode = |(i, block)| encode(collection, block, &codes, skipped + i);
+        new.par_iter().enumerate().map(encode).collect()
+    }
 
-        let keys: Vec<&[u8]> =
-            records.iter().take((manifest.blocks - first) as usize).map(|record| &record.keys[..]).collect();
-        state.extend(&self.store, &collection, document, first, &keys)?;
-        self.counters.appended_blocks.add(keys.len());
-        Ok(self.info(&collection, manifest))
+    /// Makes records durable behind what a document holds, and shows them to lookups; nothing if it is not as `before` any more.
+    fn write(&self, collection: &Collection, before: &Manifest, records: &[BlockRecord]) -> Result<Option<Manifest>> {
+        let document = before.id;
+        let state = self.documents.state(document, collection.layout);
+        let _writing = state.lock_writer();
+        if self.store.manifest(document)? != *before {
+            return Ok(None);
+        }
+        let manifest = self.store.append(document, records).map_err(writing(document))?;
+        let full = (manifest.blocks - before.blocks) as usize;
+        let keys: Vec<&[u8]> = records.iter().take(full).map(|record| &record.keys[..]).collect();
+        state.extend(&self.store, collection, document, before.blocks, &keys)?;
+        self.counters.appended_blocks.add(full);
+        Ok(Some(manifest))
     }
 
     /// How many of the first blocks are durable with these token ids.

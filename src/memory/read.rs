@@ -24,13 +24,22 @@ impl LocalMemory {
             let id = BlockId { document: request.document, index }.to_string();
             return Err(MemoryError::NotFound { entity: Entity::Block, id });
         }
-        // Full blocks never change. A tail may be replaced, and its parts are read one after the other.
-        let state = self.documents.state(request.document, collection.layout);
-        let reads_tail = request.blocks.contains(&manifest.blocks);
-        let _unchanging = reads_tail.then(|| state.lock_writer());
-        let read = |&index: &u32| {
+        let read = |index: u32| {
             let block = BlockId { document: request.document, index };
             self.fetch_block(&collection.spec, block, request.dtype)
+        };
+        // Full blocks never change. A tail may be replaced, and its parts are read one after the other.
+        let tail = match request.blocks.contains(&manifest.blocks) {
+            true => {
+                let state = self.documents.state(request.document, collection.layout);
+                let _unchanging = state.lock_writer();
+                Some(read(manifest.blocks)?)
+            }
+            false => None,
+        };
+        let read = |&index: &u32| match &tail {
+            Some(tail) if index == manifest.blocks => Ok(tail.clone()),
+            _ => read(index),
         };
         let blocks = request.blocks.par_iter().map(read).collect::<Result<Vec<_>>>()?;
         self.counters.fetched_blocks.add(blocks.len());

@@ -145,6 +145,8 @@ pub struct Function<'a> {
     pub line: usize,
     /// From the line of `fn` to the closing brace.
     pub lines: usize,
+    /// From its name to the closing brace.
+    pub text: &'a str,
 }
 
 pub fn functions(code: &str) -> Vec<Function<'_>> {
@@ -158,7 +160,8 @@ pub fn functions(code: &str) -> Vec<Function<'_>> {
         }
         let Some(end) = body_end(&code[name_at..]) else { continue };
         let line = line_of(code, at);
-        found.push(Function { name, line, lines: line_of(code, name_at + end) - line + 1 });
+        let text = &code[name_at..=name_at + end];
+        found.push(Function { name, line, lines: line_of(code, name_at + end) - line + 1, text });
     }
     found
 }
