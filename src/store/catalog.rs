@@ -131,7 +131,7 @@ pub(super) fn put<T: Serialize>(key: Vec<u8>, value: &T) -> (Vec<u8>, Option<Vec
 }
 
 /// Raise it whenever keys or values change their meaning; an older catalog is then rebuilt.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// Pages of the tree kept in memory: locators of a million blocks.
 const CACHE_BYTES: u64 = 32 << 20;
 /// A closing process may hold sled's file lock for a moment after it dropped the database.

@@ -211,13 +211,11 @@ impl<'a> Draft<'a> {
 
     fn document(&mut self, entry: &DocumentEntry, locator: &Locator) -> Result<(), StoreError> {
         let manifest = &entry.manifest;
-        match self.get::<(Locator, DocumentEntry)>(&key::document(manifest.id))? {
-            Some((old, before)) => {
-                self.kill(&old);
-                self.count_out(&before);
-            }
-            None => self.put(key::document_name(manifest.collection, &manifest.name), &manifest.id),
+        if let Some((old, before)) = self.get::<(Locator, DocumentEntry)>(&key::document(manifest.id))? {
+            self.kill(&old);
+            self.count_out(&before);
         }
+        self.put(key::document_name(manifest.collection, &manifest.name), &manifest.id);
         self.totals.documents += 1;
         self.totals.blocks += manifest.blocks as u64;
         self.totals.tokens += entry.tokens();
@@ -249,7 +247,11 @@ impl<'a> Draft<'a> {
             self.kill(&old);
             self.count_out(&entry);
             self.changes.insert(key::document(document), None);
-            self.changes.insert(key::document_name(entry.manifest.collection, &entry.manifest.name), None);
+            // Compaction may leave the tombstone behind a new document of the same name.
+            let name = key::document_name(entry.manifest.collection, &entry.manifest.name);
+            if self.get::<DocumentId>(&name)? == Some(document) {
+                self.changes.insert(name, None);
+            }
             for pair in catalog::scan::<Locator>(self.catalog, &key::blocks(document)) {
                 let (key, old) = pair?;
                 self.kill(&old);

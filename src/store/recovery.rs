@@ -13,7 +13,7 @@ use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
 use super::ledger::{Damage, Entry, Group, Ledger, SegmentState};
 use super::log::{Item, Scan, read_segment_header};
-use super::record::{FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::record::{Content, FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::segment::{Handles, SegmentFile, SegmentId};
 
 /// Brings catalog and log together and finds where to write on.
@@ -24,16 +24,17 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, segment_bytes: u
     let ids = handles.list().map_err(StoreError::io("list the segments"))?;
     report_missing(&ids, &ledger);
     refuse_unknown_old(&ids, &ledger)?;
-    let mut replayed = false;
+    let mut news = Vec::new();
     let mut tail = None;
     for &id in &ids {
         let file = handles.get(id).map_err(StoreError::io("open a segment"))?;
         let last = Some(&id) == ids.last();
-        let (end, news) = replay(&*file, id, last, catalog, &mut ledger)?;
-        replayed |= news;
+        let (end, found) = replay(&*file, id, last, &mut ledger)?;
+        news.extend(found.map(|found| (id, end, found)));
         tail = last.then_some((id, file, end));
     }
-    if replayed {
+    if !news.is_empty() {
+        enter_all(catalog, &mut ledger, news)?;
         catalog.flush().map_err(StoreError::catalog("flush"))?;
     }
 
@@ -117,22 +118,53 @@ fn refuse_unknown_old(ids: &[SegmentId], ledger: &Ledger) -> Result<(), StoreErr
     }
 }
 
-/// Enters what lies beyond the catalog's knowledge of one segment. Returns where the segment ends now, and whether
-/// there was anything to enter.
+/// Enters what all segments say that the catalog does not know. Compaction leaves blocks in front of the manifest that
+/// covers them, or in an older segment, so blocks come after everything else; and how far each segment was read is
+/// noted last, so that a crash before that only reads it again.
+fn enter_all(
+    catalog: &dyn Catalog,
+    ledger: &mut Ledger,
+    mut news: Vec<(SegmentId, u64, Found)>,
+) -> Result<(), StoreError> {
+    let is_block = |entry: &mut Entry| matches!(entry.content, Content::Block(_));
+    let mut blocks = Vec::new();
+    for (segment, _, found) in &mut news {
+        let mark = ledger.segments.get(segment).map_or(0, |state| state.bytes);
+        for mut group in found.groups.drain(..) {
+            let entries = group.entries.extract_if(.., is_block).collect();
+            blocks.push(Group { segment: *segment, entries, end: mark });
+            group.end = mark;
+            ledger.enter(catalog, &group)?;
+        }
+    }
+    for group in &blocks {
+        ledger.enter(catalog, group)?;
+    }
+    for (segment, end, found) in &news {
+        for damage in &found.damages {
+            let Damage { offset, bytes, .. } = damage;
+            tracing::error!(segment = segment.0, offset, bytes, "damaged bytes in a segment");
+        }
+        ledger.settle(catalog, *segment, *end, &found.damages)?;
+    }
+    Ok(())
+}
+
+/// Reads what lies beyond the catalog's knowledge of one segment. Returns where the segment ends now, and what was
+/// found if there was anything to read.
 fn replay(
     file: &dyn SegmentFile,
     id: SegmentId,
     last: bool,
-    catalog: &dyn Catalog,
     ledger: &mut Ledger,
-) -> Result<(u64, bool), StoreError> {
+) -> Result<(u64, Option<Found>), StoreError> {
     let len = file.len_bytes().map_err(StoreError::io("measure a segment"))?;
     let known = ledger.segments.get(&id).copied();
     if let Some(state) = known
         && len <= state.bytes
         && !last
     {
-        return Ok((len, false));
+        return Ok((len, None));
     }
     let header = read_segment_header(file)?;
     if let Some(header) = &header {
@@ -140,7 +172,7 @@ fn replay(
     }
     let state = *ledger.segments.entry(id).or_insert(SegmentState::EMPTY);
     if known.is_some() && len <= state.bytes {
-        return Ok((len, false));
+        return Ok((len, None));
     }
 
     let mut found = read_groups(file, id, state.bytes, len)?;
@@ -165,14 +197,7 @@ fn replay(
     }
     // What the crash left may be in the page cache only, and is about to count.
     file.sync().map_err(StoreError::io("make a segment durable"))?;
-    for group in &found.groups {
-        ledger.enter(catalog, group)?;
-    }
-    for damage in &found.damages {
-        tracing::error!(segment = id.0, offset = damage.offset, bytes = damage.bytes, "damaged bytes in a segment");
-    }
-    ledger.settle(catalog, id, end, &found.damages)?;
-    Ok((end, true))
+    Ok((end, Some(found)))
 }
 
 /// What was read from a stretch of a segment.

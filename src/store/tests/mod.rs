@@ -9,6 +9,7 @@ use crate::types::{BlockId, DType, KeyRule};
 mod crash;
 mod damage;
 mod pieces;
+mod rebuild;
 mod whole;
 
 /// L = 1, Hkv = 2, D = 4, B = 4.
