@@ -1,30 +1,79 @@
-//! A disk in memory behind both seams, which can fail at any chosen operation and forget what was not synced.
+//! A disk in memory behind both seams that fails, lies and forgets as disks do: at any call, in every way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rustix::io::Errno;
 
 use super::catalog::{Batch, Catalog, Pair};
 use super::segment::{SegmentFile, SegmentId, Segments};
 
-/// What the operation that fails has done by then.
+/// What is written to a disk as a whole or not at all. Real ones have 512 bytes or more; small ones tear more.
+const SECTOR_BYTES: usize = 64;
+
+/// A call on one of the seams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Call {
+    List,
+    Open,
+    Create,
+    Remove,
+    Len,
+    Read,
+    Write,
+    Sync,
+    Truncate,
+    Get,
+    Scan,
+    Apply,
+    Flush,
+}
+
+/// What the call that fails has done by then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     Nothing,
-    /// Half of the bytes, for a write; nothing, for anything else.
+    /// Half of the bytes, for a write or a sync; nothing, for anything else.
     Half,
     Everything,
+}
+
+/// Why a call fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// ENOSPC
+    Full,
+    /// EIO. What a sync could not write counts as written from then on, as Linux has it: the next sync succeeds.
+    Broken,
+}
+
+/// A fault of the system, which the machine survives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fault {
+    /// The first call that it can strike, counted over all calls on this disk.
+    pub(super) at: usize,
+    pub(super) reason: Reason,
+    /// Calls of this kind alone, if one is named.
+    pub(super) only: Option<Call>,
+    pub(super) effect: Effect,
+    /// It strikes every later call too.
+    pub(super) stays: bool,
 }
 
 /// What a restart finds in the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Files {
-    /// The process died: all that was written.
+    /// The process died: all that was written, in the page cache still if it was not synced.
     Written,
     /// The power failed: what was synced.
     Synced,
     /// The power failed while pages were on their way out of order: the synced part, zeros, and the end.
     Torn,
+    /// The power failed: of what was not synced, any sectors of any file (drawn with this seed).
+    Cut(u64),
 }
 
 /// What a restart finds in the catalog.
@@ -33,26 +82,39 @@ pub(super) enum Table {
     Applied,
     Flushed,
     Deleted,
+    /// What was flushed and some of what was applied since (drawn with this seed).
+    Partly(u64),
 }
 
+/// A file: what a reader is given, and what is on the disk.
 #[derive(Clone, Default)]
 struct Content {
     written: Vec<u8>,
     synced: Vec<u8>,
+    /// Sectors that the next sync writes.
+    dirty: BTreeSet<usize>,
 }
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
+type Contents = BTreeMap<SegmentId, Arc<Mutex<Content>>>;
 
 #[derive(Default)]
 struct State {
-    files: BTreeMap<SegmentId, Arc<Mutex<Content>>>,
+    files: Contents,
+    /// Files whose removal failed after it was done: the power may bring them back.
+    ghosts: Contents,
     pairs: Pairs,
     flushed: Pairs,
+    /// Applied since the last flush.
+    unflushed: Vec<Batch>,
+    calls: usize,
+    /// Calls that change something, so far.
     operations: usize,
-    fault: Option<(usize, Effect)>,
-    /// After its fault the machine does nothing more, unless it only stumbles.
+    fault: Option<Fault>,
+    /// How often the fault struck.
+    struck: Vec<Call>,
+    death: Option<(usize, Effect)>,
     dead: bool,
-    stumbles: bool,
 }
 
 /// The disk. Clones share it.
@@ -64,55 +126,169 @@ struct DiskFile {
     content: Arc<Mutex<Content>>,
 }
 
+impl Call {
+    fn changes(self) -> bool {
+        use Call::*;
+        matches!(self, Create | Remove | Write | Sync | Truncate | Apply | Flush)
+    }
+}
+
+impl Fault {
+    fn strikes(&self, call: Call) -> bool {
+        self.reason.strikes(call) && self.only.is_none_or(|only| only == call)
+    }
+}
+
+impl Reason {
+    pub(super) fn strikes(self, call: Call) -> bool {
+        use Call::*;
+        match self {
+            Reason::Full => matches!(call, Create | Write | Apply | Flush),
+            Reason::Broken => true,
+        }
+    }
+
+    fn error(self) -> io::Error {
+        match self {
+            Reason::Full => Errno::NOSPC.into(),
+            Reason::Broken => Errno::IO.into(),
+        }
+    }
+}
+
+impl Content {
+    fn of(bytes: Vec<u8>) -> Arc<Mutex<Content>> {
+        Arc::new(Mutex::new(Content { synced: bytes.clone(), written: bytes, dirty: BTreeSet::new() }))
+    }
+
+    fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let (from, to) = (offset, offset + bytes.len());
+        // What lies between the old end and `from` becomes zeros, on the disk too.
+        let changed = from.min(self.written.len())..to;
+        self.written.resize(self.written.len().max(to), 0);
+        self.written[from..to].copy_from_slice(bytes);
+        self.dirty.extend(changed.start / SECTOR_BYTES..changed.end.div_ceil(SECTOR_BYTES));
+    }
+
+    /// Takes the dirty sectors that `chosen` picks to the disk.
+    fn persist(&mut self, len: usize, mut chosen: impl FnMut(usize) -> bool) {
+        self.synced.resize(len, 0);
+        for &sector in &self.dirty {
+            let end = ((sector + 1) * SECTOR_BYTES).min(len).min(self.written.len());
+            let span = sector * SECTOR_BYTES..end;
+            if !span.is_empty() && chosen(sector) {
+                self.synced[span.clone()].copy_from_slice(&self.written[span]);
+            }
+        }
+    }
+
+    fn sync(&mut self, effect: Effect) {
+        let half = self.dirty.iter().nth(self.dirty.len() / 2).copied().unwrap_or(0);
+        match effect {
+            Effect::Nothing => {}
+            Effect::Half => self.persist(self.written.len(), |sector| sector < half),
+            Effect::Everything => self.persist(self.written.len(), |_| true),
+        }
+    }
+
+    /// What is left of it when the machine comes up again.
+    fn survive(mut self, files: Files, random: &mut ChaCha8Rng) -> Content {
+        match files {
+            Files::Written => return self,
+            Files::Synced => {}
+            Files::Torn if self.written.len() > self.synced.len() => {
+                let middle = (self.synced.len() + self.written.len()) / 2;
+                self.synced.resize(middle, 0);
+                self.synced.extend_from_slice(&self.written[middle..]);
+            }
+            Files::Torn => {}
+            Files::Cut(_) => {
+                let (one, other) = (self.synced.len(), self.written.len());
+                let between = random.random_range(one.min(other)..=one.max(other));
+                let len = [one, other, between][random.random_range(0..3)];
+                let (percent, dice) = (random.random_range(0..=100), random);
+                self.persist(len, |_| dice.random_range(0..100) < percent);
+            }
+        }
+        Content { written: self.synced.clone(), synced: self.synced, dirty: BTreeSet::new() }
+    }
+}
+
 impl Disk {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
 
-    /// Changing operations so far.
+    /// Calls that change something, so far.
     pub(super) fn operations(&self) -> usize {
         self.state().operations
     }
 
-    /// The machine dies at the operation of this number, counted from the first of this disk.
-    pub(super) fn die_at(&self, operation: usize, effect: Effect) {
-        self.state().fault = Some((operation, effect));
+    /// Calls of any kind so far.
+    pub(super) fn call_count(&self) -> usize {
+        self.state().calls
     }
 
-    /// The next operation fails, later ones work again.
-    pub(super) fn stumble(&self) {
+    /// Whether the fault that was asked for has struck, or the machine is off.
+    pub(super) fn has_failed(&self) -> bool {
+        let state = self.state();
+        state.dead || !state.struck.is_empty()
+    }
+
+    /// The machine dies at the operation of this number, counted from the first of this disk.
+    pub(super) fn die_at(&self, operation: usize, effect: Effect) {
+        self.state().death = Some((operation, effect));
+    }
+
+    /// From now on calls fail as the fault says.
+    pub(super) fn fail(&self, fault: Fault) {
         let mut state = self.state();
-        state.fault = Some((state.operations, Effect::Nothing));
-        state.stumbles = true;
+        state.fault = Some(fault);
+        state.struck.clear();
+    }
+
+    /// The next call that changes something fails, later ones work again.
+    pub(super) fn stumble(&self) {
+        self.state().death = None;
+        let at = self.state().calls;
+        self.fail(Fault { at, reason: Reason::Full, only: None, effect: Effect::Nothing, stays: false });
     }
 
     /// What is left when the machine comes up again.
     pub(super) fn restart(&self, files: Files, table: Table) -> Disk {
         let state = self.state();
-        let survive = |content: &Arc<Mutex<Content>>| {
-            let Content { written, synced } = content.lock().unwrap().clone();
-            let bytes = match files {
-                Files::Written => written,
-                Files::Synced => synced,
-                Files::Torn if written.len() > synced.len() => {
-                    let mut torn = synced.clone();
-                    torn.resize((synced.len() + written.len()) / 2, 0);
-                    torn.extend_from_slice(&written[torn.len()..]);
-                    torn
-                }
-                Files::Torn => synced,
-            };
-            // What survived the death of a process may still be lost with the power.
-            let synced = if files == Files::Written { content.lock().unwrap().synced.clone() } else { bytes.clone() };
-            Arc::new(Mutex::new(Content { written: bytes, synced }))
-        };
-        let pairs = match table {
-            Table::Applied => state.pairs.clone(),
-            Table::Flushed => state.flushed.clone(),
-            Table::Deleted => Pairs::new(),
-        };
-        let files = state.files.iter().map(|(&id, content)| (id, survive(content))).collect();
-        Disk(Arc::new(Mutex::new(State { files, flushed: pairs.clone(), pairs, ..State::default() })))
+        let seed = |seed| ChaCha8Rng::seed_from_u64(seed);
+        let mut random = seed(if let Files::Cut(seed) = files { seed } else { 0 });
+        let mut left = Contents::new();
+        for (&id, content) in &state.files {
+            let content = content.lock().unwrap().clone().survive(files, &mut random);
+            left.insert(id, Arc::new(Mutex::new(content)));
+        }
+        for (&id, content) in &state.ghosts {
+            if matches!(files, Files::Cut(_)) && random.random() {
+                let content = content.lock().unwrap().clone().survive(files, &mut random);
+                left.entry(id).or_insert_with(|| Arc::new(Mutex::new(content)));
+            }
+        }
+        let mut restarted = State { files: left, ..State::default() };
+        match table {
+            Table::Applied => restarted.pairs = state.pairs.clone(),
+            Table::Flushed => restarted.pairs = state.flushed.clone(),
+            Table::Deleted => {}
+            Table::Partly(number) => {
+                restarted.pairs = state.flushed.clone();
+                let some = seed(number).random_range(0..=state.unflushed.len());
+                state.unflushed[..some].iter().for_each(|batch| apply(&mut restarted.pairs, batch.clone()));
+            }
+        }
+        if (files, table) == (Files::Written, Table::Applied) {
+            // The power may still take what only the process has lost.
+            restarted.flushed = state.flushed.clone();
+            restarted.unflushed = state.unflushed.clone();
+        } else {
+            restarted.flushed = restarted.pairs.clone();
+        }
+        Disk(Arc::new(Mutex::new(restarted)))
     }
 
     /// Flips one bit.
@@ -133,39 +309,46 @@ impl Disk {
     pub(super) fn place(&self, id: SegmentId, bytes: Option<Vec<u8>>) {
         let mut state = self.state();
         match bytes {
-            Some(bytes) => {
-                let content = Content { written: bytes.clone(), synced: bytes };
-                state.files.insert(id, Arc::new(Mutex::new(content)));
-            }
-            None => {
-                state.files.remove(&id);
-            }
-        }
+            Some(bytes) => state.files.insert(id, Content::of(bytes)),
+            None => state.files.remove(&id),
+        };
     }
 
     pub(super) fn segments(&self) -> Vec<SegmentId> {
         self.state().files.keys().copied().collect()
     }
 
-    /// Runs a changing operation: wholly, or as far as the fault lets it.
-    fn operate(&self, operation: impl FnOnce(&mut State, Effect)) -> io::Result<()> {
+    /// Runs a call: wholly, or as far as what goes wrong lets it.
+    fn call<T>(&self, call: Call, run: impl FnOnce(&mut State, Effect) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.state();
         if state.dead {
             return Err(io::Error::other("the machine is off"));
         }
-        let number = state.operations;
-        state.operations += 1;
-        match state.fault {
-            Some((at, effect)) if at == number => {
-                state.dead = !state.stumbles;
-                operation(&mut state, effect);
-                Err(io::Error::other("injected fault"))
-            }
-            _ => {
-                operation(&mut state, Effect::Everything);
-                Ok(())
+        let number = state.calls;
+        state.calls += 1;
+        if call.changes() {
+            let operation = state.operations;
+            state.operations += 1;
+            if let Some((at, effect)) = state.death
+                && at == operation
+            {
+                state.dead = true;
+                let _ = run(&mut state, effect);
+                return Err(io::Error::other("the power failed"));
             }
         }
+        if let Some(fault) = state.fault
+            && number >= fault.at
+            && fault.strikes(call)
+            && (fault.stays || state.struck.is_empty())
+        {
+            state.struck.push(call);
+            if call.changes() {
+                let _ = run(&mut state, fault.effect);
+            }
+            return Err(fault.reason.error());
+        }
+        run(&mut state, Effect::Everything)
     }
 
     fn handle(&self, content: &Arc<Mutex<Content>>) -> Arc<dyn SegmentFile> {
@@ -173,111 +356,141 @@ impl Disk {
     }
 }
 
+fn apply(pairs: &mut Pairs, batch: Batch) {
+    for (key, value) in batch {
+        match value {
+            Some(value) => pairs.insert(key, value),
+            None => pairs.remove(&key),
+        };
+    }
+}
+
 impl Segments for Disk {
     fn list(&self) -> io::Result<Vec<SegmentId>> {
-        Ok(self.segments())
+        self.call(Call::List, |state, _| Ok(state.files.keys().copied().collect()))
     }
 
     fn open(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        let content = self.state().files.get(&id).cloned().ok_or(io::ErrorKind::NotFound)?;
+        let content = self
+            .call(Call::Open, |state, _| state.files.get(&id).cloned().ok_or_else(|| io::ErrorKind::NotFound.into()))?;
         Ok(self.handle(&content))
     }
 
     fn create(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        let content = Arc::<Mutex<Content>>::default();
-        self.operate(|state, effect| {
-            if effect == Effect::Everything {
-                assert!(state.files.insert(id, content.clone()).is_none(), "segment {id} exists");
+        let content = self.call(Call::Create, |state, effect| {
+            if state.files.contains_key(&id) {
+                return Err(io::ErrorKind::AlreadyExists.into());
             }
+            let content = Content::of(Vec::new());
+            if effect == Effect::Everything {
+                state.files.insert(id, content.clone());
+            }
+            Ok(content)
         })?;
         Ok(self.handle(&content))
     }
 
     fn remove(&self, id: SegmentId) -> io::Result<()> {
-        self.operate(|state, effect| {
+        self.call(Call::Remove, |state, effect| {
             if effect == Effect::Everything {
-                state.files.remove(&id);
+                let content = state.files.remove(&id).ok_or(io::ErrorKind::NotFound)?;
+                if state.dead || state.fault.is_some_and(|fault| fault.at < state.calls) {
+                    state.ghosts.insert(id, content);
+                }
             }
+            Ok(())
         })
     }
 }
 
 impl SegmentFile for DiskFile {
     fn len_bytes(&self) -> io::Result<u64> {
-        Ok(self.content.lock().unwrap().written.len() as u64)
+        self.disk.call(Call::Len, |_, _| Ok(self.content.lock().unwrap().written.len() as u64))
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let content = self.content.lock().unwrap();
-        let from = offset as usize;
-        let bytes = content.written.get(from..from + into.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        into.copy_from_slice(bytes);
-        Ok(())
+        self.disk.call(Call::Read, |_, _| {
+            let content = self.content.lock().unwrap();
+            let from = offset as usize;
+            let bytes = content.written.get(from..from + into.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+            into.copy_from_slice(bytes);
+            Ok(())
+        })
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.disk.operate(|_, effect| {
+        self.disk.call(Call::Write, |_, effect| {
             let len = match effect {
-                Effect::Nothing => return,
+                Effect::Nothing => 0,
                 Effect::Half => bytes.len() / 2,
                 Effect::Everything => bytes.len(),
             };
-            let (from, to) = (offset as usize, offset as usize + len);
-            let written = &mut self.content.lock().unwrap().written;
-            written.resize(written.len().max(to), 0);
-            written[from..to].copy_from_slice(&bytes[..len]);
+            if len > 0 {
+                self.content.lock().unwrap().write(offset as usize, &bytes[..len]);
+            }
+            Ok(())
         })
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.disk.operate(|_, effect| {
-            if effect == Effect::Everything {
-                let mut content = self.content.lock().unwrap();
-                content.synced = content.written.clone();
+        self.disk.call(Call::Sync, |state, effect| {
+            let mut content = self.content.lock().unwrap();
+            content.sync(effect);
+            // A dead machine keeps nothing in mind; a living one takes a failed write for done.
+            if !state.dead {
+                content.dirty.clear();
             }
+            Ok(())
         })
     }
 
     fn truncate(&self, len_bytes: u64) -> io::Result<()> {
-        self.disk.operate(|_, effect| {
+        self.disk.call(Call::Truncate, |_, effect| {
             if effect == Effect::Everything {
-                self.content.lock().unwrap().written.truncate(len_bytes as usize);
+                let mut content = self.content.lock().unwrap();
+                content.written.truncate(len_bytes as usize);
+                let end = content.written.len().div_ceil(SECTOR_BYTES);
+                content.dirty.retain(|&sector| sector < end);
             }
+            Ok(())
         })
     }
 }
 
 impl Catalog for Disk {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.state().pairs.get(key).cloned())
+        self.call(Call::Get, |state, _| Ok(state.pairs.get(key).cloned()))
     }
 
     fn scan<'a>(&'a self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>> + 'a> {
-        let state = self.state();
-        let from = state.pairs.range(prefix.to_vec()..);
-        let found: Vec<_> =
-            from.take_while(|(key, _)| key.starts_with(prefix)).map(|(k, v)| Ok((k.clone(), v.clone()))).collect();
-        Box::new(found.into_iter())
+        let found = self.call(Call::Scan, |state, _| {
+            let from = state.pairs.range(prefix.to_vec()..);
+            let under = from.take_while(|(key, _)| key.starts_with(prefix));
+            Ok(under.map(|(key, value)| (key.clone(), value.clone())).collect::<Vec<_>>())
+        });
+        match found {
+            Ok(found) => Box::new(found.into_iter().map(Ok)),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        }
     }
 
     fn apply(&self, batch: Batch) -> io::Result<()> {
-        self.operate(|state, effect| {
+        self.call(Call::Apply, |state, effect| {
             if effect == Effect::Everything {
-                for (key, value) in batch {
-                    match value {
-                        Some(value) => state.pairs.insert(key, value),
-                        None => state.pairs.remove(&key),
-                    };
-                }
+                apply(&mut state.pairs, batch.clone());
+                state.unflushed.push(batch);
             }
+            Ok(())
         })
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.operate(|state, effect| {
+        self.call(Call::Flush, |state, effect| {
             if effect == Effect::Everything {
                 state.flushed = state.pairs.clone();
+                state.unflushed.clear();
             }
+            Ok(())
         })
     }
 

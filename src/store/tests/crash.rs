@@ -4,7 +4,7 @@ use super::*;
 use crate::limits::SPACE_PERCENT_MAX;
 use crate::store::double::{Effect, Files, Table};
 
-type Step = fn(&Store) -> Result<(), StoreError>;
+pub(super) type Step = fn(&Store) -> Result<(), StoreError>;
 
 fn id(store: &Store, name: &str) -> Result<DocumentId, StoreError> {
     let found = store.find_document(CollectionId(1), name)?;
@@ -22,7 +22,7 @@ fn with_tail(mut blocks: Vec<BlockRecord>, tokens: u32, seed: u32) -> Vec<BlockR
 }
 
 /// Every kind of write; rolls segments, replaces tails, compacts with and without tombstones left to keep.
-const SCRIPT: &[Step] = &[
+pub(super) const SCRIPT: &[Step] = &[
     |store| store.create_collection(&spec("one")).map(drop),
     |store| store.create_document(CollectionId(1), "a").map(drop),
     |store| append(store, "a", &with_tail(blocks(0..2, 1), 3, 1)),
@@ -45,12 +45,12 @@ const SCRIPT: &[Step] = &[
 ];
 
 /// Runs the script from step `from`; stops at the first error. Returns the step that failed.
-fn run(store: &Store, from: usize) -> Option<usize> {
+pub(super) fn run(store: &Store, from: usize) -> Option<usize> {
     (from..SCRIPT.len()).find(|&step| SCRIPT[step](store).is_err())
 }
 
 /// What the store holds before each step, and after the last.
-fn expected() -> Vec<Contents> {
+pub(super) fn expected() -> Vec<Contents> {
     let store = open(&Disk::default()).unwrap();
     let mut expected = vec![contents(&store)];
     for step in SCRIPT {

@@ -7,8 +7,12 @@ use crate::shape::{ModelShape, Rope, Sha256Digest};
 use crate::types::{BlockId, DType, KeyRule};
 
 mod crash;
+mod cuts;
 mod damage;
+mod life;
+mod model;
 mod pieces;
+mod plan;
 mod rebuild;
 mod whole;
 
@@ -94,6 +98,11 @@ fn contents(store: &Store) -> Contents {
     };
     let collections = store.collections().unwrap().into_iter();
     collections.map(|(id, spec)| (id, spec, store.manifests(id).unwrap().into_iter().map(document).collect())).collect()
+}
+
+/// How much of something a test does: as a variable says, or `default`.
+fn number_from(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|number| number.parse().ok()).unwrap_or(default)
 }
 
 fn assert_clean(store: &Store, context: &str) {
