@@ -65,6 +65,13 @@ impl Budget {
         Ok(none)
     }
 
+    /// So many bytes that are in use already, whether there are any left or not: others wait for them.
+    pub fn owe(self: &Arc<Self>, bytes: u64) -> Taken {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        *taken = taken.saturating_add(bytes);
+        Taken { budget: self.clone(), bytes }
+    }
+
     /// So many bytes, once there are; not later than `until`.
     pub fn take(self: &Arc<Self>, bytes: u64, until: &Until) -> Result<Taken, Short> {
         loop {
@@ -85,6 +92,13 @@ impl Budget {
 }
 
 impl Taken {
+    /// Parts with the last so many of its bytes.
+    pub fn split(&mut self, bytes: u64) -> Taken {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Taken { budget: self.budget.clone(), bytes }
+    }
+
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -138,6 +152,19 @@ mod tests {
         assert_eq!(growing.grow(1), Err(Short::Now));
         assert_eq!(growing.grow(u64::MAX), Err(Short::Never { limit: 4800 }));
         assert_eq!((growing.bytes(), budget.taken()), (100, 4850), "a refusal takes nothing");
+    }
+
+    #[test]
+    fn what_is_split_is_given_back_by_itself_and_debts_keep_others_out() {
+        let budget = Budget::new(64);
+        let mut whole = budget.try_take(40).unwrap();
+        let part = whole.split(15);
+        drop(whole);
+        assert_eq!((part.bytes(), budget.taken()), (15, 15));
+        let owed = budget.owe(100);
+        assert_eq!((budget.taken(), budget.try_take(1).unwrap_err()), (115, Short::Now));
+        drop((part, owed));
+        assert_eq!(budget.taken(), 0);
     }
 
     #[test]

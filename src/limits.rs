@@ -64,6 +64,15 @@ pub const FETCH_BLOCKS_MAX: usize = 4096;
 /// ids and headers.
 pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + BLOCK_TEXT_BYTES_MAX + (1 << 20);
 
+/// One lookup or attend on the wire, or many in one message: queries of 512 tokens of 128 heads of 256 numbers.
+pub const LOOKUP_MESSAGE_BYTES_MAX: usize = (64 << 20) + (1 << 20);
+
+/// One request for blocks on the wire: 4,096 block positions of at most 6 bytes.
+pub const FETCH_MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Any other request: a name and a shape.
+pub const ADMIN_MESSAGE_BYTES_MAX: usize = 1 << 20;
+
 /// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 

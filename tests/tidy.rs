@@ -50,6 +50,7 @@ const LIBRARIES: &[(&[&str], &[&str])] = &[
         &["tonic", "tonic_prost", "tonic_health", "tonic_reflection", "prost", "prost_types"],
         &["wire", "server", "client"],
     ),
+    (&["hyper", "hyper_util", "http", "http_body"], &["server"]),
     (&["cudarc"], &["cuda"]),
     (&["faiss", "faiss_sys"], &["index"]),
     (&["protox", "tonic_prost_build"], &["build"]),

@@ -2,11 +2,22 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use tokio::net::{TcpListener, UnixListener};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::{TcpListener, UnixListener, UnixSocket};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
+
+/// Files that the store, the catalog and the program itself may have open.
+const STORE_FILES: u64 = 448;
+
+/// Connections that are let in however few files may be open.
+const CONNECTIONS_MIN: usize = 16;
 
 /// What to bind.
 #[derive(Clone, Debug)]
@@ -103,10 +114,27 @@ fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
             _ => return Err(ListenError::SocketInUse { path: path.into() }),
         },
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
+    let socket = UnixSocket::new_stream().map_err(failed)?;
+    // The file gets the mode that the socket has when it is bound, and is open to others at no time.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| failed(error.into()))?;
+    socket.bind(path).map_err(failed)?;
     let file = SocketFile(path.into());
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let listener = socket.listen(BACKLOG).map_err(failed)?;
     Ok((listener, file))
+}
+
+/// Lets the process open as many files as it may, and says how many those are. For the start of a service.
+pub fn raise_open_files() -> Option<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    // Where that is refused, less was to be had.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    getrlimit(Resource::Nofile).current
+}
+
+/// Connections that leave the store enough files to open.
+pub(super) fn connections_max() -> usize {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(files.saturating_sub(STORE_FILES)).unwrap_or(usize::MAX).max(CONNECTIONS_MIN)
 }
 
 #[cfg(test)]
@@ -125,6 +153,8 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
 
         let live = Listeners::bind(&unix(&path)).await.unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600, "nobody changes it after it was bound");
         let refused = Listeners::bind(&unix(&path)).await;
         assert!(matches!(refused, Err(ListenError::SocketInUse { .. })), "{refused:?}");
         drop(live);

@@ -1,12 +1,13 @@
 //! Streams of paired requests and replies: many lookups, or many attends, over one call.
 
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::Streaming;
 
-use super::work::{Deadline, Line, Work, stopping};
+use super::call::Call;
+use super::replies::{ReplyStream, replies};
+use super::work::{Line, Turn, Work, stopping};
 use crate::api::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result};
-use crate::wire::{to_status, v1};
+use crate::until::Until;
+use crate::wire::v1;
 
 /// Requests of one stream that are worked on or answered but unread; the next is not taken off the network until
 /// one of them is gone.
@@ -17,10 +18,12 @@ pub(super) trait Paired: Sized + Send + 'static {
     type Request: Send + 'static;
     type Reply: Send + 'static;
 
-    /// The id, until when, and the request if it can be read.
-    fn open(self) -> (u64, Deadline, Result<Self::Request>);
+    /// The id, how long the caller waits, and the request if it can be read.
+    fn open(self) -> (u64, u64, Result<Self::Request>);
 
-    fn ask(memory: &dyn BlockMemory, request: &Self::Request) -> Result<Self::Reply>;
+    fn lookup(request: &Self::Request) -> &LookupRequest;
+
+    fn ask(memory: &dyn BlockMemory, request: &Self::Request, until: &Until) -> Result<Self::Reply>;
 
     type Message: Send + 'static;
 
@@ -28,47 +31,43 @@ pub(super) trait Paired: Sized + Send + 'static {
 }
 
 /// Works on `requests` as they come and answers as they finish, until the caller or the service stops.
-pub(super) fn answer_all<P: Paired>(
-    work: Work,
-    mut requests: Streaming<P>,
-) -> ReceiverStream<std::result::Result<P::Message, Status>> {
-    let (replies, receiver) = mpsc::channel(IN_FLIGHT_MAX);
+pub(super) fn answer_all<P: Paired>(work: Work, call: Call, mut requests: Streaming<P>) -> ReplyStream<P::Message> {
+    let (replies, stream) = replies(IN_FLIGHT_MAX);
     tokio::spawn(async move {
         loop {
+            // A place among the replies is taken before a request is read, which is what bounds the work in flight.
+            let next = async {
+                let place = replies.reserve().await?;
+                Some((place, requests.message().await))
+            };
             let next = tokio::select! {
                 biased;
-                () = work.stopped() => Err(to_status(&stopping())),
-                next = requests.message() => next,
+                () = work.stopped() => return replies.fail(&stopping()),
+                next = next => next,
             };
-            // A place in the channel is taken before the work begins, which is what bounds the work in flight.
-            let Ok(place) = replies.clone().reserve_owned().await else { return };
-            match next {
-                Ok(None) => return,
-                Ok(Some(request)) => {
-                    // Opened here and not in its task, so that time counts from when it came.
-                    let (id, deadline, request) = request.open();
+            let (place, request) = match next {
+                Some((place, Ok(Some(request)))) => (place, request),
+                Some((_, Err(status))) => return replies.end(status),
+                Some((_, Ok(None))) | None => return,
+            };
+            // Opened here and not in its task, so that time counts from when it came.
+            let (id, timeout_ms, request) = request.open();
+            let (until, message) = (call.until_ms(timeout_ms), call.take_message());
+            let answer = move |outcome| drop(place.send(P::close(id, outcome)));
+            match request {
+                Err(error) => answer(Err(error)),
+                Ok(request) => {
+                    let turn = Turn { line: Line::Light, until, message }.weighed([P::lookup(&request)]);
                     let work = work.clone();
-                    let answer = move |outcome| drop(place.send(Ok(P::close(id, outcome))));
                     tokio::spawn(async move {
-                        match request {
-                            Err(error) => answer(Err(error)),
-                            Ok(request) => {
-                                let ask = move |memory: &dyn BlockMemory| P::ask(memory, &request);
-                                work.hand_over(Line::Serving, deadline, ask, answer).await;
-                            }
-                        }
+                        let ask = move |memory: &dyn BlockMemory, until: &Until| P::ask(memory, &request, until);
+                        work.hand_over(turn, ask, answer).await;
                     });
-                }
-                Err(status) => {
-                    // Behind this error the stream is over, so the answers in flight go first.
-                    let _ = replies.reserve_many(IN_FLIGHT_MAX - 1).await;
-                    place.send(Err(status));
-                    return;
                 }
             }
         }
     });
-    receiver.into()
+    stream
 }
 
 impl Paired for v1::LookupStreamRequest {
@@ -76,16 +75,16 @@ impl Paired for v1::LookupStreamRequest {
     type Reply = v1::LookupReply;
     type Message = v1::LookupStreamReply;
 
-    fn open(self) -> (u64, Deadline, Result<LookupRequest>) {
-        (
-            self.id,
-            Deadline::of_ms(self.timeout_ms),
-            self.request.ok_or_else(no_request).and_then(LookupRequest::try_from),
-        )
+    fn open(self) -> (u64, u64, Result<LookupRequest>) {
+        (self.id, self.timeout_ms, self.request.ok_or_else(no_request).and_then(LookupRequest::try_from))
     }
 
-    fn ask(memory: &dyn BlockMemory, request: &LookupRequest) -> Result<v1::LookupReply> {
-        memory.lookup(request).map(v1::LookupReply::from)
+    fn lookup(request: &LookupRequest) -> &LookupRequest {
+        request
+    }
+
+    fn ask(memory: &dyn BlockMemory, request: &LookupRequest, until: &Until) -> Result<v1::LookupReply> {
+        memory.lookup_until(request, until).map(v1::LookupReply::from)
     }
 
     fn close(id: u64, outcome: Result<v1::LookupReply>) -> v1::LookupStreamReply {
@@ -100,16 +99,16 @@ impl Paired for v1::AttendStreamRequest {
     type Reply = v1::AttendReply;
     type Message = v1::AttendStreamReply;
 
-    fn open(self) -> (u64, Deadline, Result<AttendRequest>) {
-        (
-            self.id,
-            Deadline::of_ms(self.timeout_ms),
-            self.request.ok_or_else(no_request).and_then(AttendRequest::try_from),
-        )
+    fn open(self) -> (u64, u64, Result<AttendRequest>) {
+        (self.id, self.timeout_ms, self.request.ok_or_else(no_request).and_then(AttendRequest::try_from))
     }
 
-    fn ask(memory: &dyn BlockMemory, request: &AttendRequest) -> Result<v1::AttendReply> {
-        memory.attend(request).map(v1::AttendReply::from)
+    fn lookup(request: &AttendRequest) -> &LookupRequest {
+        &request.lookup
+    }
+
+    fn ask(memory: &dyn BlockMemory, request: &AttendRequest, until: &Until) -> Result<v1::AttendReply> {
+        memory.attend_until(request, until).map(v1::AttendReply::from)
     }
 
     fn close(id: u64, outcome: Result<v1::AttendReply>) -> v1::AttendStreamReply {

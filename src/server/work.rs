@@ -1,131 +1,142 @@
-//! The one place where calls meet the memory: bounded, off the network threads, within their deadline.
+//! The one place where calls meet the memory: bounded, off the network threads, as long as somebody waits.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::time::Instant;
-use tonic::metadata::MetadataMap;
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 
-use crate::api::{BlockMemory, MemoryError, Result};
+use super::call::{self, Call};
+use super::serve::Phase;
+use crate::api::{BlockMemory, LookupRequest, MemoryError, Result};
+use crate::budget::{Budget, Taken};
+use crate::limits;
+use crate::until::Until;
 use crate::wire::to_status;
 
-/// Verify and delete read or rewrite whole documents: more of them at once would only fight for the disk.
-const MAINTENANCE_WORKERS: usize = 2;
+/// Verifications read everything: more of them at once would only fight for the disk.
+const VERIFY_WORKERS: usize = 2;
 
-/// Which line a call stands in, so that a verification of hours holds up no lookup.
-#[derive(Clone, Copy, PartialEq)]
+/// Threads that may wait for a disk or a lock are cheap, but not without end.
+const WORKERS_MAX: usize = 128;
+
+/// Which line a call stands in, so that none waits for calls of another kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Line {
-    Serving,
-    Maintenance,
+    /// What is answered in milliseconds.
+    Light,
+    /// Lookups and attends over much: half as many workers, so that the light ones always have some.
+    Heavy,
+    /// What waits for the one who writes.
+    Writing,
+    /// What takes hours.
+    Verifying,
 }
 
 /// The memory, and the right to use it. Clones share it.
 #[derive(Clone)]
 pub(super) struct Work {
     memory: Arc<dyn BlockMemory>,
-    serving: Arc<Semaphore>,
-    maintenance: Arc<Semaphore>,
-    workers: u32,
-    stopped: watch::Receiver<bool>,
+    lines: Arc<Lines>,
+    pub(super) messages: Arc<Budget>,
+    /// Set when nobody waits for anything any more.
+    is_over: Arc<AtomicBool>,
+    phase: watch::Receiver<Phase>,
 }
 
-/// Until when an answer is of use to the caller.
-#[derive(Clone, Copy)]
-pub(super) struct Deadline {
-    end: Option<Instant>,
-    ms: u64,
+/// Who may work now, and how many may in all.
+struct Lines {
+    light: Workers,
+    heavy: Workers,
+    writing: Workers,
+    verifying: Workers,
 }
 
-impl Deadline {
-    /// For streams of large messages, whose callers stop reading when they lose patience.
-    pub(super) const NONE: Deadline = Deadline { end: None, ms: 0 };
+struct Workers {
+    free: Arc<Semaphore>,
+    all: u32,
+}
 
-    /// From the `grpc-timeout` header; absent, or in no form that gRPC knows, means none.
-    pub(super) fn of(metadata: &MetadataMap) -> Self {
-        let header = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
-        header.and_then(parse_timeout).map_or(Deadline::NONE, Deadline::after)
+impl Workers {
+    fn new(count: usize) -> Workers {
+        Workers { free: Arc::new(Semaphore::new(count)), all: count as u32 }
+    }
+}
+
+/// What a job brings along to its line.
+pub(super) struct Turn {
+    pub(super) line: Line,
+    pub(super) until: Until,
+    /// Bytes of the message that it was asked in, held until it is done.
+    pub(super) message: Option<Taken>,
+}
+
+impl Turn {
+    /// For a call of one request.
+    pub(super) fn of<T>(line: Line, request: &Request<T>) -> Turn {
+        let call = Call::of(request);
+        Turn { line, until: call.until(request), message: call.take_message() }
     }
 
-    /// From the `timeout_ms` field of a stream's request; 0 means none.
-    pub(super) fn of_ms(timeout_ms: u64) -> Self {
-        if timeout_ms == 0 { Deadline::NONE } else { Deadline::after(Duration::from_millis(timeout_ms)) }
-    }
-
-    /// A time too long for a clock is none.
-    fn after(timeout: Duration) -> Self {
-        Deadline { end: Instant::now().checked_add(timeout), ms: timeout.as_millis() as u64 }
-    }
-
-    fn check(self) -> Result<()> {
-        match self.end {
-            Some(end) if Instant::now() >= end => Err(MemoryError::DeadlineExceeded { ms: self.ms }),
-            _ => Ok(()),
-        }
-    }
-
-    /// What `future` gives, unless time runs out first.
-    async fn bound<T>(self, future: impl Future<Output = T>) -> Result<T> {
-        match self.end {
-            None => Ok(future.await),
-            Some(end) => {
-                let late = |_| MemoryError::DeadlineExceeded { ms: self.ms };
-                tokio::time::timeout_at(end, future).await.map_err(late)
-            }
-        }
+    /// The same, in the line for what the lookups weigh.
+    pub(super) fn weighed<'a>(self, lookups: impl IntoIterator<Item = &'a LookupRequest>) -> Turn {
+        let weight = lookups.into_iter().fold(0u64, |sum, lookup| sum.saturating_add(lookup.weight()));
+        let line = if weight <= limits::LIGHT_WEIGHT_MAX { Line::Light } else { Line::Heavy };
+        Turn { line, ..self }
     }
 }
 
 impl Work {
-    pub(super) fn new(memory: Arc<dyn BlockMemory>, workers: usize, stopped: watch::Receiver<bool>) -> Self {
-        let workers = workers.clamp(1, 1 << 16);
-        Work {
-            memory,
-            serving: Arc::new(Semaphore::new(workers)),
-            maintenance: Arc::new(Semaphore::new(MAINTENANCE_WORKERS)),
-            workers: workers as u32,
-            stopped,
-        }
+    pub(super) fn new(
+        memory: Arc<dyn BlockMemory>,
+        workers: usize,
+        messages: Arc<Budget>,
+        phase: watch::Receiver<Phase>,
+    ) -> Self {
+        let workers = workers.clamp(1, WORKERS_MAX);
+        let lines = Arc::new(Lines {
+            light: Workers::new(workers),
+            heavy: Workers::new(workers.div_ceil(2)),
+            writing: Workers::new(workers),
+            verifying: Workers::new(VERIFY_WORKERS),
+        });
+        Work { memory, lines, messages, is_over: Arc::default(), phase }
     }
 
-    /// Runs `job` on a thread that may block. A job whose deadline passes before its turn is not started; one that has
-    /// started is finished even if nobody waits for it any more.
+    /// Runs `job` on a thread that may block. A job whose time is over before its turn is not started; one that has
+    /// started ends when it notices.
     pub(super) async fn run<R: Send + 'static>(
         &self,
-        line: Line,
-        deadline: Deadline,
-        job: impl FnOnce(&dyn BlockMemory) -> Result<R> + Send + 'static,
+        turn: Turn,
+        job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
     ) -> Result<R> {
         let (sender, answer) = oneshot::channel();
-        // Who does not wait any more has no use for the answer.
-        self.hand_over(line, deadline, job, |answer| drop(sender.send(answer))).await;
+        let until = turn.until.clone();
+        // The receiver may be gone; that is fine.
+        self.hand_over(turn, job, |answer| drop(sender.send(answer))).await;
         let gone = |_| Err(MemoryError::Internal { detail: "a worker gave no answer".into() });
-        deadline.bound(answer).await?.unwrap_or_else(gone)
+        call::within(&until, answer).await?.unwrap_or_else(gone)
     }
 
     /// As [`run`](Self::run), but `answer` takes the outcome on the thread that worked, which saves the way back to this
     /// one; returns when the job has its turn.
     pub(super) async fn hand_over<R: Send + 'static>(
         &self,
-        line: Line,
-        deadline: Deadline,
-        job: impl FnOnce(&dyn BlockMemory) -> Result<R> + Send + 'static,
+        turn: Turn,
+        job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
         answer: impl FnOnce(Result<R>) + Send + 'static,
     ) {
-        let semaphore = match line {
-            Line::Serving => &self.serving,
-            Line::Maintenance => &self.maintenance,
-        };
-        let permit = match deadline.bound(semaphore.clone().acquire_owned()).await {
+        let Turn { line, until, message } = turn;
+        let permit = match call::within(&until, self.line(line).acquire_owned()).await {
             Ok(permit) => permit,
             Err(error) => return answer(Err(error)),
         };
+        let until = until.or_given_up(self.is_over.clone());
         let memory = self.memory.clone();
         tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            let work = || deadline.check().and_then(|()| job(&*memory));
+            let _held = (permit, message);
+            let work = || until.check().and_then(|()| job(&*memory, &until));
             // Nothing that a panic leaves half done is seen again: the memory's own locks say so themselves.
             let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
                 Err(MemoryError::Internal { detail: "a worker panicked: its log says where".into() })
@@ -137,28 +148,44 @@ impl Work {
     /// `run` for calls of one request and one reply.
     pub(super) async fn reply<R, M>(
         &self,
-        line: Line,
-        deadline: Deadline,
-        job: impl FnOnce(&dyn BlockMemory) -> Result<R> + Send + 'static,
+        turn: Turn,
+        job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
     ) -> std::result::Result<Response<M>, Status>
     where
         R: Into<M> + Send + 'static,
     {
-        let answer = self.run(line, deadline, job).await;
+        let answer = self.run(turn, job).await;
         answer.map(|reply| Response::new(reply.into())).map_err(|error| to_status(&error))
     }
 
     /// Completes when the service is told to stop.
     pub(super) async fn stopped(&self) {
         // An error means that the service itself is gone.
-        let _ = self.stopped.clone().wait_for(|stopped| *stopped).await;
+        let _ = self.phase.clone().wait_for(|phase| *phase != Phase::Serving).await;
     }
 
     /// Completes when no job is running.
     pub(super) async fn finished(&self) {
-        // Semaphores are never closed, so acquiring cannot fail.
-        let _ = self.serving.acquire_many(self.workers).await;
-        let _ = self.maintenance.acquire_many(MAINTENANCE_WORKERS as u32).await;
+        let Lines { light, heavy, writing, verifying } = &*self.lines;
+        for workers in [light, heavy, writing, verifying] {
+            // Semaphores are never closed, so acquiring cannot fail.
+            let _ = workers.free.acquire_many(workers.all).await;
+        }
+    }
+
+    /// Tells all jobs that nobody waits any more.
+    pub(super) fn give_up(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
+    }
+
+    fn line(&self, line: Line) -> Arc<Semaphore> {
+        let workers = match line {
+            Line::Light => &self.lines.light,
+            Line::Heavy => &self.lines.heavy,
+            Line::Writing => &self.lines.writing,
+            Line::Verifying => &self.lines.verifying,
+        };
+        workers.free.clone()
     }
 }
 
@@ -171,49 +198,5 @@ pub(super) fn stopping() -> MemoryError {
 pub(super) fn log(error: &MemoryError) {
     if matches!(error, MemoryError::DataLoss { .. } | MemoryError::Storage { .. } | MemoryError::Internal { .. }) {
         tracing::error!(%error, "a call failed");
-    }
-}
-
-/// `grpc-timeout`: up to 8 digits and a unit.
-fn parse_timeout(header: &str) -> Option<Duration> {
-    let (digits, unit) = header.split_at_checked(header.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return None;
-    }
-    let count: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(count * 3600),
-        "M" => Duration::from_secs(count * 60),
-        "S" => Duration::from_secs(count),
-        "m" => Duration::from_millis(count),
-        "u" => Duration::from_micros(count),
-        "n" => Duration::from_nanos(count),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        for (header, expected_ns) in [
-            ("1H", Some(3_600_000_000_000)),
-            ("2M", Some(120_000_000_000)),
-            ("3S", Some(3_000_000_000)),
-            ("4m", Some(4_000_000)),
-            ("5u", Some(5_000)),
-            ("99999999n", Some(99_999_999)),
-            ("100000000n", None),
-            ("", None),
-            ("S", None),
-            ("-1S", None),
-            ("+1S", None),
-            ("1s", None),
-            ("1ä", None),
-        ] {
-            assert_eq!(parse_timeout(header).map(|timeout| timeout.as_nanos()), expected_ns, "{header:?}");
-        }
     }
 }

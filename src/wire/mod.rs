@@ -5,16 +5,18 @@
 //! must be to be read at all (lengths, enum numbers, absent messages) and nothing about their meaning: that is the
 //! memory's business, so that a remote caller gets the answer that a caller in process gets.
 //!
-//! Not here: transport, limits on message sizes (`server`, `client`).
+//! Not here: transport (`server`, `client`).
 
 mod admin;
 mod block;
+mod bounds;
 mod convert;
 mod error;
 mod lookup;
 mod spec;
 mod status;
 
+pub use bounds::{Bounds, Chunks, bounds};
 pub use status::{from_status, to_status};
 
 /// Generated from `proto/landmark/v1/*.proto`.

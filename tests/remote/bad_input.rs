@@ -106,12 +106,12 @@ async fn blocks_that_cannot_be_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_beyond_the_limit_are_refused_and_the_service_goes_on() {
     let memory = Arc::new(Double::default());
-    let options = ServeOptions { message_bytes_max: 1 << 20, ..ServeOptions::default() };
+    let options = ServeOptions { message_bytes: 1 << 20, ..ServeOptions::default() };
     let service = Service::start_with(&memory, None, options);
     let mut raw = service.raw().await;
     let large = v1::LookupRequest { queries: vec![0; 2 << 20].into(), ..lookup() };
     let refused = raw.lookup(large.clone()).await.unwrap_err();
-    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
     assert_eq!(memory.calls(), [""; 0]);
     raw.lookup(lookup()).await.unwrap();
 }
@@ -119,11 +119,11 @@ async fn messages_beyond_the_limit_are_refused_and_the_service_goes_on() {
 #[test]
 fn our_client_says_in_the_memorys_words_that_a_message_is_too_large() {
     let memory = Arc::new(Double::default());
-    let options = ServeOptions { message_bytes_max: 1 << 20, ..ServeOptions::default() };
+    let options = ServeOptions { message_bytes: 1 << 20, ..ServeOptions::default() };
     let service = Service::start_with(&memory, None, options);
     // 20 MB: more than a stream's window takes before the service has answered.
     let refused = service.connect().lookup(&requests::lookup(160_000, Granularity::Shared));
-    assert!(matches!(&refused, Err(MemoryError::Invalid { field, .. }) if field == "message"), "{refused:?}");
+    assert!(matches!(&refused, Err(MemoryError::LimitExceeded { limit: 786_432, .. })), "{refused:?}");
     assert_eq!(memory.calls(), [""; 0]);
 }
 
