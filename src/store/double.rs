@@ -48,6 +48,8 @@ pub(super) enum Reason {
     Full,
     /// EIO. What a sync could not write counts as written from then on, as Linux has it: the next sync succeeds.
     Broken,
+    /// EMFILE
+    OpenFiles,
 }
 
 /// A fault of the system, which the machine survives.
@@ -59,7 +61,7 @@ pub(super) struct Fault {
     /// Calls of this kind alone, if one is named.
     pub(super) only: Option<Call>,
     pub(super) effect: Effect,
-    /// It strikes every later call too.
+    /// It strikes every later call too, until [`Disk::heal`].
     pub(super) stays: bool,
 }
 
@@ -110,6 +112,7 @@ struct State {
     calls: usize,
     /// Calls that change something, so far.
     operations: usize,
+    trace: Option<Vec<Call>>,
     fault: Option<Fault>,
     /// How often the fault struck.
     struck: Vec<Call>,
@@ -145,6 +148,8 @@ impl Reason {
         match self {
             Reason::Full => matches!(call, Create | Write | Apply | Flush),
             Reason::Broken => true,
+            // A removal opens the folder to sync it, a flush each file of the catalog.
+            Reason::OpenFiles => matches!(call, List | Open | Create | Remove | Flush),
         }
     }
 
@@ -152,6 +157,7 @@ impl Reason {
         match self {
             Reason::Full => Errno::NOSPC.into(),
             Reason::Broken => Errno::IO.into(),
+            Reason::OpenFiles => Errno::MFILE.into(),
         }
     }
 }
@@ -235,6 +241,16 @@ impl Disk {
         state.dead || !state.struck.is_empty()
     }
 
+    /// Keeps every call from now on for [`Disk::calls`].
+    pub(super) fn trace(&self) {
+        self.state().trace = Some(Vec::new());
+    }
+
+    /// All calls since [`Disk::trace`], in order.
+    pub(super) fn calls(&self) -> Vec<Call> {
+        self.state().trace.clone().unwrap_or_default()
+    }
+
     /// The machine dies at the operation of this number, counted from the first of this disk.
     pub(super) fn die_at(&self, operation: usize, effect: Effect) {
         self.state().death = Some((operation, effect));
@@ -252,6 +268,13 @@ impl Disk {
         self.state().death = None;
         let at = self.state().calls;
         self.fail(Fault { at, reason: Reason::Full, only: None, effect: Effect::Nothing, stays: false });
+    }
+
+    /// The system is well again. Returns the calls that failed.
+    pub(super) fn heal(&self) -> Vec<Call> {
+        let mut state = self.state();
+        state.fault = None;
+        std::mem::take(&mut state.struck)
     }
 
     /// What is left when the machine comes up again.
@@ -326,6 +349,9 @@ impl Disk {
         }
         let number = state.calls;
         state.calls += 1;
+        if let Some(trace) = &mut state.trace {
+            trace.push(call);
+        }
         if call.changes() {
             let operation = state.operations;
             state.operations += 1;

@@ -9,6 +9,7 @@ use crate::types::{BlockId, DType, KeyRule};
 mod crash;
 mod cuts;
 mod damage;
+mod faults;
 mod life;
 mod model;
 mod pieces;
