@@ -10,6 +10,7 @@ mod crash;
 mod cuts;
 mod damage;
 mod faults;
+mod formats;
 mod life;
 mod model;
 mod pieces;
