@@ -1,0 +1,96 @@
+//! Which service is judged, and what may be done to it?
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::client::Client;
+use crate::process::{Foreign, Own};
+
+/// What a test does to the service besides calling it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Need {
+    /// kill -9, and a start.
+    Kill,
+    /// A stop in good order, and a start.
+    Restart,
+    /// Discarding all that can be derived from the rest, while the service is stopped.
+    Rebuild,
+}
+
+/// The service under test and the names that this run uses in it.
+pub(crate) struct Suite {
+    /// A service that runs elsewhere, if one was named.
+    foreign: Option<Foreign>,
+    /// Ours, for all tests that only call it.
+    shared: OnceLock<Own>,
+    /// Held for writing by a test that stops the foreign service.
+    in_use: RwLock<()>,
+    names: AtomicU64,
+    run: u32,
+}
+
+/// A service that nobody stops while this lives.
+pub(crate) struct Shared<'a> {
+    endpoint: String,
+    _in_use: Option<RwLockReadGuard<'a, ()>>,
+}
+
+/// A service of one test's own, or the foreign one to itself.
+pub(crate) enum Alone<'a> {
+    Own(Own),
+    Foreign { service: &'a Foreign, _in_use: RwLockWriteGuard<'a, ()> },
+}
+
+impl Suite {
+    pub(crate) fn from_environment() -> Suite {
+        Suite {
+            foreign: Foreign::from_environment(),
+            shared: OnceLock::new(),
+            in_use: RwLock::default(),
+            names: AtomicU64::new(0),
+            run: std::process::id(),
+        }
+    }
+
+    /// The variable that would have to say how, if nothing says it.
+    pub(crate) fn missing(&self, need: Need) -> Option<&'static str> {
+        self.foreign.as_ref()?.missing(need)
+    }
+
+    /// A name that no other test and no earlier run has used.
+    pub(crate) fn name(&self, what: &str) -> String {
+        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        format!("conformance-{}-{number}-{what}", self.run)
+    }
+
+    /// For tests that only call the service.
+    pub(crate) fn shared(&self) -> Shared<'_> {
+        match &self.foreign {
+            None => {
+                let own = self.shared.get_or_init(Own::start_new);
+                Shared { endpoint: own.endpoint().into(), _in_use: None }
+            }
+            Some(foreign) => {
+                let in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
+                Shared { endpoint: foreign.endpoint().into(), _in_use: Some(in_use) }
+            }
+        }
+    }
+
+    /// For tests that stop the service or change its files.
+    pub(crate) fn alone(&self) -> Alone<'_> {
+        match &self.foreign {
+            None => Alone::Own(Own::start_new()),
+            Some(service) => {
+                let _in_use = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
+                Alone::Foreign { service, _in_use }
+            }
+        }
+    }
+}
+
+impl Shared<'_> {
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(&self.endpoint)
+    }
+}
