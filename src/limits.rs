@@ -78,3 +78,13 @@ pub const SEGMENT_BYTES: u64 = 64 << 20;
 
 /// Compaction runs until stored bytes are at most this many hundredths of the live ones.
 pub const SPACE_PERCENT_MAX: u64 = 110;
+
+/// Settings, and tensors, that the header of a GGUF file may claim: models of 126 layers have some 1,200 tensors.
+pub const GGUF_ENTRIES_MAX: u64 = 65_536;
+
+/// Values in all lists of a GGUF header: a vocabulary of 262,144 tokens with scores, types and merges has 1.5 million; each
+/// takes 32 bytes in memory.
+pub const GGUF_VALUES_MAX: u64 = 1 << 24;
+
+/// The header of a safetensors file: the format allows 100 MB.
+pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;

@@ -361,7 +361,7 @@ impl Recorded {
     fn open(path: PathBuf) -> Result<Self, GoldenError> {
         match candle_core::safetensors::load(&path, &Device::Cpu) {
             Ok(tensors) => Ok(Recorded { path, tensors }),
-            Err(error) => Err(GoldenError::Damaged { path, detail: error.to_string() }),
+            Err(error) => Err(GoldenError::Damaged { path, detail: model::tensor_reason(&error) }),
         }
     }
 
@@ -394,8 +394,10 @@ impl Recorded {
         read: impl Fn(&Tensor) -> candle_core::Result<Vec<N>>,
     ) -> Result<Vec<N>, GoldenError> {
         let tensor = self.tensors.get(name).ok_or_else(|| self.invalid(name, "a tensor".into(), "none".into()))?;
-        read(tensor)
-            .map_err(|error| GoldenError::Damaged { path: self.path.clone(), detail: format!("{name}: {error}") })
+        read(tensor).map_err(|error| GoldenError::Damaged {
+            path: self.path.clone(),
+            detail: format!("{name}: {}", model::tensor_reason(&error)),
+        })
     }
 
     fn compare(&self, case: &str, name: &str, found: &[f32], tolerance: f32) -> Result<GoldenOutput, GoldenError> {

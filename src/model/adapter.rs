@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::cache::weights_digest;
 use super::config::{Landmark, ModelConfig};
-use super::error::{LoadError, SaveError};
+use super::error::{LoadError, SaveError, reason};
 use super::huggingface::read_json;
 use super::low_rank::{LandmarkUpdates, LowRank};
 use super::pull::resolve;
@@ -207,7 +207,7 @@ fn read_config(path: &Path) -> Result<AdapterJson, LoadError> {
 }
 
 fn unsupported(path: &Path, key: &str, expected: &str, found: String) -> LoadError {
-    LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found }
+    LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found, way_out: None }
 }
 
 impl Adapted {
@@ -232,7 +232,7 @@ impl Adapted {
 
     fn failed(&self, error: candle_core::Error) -> LoadError {
         let path = self.updates.paths().next().map(Path::to_path_buf).unwrap_or_default();
-        LoadError::Damaged { path, detail: error.to_string() }
+        LoadError::Damaged { path, detail: reason(&error) }
     }
 }
 

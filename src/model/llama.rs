@@ -8,10 +8,10 @@ use rayon::prelude::*;
 
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
-use super::huggingface::read_config;
 use super::kernels::{rms_norm, swiglu, take_columns};
 use super::low_rank::LandmarkUpdates;
 use super::safetensors::SafeTensorsFolder;
+use super::tensors::{Opened, open_weights};
 use super::weights::{LayerTensor, TensorName, TensorSource, numbers, read_packed};
 use crate::attention::SequenceAttention;
 use crate::numeric::{Packed, Write};
@@ -76,7 +76,8 @@ impl Llama {
     /// Loads a folder with `config.json` and safetensors weights, for callers that bring token ids or embeddings of
     /// their own. [`LoadedModel::open`](super::LoadedModel::open) loads the tokenizer too.
     pub fn open(folder: &Path) -> Result<Self, LoadError> {
-        Self::load(read_config(folder)?, &SafeTensorsFolder::open(folder)?)
+        let Opened { config, weights, .. } = open_weights(folder)?;
+        Self::load(config, &*weights)
     }
 
     /// Loads one safetensors file with Hugging Face names as the model that `config` describes.

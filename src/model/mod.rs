@@ -4,7 +4,7 @@
 //! [`SequenceAttention`](crate::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
 //! `ask` know that there is a memory behind it.
 //!
-//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `huggingface`, `safetensors`,
+//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
 
@@ -14,9 +14,11 @@ mod cache;
 mod config;
 mod encode;
 mod error;
+mod fields;
 mod files;
 mod generate;
 mod gguf;
+mod gguf_header;
 mod huggingface;
 mod kernels;
 mod landmarks;
@@ -32,10 +34,13 @@ mod tokenizer_gguf;
 mod weights;
 
 #[cfg(test)]
+mod foreign_files;
+#[cfg(test)]
 mod full_attention;
 #[cfg(test)]
 mod tests;
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub(crate) use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
@@ -46,6 +51,7 @@ pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
     ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
+    reason as tensor_reason,
 };
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
@@ -71,12 +77,12 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads a `.gguf` file, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
+    /// Loads a GGUF file, whatever it is called, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
     /// whose base must be on this machine. All weights become f32 in memory.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {
             Self::open_folder(path)
-        } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        } else if is_gguf(path)? {
             Self::open_gguf(path)
         } else {
             Err(LoadError::NotAModel { path: path.into() })
@@ -113,6 +119,7 @@ impl LoadedModel {
                 key: "landmark token (mem_id)".into(),
                 expected: "a control token, or an id that the tokenizer does not use".into(),
                 found: format!("{text:?}, which texts are made of"),
+                way_out: None,
             });
         }
         let llama = Llama::load(config, &*weights)?;
@@ -133,6 +140,16 @@ impl LoadedModel {
     pub fn tokenizer_digest(&self) -> Sha256Digest {
         self.tokenizer.digest()
     }
+}
+
+/// Whether a file is meant to be GGUF: by how it begins, as Ollama's files have no such name, or else by its name.
+fn is_gguf(path: &Path) -> Result<bool, LoadError> {
+    let io = |source| LoadError::Io { path: path.into(), source };
+    let mut begin = Vec::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    file.take(gguf_header::MAGIC.len() as u64).read_to_end(&mut begin).map_err(io)?;
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    Ok(named || begin == gguf_header::MAGIC)
 }
 
 fn file_name(path: &Path) -> String {

@@ -5,16 +5,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
+use super::config::ModelConfig;
 use super::error::LoadError;
 use super::huggingface::read_json;
-use super::weights::{LayerTensor, TensorName, TensorSource};
+use super::tensors::table;
+use super::weights::{LayerTensor, TensorName, TensorSource, is_finite};
+use crate::limits::SAFETENSORS_HEADER_BYTES_MAX;
 
 /// The weight files of one folder, headers read.
 pub(super) struct SafeTensorsFolder {
@@ -41,7 +44,14 @@ impl SafeTensorsFolder {
     pub(super) fn open(folder: &Path) -> Result<Self, LoadError> {
         let index = folder.join("model.safetensors.index.json");
         let names = if index.exists() {
-            read_json::<IndexJson>(&index)?.weight_map.into_values().collect::<BTreeSet<_>>()
+            let names = read_json::<IndexJson>(&index)?.weight_map.into_values().collect::<BTreeSet<_>>();
+            // A folder from elsewhere may not say which files of this machine are read.
+            let plain = |name: &str| matches!(Path::new(name).components().next(), Some(Component::Normal(only)) if only == name);
+            let outside = |name: &&String| !plain(name);
+            if let Some(name) = names.iter().find(outside) {
+                return Err(LoadError::OutsideFolder { path: index, name: name.clone() });
+            }
+            names
         } else {
             BTreeSet::from(["model.safetensors".to_string()])
         };
@@ -51,6 +61,22 @@ impl SafeTensorsFolder {
             places.extend(file.header.offset_keys().into_iter().map(|name| (name, number)));
         }
         Ok(SafeTensorsFolder { files, places, folder: folder.into() })
+    }
+
+    /// Refuses tensors that `config` has no place for: left out of the sum without a word, they would make answers wrong.
+    pub(super) fn refuse_unknown(&self, config: &ModelConfig) -> Result<(), LoadError> {
+        let mut known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| huggingface_name(name)).collect();
+        // Of a tied output some files hold a copy, which is not read.
+        known.insert(huggingface_name(TensorName::Output));
+        // Older checkpoints hold the frequencies that the configuration tells.
+        let unknown =
+            self.places.iter().find(|(name, _)| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
+        match unknown {
+            Some((name, &file)) => {
+                Err(LoadError::UnknownTensor { path: self.files[file].path.clone(), name: name.clone() })
+            }
+            None => Ok(()),
+        }
     }
 
     /// One weight file, whatever its name.
@@ -90,6 +116,11 @@ impl WeightFile {
         if data_offset_bytes > file_bytes {
             return Err(damaged(format!("expected a header of {header_bytes} bytes, found a file of {file_bytes}")));
         }
+        if header_bytes > SAFETENSORS_HEADER_BYTES_MAX {
+            return Err(damaged(format!(
+                "expected a header of at most {SAFETENSORS_HEADER_BYTES_MAX} bytes, found {header_bytes}"
+            )));
+        }
         let mut header = vec![0; header_bytes as usize];
         file.read_exact(&mut header).map_err(io)?;
         let header: Metadata = serde_json::from_slice(&header).map_err(|error| damaged(error.to_string()))?;
@@ -121,6 +152,7 @@ impl WeightFile {
                     key: name.into(),
                     expected: "F32, F16 or BF16".into(),
                     found: format!("{other:?}"),
+                    way_out: Some("take the model in one of these, or as GGUF in Q4_0, Q4_1 or Q8_0"),
                 });
             }
         };
@@ -131,9 +163,13 @@ impl WeightFile {
         file.seek(SeekFrom::Start(self.data_offset_bytes + start as u64))
             .and_then(|_| file.read_exact(&mut bytes))
             .map_err(|source| LoadError::Io { path: path(), source })?;
-        Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)
-            .and_then(|tensor| tensor.to_dtype(DType::F32))
-            .map_err(|error| LoadError::Damaged { path: path(), detail: format!("tensor {name}: {error}") })
+        let failed = |error| LoadError::damaged_tensor(&self.path, name, error);
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu);
+        let tensor = tensor.and_then(|tensor| tensor.to_dtype(DType::F32)).map_err(failed)?;
+        match is_finite(&tensor).map_err(failed)? {
+            true => Ok(tensor),
+            false => Err(LoadError::NotFinite { path: path(), name: name.into() }),
+        }
     }
 }
 

@@ -39,6 +39,7 @@ pub(super) struct Opened {
 pub(super) fn open_weights(path: &Path) -> Result<Opened, LoadError> {
     if path.is_dir() {
         let (config, weights) = (huggingface::read_config(path)?, SafeTensorsFolder::open(path)?);
+        weights.refuse_unknown(&config)?;
         let paths = weights.paths().map(Path::to_path_buf).collect();
         Ok(Opened { config, weights: Box::new(weights), paths })
     } else {
@@ -87,7 +88,8 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
     replace_file(path, bytes).map_err(|source| SaveError::Io { path: path.into(), source })
 }
 
-fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
+/// What a model consists of, from the embedding to the output.
+pub(super) fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
     use LayerTensor::*;
     let (hidden, ffn) = (config.hidden, config.ffn);
     let (query_width, kv_width) = (config.query_width(), config.kv_width());

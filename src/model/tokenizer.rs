@@ -80,6 +80,7 @@ impl Tokenizer {
             key: "decoder of the tokenizer".into(),
             expected: "ByteLevel, or a Sequence with ByteFallback".into(),
             found: inner.get_decoder().map_or("none".into(), |decoder| format!("{decoder:?}")),
+            way_out: None,
         })?;
         let (bytes, starts) = token_bytes(&inner, spelling);
         Ok(Tokenizer { inner, prefix, bytes, starts, digest })

@@ -19,6 +19,52 @@ use crate::shape::Sha256Digest;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 
+const PREFIX: &str = "tokenizer.ggml.";
+
+/// What may be said of a tokenizer. Scores, spaces before a text and the normalizer's table are for other kinds than
+/// byte-level BPE; an end of text is never put behind a text, for it goes on. Anything else might change ids.
+const SETTINGS: [&str; 37] = [
+    "model",
+    "pre",
+    "tokens",
+    "token_type",
+    "token_type_count",
+    "scores",
+    "merges",
+    "bos_token_id",
+    "eos_token_id",
+    "eot_token_id",
+    "eom_token_id",
+    "unknown_token_id",
+    "seperator_token_id",
+    "separator_token_id",
+    "padding_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "prefix_token_id",
+    "suffix_token_id",
+    "middle_token_id",
+    "fim_pre_token_id",
+    "fim_suf_token_id",
+    "fim_mid_token_id",
+    "fim_pad_token_id",
+    "fim_rep_token_id",
+    "fim_sep_token_id",
+    "image_token_id",
+    "add_bos_token",
+    "add_eos_token",
+    "add_sep_token",
+    "add_space_prefix",
+    "remove_extra_whitespaces",
+    "escape_whitespaces",
+    "precompiled_charsmap",
+    "added_tokens",
+    "eot_token",
+    "chat_template",
+];
+
+const TAKE_THE_FOLDER: &str = "take the model's Hugging Face folder, whose tokenizer.json says all of it";
+
 /// How words are cut apart before BPE, as `tokenizer.ggml.pre` names it.
 struct PreTokenizer {
     split: Option<SplitBefore>,
@@ -60,12 +106,19 @@ fn pre_tokenizer(name: &str) -> Option<PreTokenizer> {
 pub(super) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     let model = gguf.text("tokenizer.ggml.model")?;
     if model != "gpt2" {
-        return Err(gguf.unsupported("tokenizer.ggml.model", "gpt2 (byte-level BPE)", model));
+        let found = if model == "llama" { "llama (SentencePiece)" } else { model };
+        return Err(gguf.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE)", found, Some(TAKE_THE_FOLDER)));
     }
     let pre_name = gguf.text("tokenizer.ggml.pre")?;
     let Some(pre) = pre_tokenizer(pre_name) else {
-        return Err(gguf.unsupported("tokenizer.ggml.pre", "smollm, gpt-2, llama-bpe or qwen2", pre_name));
+        let expected = "smollm, gpt-2, llama-bpe or qwen2";
+        return Err(gguf.refuse("tokenizer.ggml.pre", expected, pre_name, Some(TAKE_THE_FOLDER)));
     };
+    for (key, found) in gguf.settings_under(PREFIX) {
+        if !SETTINGS.contains(&&key[PREFIX.len()..]) {
+            return Err(LoadError::UnknownSetting { path: gguf.path().into(), key: key.into(), found });
+        }
+    }
     let tokens = gguf.texts("tokenizer.ggml.tokens")?;
     let merges = gguf.texts("tokenizer.ggml.merges")?;
     let types = gguf.list("tokenizer.ggml.token_type")?;

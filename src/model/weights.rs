@@ -1,6 +1,7 @@
 //! Which tensors a Llama-family model consists of, and where they come from.
 
-use candle_core::Tensor;
+use candle_core::{Storage, Tensor};
+use half::f16;
 
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
@@ -88,6 +89,30 @@ pub(super) fn pack(parts: &[Tensor]) -> candle_core::Result<Packed> {
     };
     let (rows, columns) = tensor.dims2()?;
     Ok(Packed::new(Matrix::new(&numbers(&tensor)?, rows, columns).transposed()))
+}
+
+/// Whether a contiguous f32 tensor on the CPU, as a [`TensorSource`] gives it, holds neither NaN nor infinity.
+pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => {
+            Ok(storage.as_slice::<f32>()?[start..end].iter().all(|number| number.is_finite()))
+        }
+        _ => Ok(numbers(tensor)?.iter().all(|number| number.is_finite())),
+    }
+}
+
+impl Blocks {
+    /// Whether every block's scale, and its smallest number where the format has one, is finite.
+    pub(super) fn is_finite(&self) -> bool {
+        let factors = match self.format {
+            BlockFormat::Q4_1 => 2,
+            BlockFormat::Q4_0 | BlockFormat::Q8_0 => 1,
+        };
+        let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
+        let mut blocks = self.bytes.chunks_exact(self.format.bytes());
+        blocks.all(|block| block[..2 * factors].chunks_exact(2).all(finite))
+    }
 }
 
 /// All numbers of a tensor, row-major.

@@ -67,7 +67,7 @@ pub enum TrainError {
     Tokenize(#[from] TokenizeError),
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    #[error("a tensor operation failed: {0}")]
+    #[error("a tensor operation failed: {}", crate::model::tensor_reason(.0))]
     Tensor(#[from] candle_core::Error),
 }
 
