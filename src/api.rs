@@ -190,8 +190,14 @@ pub struct Stats {
     pub segments: u64,
     /// Bytes of the catalog on disk.
     pub catalog_bytes: u64,
-    /// Bytes of landmark keys held in memory now.
+    /// Bytes of landmark keys held in memory now, and their indexes.
     pub index_bytes: u64,
+    /// The bytes that they may take.
+    pub index_bytes_max: u64,
+    /// Times that a document's keys, or more of them, were read from disk to be held.
+    pub index_loads: u64,
+    /// Documents whose keys made room for others.
+    pub index_evictions: u64,
     pub lookups: u64,
     pub attends: u64,
     pub appended_blocks: u64,

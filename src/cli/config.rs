@@ -8,7 +8,7 @@ use std::time::Duration;
 use config::{Environment, File, FileFormat};
 use serde::Deserialize;
 
-use crate::memory::GPU_CACHE_BYTES;
+use crate::memory::{GPU_CACHE_BYTES, keys_bytes};
 
 use super::args::Global;
 use super::target::Target;
@@ -31,6 +31,8 @@ pub(super) struct Config {
     pub(super) collection_typed: bool,
     /// How long one call to a service may take; the client's own default where absent.
     pub(super) deadline: Option<Duration>,
+    /// Bytes of landmark keys that are held in memory.
+    pub(super) keys_bytes: u64,
     /// Bytes of blocks that are kept in a GPU's memory.
     pub(super) gpu_cache_bytes: u64,
     /// Address that `serve` listens on.
@@ -66,6 +68,7 @@ struct Layer {
     connect: Option<String>,
     collection: Option<String>,
     client: ClientLayer,
+    memory: MemoryLayer,
     gpu: GpuLayer,
     server: ServerLayer,
 }
@@ -75,6 +78,13 @@ struct Layer {
 struct ClientLayer {
     /// How long one call to a service may take.
     deadline_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct MemoryLayer {
+    /// Most MiB of landmark keys that are held in memory.
+    keys_mib: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
@@ -140,9 +150,10 @@ impl Layer {
     }
 
     fn from_flags(global: &Global) -> Result<Layer, ConfigError> {
-        let Global { data, connect, collection, gpu_cache, .. } = global.clone();
+        let Global { data, connect, collection, key_memory, gpu_cache, .. } = global.clone();
+        let memory = MemoryLayer { keys_mib: key_memory };
         let gpu = GpuLayer { cache_mib: gpu_cache };
-        Layer { data, connect, collection, gpu, ..Layer::default() }.checked("the command line")
+        Layer { data, connect, collection, memory, gpu, ..Layer::default() }.checked("the command line")
     }
 
     fn read(source: impl config::Source + Send + Sync + 'static, origin: &str) -> Result<Layer, ConfigError> {
@@ -170,6 +181,7 @@ impl Layer {
             connect,
             collection: self.collection.or(below.collection),
             client: ClientLayer { deadline_ms: self.client.deadline_ms.or(below.client.deadline_ms) },
+            memory: MemoryLayer { keys_mib: self.memory.keys_mib.or(below.memory.keys_mib) },
             gpu: GpuLayer { cache_mib: self.gpu.cache_mib.or(below.gpu.cache_mib) },
             server: ServerLayer {
                 listen: self.server.listen.or(below.server.listen),
@@ -192,6 +204,7 @@ impl Layer {
             collection: self.collection.unwrap_or_else(|| "default".into()),
             collection_typed,
             deadline: self.client.deadline_ms.map(Duration::from_millis),
+            keys_bytes: self.memory.keys_mib.map_or_else(keys_bytes, |mib| mib.saturating_mul(1 << 20)),
             gpu_cache_bytes: self.gpu.cache_mib.map_or(GPU_CACHE_BYTES, |mib| mib.saturating_mul(1 << 20)),
             listen: self.server.listen,
             unix: self.server.unix,
@@ -228,11 +241,12 @@ mod tests {
     #[test]
     fn flags_win_over_the_environment_and_that_over_the_file() {
         let file = file(
-            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'",
+            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[memory]\nkeys_mib = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'",
         );
         let environment = environment(&[
             ("LANDMARKDB__COLLECTION", "2"),
             ("LANDMARKDB__CLIENT__DEADLINE_MS", "2"),
+            ("LANDMARKDB__MEMORY__KEYS_MIB", "2"),
             ("LANDMARKDB__GPU__CACHE_MIB", "2"),
             ("LANDMARKDB_CACHE", "not ours: one underscore"),
         ]);
@@ -241,7 +255,8 @@ mod tests {
         let config = settle(flags.unwrap().over(environment.unwrap()).over(file.unwrap()));
         assert_eq!(config.collection, "c");
         assert_eq!(config.deadline, Some(Duration::from_millis(2)));
-        assert_eq!(config.gpu_cache_bytes, 3 << 20);
+        assert_eq!((config.keys_bytes, config.gpu_cache_bytes), (2 << 20, 3 << 20));
+        assert_eq!(settle(Layer::default()).keys_bytes, keys_bytes());
         assert_eq!(settle(Layer::default()).gpu_cache_bytes, GPU_CACHE_BYTES);
         assert_eq!(config.listen, Some("127.0.0.1:1".parse().unwrap()));
         assert_eq!(config.target().unwrap(), &Target::Data("/etc/landmarkdb/a".into()));

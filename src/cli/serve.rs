@@ -56,7 +56,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         Target::Data(data) => data,
         Target::Connect(connect) => return Err(CliError::ServeNeedsData { connect: connect.clone() }),
     };
-    let memory = Arc::new(LocalMemory::open(data)?.with_gpu_cache(context.config.gpu_cache_bytes));
+    let memory = Arc::new(
+        LocalMemory::open(data)?.with_gpu_cache(context.config.gpu_cache_bytes).with_keys(context.config.keys_bytes),
+    );
     let runtime = tokio::runtime::Runtime::new()
         .map_err(|source| CliError::Io { what: "starting the service's threads", source })?;
     runtime.block_on(async {

@@ -35,8 +35,14 @@ struct Totals {
     segments: u64,
     /// Bytes of the catalog on disk.
     catalog_bytes: u64,
-    /// Bytes of landmark keys held in memory now.
+    /// Bytes of landmark keys held in memory now, and their indexes.
     index_bytes: u64,
+    /// The bytes that they may take.
+    index_bytes_max: u64,
+    /// Times that a document's keys, or more of them, were read from disk to be held.
+    index_loads: u64,
+    /// Documents whose keys made room for others.
+    index_evictions: u64,
     lookups: u64,
     attends: u64,
     appended_blocks: u64,
@@ -65,6 +71,9 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
         segments: stats.segments,
         catalog_bytes: stats.catalog_bytes,
         index_bytes: stats.index_bytes,
+        index_bytes_max: stats.index_bytes_max,
+        index_loads: stats.index_loads,
+        index_evictions: stats.index_evictions,
         lookups: stats.lookups,
         attends: stats.attends,
         appended_blocks: stats.appended_blocks,
@@ -91,7 +100,9 @@ impl Report for Totals {
                 ("live data", size(self.live_bytes)),
                 ("segments", segments),
                 ("catalog", size(self.catalog_bytes)),
-                ("index in memory", size(self.index_bytes)),
+                ("index in memory", format!("{} of at most {}", size(self.index_bytes), size(self.index_bytes_max))),
+                ("index loads", count(self.index_loads)),
+                ("index evictions", count(self.index_evictions)),
                 ("lookups", count(self.lookups)),
                 ("attends", count(self.attends)),
                 ("blocks appended", count(self.appended_blocks)),

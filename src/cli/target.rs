@@ -33,7 +33,10 @@ impl Context {
     /// The same for commands that write: a data directory that does not exist is created.
     pub(super) fn memory_or_new(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
         match self.config.target()? {
-            Target::Data(path) => Ok(Arc::new(LocalMemory::open(path)?.with_gpu_cache(self.config.gpu_cache_bytes))),
+            Target::Data(path) => {
+                let memory = LocalMemory::open(path)?.with_keys(self.config.keys_bytes);
+                Ok(Arc::new(memory.with_gpu_cache(self.config.gpu_cache_bytes)))
+            }
             Target::Connect(target) => {
                 let mut options = ClientOptions::default();
                 if let Some(deadline) = self.config.deadline {

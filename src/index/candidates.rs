@@ -11,7 +11,7 @@ use super::fast::{Tile, reduce, tiles};
 use super::indexes::DocumentIndexes;
 use super::kernel::{Form, Rows};
 use super::select::{Best, Candidate};
-use super::snapshot::{DocumentKeys, PANEL};
+use super::snapshot::PANEL;
 use super::{Found, Query};
 use crate::numeric;
 use crate::types::Granularity;
@@ -22,7 +22,6 @@ const KEYS_MIN: usize = 32;
 /// Consecutive eligible blocks of one document that its indexes cover.
 struct Indexed<'a> {
     indexes: &'a DocumentIndexes,
-    keys: &'a DocumentKeys,
     /// In the document.
     first_block: u32,
     blocks: u32,
@@ -71,8 +70,8 @@ impl Search<'_> {
                 covered = last.saturating_sub(scoped.blocks.start).min(older.saturating_sub(start));
                 // An index that finds mostly what is not eligible is slower than a scan, and misses more.
                 if covered > 0 && covered >= indexes.blocks() / 2 {
-                    let (keys, first_block) = (&*scoped.keys, scoped.blocks.start);
-                    self.indexed.push(Indexed { indexes, keys, first_block, blocks: covered, position: start });
+                    let first_block = scoped.blocks.start;
+                    self.indexed.push(Indexed { indexes, first_block, blocks: covered, position: start });
                 } else {
                     covered = 0;
                 }
@@ -94,7 +93,7 @@ impl Search<'_> {
             let wanted = ((query.top_k - 1) * m + 1).max(KEYS_MIN);
             let not_eligible = (part.indexes.blocks() - part.blocks) as usize * m;
             let count = (wanted + not_eligible.min(wanted)).min(part.indexes.blocks() as usize * m);
-            let nearest = part.indexes.nearest(query.layer * query.layout.kv_heads + head, part.keys);
+            let nearest = part.indexes.nearest(query.layer * query.layout.kv_heads + head);
             let found = nearest.map(|nearest| nearest.search(&queries, dim, count));
             let found = found.and_then(Result::ok).unwrap_or_default();
             for (row, named) in named.iter_mut().enumerate() {

@@ -63,7 +63,7 @@ pub(super) struct Compressed {
 
 impl Compression {
     /// Bytes of a key of D numbers in a panel, filling included.
-    fn key_bytes(self, dim: usize) -> usize {
+    pub(super) fn key_bytes(self, dim: usize) -> usize {
         match self {
             Compression::Int8 => dim.next_multiple_of(QUAD),
             Compression::Int4 => dim.next_multiple_of(OCTET) / 2,

@@ -6,9 +6,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::faiss::Nearest;
 use super::snapshot::{DocumentKeys, KeyLayout};
@@ -31,10 +32,29 @@ pub struct DocumentIndexes {
     blocks: u32,
     /// Where those of the document are kept, if anywhere.
     folder: Option<PathBuf>,
-    /// `(L * Hkv)`; nothing in one that FAISS refused to build.
-    pieces: Vec<OnceLock<Option<Nearest>>>,
+    /// Of the document's pieces, that of the first one here.
+    first_piece: usize,
+    /// `(L * Hkv)`
+    pieces: Vec<Piece>,
     /// Of all that are here, as they are written.
     bytes: AtomicU64,
+}
+
+/// The index of one layer and KV head.
+#[derive(Default)]
+struct Piece {
+    /// Nothing where FAISS refused to build one.
+    made: OnceLock<Option<Nearest>>,
+    is_being_made: AtomicBool,
+}
+
+/// Says that nobody is making an index any more.
+struct Making<'a>(&'a AtomicBool);
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl std::fmt::Debug for DocumentIndexes {
@@ -60,8 +80,13 @@ impl DocumentIndexes {
 
     fn over(blocks: u32, setting: FaissIndex, keys: &DocumentKeys, folder: Option<PathBuf>) -> Self {
         let layout = keys.layout();
-        let pieces = std::iter::repeat_with(OnceLock::new).take(layout.pieces()).collect();
-        DocumentIndexes { setting, layout, blocks, folder, pieces, bytes: AtomicU64::new(0) }
+        let pieces = std::iter::repeat_with(Piece::default).take(layout.pieces()).collect();
+        DocumentIndexes { setting, layout, blocks, folder, first_piece: 0, pieces, bytes: AtomicU64::new(0) }
+    }
+
+    /// The same for keys of one layer alone: `keys` of `of` were its first layer's.
+    pub fn of_layer(self, layer: usize) -> Self {
+        DocumentIndexes { first_piece: layer * self.layout.kv_heads, ..self }
     }
 
     /// Whether so much of a document with such keys is covered that scanning the rest costs little.
@@ -85,9 +110,7 @@ impl DocumentIndexes {
 
     /// Builds, or reads, all that are not here yet, and removes from the folder those that cover something else.
     pub fn complete(&self, keys: &DocumentKeys) {
-        for piece in 0..self.pieces.len() {
-            self.nearest(piece, keys);
-        }
+        self.make(0..self.pieces.len(), keys);
         let kept = self.folder.iter().flat_map(fs::read_dir).flatten().flatten();
         for other in kept.filter(|entry| entry.file_name().to_str() != Some(&self.blocks.to_string())) {
             if let Err(error) = fs::remove_dir_all(other.path()) {
@@ -96,10 +119,19 @@ impl DocumentIndexes {
         }
     }
 
-    /// The index of one layer and KV head (`layer * Hkv + kv_head`). `keys` are the document's, of at least the covered blocks.
-    pub(super) fn nearest(&self, piece: usize, keys: &DocumentKeys) -> Option<&Nearest> {
-        let make = || {
-            let made = self.read(piece).map_or_else(|| self.build(piece, keys), Ok);
+    /// Builds, or reads, those of some pieces that are not here yet; `keys` are the document's, of at least the covered blocks.
+    /// Training takes seconds to minutes: who finds another at one of them gets false and is not kept waiting, and nobody may call
+    /// this from inside of rayon's pool, whose threads answer other lookups.
+    pub fn make(&self, pieces: Range<usize>, keys: &DocumentKeys) -> bool {
+        for (i, piece) in pieces.clone().zip(&self.pieces[pieces]) {
+            if piece.made.get().is_some() {
+                continue;
+            }
+            if piece.is_being_made.swap(true, Ordering::AcqRel) {
+                return false;
+            }
+            let _making = Making(&piece.is_being_made);
+            let made = self.read(i).map_or_else(|| self.build(i, keys), Ok);
             let mut nearest = made.inspect_err(|problem| {
                 tracing::warn!(
                     "{} is not used for keys of this document, which are scanned: {problem}",
@@ -109,9 +141,15 @@ impl DocumentIndexes {
             if let Ok(nearest) = &mut nearest {
                 nearest.set_effort(self.setting.effort);
             }
-            nearest.ok()
-        };
-        self.pieces[piece].get_or_init(make).as_ref()
+            // Set already where another was done just before.
+            let _ = piece.made.set(nearest.ok());
+        }
+        true
+    }
+
+    /// The index of one layer and KV head (`layer * Hkv + kv_head`), once it is [made](Self::make).
+    pub(super) fn nearest(&self, piece: usize) -> Option<&Nearest> {
+        self.pieces[piece].made.get()?.as_ref()
     }
 
     fn build(&self, piece: usize, keys: &DocumentKeys) -> Result<Nearest, String> {
@@ -132,14 +170,16 @@ impl DocumentIndexes {
     }
 
     fn path(&self, piece: usize) -> Option<PathBuf> {
-        Some(self.folder.as_ref()?.join(self.blocks.to_string()).join(format!("{piece}.faiss")))
+        Some(self.folder.as_ref()?.join(self.blocks.to_string()).join(format!("{}.faiss", self.first_piece + piece)))
     }
 
     /// Written beside its place and moved there whole.
     fn write(&self, nearest: &Nearest, path: &Path) -> Result<(), String> {
         let io = |error: io::Error| format!("{}: {error}", path.display());
         fs::create_dir_all(path.parent().unwrap_or(path)).map_err(io)?;
-        let unfinished = path.with_extension("unfinished");
+        // Two requests that read keys in passing may be at the same one.
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        let unfinished = path.with_extension(format!("unfinished-{}", WRITES.fetch_add(1, Ordering::Relaxed)));
         nearest.write(&unfinished)?;
         let written = fs::read(&unfinished).map_err(io)?;
         let mut file = File::options().append(true).open(&unfinished).map_err(io)?;

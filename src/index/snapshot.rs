@@ -132,6 +132,28 @@ impl KeyLayout {
         if self.dtype == DType::Int8 { QUAD } else { 1 }
     }
 
+    /// Bytes that the keys of `blocks` consecutive blocks take at most, loaded at once.
+    pub fn bytes(&self, blocks: u32) -> u64 {
+        let (blocks, chunk) = (blocks as usize, self.chunk_blocks());
+        (blocks / chunk) as u64 * self.chunk_bytes(chunk) + self.chunk_bytes(blocks % chunk)
+    }
+
+    /// With codes, if keys may have some.
+    fn chunk_bytes(&self, blocks: usize) -> u64 {
+        let (dim, keys) = (self.head_dim, blocks * self.keys_per_block);
+        let lanes = keys.next_multiple_of(PANEL);
+        let piece_bytes = match (self.compressed, self.dtype) {
+            (Some(compression), _) => {
+                lanes * (compression.key_bytes(dim) + size_of::<f32>())
+                    + keys * dim * size_of::<f16>()
+                    + (dim + blocks + 1) * size_of::<f32>()
+            }
+            (None, DType::Int8) => lanes * (ChannelCode::width(dim).next_multiple_of(QUAD) + size_of::<f32>()),
+            (None, _) => lanes * dim * size_of::<f16>(),
+        };
+        (self.pieces() * piece_bytes) as u64
+    }
+
     /// Blocks that a chunk should hold when many are loaded at once.
     pub fn chunk_blocks(&self) -> usize {
         (CHUNK_KEYS_MAX / self.keys_per_block).max(1)
@@ -561,6 +583,31 @@ mod tests {
                     block += chunk.blocks();
                 }
                 assert_eq!(block as u32, snapshot.blocks());
+            }
+        }
+    }
+
+    #[test]
+    fn keys_take_no_more_than_is_foretold() {
+        let of = |dtype, compressed, keys_per_block| KeyLayout { dtype, compressed, ..layout(keys_per_block) };
+        for layout in [
+            of(DType::F16, None, 1),
+            of(DType::F16, None, 5),
+            of(DType::F16, Some(Compression::Int8), 5),
+            of(DType::F16, Some(Compression::Int4), 64),
+            of(DType::Int8, None, 5),
+        ] {
+            let codes: Arc<[ChannelCode]> = match layout.dtype {
+                DType::Int8 => (0..2).map(|_| ChannelCode::of(&[1.0; 3], 3)).collect(),
+                _ => Arc::default(),
+            };
+            for blocks in [0, 1, layout.chunk_blocks(), 2 * layout.chunk_blocks() + 3] {
+                let parts = (0..blocks).step_by(layout.chunk_blocks());
+                let chunks =
+                    parts.map(|first| Chunk::coded(layout, codes.clone(), layout.chunk_blocks().min(blocks - first)));
+                let (held, foretold) =
+                    (DocumentKeys::empty(layout).extended(chunks).bytes(), layout.bytes(blocks as u32));
+                assert!(held <= foretold && foretold <= held + held / 8 + 64, "{layout:?}: {held} of {foretold}");
             }
         }
     }

@@ -77,7 +77,8 @@ impl LocalMemory {
         let plan = self.plan(&request.lookup, until)?;
         let Need { working, answer } = plan.need(Then::Attend);
         let _taken = self.take(working + answer, until)?;
-        work::run(&[&request.lookup], || self.attend_prepared(&self.prepare(plan)?, request.normalisation))
+        let prepared = self.prepare(plan)?;
+        work::run(&[&request.lookup], || self.attend_prepared(&prepared, request.normalisation))
     }
 
     pub(super) fn attend_many(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
@@ -86,13 +87,43 @@ impl LocalMemory {
         let at_once = rayon::current_num_threads().min(needs.len()) as u64;
         let working = needs.iter().map(|need| need.working).max().unwrap_or(0).saturating_mul(at_once);
         let _taken = self.take(needs.iter().fold(working, |sum, need| sum.saturating_add(need.answer)), until)?;
-        let lookups: Vec<&LookupRequest> = requests.iter().map(|request| &request.lookup).collect();
-        Ok(work::run(&lookups, || self.attend_planned(requests, plans)))
+        let mut outcomes = Vec::with_capacity(requests.len());
+        let mut plans = plans.into_iter().peekable();
+        let mut left = None;
+        while left.is_some() || plans.peek().is_some() {
+            let (wave, not_held) = self.wave(left.take(), &mut plans);
+            left = not_held;
+            let requests = &requests[outcomes.len()..][..wave.len()];
+            let lookups: Vec<&LookupRequest> = requests.iter().map(|request| &request.lookup).collect();
+            outcomes.extend(work::run(&lookups, || self.attend_wave(requests, &wave)));
+        }
+        Ok(outcomes)
     }
 
-    fn attend_planned(&self, requests: &[AttendRequest], plans: Vec<Result<Plan>>) -> Vec<Result<Attended>> {
-        // One after the other: the first loads the keys that the others need too.
-        let prepared: Vec<_> = plans.into_iter().map(|plan| plan.and_then(|plan| self.prepare(plan))).collect();
+    /// As many requests, in order, as there is room for the keys of; the first that there is none for beside them comes back. Alone
+    /// it reads its keys in passing.
+    fn wave<'a>(
+        &self,
+        first: Option<Plan<'a>>,
+        plans: &mut impl Iterator<Item = Result<Plan<'a>>>,
+    ) -> (Vec<Result<Prepared<'a>>>, Option<Plan<'a>>) {
+        let mut wave: Vec<Result<Prepared<'a>>> = Vec::new();
+        for plan in first.map(Ok).into_iter().chain(plans) {
+            let prepared = match plan.and_then(|plan| self.prepare_held(plan)) {
+                Ok(Ok(prepared)) => Ok(prepared),
+                Ok(Err(plan)) if wave.iter().any(Result::is_ok) => return (wave, Some(plan)),
+                Ok(Err(plan)) => {
+                    wave.push(self.prepare_passing(plan));
+                    return (wave, None);
+                }
+                Err(error) => Err(error),
+            };
+            wave.push(prepared);
+        }
+        (wave, None)
+    }
+
+    fn attend_wave(&self, requests: &[AttendRequest], prepared: &[Result<Prepared>]) -> Vec<Result<Attended>> {
         let attend = |(prepared, request): (&Result<Prepared>, &AttendRequest)| match prepared {
             Ok(prepared) => self.attend_prepared(prepared, request.normalisation),
             Err(error) => Err(error.clone()),

@@ -1,6 +1,6 @@
 //! How do blocks come in? Checked field by field, encoded, made durable, then visible to lookups.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use rayon::prelude::*;
 
@@ -51,7 +51,7 @@ impl LocalMemory {
         }
         let codes = match manifest.blocks {
             0 => first_codes(collection, &new[0], skipped)?,
-            _ => self.documents.state(document, collection.layout).codes(&self.store, collection, document)?,
+            _ => self.loader(collection).codes(document)?,
         };
         let encode = |(i, block)| encode(collection, block, &codes, skipped + i);
         new.par_iter().enumerate().map(encode).collect()
@@ -60,15 +60,15 @@ impl LocalMemory {
     /// Makes records durable behind what a document holds, and shows them to lookups; nothing if it is not as `before` any more.
     fn write(&self, collection: &Collection, before: &Manifest, records: &[BlockRecord]) -> Result<Option<Manifest>> {
         let document = before.id;
-        let state = self.documents.state(document, collection.layout);
-        let _writing = state.lock_writer();
+        let writer = self.writers.of(document);
+        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
         if self.store.manifest(document)? != *before {
             return Ok(None);
         }
         let manifest = self.store.append(document, records).map_err(writing(document))?;
         let full = (manifest.blocks - before.blocks) as usize;
         let keys: Vec<&[u8]> = records.iter().take(full).map(|record| &record.keys[..]).collect();
-        state.extend(&self.store, collection, document, before.blocks, &keys)?;
+        self.keys.extend(self.loader(collection), document, before.blocks, &keys)?;
         self.counters.appended_blocks.add(full);
         Ok(Some(manifest))
     }
@@ -96,8 +96,8 @@ impl LocalMemory {
     pub(super) fn seal_document(&self, document: DocumentId) -> Result<DocumentInfo> {
         let manifest = self.store.manifest(document)?;
         let collection = self.collection_of(manifest.collection)?;
-        let state = self.documents.state(document, collection.layout);
-        let _writing = state.lock_writer();
+        let writer = self.writers.of(document);
+        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
         let manifest = self.store.manifest(document)?;
         let manifest = if manifest.sealed { manifest } else { self.store.seal(document).map_err(writing(document))? };
         Ok(self.info(&collection, manifest))

@@ -1,17 +1,19 @@
 //! Which blocks does a request want? Checks it, finds the snapshots it reads, turns its queries and asks the index.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{at_most, invalid};
 use super::geometry::{Geometry, Turns};
 use super::gpu::Gpu;
+use super::keys::{self, Held, Loader, Pass};
 use super::work::{PART_BYTES, PART_SHARE};
 use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
-use crate::index::{self, Found, Query, Scoped};
+use crate::index::{self, DocumentIndexes, DocumentKeys, Found, KeyLayout, Query, Scoped};
 use crate::limits;
-use crate::types::{BlockId, BlockRange, Engine};
+use crate::types::{BlockId, BlockRange, DocumentId, Engine, FaissIndex};
 use crate::until::Until;
 
 /// A checked request, before anything is read or allocated for it.
@@ -36,9 +38,22 @@ pub(super) struct Prepared<'a> {
     pub(super) geometry: Geometry,
     /// Query tokens that are scored at once.
     tokens_at_once: usize,
+    /// Of the keys in `scope`: all layers, or the one that is asked.
+    layout: KeyLayout,
+    /// Among those.
+    layer: usize,
     scope: Vec<Scoped>,
+    _read: Read,
     /// Position after the last block of each scope entry.
     ends: Vec<usize>,
+}
+
+/// Keys that a request reads, which stay as long as this does.
+enum Read {
+    /// From memory.
+    Held { _held: Held },
+    /// In passing.
+    Passed { _pass: Pass },
 }
 
 impl LocalMemory {
@@ -65,31 +80,70 @@ impl LocalMemory {
         Ok(Plan { request, until, collection, geometry, durable, ends, part_bytes })
     }
 
-    /// Finds the keys that a request reads, from the disk if nobody read them before.
+    /// Finds the keys that a request reads, from the disk if nobody read them before. Not from inside of rayon's pool: it may wait
+    /// for another request that reads the same.
     pub(super) fn prepare<'a>(&self, plan: Plan<'a>) -> Result<Prepared<'a>> {
-        let tokens_at_once = plan.tokens_at_once();
-        let Plan { request, until, collection, geometry, durable, ends, .. } = plan;
-        let scope = request
-            .scope
-            .iter()
-            .zip(durable)
-            .map(|(range, durable)| {
-                until.check()?;
-                let state = self.documents.state(range.document, collection.layout);
-                let load = |blocks| state.load(&self.store, &collection, range.document, blocks);
-                let (keys, indexes) = match &collection.engine {
-                    Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => (load(range.blocks.end)?, None),
-                    // Indexes cover the document, whatever part of it is asked.
-                    Engine::Faiss(setting) => {
-                        let keys = load(durable)?;
-                        let indexes = state.indexes(setting, &keys, self.indexes.folder(range.document));
-                        (keys, indexes)
-                    }
-                };
-                Ok(Scoped { keys, blocks: range.blocks.clone(), indexes })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Prepared { request, until, collection, geometry, tokens_at_once, scope, ends })
+        match self.prepare_held(plan)? {
+            Ok(prepared) => Ok(prepared),
+            Err(plan) => self.prepare_passing(plan),
+        }
+    }
+
+    /// With keys that stay in memory; gives the plan back if there is no room for them beside what other requests read.
+    pub(super) fn prepare_held<'a>(&self, plan: Plan<'a>) -> Result<std::result::Result<Prepared<'a>, Plan<'a>>> {
+        let Some(held) = self.keys.hold(self.loader(&plan.collection), &plan.wanted(), plan.until)? else {
+            return Ok(Err(plan));
+        };
+        let (layout, layer) = (plan.collection.layout, plan.request.layer as usize);
+        let scoped = plan.request.scope.iter().filter_map(|range| {
+            let keys = held.keys.get(&range.document)?.clone();
+            let indexes = plan.faiss().and_then(|setting| {
+                let folder = self.indexes.folder(range.document);
+                held.indexes(range.document, setting, folder).filter(|indexes| {
+                    // Until somebody has made them, keys are scanned.
+                    indexes.make(layer * layout.kv_heads..(layer + 1) * layout.kv_heads, &keys)
+                })
+            });
+            Some(Scoped { keys, blocks: range.blocks.clone(), indexes })
+        });
+        let scope = scoped.collect();
+        Ok(Ok(plan.prepared(layout, layer, scope, Read::Held { _held: held })))
+    }
+
+    /// With keys of the one layer that is asked, which are gone when the request is answered. Whoever asks must hold no keys.
+    pub(super) fn prepare_passing<'a>(&self, plan: Plan<'a>) -> Result<Prepared<'a>> {
+        let layer = plan.request.layer as usize;
+        let layout = KeyLayout { layers: 1, ..plan.collection.layout };
+        let wanted = plan.wanted();
+        let mut bytes = wanted.iter().map(|&(_, blocks)| layout.bytes(blocks)).sum();
+        if plan.faiss().is_some() {
+            // Indexes have keys in a form of their own, in f32 at most.
+            let numbers = layout.pieces() * layout.keys_per_block * layout.head_dim;
+            bytes += wanted.iter().map(|&(_, blocks)| blocks as u64 * numbers as u64 * 4).sum::<u64>();
+        }
+        let pass = self.keys.passing().take(bytes, plan.until)?;
+        let mut loaded = HashMap::new();
+        for (document, blocks) in wanted {
+            let none = DocumentKeys::empty(layout);
+            let keys = Arc::new(self.loader(&plan.collection).load(&none, layer, document, blocks, plan.until)?);
+            let indexes = plan.faiss().filter(|_| keys::are_indexed(&keys)).map(|setting| {
+                let folder = self.indexes.folder(document);
+                let indexes = DocumentIndexes::of(setting.clone(), &keys, folder).of_layer(layer);
+                indexes.make(0..layout.kv_heads, &keys);
+                Arc::new(indexes)
+            });
+            loaded.insert(document, (keys, indexes));
+        }
+        let scoped = plan.request.scope.iter().filter_map(|range| {
+            let (keys, indexes) = loaded.get(&range.document)?.clone();
+            Some(Scoped { keys, blocks: range.blocks.clone(), indexes })
+        });
+        let scope = scoped.collect();
+        Ok(plan.prepared(layout, 0, scope, Read::Passed { _pass: pass }))
+    }
+
+    pub(super) fn loader<'a>(&'a self, collection: &'a Collection) -> Loader<'a> {
+        Loader { store: &self.store, codes: &self.codes, collection }
     }
 
     /// Returns the blocks that the document has.
@@ -105,6 +159,34 @@ impl LocalMemory {
             return Err(invalid(format!("scope[{i}].blocks"), expected, format!("{:?}", range.blocks)));
         }
         Ok(manifest.blocks)
+    }
+}
+
+impl<'a> Plan<'a> {
+    /// Of how many first blocks the keys are read, of each document once.
+    fn wanted(&self) -> Vec<(DocumentId, u32)> {
+        let mut wanted: Vec<(DocumentId, u32)> = Vec::new();
+        for (range, &durable) in self.request.scope.iter().zip(&self.durable) {
+            // Indexes cover the document, whatever part of it is asked.
+            let blocks = if self.faiss().is_some() { durable } else { range.blocks.end };
+            wanted.push((range.document, blocks));
+        }
+        wanted.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
+        wanted.dedup_by_key(|(document, _)| *document);
+        wanted
+    }
+
+    fn faiss(&self) -> Option<&FaissIndex> {
+        match &self.collection.engine {
+            Engine::Faiss(setting) => Some(setting),
+            Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => None,
+        }
+    }
+
+    fn prepared(self, layout: KeyLayout, layer: usize, scope: Vec<Scoped>, read: Read) -> Prepared<'a> {
+        let tokens_at_once = self.tokens_at_once();
+        let Plan { request, until, collection, geometry, ends, .. } = self;
+        Prepared { request, until, collection, geometry, tokens_at_once, layout, layer, scope, _read: read, ends }
     }
 }
 
@@ -171,8 +253,8 @@ impl Prepared<'_> {
         let recent: Vec<f32> =
             (0..self.geometry.recent).flat_map(|i| self.turned(turns, &tokens, self.geometry.recent_slot(i))).collect();
         let query = Query {
-            layout: self.collection.layout,
-            layer: request.layer as usize,
+            layout: self.layout,
+            layer: self.layer,
             tokens: tokens.len(),
             query_heads: shape.query_heads as usize,
             queries: &older,

@@ -32,21 +32,24 @@ mod read;
 #[cfg(test)]
 mod tests;
 mod work;
+mod writers;
 
 pub use gpu::GPU_CACHE_BYTES;
+pub use keys::keys_bytes;
 pub use work::WORK_BYTES;
 
 use work::{Need, Then};
 
 /// A block memory over a data directory that no other process uses.
 ///
-/// Its calls share their work out over rayon's pool and wait for it, some holding a document's lock: do not call it from
-/// inside that pool.
+/// Its calls share their work out over rayon's pool and wait for it, and for each other: do not call it from inside that pool.
 pub struct LocalMemory {
     store: Store,
     /// Decoded once: collections are never deleted, and one whose engine is changed is taken out.
     collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
-    documents: keys::Documents,
+    keys: Arc<keys::KeyCache>,
+    codes: keys::Codes,
+    writers: writers::Writers,
     indexes: keys::IndexFolder,
     gpu: gpu::Gpu,
     counters: Counters,
@@ -100,12 +103,19 @@ impl LocalMemory {
         LocalMemory {
             store,
             collections: RwLock::default(),
-            documents: keys::Documents::default(),
+            keys: keys::KeyCache::new(keys::keys_bytes()),
+            codes: keys::Codes::default(),
+            writers: writers::Writers::default(),
             indexes: keys::IndexFolder::default(),
             gpu: gpu::Gpu::of_machine(GPU_CACHE_BYTES),
             counters: Counters::default(),
             work: Budget::new(WORK_BYTES),
         }
+    }
+
+    /// With room for so many bytes of landmark keys in memory; those of the documents that were looked up longest ago go first.
+    pub fn with_keys(self, bytes: u64) -> LocalMemory {
+        LocalMemory { keys: keys::KeyCache::new(bytes), ..self }
     }
 
     /// With so many bytes for all lookups and attends under way.
@@ -252,7 +262,7 @@ impl BlockMemory for LocalMemory {
         if !of_faiss {
             let documents: HashSet<DocumentId> =
                 self.store.manifests(collection)?.iter().map(|manifest| manifest.id).collect();
-            documents.iter().for_each(|&document| self.documents.unload(document));
+            documents.iter().for_each(|&document| self.keys.forget(document));
             self.gpu.forget(&documents);
         }
         let entry = self.store.collection(collection)?;
@@ -303,8 +313,8 @@ impl BlockMemory for LocalMemory {
         let plan = self.plan(request, until)?;
         let Need { working, answer } = plan.need(Then::Answer);
         let _taken = self.take(working + answer, until)?;
+        let prepared = self.prepare(plan)?;
         work::run(&[request], || {
-            let prepared = self.prepare(plan)?;
             let found = prepared.search(&prepared.turns(), self.gpu_of(&prepared.collection))?;
             self.counters.lookups.add(1);
             Ok(prepared.hits(found))
@@ -338,18 +348,17 @@ impl BlockMemory for LocalMemory {
     }
 
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
-        let collection = self.collection_of(self.store.manifest(document)?.collection)?;
-        let state = self.documents.state(document, collection.layout);
-        let _writing = state.lock_writer();
+        let writer = self.writers.of(document);
+        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
         let freed = self.store.delete(document)?;
-        self.documents.forget(document);
+        self.keys.forget(document);
         self.indexes.forget(document);
         self.gpu.forget(&HashSet::from([document]));
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
     }
 
     fn stats(&self) -> Result<Stats> {
-        let store = self.store.stats();
+        let (store, keys) = (self.store.stats(), self.keys.stats());
         Ok(Stats {
             collections: self.store.collections()?.len() as u64,
             documents: store.documents,
@@ -359,7 +368,10 @@ impl BlockMemory for LocalMemory {
             segment_bytes: store.segment_bytes,
             segments: store.segments,
             catalog_bytes: store.catalog_bytes,
-            index_bytes: self.documents.bytes(),
+            index_bytes: keys.bytes,
+            index_bytes_max: keys.bytes_max,
+            index_loads: keys.loads,
+            index_evictions: keys.evictions,
             lookups: self.counters.lookups.get(),
             attends: self.counters.attends.get(),
             appended_blocks: self.counters.appended_blocks.get(),

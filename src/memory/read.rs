@@ -1,5 +1,7 @@
 //! How do blocks come out? Fetched with their K and V, or described without.
 
+use std::sync::PoisonError;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -31,8 +33,8 @@ impl LocalMemory {
         // Full blocks never change. A tail may be replaced, and its parts are read one after the other.
         let tail = match request.blocks.contains(&manifest.blocks) {
             true => {
-                let state = self.documents.state(request.document, collection.layout);
-                let _unchanging = state.lock_writer();
+                let writer = self.writers.of(request.document);
+                let _unchanging = writer.lock().unwrap_or_else(PoisonError::into_inner);
                 Some(read(manifest.blocks)?)
             }
             false => None,

@@ -2,6 +2,7 @@
 
 mod attend;
 mod ingest;
+mod keys;
 mod lookup;
 mod work;
 

@@ -1,0 +1,132 @@
+//! How do landmark keys come out of the store? Chunk by chunk, as appends would have left them, for all layers or for one.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use super::super::Collection;
+use crate::api::{MemoryError, Result};
+use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
+use crate::numeric::ChannelCode;
+use crate::recent::Recent;
+use crate::store::piece::{KeyNumbers, KeysLayout};
+use crate::store::{Store, StoreError};
+use crate::types::{BlockId, DocumentId};
+use crate::until::Until;
+
+/// Bytes of codes that are kept: those of some hundred documents that are appended to in turn. A code that is not here is read
+/// with the keys of the document's first block.
+const CODES_BYTES: u64 = 16 << 20;
+
+/// By which the keys of documents are int8, of those that were asked for last.
+pub(in crate::memory) struct Codes(Mutex<Recent<DocumentId, Arc<[ChannelCode]>>>);
+
+impl Default for Codes {
+    fn default() -> Codes {
+        Codes(Mutex::new(Recent::new(CODES_BYTES)))
+    }
+}
+
+/// Reads the keys of a collection's documents.
+#[derive(Clone, Copy)]
+pub(in crate::memory) struct Loader<'a> {
+    pub(in crate::memory) store: &'a Store,
+    pub(in crate::memory) codes: &'a Codes,
+    pub(in crate::memory) collection: &'a Collection,
+}
+
+impl Loader<'_> {
+    /// The codes `(L * Hkv)` of a document whose first block is durable; none if it has none.
+    pub(in crate::memory) fn codes(&self, document: DocumentId) -> Result<Arc<[ChannelCode]>> {
+        let layout = KeysLayout::of(&self.collection.spec);
+        if !layout.has_codes() {
+            return Ok(Arc::default());
+        }
+        let kept = self.codes.0.lock().unwrap_or_else(PoisonError::into_inner).get(document);
+        if let Some(codes) = kept {
+            return Ok(codes);
+        }
+        let block = BlockId { document, index: 0 };
+        let bytes = self.store.read_keys(block)?;
+        let codes: Arc<[ChannelCode]> = layout.split_codes(&bytes).map_err(data_loss(block))?.0.into();
+        let kept_bytes = codes_bytes(&self.collection.layout);
+        self.codes.0.lock().unwrap_or_else(PoisonError::into_inner).put(document, codes.clone(), kept_bytes);
+        Ok(codes)
+    }
+
+    /// The keys of the first `blocks` blocks, which must be durable, of those layers that `here` has, the first of which is
+    /// `first_layer`. `here` are those of the first blocks that need not be read.
+    pub(in crate::memory) fn load(
+        &self,
+        here: &DocumentKeys,
+        first_layer: usize,
+        document: DocumentId,
+        blocks: u32,
+        until: &Until,
+    ) -> Result<DocumentKeys> {
+        let layout = here.layout();
+        let pieces = first_layer * layout.kv_heads..first_layer * layout.kv_heads + layout.pieces();
+        let codes = if blocks > here.blocks() { self.codes(document)? } else { Arc::default() };
+        let codes: Arc<[ChannelCode]> = match codes.len() > layout.pieces() {
+            true => codes[pieces.clone()].into(),
+            false => codes,
+        };
+        let step = layout.chunk_blocks();
+        let parts: Vec<Range<u32>> = (here.blocks()..blocks)
+            .step_by(step)
+            .map(|start| start..blocks.min(start.saturating_add(step as u32)))
+            .collect();
+        let chunk = |part: Range<u32>| {
+            let mut chunk = Chunk::coded(layout, codes.clone(), part.len());
+            for (i, index) in part.enumerate() {
+                until.check()?;
+                let block = BlockId { document, index };
+                self.put(&mut chunk, i, &pieces, block, &self.store.read_keys(block)?)?;
+            }
+            Ok(chunk)
+        };
+        let chunks = parts.into_par_iter().map(chunk).collect::<Result<Vec<Chunk>>>()?;
+        Ok(here.extended(chunks))
+    }
+
+    /// `here` with the keys of blocks that just became durable behind it, each as the store keeps them.
+    pub(in crate::memory) fn appended(
+        &self,
+        here: &DocumentKeys,
+        document: DocumentId,
+        encoded: &[&[u8]],
+    ) -> Result<DocumentKeys> {
+        let mut chunk = Chunk::coded(here.layout(), self.codes(document)?, encoded.len());
+        for (i, bytes) in encoded.iter().enumerate() {
+            let block = BlockId { document, index: here.blocks() + i as u32 };
+            self.put(&mut chunk, i, &(0..here.layout().pieces()), block, bytes)?;
+        }
+        Ok(here.extended([chunk]))
+    }
+
+    /// Sets the keys of one block and some pieces from the bytes that the store keeps of all.
+    fn put(&self, chunk: &mut Chunk, at: usize, pieces: &Range<usize>, block: BlockId, bytes: &[u8]) -> Result<()> {
+        let layout = KeysLayout::of(&self.collection.spec);
+        let bytes = if block.index == 0 { layout.split_codes(bytes).map_err(data_loss(block))?.1 } else { bytes };
+        let decoded = layout.decode(chunk.is_coded(), bytes).map_err(data_loss(block))?;
+        for (piece, numbers) in decoded.skip(pieces.start).take(pieces.len()).enumerate() {
+            let keys = match &numbers {
+                KeyNumbers::F16(numbers) => Keys::F16(numbers),
+                KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
+            };
+            chunk.put(at, piece, keys);
+        }
+        Ok(())
+    }
+}
+
+/// What a document's codes take: a factor for each channel and the place of each doubled one.
+pub(super) fn codes_bytes(layout: &KeyLayout) -> u64 {
+    (layout.pieces() * layout.head_dim * 5) as u64
+}
+
+/// For `map_err`: what a block's bytes say makes no sense.
+fn data_loss(block: BlockId) -> impl FnOnce(StoreError) -> MemoryError {
+    move |error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() }
+}
