@@ -13,7 +13,6 @@ const OPERATIONS: usize = 3_000;
 const LENGTHS: [usize; 4] = [40, 100, 250, 600];
 
 #[test]
-#[ignore = "rebuilding the catalog after a compaction loses blocks: records need an order that a copy keeps"]
 fn a_store_holds_what_a_plain_model_holds() {
     let operations = number_from("LANDMARKDB_MODEL_OPERATIONS", OPERATIONS);
     let first = number_from("LANDMARKDB_MODEL_SEED", 1) as u64;
