@@ -1,6 +1,11 @@
 //! kill -9 of the real service, and of the real encoder, again and again. `LANDMARKDB_KILLS` says how often (few by
 //! default: each encoder start loads a model).
 
+#[path = "common/mod.rs"]
+mod common;
+#[path = "kill/load.rs"]
+mod load;
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
