@@ -76,6 +76,9 @@ pub const ADMIN_MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 
+/// Live records that compaction copies in one go: what it holds in memory, and what a writer waits for at most.
+pub const COMPACTION_BYTES: u64 = 8 << 20;
+
 /// Compaction runs until stored bytes are at most this many hundredths of the live ones.
 pub const SPACE_PERCENT_MAX: u64 = 110;
 

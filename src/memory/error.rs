@@ -13,10 +13,16 @@ impl From<StoreError> for MemoryError {
                 MemoryError::Invalid { field: field.into(), expected, found }
             }
             StoreError::Conflict { document, index } => MemoryError::Conflict { document, index },
+            error @ StoreError::NotADataDirectory { .. } => MemoryError::Invalid {
+                field: "data directory".into(),
+                expected: "an empty folder, one that does not exist, or one that landmarkdb made".into(),
+                found: error.to_string(),
+            },
             StoreError::Damaged { block, detail } => MemoryError::DataLoss { block, detail },
             error @ (StoreError::Poisoned
             | StoreError::Io { .. }
             | StoreError::Catalog { .. }
+            | StoreError::Foreign { .. }
             | StoreError::UnsupportedFormat { .. }) => MemoryError::Storage { detail: error.to_string() },
             StoreError::GivenUp => gone(),
             // The memory checks these before it asks the store.

@@ -17,6 +17,7 @@ impl Store {
     pub fn append(&self, document: DocumentId, blocks: &[BlockRecord]) -> Result<Manifest, StoreError> {
         self.write(|writer| {
             let mut entry = self.entry(document)?;
+            self.check_undoubted(document)?;
             let new = self.skip_durable(&entry.manifest, blocks)?;
             if new.is_empty() {
                 return Ok(entry.manifest);
@@ -39,6 +40,7 @@ impl Store {
                 for (block, parts) in new.iter().zip(&parts) {
                     group.block(collection, BlockId { document, index: block.index }, block, *parts)?;
                 }
+                entry.tail_sequence = if entry.manifest.tail_tokens > 0 { group.number() } else { 0 };
                 group.document(entry.clone())
             })?;
             Ok(entry.manifest)

@@ -54,6 +54,7 @@ pub(super) mod key {
     pub(in crate::store) const TOMBSTONES: &[u8] = b"T";
     pub(in crate::store) const SEGMENTS: &[u8] = b"S";
     pub(in crate::store) const DAMAGES: &[u8] = b"X";
+    pub(in crate::store) const DOUBTS: &[u8] = b"U";
     pub(in crate::store) const TOTALS: &[u8] = b"Z";
     pub(super) const FORMAT: &[u8] = b"_";
 
@@ -92,6 +93,10 @@ pub(super) mod key {
         key(b'T', &[&document.0.to_be_bytes()])
     }
 
+    pub(in crate::store) fn doubt(document: DocumentId) -> Vec<u8> {
+        key(b'U', &[&document.0.to_be_bytes()])
+    }
+
     pub(in crate::store) fn segment(id: SegmentId) -> Vec<u8> {
         key(b'S', &[&id.0.to_be_bytes()])
     }
@@ -117,6 +122,14 @@ pub(super) fn scan<'a, T: DeserializeOwned>(
     })
 }
 
+/// Takes everything out.
+pub(super) fn clear(catalog: &dyn Catalog) -> Result<(), StoreError> {
+    let all = catalog.scan(b"").map(|pair| pair.map(|(key, _)| (key, None)));
+    let all = all.filter(|pair| pair.as_ref().map_or(true, |(key, _)| key != key::FORMAT));
+    let batch = all.collect::<io::Result<Batch>>().map_err(StoreError::catalog("scan"))?;
+    catalog.apply(batch).map_err(StoreError::catalog("empty itself"))
+}
+
 fn decode<T: DeserializeOwned>(value: &[u8]) -> Result<T, StoreError> {
     unpack(value).ok_or_else(malformed)
 }
@@ -131,7 +144,7 @@ pub(super) fn put<T: Serialize>(key: Vec<u8>, value: &T) -> (Vec<u8>, Option<Vec
 }
 
 /// Raise it whenever keys or values change their meaning; an older catalog is then rebuilt.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// Pages of the tree kept in memory: locators of a million blocks.
 const CACHE_BYTES: u64 = 32 << 20;
 /// A closing process may hold sled's file lock for a moment after it dropped the database.

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rustix::io::Errno;
 
 use super::catalog::{Batch, Catalog, Pair};
-use super::segment::{SegmentFile, SegmentId, Segments};
+use super::segment::{DirectoryId, SegmentFile, SegmentId, Segments, Torn};
 
 /// What is written to a disk as a whole or not at all. Real ones have 512 bytes or more; small ones tear more.
 const SECTOR_BYTES: usize = 64;
@@ -26,6 +26,7 @@ pub(super) enum Call {
     Write,
     Sync,
     Truncate,
+    SetAside,
     Get,
     Scan,
     Apply,
@@ -105,6 +106,9 @@ struct State {
     files: Contents,
     /// Files whose removal failed after it was done: the power may bring them back.
     ghosts: Contents,
+    torn: BTreeMap<(SegmentId, u64), Vec<u8>>,
+    /// Of the directory's id, every byte.
+    directory: u8,
     pairs: Pairs,
     flushed: Pairs,
     /// Applied since the last flush.
@@ -132,7 +136,7 @@ struct DiskFile {
 impl Call {
     fn changes(self) -> bool {
         use Call::*;
-        matches!(self, Create | Remove | Write | Sync | Truncate | Apply | Flush)
+        matches!(self, Create | Remove | Write | Sync | Truncate | SetAside | Apply | Flush)
     }
 }
 
@@ -293,7 +297,8 @@ impl Disk {
                 left.entry(id).or_insert_with(|| Arc::new(Mutex::new(content)));
             }
         }
-        let mut restarted = State { files: left, ..State::default() };
+        let mut restarted =
+            State { files: left, torn: state.torn.clone(), directory: state.directory, ..State::default() };
         match table {
             Table::Applied => restarted.pairs = state.pairs.clone(),
             Table::Flushed => restarted.pairs = state.flushed.clone(),
@@ -312,6 +317,10 @@ impl Disk {
             restarted.flushed = restarted.pairs.clone();
         }
         Disk(Arc::new(Mutex::new(restarted)))
+    }
+
+    pub(super) fn of_directory(directory: u8) -> Disk {
+        Disk(Arc::new(Mutex::new(State { directory, ..State::default() })))
     }
 
     /// Flips one bit.
@@ -392,6 +401,33 @@ fn apply(pairs: &mut Pairs, batch: Batch) {
 }
 
 impl Segments for Disk {
+    fn directory(&self) -> DirectoryId {
+        DirectoryId([self.state().directory; 16])
+    }
+
+    fn set_aside(&self, id: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.call(Call::SetAside, |state, effect| {
+            if effect == Effect::Everything {
+                state.torn.insert((id, offset), bytes.to_vec());
+            }
+            Ok(())
+        })
+    }
+
+    fn torn(&self) -> io::Result<Vec<Torn>> {
+        let torn = |(&(segment, offset), bytes): (&(SegmentId, u64), &Vec<u8>)| Torn {
+            segment,
+            offset,
+            bytes: bytes.len() as u64,
+        };
+        Ok(self.state().torn.iter().map(torn).collect())
+    }
+
+    fn discard_torn(&self) -> io::Result<()> {
+        self.state().torn.clear();
+        Ok(())
+    }
+
     fn list(&self) -> io::Result<Vec<SegmentId>> {
         self.call(Call::List, |state, _| Ok(state.files.keys().copied().collect()))
     }

@@ -19,6 +19,11 @@ pub enum Entity {
 pub enum StoreError {
     #[error("the data directory {} is in use by another process", path.display())]
     Locked { path: PathBuf },
+    #[error(
+        "{} is no data directory{}: name an empty folder, one that does not exist, or one that landmarkdb made",
+        path.display(), holding(found)
+    )]
+    NotADataDirectory { path: PathBuf, found: String },
     #[error("no {entity}")]
     NotFound { entity: Entity },
     #[error("{name:?} already exists")]
@@ -36,6 +41,9 @@ pub enum StoreError {
     /// Bytes on disk are not what was written. Names the block where one is known.
     #[error("stored data is damaged{}: {detail}", in_block(block))]
     Damaged { block: Option<BlockId>, detail: String },
+    /// A segment file that was written in another data directory, or under another number.
+    #[error("segment {segment} was written elsewhere: its file is not this data directory's; put the right one back")]
+    Foreign { segment: u32 },
     #[error("segment {segment} needs format {oldest} or newer, this build reads up to {ours}: use a newer build")]
     UnsupportedFormat { segment: u32, oldest: u32, ours: u32 },
     /// The caller waits no longer.
@@ -51,6 +59,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Of a segment file that is not there.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// For `map_err`: an I/O error with what was being done.
     pub(super) fn io(step: &'static str) -> impl FnOnce(io::Error) -> StoreError {
         move |source| StoreError::Io { step, source }
@@ -80,4 +93,8 @@ impl std::fmt::Display for Entity {
 
 fn in_block(block: &Option<BlockId>) -> String {
     block.map(|block| format!(" in block {block}")).unwrap_or_default()
+}
+
+fn holding(found: &str) -> String {
+    if found.is_empty() { String::new() } else { format!(" (it holds {found:?})") }
 }

@@ -1,9 +1,9 @@
-//! What a group of records means for the catalog. The one way in, for a group just written and for one found again
-//! after a crash or when the catalog is rebuilt.
+//! What records mean for the catalog. The one way in, for a group just written and for what is found again after a crash
+//! or when the catalog is rebuilt.
 //!
-//! A block counts once a manifest that covers it is known; a later record of the same thing replaces the earlier; a
-//! tombstone ends its document (ids are never reused, so nothing of it comes later). Live bytes per segment are kept in
-//! the same batch.
+//! The newest of each thing counts, by its sequence, wherever it lies and in whatever order records come: a tombstone
+//! ends its document for good (ids are never reused), a block counts if the newest manifest has it. Live bytes per segment
+//! are kept in the same batch.
 
 use std::collections::BTreeMap;
 
@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use super::catalog::{self, Batch, Catalog, key};
 use super::error::StoreError;
-use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone, pack};
-use super::segment::SegmentId;
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone, pack};
+use super::segment::{DirectoryId, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// One record of a group.
+#[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub(super) locator: Locator,
     pub(super) content: Content,
@@ -40,20 +41,36 @@ pub(super) struct Damage {
     pub(super) document: Option<DocumentId>,
 }
 
+/// Why a document is not read: a newer record of it than all that were found is lost, or may be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Doubt {
+    pub(super) document: DocumentId,
+    /// For people.
+    pub(super) reason: String,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct SegmentState {
     /// The catalog says everything that the segment says up to here.
     pub(super) bytes: u64,
-    /// Of records that the catalog refers to, and the segment header.
+    /// Of records that the catalog refers to.
     pub(super) live_bytes: u64,
+    /// Of the segment header and the ends of groups, which nothing refers to and no compaction gives back.
+    pub(super) frame_bytes: u64,
     /// Nothing refers to it any more: the file is about to be removed.
     pub(super) retired: bool,
 }
 
 impl SegmentState {
-    /// A segment with nothing but its header.
-    pub(super) const EMPTY: SegmentState =
-        SegmentState { bytes: SEGMENT_HEADER_BYTES as u64, live_bytes: SEGMENT_HEADER_BYTES as u64, retired: false };
+    /// A segment with nothing but a header of so many bytes.
+    pub(super) fn empty(header_bytes: u64) -> Self {
+        SegmentState { bytes: header_bytes, live_bytes: 0, frame_bytes: header_bytes, retired: false }
+    }
+
+    /// What compaction would give back.
+    pub(super) fn dead_bytes(&self) -> u64 {
+        self.bytes.saturating_sub(self.live_bytes + self.frame_bytes)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,12 +80,20 @@ pub(super) struct Totals {
     pub(super) tokens: u64,
     pub(super) next_collection: CollectionId,
     pub(super) next_document: DocumentId,
+    /// The number of the next group.
+    pub(super) next_sequence: u64,
+    /// Whose catalog it is.
+    pub(super) directory: DirectoryId,
 }
 
 impl Totals {
     fn raise_ids(&mut self, collection: CollectionId, document: DocumentId) {
         self.next_collection = self.next_collection.max(collection);
         self.next_document = self.next_document.max(document);
+    }
+
+    fn raise_sequence(&mut self, next: u64) {
+        self.next_sequence = self.next_sequence.max(next);
     }
 }
 
@@ -79,7 +104,8 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    pub(super) fn load(catalog: &dyn Catalog) -> Result<Self, StoreError> {
+    /// What the catalog says; nothing if it is one of another directory, which is emptied.
+    pub(super) fn load(catalog: &dyn Catalog, directory: DirectoryId) -> Result<Self, StoreError> {
         let nothing = Totals {
             documents: 0,
             blocks: 0,
@@ -87,8 +113,15 @@ impl Ledger {
             next_collection: CollectionId(1),
             // Document 0 marks records of no document.
             next_document: DocumentId(1),
+            next_sequence: SEQUENCE_FIRST,
+            directory,
         };
-        let totals = catalog::get(catalog, key::TOTALS)?.unwrap_or(nothing);
+        let totals: Totals = catalog::get(catalog, key::TOTALS)?.unwrap_or(nothing);
+        if totals.directory != directory {
+            tracing::warn!(%totals.directory, "the catalog is one of another data directory; rebuilding it");
+            catalog::clear(catalog)?;
+            return Ok(Ledger { totals: nothing, segments: BTreeMap::new() });
+        }
         let mut segments = BTreeMap::new();
         for pair in catalog::scan::<(SegmentId, SegmentState)>(catalog, key::SEGMENTS) {
             let (_, (id, state)) = pair?;
@@ -98,45 +131,54 @@ impl Ledger {
     }
 
     /// Ids below these were given out, says a segment header.
-    pub(super) fn raise_ids(&mut self, collection: CollectionId, document: DocumentId) {
+    pub(super) fn raise_ids(&mut self, collection: CollectionId, document: DocumentId, next_sequence: u64) {
         self.totals.raise_ids(collection, document);
+        self.totals.raise_sequence(next_sequence);
     }
 
     /// Enters a durable group, in one batch. The group's segment is in the ledger.
     pub(super) fn enter(&mut self, catalog: &dyn Catalog, group: &Group) -> Result<(), StoreError> {
         let mut draft = Draft::new(catalog, self);
-        for Entry { locator, content } in &group.entries {
-            match content {
-                Content::Collection(id, entry) => draft.collection(*id, entry, locator)?,
-                Content::Document(entry) => draft.document(entry, locator)?,
-                Content::Tombstone(tombstone) => draft.tombstone(tombstone, locator)?,
-                Content::Block(_) => {}
-            }
-        }
-        for Entry { locator, content } in &group.entries {
-            if let Content::Block(id) = content {
-                draft.block(*id, locator)?;
-            }
-        }
+        draft.enter(&group.entries)?;
         if let Some(state) = draft.state(group.segment) {
             state.bytes = group.end;
+            let frame = |entry: &Entry| matches!(entry.content, Content::Group(_)).then(|| entry.locator.bytes());
+            state.frame_bytes += group.entries.iter().filter_map(frame).sum::<u64>();
         }
         let Draft { changes, segments, totals, .. } = draft;
         self.apply(catalog, changes.into_iter().collect(), segments, totals)
     }
 
-    /// Notes that a segment was read up to `end`, and what could not be read in it.
+    /// Enters records that were found again, without saying how far any segment was read. Entering them again changes
+    /// nothing.
+    pub(super) fn enter_found(&mut self, catalog: &dyn Catalog, entries: &[Entry]) -> Result<(), StoreError> {
+        let mut draft = Draft::new(catalog, self);
+        draft.enter(entries)?;
+        let Draft { changes, segments, totals, .. } = draft;
+        self.apply(catalog, changes.into_iter().collect(), segments, totals)
+    }
+
+    /// Notes that a segment was read up to `end`, that `frame_bytes` of what was read are its frame, and what could not be
+    /// read in it.
     pub(super) fn settle(
         &mut self,
         catalog: &dyn Catalog,
         segment: SegmentId,
         end: u64,
+        frame_bytes: u64,
         damages: &[Damage],
     ) -> Result<(), StoreError> {
         let note = |damage: &Damage| catalog::put(key::damage(segment, damage.offset), damage);
-        let state = self.segments.get(&segment).copied().unwrap_or(SegmentState::EMPTY);
-        let segments = BTreeMap::from([(segment, SegmentState { bytes: end, ..state })]);
+        let Some(&state) = self.segments.get(&segment) else { return Ok(()) };
+        let frame_bytes = state.frame_bytes + frame_bytes;
+        let segments = BTreeMap::from([(segment, SegmentState { bytes: end, frame_bytes, ..state })]);
         self.apply(catalog, damages.iter().map(note).collect(), segments, self.totals)
+    }
+
+    /// Notes that documents are in doubt.
+    pub(super) fn doubt(&mut self, catalog: &dyn Catalog, doubts: &[Doubt]) -> Result<(), StoreError> {
+        let note = |doubt: &Doubt| catalog::put(key::doubt(doubt.document), doubt);
+        self.apply(catalog, doubts.iter().map(note).collect(), BTreeMap::new(), self.totals)
     }
 
     /// Notes that nothing refers to a segment any more; `dropped` are tombstones in it that nothing needs.
@@ -147,7 +189,7 @@ impl Ledger {
         dropped: &[DocumentId],
     ) -> Result<(), StoreError> {
         let batch = dropped.iter().map(|&document| (key::tombstone(document), None)).collect();
-        let state = self.segments.get(&segment).copied().unwrap_or(SegmentState::EMPTY);
+        let Some(&state) = self.segments.get(&segment) else { return Ok(()) };
         let segments = BTreeMap::from([(segment, SegmentState { retired: true, ..state })]);
         self.apply(catalog, batch, segments, self.totals)
     }
@@ -163,8 +205,9 @@ impl Ledger {
         self.segments.values().map(|state| state.bytes).sum()
     }
 
+    /// Of what is referred to, and of what frames it.
     pub(super) fn live_bytes(&self) -> u64 {
-        self.segments.values().map(|state| state.live_bytes).sum()
+        self.segments.values().map(|state| state.live_bytes + state.frame_bytes).sum()
     }
 
     fn apply(
@@ -198,8 +241,29 @@ impl<'a> Draft<'a> {
         Draft { catalog, ledger, changes: BTreeMap::new(), segments: BTreeMap::new(), totals: ledger.totals }
     }
 
+    fn enter(&mut self, entries: &[Entry]) -> Result<(), StoreError> {
+        for Entry { locator, content } in entries {
+            match content {
+                Content::Collection(id, entry) => self.collection(*id, entry, locator)?,
+                Content::Document(entry) => self.document(entry, locator)?,
+                Content::Tombstone(tombstone) => self.tombstone(tombstone, locator)?,
+                Content::Group(entry) => self.totals.raise_sequence(entry.number + 1),
+                Content::Block(_) => {}
+            }
+        }
+        for Entry { locator, content } in entries {
+            if let Content::Block(id) = content {
+                self.block(*id, locator)?;
+            }
+        }
+        Ok(())
+    }
+
     fn collection(&mut self, id: CollectionId, entry: &CollectionEntry, locator: &Locator) -> Result<(), StoreError> {
         if let Some((old, _)) = self.get::<(Locator, CollectionEntry)>(&key::collection(id))? {
+            if old.age() >= locator.age() {
+                return Ok(());
+            }
             self.kill(&old);
         }
         self.totals.raise_ids(CollectionId(id.0.saturating_add(1)), DocumentId(0));
@@ -211,26 +275,53 @@ impl<'a> Draft<'a> {
 
     fn document(&mut self, entry: &DocumentEntry, locator: &Locator) -> Result<(), StoreError> {
         let manifest = &entry.manifest;
+        self.totals.raise_ids(CollectionId(0), DocumentId(manifest.id.0.saturating_add(1)));
+        if self.get::<(Locator, Tombstone)>(&key::tombstone(manifest.id))?.is_some() {
+            return Ok(());
+        }
         if let Some((old, before)) = self.get::<(Locator, DocumentEntry)>(&key::document(manifest.id))? {
+            if old.age() >= locator.age() {
+                return Ok(());
+            }
             self.kill(&old);
             self.count_out(&before);
+            self.drop_old_tail(&before, entry)?;
         }
-        self.put(key::document_name(manifest.collection, &manifest.name), &manifest.id);
         self.totals.documents += 1;
         self.totals.blocks += manifest.blocks as u64;
         self.totals.tokens += entry.tokens();
-        self.totals.raise_ids(CollectionId(0), DocumentId(manifest.id.0.saturating_add(1)));
+        let name = key::document_name(manifest.collection, &manifest.name);
+        // Two can live under one name only where a tombstone was lost.
+        if self.get::<DocumentId>(&name)?.is_none_or(|other| other <= manifest.id) {
+            self.put(name, &manifest.id);
+        }
         self.put(key::document(manifest.id), &(locator, entry));
         self.revive(locator);
         Ok(())
     }
 
+    /// What was the tail is not the block at its place any more, whether or not what replaced it is found.
+    fn drop_old_tail(&mut self, before: &DocumentEntry, now: &DocumentEntry) -> Result<(), StoreError> {
+        let index = before.manifest.blocks;
+        let block = key::block(BlockId { document: before.manifest.id, index });
+        if let Some(old) = self.get::<Locator>(&block)?
+            && !now.accepts(index, old.tokens, old.sequence)
+        {
+            self.kill(&old);
+            self.changes.insert(block, None);
+        }
+        Ok(())
+    }
+
     fn block(&mut self, id: BlockId, locator: &Locator) -> Result<(), StoreError> {
         match self.get::<(Locator, DocumentEntry)>(&key::document(id.document))? {
-            Some((_, entry)) if entry.manifest.covers(id.index) => {}
+            Some((_, entry)) if entry.accepts(id.index, locator.tokens, locator.sequence) => {}
             _ => return Ok(()),
         }
         if let Some(old) = self.get::<Locator>(&key::block(id))? {
+            if old.age() >= locator.age() {
+                return Ok(());
+            }
             self.kill(&old);
         }
         self.put(key::block(id), locator);
@@ -241,20 +332,27 @@ impl<'a> Draft<'a> {
     fn tombstone(&mut self, tombstone: &Tombstone, locator: &Locator) -> Result<(), StoreError> {
         let document = tombstone.document;
         if let Some((old, _)) = self.get::<(Locator, Tombstone)>(&key::tombstone(document))? {
+            if old.age() >= locator.age() {
+                return Ok(());
+            }
             self.kill(&old);
         }
         if let Some((old, entry)) = self.get::<(Locator, DocumentEntry)>(&key::document(document))? {
             self.kill(&old);
             self.count_out(&entry);
             self.changes.insert(key::document(document), None);
-            // Compaction may leave the tombstone behind a new document of the same name.
+            self.changes.insert(key::doubt(document), None);
+            // It may be that of a newer document by now.
             let name = key::document_name(entry.manifest.collection, &entry.manifest.name);
             if self.get::<DocumentId>(&name)? == Some(document) {
                 self.changes.insert(name, None);
             }
             for pair in catalog::scan::<Locator>(self.catalog, &key::blocks(document)) {
-                let (key, old) = pair?;
-                self.kill(&old);
+                let (key, _) = pair?;
+                // This batch may already have replaced or removed it.
+                if let Some(old) = self.get::<Locator>(&key)? {
+                    self.kill(&old);
+                }
                 self.changes.insert(key, None);
             }
         }

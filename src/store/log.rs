@@ -1,13 +1,13 @@
 //! Writing groups of records to the end of a segment, and reading segments back without a catalog.
 
+use super::BlockRecord;
 use super::error::StoreError;
 use super::ledger::{Entry, Group};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES, RECORD_MAGIC,
-    RecordHeader, SEGMENT_HEADER_BYTES, SegmentHeader, Tombstone, encode_meta, pack, part_crc,
+    CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES, RECORD_MAGIC,
+    RecordHeader, Salt, Tombstone, encode_meta, pack,
 };
-use super::segment::{SegmentFile, SegmentId};
-use super::{BlockRecord, record};
+use super::segment::{Segment, SegmentFile, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Records are gathered to about this much per write call.
@@ -15,34 +15,35 @@ const WRITE_BYTES: usize = 8 << 20;
 
 /// Writes one group. Nothing of it counts before [`GroupWriter::finish`].
 pub(super) struct GroupWriter<'a> {
-    file: &'a dyn SegmentFile,
-    segment: SegmentId,
+    segment: &'a Segment,
+    number: u64,
     /// Where `buffer` goes.
     offset: u64,
     buffer: Vec<u8>,
-    /// The record begun last, always whole in `buffer`, and where it begins there.
-    last: Option<(usize, RecordHeader)>,
     entries: Vec<Entry>,
 }
 
 impl<'a> GroupWriter<'a> {
-    pub(super) fn new(file: &'a dyn SegmentFile, segment: SegmentId, offset: u64) -> Self {
-        GroupWriter { file, segment, offset, buffer: Vec::new(), last: None, entries: Vec::new() }
+    pub(super) fn new(segment: &'a Segment, number: u64, offset: u64) -> Self {
+        GroupWriter { segment, number, offset, buffer: Vec::new(), entries: Vec::new() }
+    }
+
+    /// The sequence of what is first written in this group.
+    pub(super) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(super) fn collection(&mut self, id: CollectionId, entry: &CollectionEntry) -> Result<(), StoreError> {
-        let block = BlockId { document: DocumentId(0), index: 0 };
-        self.small(Kind::Collection, id, block, &pack(entry), Content::Collection(id, entry.clone()))
+        self.small(Content::Collection(id, entry.clone()), id, self.number)
     }
 
     pub(super) fn document(&mut self, entry: DocumentEntry) -> Result<(), StoreError> {
-        let block = BlockId { document: entry.manifest.id, index: 0 };
-        self.small(Kind::Document, entry.manifest.collection, block, &pack(&entry), Content::Document(entry))
+        let collection = entry.manifest.collection;
+        self.small(Content::Document(entry), collection, self.number)
     }
 
     pub(super) fn tombstone(&mut self, collection: CollectionId, tombstone: Tombstone) -> Result<(), StoreError> {
-        let block = BlockId { document: tombstone.document, index: 0 };
-        self.small(Kind::Tombstone, collection, block, &pack(&tombstone), Content::Tombstone(tombstone))
+        self.small(Content::Tombstone(tombstone), collection, self.number)
     }
 
     /// The caller has checked the block against its collection; `parts` are its sizes.
@@ -53,47 +54,57 @@ impl<'a> GroupWriter<'a> {
         block: &BlockRecord,
         parts: Parts,
     ) -> Result<(), StoreError> {
+        let (kind, commit, sequence) = (Kind::Block, false, self.number);
         let tokens = block.meta.token_ids.len() as u32;
-        let header = RecordHeader { kind: Kind::Block, commit: false, collection, block: id, tokens, parts };
+        let header = RecordHeader { kind, commit, sequence, collection, block: id, tokens, parts };
         self.begin(header, Content::Block(id))?;
-        self.part(id, Part::Meta, &encode_meta(&block.meta));
-        self.part(id, Part::Keys, &block.keys);
+        self.part(&header, Part::Meta, &encode_meta(&block.meta));
+        self.part(&header, Part::Keys, &block.keys);
         for (number, piece) in block.pieces.chunks_exact(parts.piece_bytes as usize).enumerate() {
-            self.part(id, Part::Piece(number as u32), piece);
+            self.part(&header, Part::Piece(number as u32), piece);
         }
         Ok(())
     }
 
-    /// A record that lies elsewhere, with all its bytes.
-    pub(super) fn copy(&mut self, header: RecordHeader, content: Content, record: &[u8]) -> Result<(), StoreError> {
-        self.begin(RecordHeader { commit: false, ..header }, content)?;
-        self.buffer.extend_from_slice(&record[RECORD_HEADER_BYTES..]);
+    /// A record that lies elsewhere and was found whole, with its own sequence.
+    pub(super) fn copy(&mut self, scanned: &Scanned, content: Content) -> Result<(), StoreError> {
+        let header = RecordHeader { commit: false, ..scanned.header };
+        if header.kind != Kind::Block {
+            return self.small(content, header.collection, header.sequence);
+        }
+        self.begin(header, content)?;
+        for part in header.parts.iter() {
+            let (at, len) = header.parts.span(part);
+            self.part(&header, part, &scanned.record[at as usize..at as usize + len]);
+        }
         Ok(())
     }
 
-    /// Marks the last record as the group's commit and makes all of it durable.
+    /// Ends the group with a record that names what is in it, and makes all of it durable.
     pub(super) fn finish(mut self) -> Result<Group, StoreError> {
-        if let Some((at, header)) = self.last {
-            let header = RecordHeader { commit: true, ..header };
-            self.buffer[at..at + RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
-        }
+        let named = |entry: &Entry| entry.content.named(entry.locator.sequence);
+        let named = self.entries.iter().filter_map(named).collect();
+        let end = Content::Group(GroupEntry { number: self.number, named });
+        self.small(end, CollectionId(0), self.number)?;
         self.write_out()?;
-        self.file.sync().map_err(StoreError::io("make a segment durable"))?;
-        Ok(Group { segment: self.segment, end: self.offset, entries: self.entries })
+        self.segment.file.sync().map_err(StoreError::io("make a segment durable"))?;
+        Ok(Group { segment: self.segment.id, entries: self.entries, end: self.offset })
     }
 
-    fn small(
-        &mut self,
-        kind: Kind,
-        collection: CollectionId,
-        block: BlockId,
-        meta: &[u8],
-        content: Content,
-    ) -> Result<(), StoreError> {
+    fn small(&mut self, content: Content, collection: CollectionId, sequence: u64) -> Result<(), StoreError> {
+        let (kind, document, meta) = match &content {
+            Content::Collection(_, entry) => (Kind::Collection, DocumentId(0), pack(entry)),
+            Content::Document(entry) => (Kind::Document, entry.manifest.id, pack(entry)),
+            Content::Tombstone(tombstone) => (Kind::Tombstone, tombstone.document, pack(tombstone)),
+            Content::Group(entry) => (Kind::Group, DocumentId(0), pack(entry)),
+            Content::Block(_) => unreachable!("blocks are not small"),
+        };
         let parts = Parts { meta_bytes: meta.len() as u32, ..Parts::default() };
-        self.begin(RecordHeader { kind, commit: false, collection, block, tokens: 0, parts }, content)?;
-        self.part(block, Part::Meta, meta);
-        self.part(block, Part::Keys, &[]);
+        let (commit, block) = (kind == Kind::Group, BlockId { document, index: 0 });
+        let header = RecordHeader { kind, commit, sequence, collection, block, tokens: 0, parts };
+        self.begin(header, content)?;
+        self.part(&header, Part::Meta, &meta);
+        self.part(&header, Part::Keys, &[]);
         Ok(())
     }
 
@@ -102,42 +113,24 @@ impl<'a> GroupWriter<'a> {
             self.write_out()?;
         }
         let offset = self.offset + self.buffer.len() as u64;
-        let locator = Locator { segment: self.segment, offset, tokens: header.tokens, parts: header.parts };
-        self.entries.push(Entry { locator, content });
-        self.last = Some((self.buffer.len(), header));
-        self.buffer.extend_from_slice(&header.encode());
+        let RecordHeader { sequence, tokens, parts, .. } = header;
+        self.entries
+            .push(Entry { locator: Locator { segment: self.segment.id, offset, sequence, tokens, parts }, content });
+        self.buffer.extend_from_slice(&header.encode(self.segment.salt));
         Ok(())
     }
 
-    fn part(&mut self, block: BlockId, part: Part, bytes: &[u8]) {
+    fn part(&mut self, header: &RecordHeader, part: Part, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
-        self.buffer.extend_from_slice(&part_crc(block, part, bytes).to_le_bytes());
+        self.buffer.extend_from_slice(&header.stamp(self.segment.salt).crc(part, bytes).to_le_bytes());
     }
 
     fn write_out(&mut self) -> Result<(), StoreError> {
-        self.file.write_at(self.offset, &self.buffer).map_err(StoreError::io("write to a segment"))?;
+        self.segment.file.write_at(self.offset, &self.buffer).map_err(StoreError::io("write to a segment"))?;
         self.offset += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
     }
-}
-
-/// The header of a segment: `None` if the file is too short for one or holds something else.
-pub(super) fn read_segment_header(file: &dyn SegmentFile) -> Result<Option<SegmentHeader>, StoreError> {
-    let mut bytes = [0; SEGMENT_HEADER_BYTES];
-    if file.len_bytes().map_err(StoreError::io("measure a segment"))? < bytes.len() as u64 {
-        return Ok(None);
-    }
-    file.read_at(0, &mut bytes).map_err(StoreError::io("read a segment header"))?;
-    let Some(header) = SegmentHeader::check(&bytes) else { return Ok(None) };
-    if header.oldest_reader > record::FORMAT {
-        return Err(StoreError::UnsupportedFormat {
-            segment: header.segment.0,
-            oldest: header.oldest_reader,
-            ours: record::FORMAT,
-        });
-    }
-    Ok(Some(header))
 }
 
 /// What lies at a place in a segment.
@@ -154,41 +147,60 @@ pub(super) enum Item {
 pub(super) struct Scanned {
     pub(super) header: RecordHeader,
     pub(super) offset: u64,
-    /// Header included.
+    /// Header included; empty for a block of a scan that passes over them.
     pub(super) record: Vec<u8>,
-    /// Every part agrees with its checksum.
+    /// Every part that was read agrees with its checksum.
     pub(super) whole: bool,
+    salt: Salt,
 }
 
 impl Scanned {
     pub(super) fn end(&self) -> u64 {
-        self.offset + self.record.len() as u64
+        self.offset + self.header.parts.record_bytes()
     }
 
     /// `None` if its meta is damaged.
     pub(super) fn content(&self) -> Option<Content> {
-        if self.header.kind != Kind::Block && !self.whole {
+        if self.header.kind == Kind::Block {
+            return Some(Content::Block(self.header.block));
+        }
+        if !self.whole {
             return None;
         }
         let (at, len) = self.header.parts.span(Part::Meta);
-        Content::decode(&self.header, &self.record[at as usize..at as usize + len])
+        Content::decode(&self.header, self.salt, &self.record[at as usize..at as usize + len])
     }
 
     pub(super) fn locator(&self, segment: SegmentId) -> Locator {
-        Locator { segment, offset: self.offset, tokens: self.header.tokens, parts: self.header.parts }
+        let RecordHeader { sequence, tokens, parts, .. } = self.header;
+        Locator { segment, offset: self.offset, sequence, tokens, parts }
     }
 }
 
 /// Walks the records in bytes `at..end` of a segment; `at` is where a record begins.
 pub(super) struct Scan<'a> {
     file: &'a dyn SegmentFile,
+    segment: SegmentId,
+    salt: Salt,
     at: u64,
     end: u64,
+    passes_over_blocks: bool,
 }
 
 impl<'a> Scan<'a> {
-    pub(super) fn new(file: &'a dyn SegmentFile, at: u64, end: u64) -> Self {
-        Scan { file, at, end }
+    pub(super) fn new(file: &'a dyn SegmentFile, segment: SegmentId, salt: Salt, at: u64, end: u64) -> Self {
+        Scan { file, segment, salt, at, end, passes_over_blocks: false }
+    }
+
+    /// Reads of blocks only the headers: what is wrong behind them is found by whoever reads the block.
+    pub(super) fn passing_over_blocks(self, passes_over_blocks: bool) -> Self {
+        Scan { passes_over_blocks, ..self }
+    }
+
+    /// Whether any record lies there, as far as the file goes.
+    pub(super) fn any_record(mut self) -> Result<bool, StoreError> {
+        self.end = self.end.min(self.file.len_bytes().map_err(StoreError::io("measure a segment"))?);
+        Ok(self.next_header(self.at)? < self.end)
     }
 
     fn header_at(&self, at: u64) -> Result<Option<RecordHeader>, StoreError> {
@@ -197,7 +209,8 @@ impl<'a> Scan<'a> {
             return Ok(None);
         }
         self.file.read_at(at, &mut bytes).map_err(StoreError::io("read a record header"))?;
-        Ok(RecordHeader::check(&bytes).filter(|header| header.parts.record_bytes() <= self.end - at))
+        let header = RecordHeader::check(&bytes, self.salt, self.segment, at);
+        Ok(header.filter(|header| header.parts.record_bytes() <= self.end - at))
     }
 
     /// The first intact record header at or after `at`, or the end.
@@ -223,12 +236,16 @@ impl<'a> Scan<'a> {
             self.at = self.next_header(from + 1)?;
             return Ok(Item::Gap { from, to: self.at });
         };
+        self.at = from + header.parts.record_bytes();
+        let (mut record, salt) = (Vec::new(), self.salt);
+        if header.kind == Kind::Block && self.passes_over_blocks {
+            return Ok(Item::Record(Scanned { header, offset: from, record, whole: true, salt }));
+        }
         // Bounded by the file's own length, see `header_at`.
-        let mut record = vec![0; header.parts.record_bytes() as usize];
+        record.resize(header.parts.record_bytes() as usize, 0);
         self.file.read_at(from, &mut record).map_err(StoreError::io("read a record"))?;
-        self.at = from + record.len() as u64;
-        let whole = header.damaged_part(&record).is_none();
-        Ok(Item::Record(Scanned { header, offset: from, record, whole }))
+        let whole = header.damaged_part(salt, &record).is_none();
+        Ok(Item::Record(Scanned { header, offset: from, record, whole, salt }))
     }
 }
 

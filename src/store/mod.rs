@@ -7,10 +7,11 @@
 //! Not here: what keys mean, how they are searched, and what a payload is used for.
 //!
 //! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
-//! records), `ledger` (what a group means), `append`, `places` and `read`, `recovery`, `compaction`, `verify`; `piece` stands apart.
+//! records), `ledger` (what records mean), `append`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
+//! `verify`; `piece` stands apart.
 
-use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,9 +24,11 @@ use crate::types::{CollectionId, DocumentId, Engine};
 mod append;
 mod catalog;
 mod compaction;
+mod directory;
 mod error;
 mod ledger;
 mod log;
+mod loss;
 pub mod piece;
 mod places;
 mod read;
@@ -40,16 +43,17 @@ mod double;
 mod tests;
 
 pub use catalog::{Batch, Catalog, Pair, SledCatalog};
+pub use directory::is_data_directory;
 pub use error::{Entity, StoreError};
 pub use record::CollectionEntry;
-pub use segment::{SegmentFile, SegmentFolder, SegmentId, Segments};
+pub use segment::{DirectoryId, SegmentFile, SegmentFolder, SegmentId, Segments, Torn};
 pub use verify::{Fault, VerifyReport};
 
-use ledger::Ledger;
+use ledger::{Doubt, Ledger};
 use log::GroupWriter;
 use places::Places;
 use record::{DocumentEntry, Locator, Tombstone};
-use segment::Handles;
+use segment::{Handles, Segment, private};
 
 /// A document as of its last acknowledged change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,6 +127,8 @@ pub struct Store {
     handles: Handles,
     catalog: Box<dyn Catalog>,
     places: Places,
+    /// Documents that are not read, and why: found when the store was opened.
+    doubts: BTreeMap<DocumentId, String>,
     writer: Mutex<Writer>,
     /// As of the last write; readers of it do not wait for one under way.
     stats: Mutex<StoreStats>,
@@ -132,27 +138,38 @@ pub struct Store {
 
 /// What only the one who writes may touch.
 struct Writer {
-    active: SegmentId,
-    file: Arc<dyn SegmentFile>,
+    active: Arc<Segment>,
     /// Where the next group goes in the active segment.
     end: u64,
     ledger: Ledger,
     /// Damaged segments, which compaction leaves alone.
     unmovable: BTreeSet<SegmentId>,
-    segment_bytes: u64,
+    sizes: Sizes,
     /// A write failed: what is on disk is not known any more.
     failed: bool,
 }
 
+/// How much goes into one file, and into one group of a compaction.
+#[derive(Clone, Copy)]
+struct Sizes {
+    segment_bytes: u64,
+    group_bytes: u64,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Sizes { segment_bytes: limits::SEGMENT_BYTES, group_bytes: limits::COMPACTION_BYTES }
+    }
+}
+
 const LOCK_FILE: &str = "LOCK";
-const SEGMENTS_FOLDER: &str = "segments";
 const CATALOG_FOLDER: &str = "catalog";
 
 impl Store {
     /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        fs::create_dir_all(dir).map_err(StoreError::io("create the data directory"))?;
-        let lock = File::create(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
+        let id = directory::open(dir)?;
+        let lock = private().create(true).open(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(StoreError::Locked { path: dir.to_owned() }),
@@ -160,8 +177,7 @@ impl Store {
                 return Err(StoreError::Io { step: "lock the data directory", source });
             }
         }
-        let segments =
-            SegmentFolder::open(&dir.join(SEGMENTS_FOLDER)).map_err(StoreError::io("open the segment folder"))?;
+        let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
         let catalog = SledCatalog::open(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
         let mut store = Store::open_on(Box::new(segments), Box::new(catalog))?;
         store._lock = Some(lock);
@@ -170,19 +186,18 @@ impl Store {
 
     /// Opens what lies behind the two seams. The caller sees to it that nobody else has it open.
     pub fn open_on(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>) -> Result<Store, StoreError> {
-        Store::open_sized(segments, catalog, limits::SEGMENT_BYTES)
+        Store::open_sized(segments, catalog, Sizes::default())
     }
 
-    fn open_sized(
-        segments: Box<dyn Segments>,
-        catalog: Box<dyn Catalog>,
-        segment_bytes: u64,
-    ) -> Result<Store, StoreError> {
+    fn open_sized(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>, sizes: Sizes) -> Result<Store, StoreError> {
         let handles = Handles::new(segments);
-        let writer = recovery::recover(&handles, &*catalog, segment_bytes)?;
+        let writer = recovery::recover(&handles, &*catalog, sizes)?;
         let stats = Mutex::new(writer.stats());
+        let doubts = catalog::scan::<Doubt>(&*catalog, catalog::key::DOUBTS);
+        let doubts =
+            doubts.map(|pair| pair.map(|(_, doubt)| (doubt.document, doubt.reason))).collect::<Result<_, _>>()?;
         let places = Places::default();
-        Ok(Store { handles, catalog, places, writer: Mutex::new(writer), stats, _lock: None })
+        Ok(Store { handles, catalog, places, doubts, writer: Mutex::new(writer), stats, _lock: None })
     }
 
     /// Creates a collection. Names are unique among collections.
@@ -270,6 +285,7 @@ impl Store {
     pub fn seal(&self, document: DocumentId) -> Result<Manifest, StoreError> {
         self.write(|writer| {
             let mut entry = self.entry(document)?;
+            self.check_undoubted(document)?;
             if !entry.manifest.sealed {
                 entry.manifest.sealed = true;
                 self.make_room(writer, 0)?;
@@ -286,13 +302,23 @@ impl Store {
             let entry = self.entry(document)?;
             let before = writer.ledger.bytes();
             self.make_room(writer, 0)?;
-            let last_segment = writer.active;
+            let last_segment = writer.active.id;
             let tombstone = Tombstone { document, first_segment: entry.first_segment, last_segment };
             self.commit(writer, |group| group.tombstone(entry.manifest.collection, tombstone))?;
             self.compact(writer)?;
             let bytes = before.saturating_sub(writer.ledger.bytes());
             Ok(Freed { blocks: entry.manifest.blocks, bytes })
         })
+    }
+
+    /// What torn ends cut off, in any order.
+    pub fn torn(&self) -> Result<Vec<Torn>, StoreError> {
+        self.handles.folder().torn().map_err(StoreError::io("list what was set aside"))
+    }
+
+    /// Lets go what torn ends cut off.
+    pub fn discard_torn(&self) -> Result<(), StoreError> {
+        self.handles.folder().discard_torn().map_err(StoreError::io("remove what was set aside"))
     }
 
     pub fn stats(&self) -> StoreStats {
@@ -325,8 +351,8 @@ impl Store {
         writer: &mut Writer,
         fill: impl FnOnce(&mut GroupWriter<'_>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let file = writer.file.clone();
-        let mut group = GroupWriter::new(&*file, writer.active, writer.end);
+        let active = writer.active.clone();
+        let mut group = GroupWriter::new(&active, writer.ledger.totals.next_sequence, writer.end);
         fill(&mut group)?;
         let group = group.finish()?;
         writer.end = group.end;
@@ -338,7 +364,9 @@ impl Store {
     fn entry(&self, document: DocumentId) -> Result<DocumentEntry, StoreError> {
         match self.catalog_get::<(Locator, DocumentEntry)>(&catalog::key::document(document))? {
             Some((_, entry)) => Ok(entry),
-            None => Err(StoreError::NotFound { entity: Entity::Document(document) }),
+            None => {
+                self.check_undoubted(document).and(Err(StoreError::NotFound { entity: Entity::Document(document) }))
+            }
         }
     }
 
@@ -367,7 +395,7 @@ impl Writer {
             text_bytes: 0,
             stored_bytes: 0,
         };
-        let mut entry = DocumentEntry { manifest, first_segment: self.active, block_tokens };
+        let mut entry = DocumentEntry { manifest, first_segment: self.active.id, block_tokens, tail_sequence: 0 };
         entry.manifest.stored_bytes = entry.record_bytes();
         entry
     }

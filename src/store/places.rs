@@ -65,7 +65,7 @@ impl Places {
             match &entry.content {
                 Content::Block(block) => drop(known.places.remove(block)),
                 Content::Tombstone(tombstone) => known.forget_document(tombstone.document),
-                Content::Collection(..) | Content::Document(_) => {}
+                Content::Collection(..) | Content::Document(_) | Content::Group(_) => {}
             }
         }
     }
@@ -87,7 +87,7 @@ mod tests {
     const BLOCK: BlockId = BlockId { document: DocumentId(3), index: 1 };
 
     fn at(offset: u64) -> Locator {
-        Locator { segment: SegmentId(1), offset, tokens: 4, parts: Parts::default() }
+        Locator { segment: SegmentId(1), offset, sequence: 1, tokens: 4, parts: Parts::default() }
     }
 
     fn group(content: Content) -> Group {

@@ -4,17 +4,17 @@ use std::io;
 
 use super::catalog::{self, key};
 use super::error::{Entity, StoreError};
-use super::record::{CRC_BYTES, DocumentEntry, Locator, Part, checked_part, decode_meta};
-use super::segment::SegmentFile;
+use super::record::{CRC_BYTES, DocumentEntry, Locator, Part, Stamp, decode_meta};
+use super::segment::Segment;
 use super::{BlockMeta, Store};
-use crate::types::BlockId;
+use crate::types::{BlockId, DocumentId};
 
 impl Store {
     /// Token ids and text of a block, and the bytes that its record takes on disk. Index `blocks` is the tail.
     pub fn read_meta(&self, block: BlockId) -> Result<(BlockMeta, u64), StoreError> {
-        self.with_block(block, |file, locator| {
+        self.with_block(block, |segment, locator| {
             let mut bytes = Vec::new();
-            read_part(file, locator, block, Part::Meta, &mut bytes)?;
+            read_part(segment, locator, block, Part::Meta, &mut bytes)?;
             let meta =
                 decode_meta(locator.tokens, &bytes).ok_or_else(|| damaged(block, "its token list is too short"))?;
             Ok((meta, locator.bytes()))
@@ -23,38 +23,38 @@ impl Store {
 
     /// The landmark keys as they were appended; empty for a tail.
     pub fn read_keys(&self, block: BlockId) -> Result<Vec<u8>, StoreError> {
-        self.with_block(block, |file, locator| {
+        self.with_block(block, |segment, locator| {
             let mut keys = Vec::new();
-            read_part(file, locator, block, Part::Keys, &mut keys)?;
+            read_part(segment, locator, block, Part::Keys, &mut keys)?;
             Ok(keys)
         })
     }
 
     /// Replaces `into` by one piece (`layer * Hkv + kv_head`), read with a single positioned read and checked.
     pub fn read_piece(&self, block: BlockId, piece: usize, into: &mut Vec<u8>) -> Result<(), StoreError> {
-        self.with_block(block, |file, locator| read_part(file, locator, block, piece_of(locator, piece)?, into))
+        self.with_block(block, |segment, locator| read_part(segment, locator, block, piece_of(locator, piece)?, into))
     }
 
     /// As [`read_piece`](Self::read_piece), but only what needs no disk: false, and `into` in any state, if it would.
     pub fn read_piece_at_hand(&self, block: BlockId, piece: usize, into: &mut Vec<u8>) -> Result<bool, StoreError> {
-        self.with_block(block, |file, locator| {
+        self.with_block(block, |segment, locator| {
             let part = piece_of(locator, piece)?;
             let (begin, len) = locator.parts.span(part);
             into.resize(len + CRC_BYTES, 0);
-            let read = file.read_at_hand(locator.offset + begin, into);
+            let read = segment.file.read_at_hand(locator.offset + begin, into);
             if !read.map_err(StoreError::io("read from a segment"))? {
                 return Ok(false);
             }
-            check_part(block, part, into).map(|()| true)
+            check_part(stamp(segment, locator, block), part, into).map(|()| true)
         })
     }
 
     /// A hint that a piece will be read soon: those of many calls come from the disk side by side. Whatever is wrong with
     /// it is told by the read.
     pub fn expect_piece(&self, block: BlockId, piece: usize) {
-        let _ = self.with_block(block, |file, locator| {
+        let _ = self.with_block(block, |segment, locator| {
             let (begin, len) = locator.parts.span(piece_of(locator, piece)?);
-            file.expect(locator.offset + begin, (len + CRC_BYTES) as u64);
+            segment.file.expect(locator.offset + begin, (len + CRC_BYTES) as u64);
             Ok(())
         });
     }
@@ -68,16 +68,16 @@ impl Store {
 
     /// Replaces `into` by all L * Hkv pieces, one behind the other, read with a single positioned read and checked.
     pub fn read_pieces(&self, block: BlockId, into: &mut Vec<u8>) -> Result<(), StoreError> {
-        self.with_block(block, |file, locator| {
+        self.with_block(block, |segment, locator| {
             let (begin, piece_bytes) = locator.parts.span(Part::Piece(0));
             into.clear();
             into.resize((locator.bytes() - begin) as usize, 0);
-            read_exact(file, locator.offset + begin, block, into)?;
-            let stride = piece_bytes + CRC_BYTES;
+            read_exact(segment, locator.offset + begin, block, into)?;
+            let (stamp, stride) = (stamp(segment, locator, block), piece_bytes + CRC_BYTES);
             for piece in 0..locator.parts.pieces as usize {
                 let part = Part::Piece(piece as u32);
                 let from = piece * stride;
-                checked_part(block, part, &into[from..from + stride]).ok_or_else(|| mismatch(block, part))?;
+                stamp.checked(part, &into[from..from + stride]).ok_or_else(|| mismatch(block, part))?;
                 // The checksums in between go.
                 into.copy_within(from..from + piece_bytes, piece * piece_bytes);
             }
@@ -91,27 +91,33 @@ impl Store {
     pub(super) fn with_block<T>(
         &self,
         block: BlockId,
-        mut read: impl FnMut(&dyn SegmentFile, &Locator) -> Result<T, StoreError>,
+        mut read: impl FnMut(&Segment, &Locator) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let mut locator = self.locate(block)?;
         loop {
             match self.handles.get(locator.segment) {
-                Ok(file) => return read(&*file, &locator),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(segment) => return read(&segment, &locator),
+                Err(error) if error.is_missing() => {
                     let again = self.locate(block)?;
                     if again.segment == locator.segment {
                         return Err(damaged(block, &format!("segment {} is missing", locator.segment)));
                     }
                     locator = again;
                 }
-                Err(source) => return Err(StoreError::Io { step: "open a segment", source }),
+                Err(error @ StoreError::Foreign { .. }) => return Err(damaged(block, &error.to_string())),
+                Err(error) => return Err(error),
             }
         }
     }
 
     /// Where a block lies. `Damaged` if its document has it and the catalog has lost it.
     fn locate(&self, block: BlockId) -> Result<Locator, StoreError> {
-        let look_up = || self.places.find(block, || catalog::get(&*self.catalog, &key::block(block)));
+        let look_up = || {
+            self.places.find(block, || {
+                self.check_undoubted(block.document)?;
+                catalog::get(&*self.catalog, &key::block(block))
+            })
+        };
         if let Some(locator) = look_up()? {
             return Ok(locator);
         }
@@ -131,10 +137,22 @@ impl Store {
         let entry = catalog::get::<(Locator, DocumentEntry)>(&*self.catalog, &key::document(block.document))?;
         Ok(entry.is_some_and(|(_, entry)| entry.manifest.covers(block.index)))
     }
+
+    /// `Damaged` if what is known of a document may be outdated.
+    pub(super) fn check_undoubted(&self, document: DocumentId) -> Result<(), StoreError> {
+        match self.doubts.get(&document) {
+            None => Ok(()),
+            Some(reason) => Err(StoreError::Damaged { block: None, detail: reason.clone() }),
+        }
+    }
+}
+
+fn stamp(segment: &Segment, locator: &Locator, block: BlockId) -> Stamp {
+    Stamp { salt: segment.salt, sequence: locator.sequence, block }
 }
 
 fn read_part(
-    file: &dyn SegmentFile,
+    segment: &Segment,
     locator: &Locator,
     block: BlockId,
     part: Part,
@@ -142,13 +160,13 @@ fn read_part(
 ) -> Result<(), StoreError> {
     let (begin, len) = locator.parts.span(part);
     into.resize(len + CRC_BYTES, 0);
-    read_exact(file, locator.offset + begin, block, into)?;
-    check_part(block, part, into)
+    read_exact(segment, locator.offset + begin, block, into)?;
+    check_part(stamp(segment, locator, block), part, into)
 }
 
 /// Takes the checksum off, which has to agree.
-fn check_part(block: BlockId, part: Part, bytes: &mut Vec<u8>) -> Result<(), StoreError> {
-    let len = checked_part(block, part, bytes).ok_or_else(|| mismatch(block, part))?.len();
+fn check_part(stamp: Stamp, part: Part, bytes: &mut Vec<u8>) -> Result<(), StoreError> {
+    let len = stamp.checked(part, bytes).ok_or_else(|| mismatch(stamp.block, part))?.len();
     bytes.truncate(len);
     Ok(())
 }
@@ -164,13 +182,8 @@ fn piece_of(locator: &Locator, piece: usize) -> Result<Part, StoreError> {
 }
 
 /// Reads bytes that belong to a block: a file that ends early is damage to it.
-pub(super) fn read_exact(
-    file: &dyn SegmentFile,
-    offset: u64,
-    block: BlockId,
-    into: &mut [u8],
-) -> Result<(), StoreError> {
-    file.read_at(offset, into).map_err(|source| match source.kind() {
+pub(super) fn read_exact(segment: &Segment, offset: u64, block: BlockId, into: &mut [u8]) -> Result<(), StoreError> {
+    segment.file.read_at(offset, into).map_err(|source| match source.kind() {
         io::ErrorKind::UnexpectedEof => damaged(block, "its segment file ends before it"),
         _ => StoreError::Io { step: "read from a segment", source },
     })

@@ -1,27 +1,43 @@
 //! The format of a segment, as code. Little-endian, fixed width.
 //!
 //! ```text
-//! segment = segment header, record*
+//! segment = segment header, group*
+//! group   = record*, group record
 //! record  = record header, meta, crc, keys, crc, (piece, crc)*
 //! ```
 //!
-//! Every record says what it is, so the catalog can be rebuilt from segments alone. Records are written in groups;
-//! the last of a group carries the commit flag, and a group counts only as a whole. The checksum of each part also
-//! covers which block and which part it is, so that intact bytes in the wrong place are caught. Pieces have equal
-//! sizes and their own checksums, so that one read at a computed offset gets and proves one piece.
+//! Every record says what it is, so the catalog can be rebuilt from segments alone. Records are written in groups, and
+//! a group counts only as a whole. Groups are numbered without gaps; the record that ends a group says its number and
+//! names its manifests, tombstones and collections, so that a rebuild knows what damage took away. A record carries the
+//! number of the group that it was first written in, its *sequence*: a copy keeps it, so a record means the same wherever
+//! compaction puts it. Of two records of one thing the one with the higher sequence counts.
+//!
+//! Every checksum begins with the segment's salt, which follows from the directory's id and the segment's number and is
+//! known to no client: bytes of a text are never taken for a record, nor records of another segment or directory. The
+//! checksum of a part also covers the record's sequence, its block and which part it is, so that intact bytes in the
+//! wrong place are caught. Pieces have equal sizes and their own checksums, so that one read at a computed offset gets
+//! and proves one piece.
+//!
+//! Formats 1 to 3 had no salt, no sequences (a record's place stands for it) and a flag in place of the group record.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use super::segment::SegmentId;
+use super::segment::{DirectoryId, SegmentId};
 use super::{BlockMeta, Manifest};
 use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId, DocumentId, Engine};
 
 /// What this build writes. Raise it with every change of the format.
-pub(super) const FORMAT: u32 = 3;
+pub(super) const FORMAT: u32 = 4;
 /// The oldest build that can read what this one writes.
-const FORMAT_OLDEST_READER: u32 = 3;
+const FORMAT_OLDEST_READER: u32 = 4;
+/// The first with salted checksums, sequences and group records.
+const FORMAT_SALTED: u32 = 4;
+
+/// The first number of a group. Below are the places that stand for the sequences of records of formats 1 to 3.
+pub(super) const SEQUENCE_FIRST: u64 = 1 << 63;
 
 pub(super) const CRC_BYTES: usize = 4;
 
@@ -32,7 +48,11 @@ mod segment_header {
     pub(super) const SEGMENT: std::ops::Range<usize> = OLDEST.end..OLDEST.end + 4;
     pub(super) const NEXT_COLLECTION: std::ops::Range<usize> = SEGMENT.end..SEGMENT.end + 4;
     pub(super) const NEXT_DOCUMENT: std::ops::Range<usize> = NEXT_COLLECTION.end..NEXT_COLLECTION.end + 8;
-    pub(super) const CRC: std::ops::Range<usize> = NEXT_DOCUMENT.end..NEXT_DOCUMENT.end + super::CRC_BYTES;
+    /// Where headers of formats 1 to 3 end.
+    pub(super) const UNSALTED_CRC: std::ops::Range<usize> = NEXT_DOCUMENT.end..NEXT_DOCUMENT.end + super::CRC_BYTES;
+    pub(super) const DIRECTORY: std::ops::Range<usize> = NEXT_DOCUMENT.end..NEXT_DOCUMENT.end + 16;
+    pub(super) const NEXT_SEQUENCE: std::ops::Range<usize> = DIRECTORY.end..DIRECTORY.end + 8;
+    pub(super) const CRC: std::ops::Range<usize> = NEXT_SEQUENCE.end..NEXT_SEQUENCE.end + super::CRC_BYTES;
 }
 
 mod record_header {
@@ -48,12 +68,14 @@ mod record_header {
     pub(super) const KEYS_BYTES: std::ops::Range<usize> = META_BYTES.end..META_BYTES.end + 4;
     pub(super) const PIECE_BYTES: std::ops::Range<usize> = KEYS_BYTES.end..KEYS_BYTES.end + 4;
     pub(super) const PIECES: std::ops::Range<usize> = PIECE_BYTES.end..PIECE_BYTES.end + 4;
+    pub(super) const SEQUENCE: std::ops::Range<usize> = PIECES.end..PIECES.end + 8;
     /// Zero for now; whoever gives it a meaning raises the format.
-    pub(super) const RESERVED: std::ops::Range<usize> = PIECES.end..PIECES.end + 16;
+    pub(super) const RESERVED: std::ops::Range<usize> = SEQUENCE.end..SEQUENCE.end + 8;
     pub(super) const CRC: std::ops::Range<usize> = RESERVED.end..RESERVED.end + super::CRC_BYTES;
 }
 
 pub(super) const SEGMENT_HEADER_BYTES: usize = segment_header::CRC.end;
+const UNSALTED_SEGMENT_HEADER_BYTES: usize = segment_header::UNSALTED_CRC.end;
 pub(super) const RECORD_HEADER_BYTES: usize = record_header::CRC.end;
 const _: () = assert!(RECORD_HEADER_BYTES == 64);
 
@@ -70,11 +92,29 @@ pub(super) struct SegmentHeader {
     /// Every id below was given out before this segment began: ids stay unique when all that bore them is gone.
     pub(super) next_collection: CollectionId,
     pub(super) next_document: DocumentId,
+    /// The number of the segment's first group; 0 in formats 1 to 3.
+    pub(super) next_sequence: u64,
+    /// The data directory that it was written in; none in formats 1 to 3.
+    pub(super) directory: Option<DirectoryId>,
 }
 
 impl SegmentHeader {
-    pub(super) fn new(segment: SegmentId, next_collection: CollectionId, next_document: DocumentId) -> Self {
-        SegmentHeader { format: FORMAT, oldest_reader: FORMAT_OLDEST_READER, segment, next_collection, next_document }
+    pub(super) fn new(
+        segment: SegmentId,
+        directory: DirectoryId,
+        next_collection: CollectionId,
+        next_document: DocumentId,
+        next_sequence: u64,
+    ) -> Self {
+        SegmentHeader {
+            format: FORMAT,
+            oldest_reader: FORMAT_OLDEST_READER,
+            segment,
+            next_collection,
+            next_document,
+            next_sequence,
+            directory: Some(directory),
+        }
     }
 
     pub(super) fn encode(&self) -> [u8; SEGMENT_HEADER_BYTES] {
@@ -86,24 +126,82 @@ impl SegmentHeader {
         bytes[at::SEGMENT].copy_from_slice(&self.segment.0.to_le_bytes());
         bytes[at::NEXT_COLLECTION].copy_from_slice(&self.next_collection.0.to_le_bytes());
         bytes[at::NEXT_DOCUMENT].copy_from_slice(&self.next_document.0.to_le_bytes());
+        bytes[at::DIRECTORY].copy_from_slice(&self.directory.unwrap_or(DirectoryId([0; 16])).0);
+        bytes[at::NEXT_SEQUENCE].copy_from_slice(&self.next_sequence.to_le_bytes());
         let crc = crc32fast::hash(&bytes[..at::CRC.start]);
         bytes[at::CRC].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
-    /// `None` if these bytes are no intact header.
-    pub(super) fn check(bytes: &[u8; SEGMENT_HEADER_BYTES]) -> Option<Self> {
+    /// Reads the first bytes of a segment, [`SEGMENT_HEADER_BYTES`] or as many as there are; `None` if they are no intact
+    /// header.
+    pub(super) fn check(bytes: &[u8]) -> Option<Self> {
         use segment_header as at;
-        let intact = bytes[at::MAGIC] == SEGMENT_MAGIC
-            && crc32fast::hash(&bytes[..at::CRC.start]) == u32_at(bytes, at::CRC.start);
-        intact.then(|| SegmentHeader {
-            format: u32_at(bytes, at::FORMAT.start),
+        if bytes.len() < UNSALTED_SEGMENT_HEADER_BYTES || bytes[at::MAGIC] != SEGMENT_MAGIC {
+            return None;
+        }
+        let format = u32_at(bytes, at::FORMAT.start);
+        let salted = format >= FORMAT_SALTED;
+        let crc = if salted { at::CRC } else { at::UNSALTED_CRC };
+        if bytes.len() < crc.end || crc32fast::hash(&bytes[..crc.start]) != u32_at(bytes, crc.start) {
+            return None;
+        }
+        let directory = || bytes[at::DIRECTORY].try_into().ok().map(DirectoryId);
+        Some(SegmentHeader {
+            format,
             oldest_reader: u32_at(bytes, at::OLDEST.start),
             segment: SegmentId(u32_at(bytes, at::SEGMENT.start)),
             next_collection: CollectionId(u32_at(bytes, at::NEXT_COLLECTION.start)),
             next_document: DocumentId(u64_at(bytes, at::NEXT_DOCUMENT.start)),
+            next_sequence: if salted { u64_at(bytes, at::NEXT_SEQUENCE.start) } else { 0 },
+            directory: if salted { directory() } else { None },
         })
     }
+}
+
+/// What every checksum of a segment begins with; none in formats 1 to 3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Salt(Option<[u8; 8]>);
+
+impl Salt {
+    /// Of segments of formats 1 to 3.
+    pub(super) const NONE: Salt = Salt(None);
+
+    pub(super) fn of(directory: DirectoryId, segment: SegmentId) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"landmarkdb segment salt\0");
+        hash.update(directory.0);
+        hash.update(segment.0.to_le_bytes());
+        let digest: [u8; 32] = hash.finalize().into();
+        let mut salt = [0; 8];
+        salt.copy_from_slice(&digest[..8]);
+        Salt(Some(salt))
+    }
+
+    /// Where the first record of a segment begins.
+    pub(super) fn first_record(self) -> u64 {
+        let bytes = if self == Salt::NONE { UNSALTED_SEGMENT_HEADER_BYTES } else { SEGMENT_HEADER_BYTES };
+        bytes as u64
+    }
+
+    fn hasher(self) -> crc32fast::Hasher {
+        let mut hasher = crc32fast::Hasher::new();
+        if let Some(salt) = &self.0 {
+            hasher.update(salt);
+        }
+        hasher
+    }
+
+    fn crc(self, bytes: &[u8]) -> u32 {
+        let mut hasher = self.hasher();
+        hasher.update(bytes);
+        hasher.finalize()
+    }
+}
+
+/// The sequence of a record of formats 1 to 3: later places are newer, and all are older than any group's number.
+pub(super) fn sequence_of_place(segment: SegmentId, offset: u64) -> u64 {
+    ((segment.0 as u64) << 40 | offset) & (SEQUENCE_FIRST - 1)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +210,8 @@ pub(super) enum Kind {
     Document = 2,
     Block = 3,
     Tombstone = 4,
+    /// Ends a group.
+    Group = 5,
 }
 
 /// Sizes of a record's parts. Everything but a block has only `meta`.
@@ -151,6 +251,13 @@ impl Parts {
         self.span(Part::Piece(self.pieces)).0
     }
 
+    /// Whether its sizes add up to a number of bytes at all: what came from a disk may say anything.
+    fn add_up(&self) -> bool {
+        let stride = self.piece_bytes as u64 + CRC_BYTES as u64;
+        // The other parts are below 2^34 together.
+        (self.pieces as u64).checked_mul(stride).is_some_and(|bytes| bytes < 1 << 62)
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = Part> {
         [Part::Meta, Part::Keys].into_iter().chain((0..self.pieces).map(Part::Piece))
     }
@@ -162,6 +269,7 @@ pub(super) struct RecordHeader {
     pub(super) kind: Kind,
     /// Last of its group.
     pub(super) commit: bool,
+    pub(super) sequence: u64,
     pub(super) collection: CollectionId,
     /// Document 0, which no document has, for a collection.
     pub(super) block: BlockId,
@@ -170,7 +278,7 @@ pub(super) struct RecordHeader {
 }
 
 impl RecordHeader {
-    pub(super) fn encode(&self) -> [u8; RECORD_HEADER_BYTES] {
+    pub(super) fn encode(&self, salt: Salt) -> [u8; RECORD_HEADER_BYTES] {
         use record_header as at;
         let mut bytes = [0; RECORD_HEADER_BYTES];
         bytes[at::MAGIC].copy_from_slice(&RECORD_MAGIC);
@@ -185,47 +293,97 @@ impl RecordHeader {
         bytes[at::KEYS_BYTES].copy_from_slice(&self.parts.keys_bytes.to_le_bytes());
         bytes[at::PIECE_BYTES].copy_from_slice(&self.parts.piece_bytes.to_le_bytes());
         bytes[at::PIECES].copy_from_slice(&self.parts.pieces.to_le_bytes());
-        let crc = crc32fast::hash(&bytes[..at::CRC.start]);
+        bytes[at::SEQUENCE].copy_from_slice(&self.sequence.to_le_bytes());
+        let crc = salt.crc(&bytes[..at::CRC.start]);
         bytes[at::CRC].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
-    /// `None` if these bytes are no intact header.
-    pub(super) fn check(bytes: &[u8; RECORD_HEADER_BYTES]) -> Option<Self> {
+    /// What lies at `offset` of a segment; `None` if these bytes are no intact header of a record there.
+    pub(super) fn check(
+        bytes: &[u8; RECORD_HEADER_BYTES],
+        salt: Salt,
+        segment: SegmentId,
+        offset: u64,
+    ) -> Option<Self> {
         use record_header as at;
-        let intact = bytes[at::MAGIC] == RECORD_MAGIC
-            && crc32fast::hash(&bytes[..at::CRC.start]) == u32_at(bytes, at::CRC.start);
+        if bytes[at::MAGIC] != RECORD_MAGIC || salt.crc(&bytes[..at::CRC.start]) != u32_at(bytes, at::CRC.start) {
+            return None;
+        }
         let kind = match bytes[at::KIND] {
             1 => Kind::Collection,
             2 => Kind::Document,
             3 => Kind::Block,
             4 => Kind::Tombstone,
+            5 => Kind::Group,
             _ => return None,
         };
-        intact.then(|| RecordHeader {
+        let parts = Parts {
+            meta_bytes: u32_at(bytes, at::META_BYTES.start),
+            keys_bytes: u32_at(bytes, at::KEYS_BYTES.start),
+            piece_bytes: u32_at(bytes, at::PIECE_BYTES.start),
+            pieces: u32_at(bytes, at::PIECES.start),
+        };
+        let unsalted = salt == Salt::NONE;
+        parts.add_up().then(|| RecordHeader {
             kind,
             commit: bytes[at::FLAGS] & FLAG_COMMIT != 0,
+            sequence: if unsalted { sequence_of_place(segment, offset) } else { u64_at(bytes, at::SEQUENCE.start) },
             collection: CollectionId(u32_at(bytes, at::COLLECTION.start)),
             block: BlockId {
                 document: DocumentId(u64_at(bytes, at::DOCUMENT.start)),
                 index: u32_at(bytes, at::INDEX.start),
             },
             tokens: u32_at(bytes, at::TOKENS.start),
-            parts: Parts {
-                meta_bytes: u32_at(bytes, at::META_BYTES.start),
-                keys_bytes: u32_at(bytes, at::KEYS_BYTES.start),
-                piece_bytes: u32_at(bytes, at::PIECE_BYTES.start),
-                pieces: u32_at(bytes, at::PIECES.start),
-            },
+            parts,
         })
     }
 
+    pub(super) fn stamp(&self, salt: Salt) -> Stamp {
+        Stamp { salt, sequence: self.sequence, block: self.block }
+    }
+
     /// The first damaged part of a record that lies in `record`, header included.
-    pub(super) fn damaged_part(&self, record: &[u8]) -> Option<Part> {
+    pub(super) fn damaged_part(&self, salt: Salt, record: &[u8]) -> Option<Part> {
+        let stamp = self.stamp(salt);
         self.parts.iter().find(|&part| {
             let (at, len) = self.parts.span(part);
-            checked_part(self.block, part, &record[at as usize..at as usize + len + CRC_BYTES]).is_none()
+            stamp.checked(part, &record[at as usize..at as usize + len + CRC_BYTES]).is_none()
         })
+    }
+}
+
+/// What the checksums of a record's parts cover besides their bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stamp {
+    pub(super) salt: Salt,
+    pub(super) sequence: u64,
+    pub(super) block: BlockId,
+}
+
+impl Stamp {
+    /// Checksum of one part: salt and sequence, `(document, index, part)`, then the bytes.
+    pub(super) fn crc(&self, part: Part, bytes: &[u8]) -> u32 {
+        let number = match part {
+            Part::Meta => 0,
+            Part::Keys => 1,
+            Part::Piece(piece) => 2 + piece as u64,
+        };
+        let mut hasher = self.salt.hasher();
+        if self.salt != Salt::NONE {
+            hasher.update(&self.sequence.to_le_bytes());
+        }
+        hasher.update(&self.block.document.0.to_le_bytes());
+        hasher.update(&self.block.index.to_le_bytes());
+        hasher.update(&number.to_le_bytes());
+        hasher.update(bytes);
+        hasher.finalize()
+    }
+
+    /// The part's bytes without the checksum behind them; `None` if it does not agree.
+    pub(super) fn checked<'a>(&self, part: Part, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let (bytes, crc) = bytes.split_at_checked(bytes.len().checked_sub(CRC_BYTES)?)?;
+        (self.crc(part, bytes) == u32_at(crc, 0)).then_some(bytes)
     }
 }
 
@@ -234,6 +392,7 @@ impl RecordHeader {
 pub(super) struct Locator {
     pub(super) segment: SegmentId,
     pub(super) offset: u64,
+    pub(super) sequence: u64,
     pub(super) tokens: u32,
     pub(super) parts: Parts,
 }
@@ -241,6 +400,11 @@ pub(super) struct Locator {
 impl Locator {
     pub(super) fn bytes(&self) -> u64 {
         self.parts.record_bytes()
+    }
+
+    /// Of two records of one thing the greater counts: the newer, and of copies the later.
+    pub(super) fn age(&self) -> (u64, SegmentId, u64) {
+        (self.sequence, self.segment, self.offset)
     }
 }
 
@@ -266,9 +430,39 @@ pub(super) struct DocumentEntry {
     pub(super) first_segment: SegmentId,
     /// B of its collection.
     pub(super) block_tokens: u32,
+    /// The sequence of the record that is its tail; 0 if it has none, or in formats 1 to 3, which did not say.
+    pub(super) tail_sequence: u64,
+}
+
+/// A manifest as formats 1 to 3 kept it.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
+struct UnnamedTailEntry {
+    manifest: Manifest,
+    first_segment: SegmentId,
+    block_tokens: u32,
 }
 
 impl DocumentEntry {
+    fn decode(salt: Salt, meta: &[u8]) -> Option<Self> {
+        if salt != Salt::NONE {
+            return unpack(meta);
+        }
+        let UnnamedTailEntry { manifest, first_segment, block_tokens } = unpack(meta)?;
+        Some(DocumentEntry { manifest, first_segment, block_tokens, tail_sequence: 0 })
+    }
+
+    /// Whether a record of `tokens` tokens is block `index` of the document as it is now: a full block is never
+    /// replaced, and the tail is the one that the manifest names.
+    pub(super) fn accepts(&self, index: u32, tokens: u32, sequence: u64) -> bool {
+        let Manifest { blocks, tail_tokens, .. } = self.manifest;
+        if index < blocks {
+            return tokens == self.block_tokens;
+        }
+        let is_tail = index == blocks && tail_tokens > 0 && tokens == tail_tokens;
+        is_tail && (self.tail_sequence == 0 || sequence == self.tail_sequence)
+    }
+
     pub(super) fn tokens(&self) -> u64 {
         self.manifest.blocks as u64 * self.block_tokens as u64 + self.manifest.tail_tokens as u64
     }
@@ -287,6 +481,27 @@ pub(super) struct Tombstone {
     pub(super) last_segment: SegmentId,
 }
 
+/// A record that a group names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Named {
+    Collection(CollectionId, u64),
+    Document(DocumentId, u64),
+    Tombstone(DocumentId, u64),
+}
+
+/// The end of a group: its number, and which of its records are no blocks. What blocks there are their manifest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct GroupEntry {
+    pub(super) number: u64,
+    pub(super) named: Vec<Named>,
+}
+
+impl GroupEntry {
+    pub(super) fn record_bytes(&self) -> u64 {
+        Parts { meta_bytes: pack(self).len() as u32, ..Parts::default() }.record_bytes()
+    }
+}
+
 /// What a record says, payload aside.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Content {
@@ -294,39 +509,30 @@ pub(super) enum Content {
     Document(DocumentEntry),
     Block(BlockId),
     Tombstone(Tombstone),
+    Group(GroupEntry),
 }
 
 impl Content {
     /// Reads what an intact header and its checked meta say; `None` if they make no sense.
-    pub(super) fn decode(header: &RecordHeader, meta: &[u8]) -> Option<Self> {
+    pub(super) fn decode(header: &RecordHeader, salt: Salt, meta: &[u8]) -> Option<Self> {
         Some(match header.kind {
             Kind::Collection => Content::Collection(header.collection, CollectionEntry::decode(meta)?),
-            Kind::Document => Content::Document(unpack(meta)?),
+            Kind::Document => Content::Document(DocumentEntry::decode(salt, meta)?),
             Kind::Block => Content::Block(header.block),
             Kind::Tombstone => Content::Tombstone(unpack(meta)?),
+            Kind::Group => Content::Group(unpack(meta)?),
         })
     }
-}
 
-/// Checksum of one part: `(document, index, part)` first, then the bytes.
-pub(super) fn part_crc(block: BlockId, part: Part, bytes: &[u8]) -> u32 {
-    let number = match part {
-        Part::Meta => 0,
-        Part::Keys => 1,
-        Part::Piece(piece) => 2 + piece as u64,
-    };
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&block.document.0.to_le_bytes());
-    hasher.update(&block.index.to_le_bytes());
-    hasher.update(&number.to_le_bytes());
-    hasher.update(bytes);
-    hasher.finalize()
-}
-
-/// The part's bytes without the checksum behind them; `None` if it does not agree.
-pub(super) fn checked_part(block: BlockId, part: Part, bytes: &[u8]) -> Option<&[u8]> {
-    let (bytes, crc) = bytes.split_at_checked(bytes.len().checked_sub(CRC_BYTES)?)?;
-    (part_crc(block, part, bytes) == u32_at(crc, 0)).then_some(bytes)
+    /// As a group names it; `None` for what it does not name.
+    pub(super) fn named(&self, sequence: u64) -> Option<Named> {
+        match self {
+            Content::Collection(id, _) => Some(Named::Collection(*id, sequence)),
+            Content::Document(entry) => Some(Named::Document(entry.manifest.id, sequence)),
+            Content::Tombstone(tombstone) => Some(Named::Tombstone(tombstone.document, sequence)),
+            Content::Block(_) | Content::Group(_) => None,
+        }
+    }
 }
 
 /// Meta of a block with T tokens: token ids `(T)` u32, text start u64, text offsets `(T)` u32, text.

@@ -1,40 +1,60 @@
-//! Opening: what the log says beyond what the catalog knows is entered, and what a crash left half written is cut
-//! off. The same code serves after a crash and when the catalog was deleted; only where it starts differs.
+//! Opening: what the log says beyond what the catalog knows is entered, and what a crash left half written is set aside and
+//! cut off. The same code serves after a crash and when the catalog was deleted; only where it starts differs.
 //!
-//! Groups are made durable one at a time, so only the very last group of the last segment can be half written:
-//! whatever is broken there was never acknowledged. Broken bytes anywhere else are damage: they are noted, logged,
-//! reported by `verify`, and blocks they held are reported as damaged when read.
+//! Groups are made durable one at a time, so only the very last group of the last segment can be half written.
+//! Broken bytes anywhere else are damage: they are noted, logged, reported by `verify`, blocks they held are reported as
+//! damaged when read, and documents of which they may have held a newer record are in doubt (see `loss`).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::Writer;
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
-use super::ledger::{Damage, Entry, Group, Ledger, SegmentState};
-use super::log::{Item, Scan, read_segment_header};
-use super::record::{Content, FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
-use super::segment::{Handles, SegmentFile, SegmentId};
+use super::ledger::{Damage, Entry, Ledger, SegmentState};
+use super::log::Item;
+use super::loss::{self, Loss};
+use super::record::{Content, FORMAT, Kind, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::segment::{Handles, Segment, SegmentId};
+use super::{Sizes, Writer};
+
+/// Records that are entered in one batch.
+const BATCH_RECORDS: usize = 4096;
+
+/// Bytes that are read and written again at once.
+const REWRITE_BYTES: u64 = 4 << 20;
 
 /// Brings catalog and log together and finds where to write on.
-pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, segment_bytes: u64) -> Result<Writer, StoreError> {
-    let mut ledger = Ledger::load(catalog)?;
+pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) -> Result<Writer, StoreError> {
+    let mut ledger = Ledger::load(catalog, handles.folder().directory())?;
     finish_removals(handles, catalog, &mut ledger)?;
 
-    let ids = handles.list().map_err(StoreError::io("list the segments"))?;
+    let mut ids = handles.list()?;
     report_missing(&ids, &ledger);
-    refuse_unknown_old(&ids, &ledger)?;
+    refuse_unknown_old(handles, &mut ids, &ledger)?;
     let mut news = Vec::new();
     let mut tail = None;
-    for &id in &ids {
-        let file = handles.get(id).map_err(StoreError::io("open a segment"))?;
-        let last = Some(&id) == ids.last();
-        let (end, found) = replay(&*file, id, last, &mut ledger)?;
+    for (at, &id) in ids.iter().enumerate() {
+        let segment = match handles.get(id) {
+            Err(error @ StoreError::Foreign { .. }) => {
+                tracing::error!(%error, "a segment is not read");
+                continue;
+            }
+            segment => segment?,
+        };
+        let next = match ids.get(at + 1) {
+            None => Next::Last,
+            Some(&next) => Next::Segment(following(handles, id, next)),
+        };
+        if next == Next::Last && remove_unborn(handles, &segment, &ledger)? {
+            tail = None;
+            continue;
+        }
+        let (end, found) = replay(handles, &segment, next, &mut ledger)?;
         news.extend(found.map(|found| (id, end, found)));
-        tail = last.then_some((id, file, end));
+        tail = (next == Next::Last).then_some((segment, end));
     }
     if !news.is_empty() {
-        enter_all(catalog, &mut ledger, news)?;
+        enter_all(catalog, &mut ledger, &news)?;
         catalog.flush().map_err(StoreError::catalog("flush"))?;
     }
 
@@ -44,54 +64,41 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, segment_bytes: u
     }
     // A last segment shorter than the catalog knows lost acknowledged bytes, and one of an older format says that older
     // builds can read it: leave both as they are.
-    let goes_on = match &tail {
-        Some((id, file, end)) => {
-            ledger.segments.get(id).is_some_and(|state| state.bytes == *end)
-                && read_segment_header(&**file)?.is_some_and(|header| header.format == FORMAT)
-        }
-        None => false,
+    let goes_on = |(segment, end): &(Arc<Segment>, u64)| {
+        let whole = ledger.segments.get(&segment.id).is_some_and(|state| state.bytes == *end);
+        whole && segment.header.is_some_and(|header| header.format == FORMAT)
     };
-    match tail {
-        Some((id, file, end)) if goes_on => {
-            Ok(Writer { active: id, file, end, ledger, unmovable, segment_bytes, failed: false })
-        }
-        _ => {
-            let (active, file) = begin_segment(handles, &mut ledger)?;
-            let end = SEGMENT_HEADER_BYTES as u64;
-            Ok(Writer { active, file, end, ledger, unmovable, segment_bytes, failed: false })
-        }
-    }
+    let (active, end) = match tail.filter(goes_on) {
+        Some(tail) => tail,
+        None => (begin_segment(handles, &mut ledger)?, SEGMENT_HEADER_BYTES as u64),
+    };
+    Ok(Writer { active, end, ledger, unmovable, sizes, failed: false })
 }
 
 /// Creates the next segment, durable and with nothing but its header.
-pub(super) fn begin_segment(
-    handles: &Handles,
-    ledger: &mut Ledger,
-) -> Result<(SegmentId, Arc<dyn SegmentFile>), StoreError> {
-    let id = SegmentId(ledger.segments.last_key_value().map_or(0, |(id, _)| id.0) + 1);
-    let file = handles.create(id).map_err(StoreError::io("create a segment"))?;
-    write_header(&*file, id, ledger)?;
-    ledger.segments.insert(id, SegmentState::EMPTY);
-    Ok((id, file))
-}
-
-fn write_header(file: &dyn SegmentFile, id: SegmentId, ledger: &Ledger) -> Result<(), StoreError> {
-    let header = SegmentHeader::new(id, ledger.totals.next_collection, ledger.totals.next_document);
-    file.write_at(0, &header.encode()).map_err(StoreError::io("write a segment header"))?;
-    file.sync().map_err(StoreError::io("make a segment durable"))
+pub(super) fn begin_segment(handles: &Handles, ledger: &mut Ledger) -> Result<Arc<Segment>, StoreError> {
+    let known = ledger.segments.last_key_value().map_or(0, |(id, _)| id.0);
+    let newest = handles.list()?.last().map_or(0, |id| id.0).max(known);
+    let id = SegmentId(newest + 1);
+    let totals = &ledger.totals;
+    let (directory, next) = (handles.folder().directory(), totals.next_sequence);
+    let segment =
+        handles.create(SegmentHeader::new(id, directory, totals.next_collection, totals.next_document, next))?;
+    ledger.segments.insert(id, SegmentState::empty(SEGMENT_HEADER_BYTES as u64));
+    Ok(segment)
 }
 
 /// A crash during compaction may leave segments that nothing refers to.
 fn finish_removals(handles: &Handles, catalog: &dyn Catalog, ledger: &mut Ledger) -> Result<(), StoreError> {
     let retired: Vec<SegmentId> =
         ledger.segments.iter().filter(|(_, state)| state.retired).map(|(&id, _)| id).collect();
+    if !retired.is_empty() {
+        // The process may have died before this was durable: a catalog that fell back would look for the files.
+        catalog.flush().map_err(StoreError::catalog("flush"))?;
+    }
     for id in retired {
-        match handles.remove(id) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StoreError::Io { step: "remove a segment", source: error });
-            }
-            _ => ledger.forget(catalog, id)?,
-        }
+        handles.remove(id)?;
+        ledger.forget(catalog, id)?;
     }
     Ok(())
 }
@@ -103,152 +110,229 @@ fn report_missing(ids: &[SegmentId], ledger: &Ledger) {
 }
 
 /// A file that is older than what the catalog knows, and that it does not know, was put there by somebody. Entering
-/// it now would let old records replace newer ones.
-fn refuse_unknown_old(ids: &[SegmentId], ledger: &Ledger) -> Result<(), StoreError> {
-    let Some(newest) = ledger.segments.keys().last() else { return Ok(()) };
-    match ids.iter().find(|id| *id < newest && !ledger.segments.contains_key(id)) {
-        None => Ok(()),
-        Some(id) => Err(StoreError::Damaged {
-            block: None,
-            detail: format!(
-                "segment {id} is not in the catalog though newer ones are: remove it, or delete the catalog folder to \
-                 have it rebuilt from all segments"
-            ),
-        }),
-    }
-}
-
-/// Enters what all segments say that the catalog does not know. Compaction leaves blocks in front of the manifest that
-/// covers them, or in an older segment, so blocks come after everything else; and how far each segment was read is
-/// noted last, so that a crash before that only reads it again.
-fn enter_all(
-    catalog: &dyn Catalog,
-    ledger: &mut Ledger,
-    mut news: Vec<(SegmentId, u64, Found)>,
-) -> Result<(), StoreError> {
-    let is_block = |entry: &mut Entry| matches!(entry.content, Content::Block(_));
-    let mut blocks = Vec::new();
-    for (segment, _, found) in &mut news {
-        let mark = ledger.segments.get(segment).map_or(0, |state| state.bytes);
-        for mut group in found.groups.drain(..) {
-            let entries = group.entries.extract_if(.., is_block).collect();
-            blocks.push(Group { segment: *segment, entries, end: mark });
-            group.end = mark;
-            ledger.enter(catalog, &group)?;
+/// it now would let old records replace newer ones. One that never came to hold anything is removed instead.
+fn refuse_unknown_old(handles: &Handles, ids: &mut Vec<SegmentId>, ledger: &Ledger) -> Result<(), StoreError> {
+    let Some(&newest) = ledger.segments.keys().last() else { return Ok(()) };
+    let unknown: Vec<SegmentId> =
+        ids.iter().copied().filter(|id| *id < newest && !ledger.segments.contains_key(id)).collect();
+    for id in unknown {
+        let segment = handles.get(id)?;
+        if segment.len_bytes()? > SEGMENT_HEADER_BYTES as u64 {
+            return Err(StoreError::Damaged {
+                block: None,
+                detail: format!(
+                    "segment {id} is not in the catalog though newer ones are: remove it, or run `landmarkdb repair` to \
+                     rebuild the catalog from all segments"
+                ),
+            });
         }
-    }
-    for group in &blocks {
-        ledger.enter(catalog, group)?;
-    }
-    for (segment, end, found) in &news {
-        for damage in &found.damages {
-            let Damage { offset, bytes, .. } = damage;
-            tracing::error!(segment = segment.0, offset, bytes, "damaged bytes in a segment");
-        }
-        ledger.settle(catalog, *segment, *end, &found.damages)?;
+        handles.remove(id)?;
+        ids.retain(|other| *other != id);
     }
     Ok(())
+}
+
+/// Removes the last segment if the crash came while it was being created.
+fn remove_unborn(handles: &Handles, segment: &Segment, ledger: &Ledger) -> Result<bool, StoreError> {
+    let len = segment.len_bytes()?;
+    if segment.header.is_some() || ledger.segments.contains_key(&segment.id) || segment.scan(0, len).any_record()? {
+        return Ok(false);
+    }
+    set_aside(handles, segment, 0, len)?;
+    handles.remove(segment.id)?;
+    Ok(true)
+}
+
+/// What comes behind a segment.
+#[derive(Clone, Copy, PartialEq)]
+enum Next {
+    Last,
+    /// With the number of its first group, if it directly follows.
+    Segment(Option<u64>),
+}
+
+fn following(handles: &Handles, id: SegmentId, next: SegmentId) -> Option<u64> {
+    let header = handles.get(next).ok().filter(|_| next.0 == id.0 + 1)?.header?;
+    Some(header.next_sequence).filter(|&sequence| sequence > 0)
 }
 
 /// Reads what lies beyond the catalog's knowledge of one segment. Returns where the segment ends now, and what was
 /// found if there was anything to read.
 fn replay(
-    file: &dyn SegmentFile,
-    id: SegmentId,
-    last: bool,
+    handles: &Handles,
+    segment: &Segment,
+    next: Next,
     ledger: &mut Ledger,
 ) -> Result<(u64, Option<Found>), StoreError> {
-    let len = file.len_bytes().map_err(StoreError::io("measure a segment"))?;
-    let known = ledger.segments.get(&id).copied();
-    if let Some(state) = known
-        && len <= state.bytes
-        && !last
-    {
-        return Ok((len, None));
+    let len = segment.len_bytes()?;
+    let known = ledger.segments.get(&segment.id).copied();
+    // The number of the group before what is read now.
+    let before = match known {
+        Some(_) => Some(ledger.totals.next_sequence - 1),
+        None => segment.header.map(|header| header.next_sequence).and_then(|first| first.checked_sub(1)),
+    };
+    if let Some(header) = &segment.header {
+        ledger.raise_ids(header.next_collection, header.next_document, header.next_sequence);
     }
-    let header = read_segment_header(file)?;
-    if let Some(header) = &header {
-        ledger.raise_ids(header.next_collection, header.next_document);
-    }
-    let state = *ledger.segments.entry(id).or_insert(SegmentState::EMPTY);
+    let first = segment.salt.first_record();
+    let state = *ledger.segments.entry(segment.id).or_insert(SegmentState::empty(first));
     if known.is_some() && len <= state.bytes {
         return Ok((len, None));
     }
 
-    let mut found = read_groups(file, id, state.bytes, len)?;
+    let mut found = read_records(segment, state.bytes, len, next == Next::Last)?;
+    if segment.header.is_none() && known.is_none() {
+        found.damages.push(Damage { segment: segment.id, offset: 0, bytes: first, document: None });
+    }
     let mut end = len;
-    if last && header.is_none() && known.is_none() && found.groups.is_empty() {
-        // The crash came while the segment was being created.
-        file.truncate(0).map_err(StoreError::io("cut a segment"))?;
-        write_header(file, id, ledger)?;
-        end = SEGMENT_HEADER_BYTES as u64;
-        found.damages.clear();
-    } else {
-        if header.is_none() && known.is_none() {
-            found.damages.push(Damage { segment: id, offset: 0, bytes: SEGMENT_HEADER_BYTES as u64, document: None });
-        }
-        if last && let Some(cut) = found.torn_from(state.bytes, len) {
-            tracing::info!(segment = id.0, offset = cut, bytes = len - cut, "cutting off an unfinished append");
-            found.groups.retain(|group| group.end <= cut);
-            found.damages.retain(|damage| damage.offset < cut);
-            file.truncate(cut).map_err(StoreError::io("cut a segment"))?;
+    if next == Next::Last {
+        if let Some(cut) = found.torn_from(state.bytes, len) {
+            set_aside(handles, segment, cut, len)?;
+            found.forget_from(cut);
+            segment.file.truncate(cut).map_err(StoreError::io("cut a segment"))?;
             end = cut;
         }
+        // What the crash left may be in the page cache only, and is about to count. After a flush that failed such pages
+        // pass for written: write them again.
+        rewrite(segment, if known.is_some() { state.bytes } else { 0 }, end)?;
     }
-    // What the crash left may be in the page cache only, and is about to count.
-    file.sync().map_err(StoreError::io("make a segment durable"))?;
+    let following = if let Next::Segment(following) = next { following } else { None };
+    found.losses = loss::of_segment(&found.entries, &found.damages, before, following);
     Ok((end, Some(found)))
+}
+
+/// Keeps bytes `from..to` of a segment elsewhere, for they are about to be cut off.
+fn set_aside(handles: &Handles, segment: &Segment, from: u64, to: u64) -> Result<(), StoreError> {
+    if from == to {
+        return Ok(());
+    }
+    let mut bytes = vec![0; (to - from) as usize];
+    segment.file.read_at(from, &mut bytes).map_err(StoreError::io("read a segment"))?;
+    handles
+        .folder()
+        .set_aside(segment.id, from, &bytes)
+        .map_err(StoreError::io("set aside what a torn end cuts off"))?;
+    tracing::warn!(segment = segment.id.0, offset = from, bytes = to - from, "set aside an unfinished append");
+    Ok(())
+}
+
+pub(super) fn rewrite(segment: &Segment, from: u64, to: u64) -> Result<(), StoreError> {
+    let mut at = from;
+    let mut bytes = Vec::new();
+    while at < to {
+        bytes.resize(REWRITE_BYTES.min(to - at) as usize, 0);
+        segment.file.read_at(at, &mut bytes).map_err(StoreError::io("read a segment"))?;
+        segment.file.write_at(at, &bytes).map_err(StoreError::io("write to a segment"))?;
+        at += bytes.len() as u64;
+    }
+    segment.file.sync().map_err(StoreError::io("make a segment durable"))
+}
+
+/// Enters what all segments say that the catalog does not know. Manifests, tombstones and collections come first, blocks
+/// after all of them; how far each segment was read is noted last, so that a crash before that only reads it again.
+fn enter_all(catalog: &dyn Catalog, ledger: &mut Ledger, news: &[(SegmentId, u64, Found)]) -> Result<(), StoreError> {
+    for blocks in [false, true] {
+        let now = |entry: &&Entry| matches!(entry.content, Content::Block(_)) == blocks;
+        for (_, _, found) in news {
+            let entries: Vec<Entry> = found.entries.iter().filter(now).cloned().collect();
+            for batch in entries.chunks(BATCH_RECORDS) {
+                ledger.enter_found(catalog, batch)?;
+            }
+        }
+    }
+    let damaged = news.iter().filter(|(_, _, found)| !found.damages.is_empty());
+    let uncovered: Vec<&Entry> = damaged.flat_map(|(_, _, found)| &found.entries).collect();
+    let losses: Vec<Loss> = news.iter().flat_map(|(_, _, found)| found.losses.iter().copied()).collect();
+    let doubts = loss::doubts(catalog, &losses, &uncovered)?;
+    for doubt in &doubts {
+        tracing::error!(document = doubt.document.0, "{}", doubt.reason);
+    }
+    ledger.doubt(catalog, &doubts)?;
+    for (segment, end, found) in news {
+        for Damage { offset, bytes, .. } in &found.damages {
+            tracing::error!(segment = segment.0, offset, bytes, "damaged bytes in a segment");
+        }
+        ledger.settle(catalog, *segment, *end, found.frame_bytes(), &found.damages)?;
+    }
+    Ok(())
 }
 
 /// What was read from a stretch of a segment.
 #[derive(Default)]
 struct Found {
-    groups: Vec<Group>,
+    entries: Vec<Entry>,
+    /// Where its groups end.
+    ends: Vec<u64>,
     /// What can be told apart no more.
     damages: Vec<Damage>,
     /// Where anything at all is broken, blocks with an intact header included: these are entered all the same, so
     /// that reading them names them.
     broken: Vec<u64>,
+    losses: Vec<Loss>,
 }
 
 impl Found {
     /// Where the half-written end of the last segment, read in bytes `from..len`, begins, if it has one: after the
     /// last group if anything follows it, before that group if it is broken itself.
     fn torn_from(&self, from: u64, len: u64) -> Option<u64> {
-        let mut ends = self.groups.iter().rev().map(|group| group.end).chain([from]);
+        let mut ends = self.ends.iter().rev().copied().chain([from]);
         let last_end = ends.next().unwrap_or(from);
         if last_end < len {
             return Some(last_end);
         }
-        let begin = ends.next().unwrap_or(from);
+        let begin = match self.last_numbers() {
+            // The end of the group before is lost, which was durable when the last one was begun: damage, not a torn write.
+            Some((before, last)) if last > before + 1 => {
+                self.entries.iter().find(|entry| entry.locator.sequence == last)?.locator.offset
+            }
+            _ => ends.next().unwrap_or(from),
+        };
         self.broken.iter().any(|&offset| offset >= begin).then_some(begin)
+    }
+
+    /// The numbers of the last two groups whose ends are there.
+    fn last_numbers(&self) -> Option<(u64, u64)> {
+        let number = |entry: &Entry| if let Content::Group(end) = &entry.content { Some(end.number) } else { None };
+        let mut numbers = self.entries.iter().rev().filter_map(number);
+        let last = numbers.next()?;
+        Some((numbers.next()?, last))
+    }
+
+    fn forget_from(&mut self, cut: u64) {
+        self.entries.retain(|entry| entry.locator.offset < cut);
+        self.damages.retain(|damage| damage.offset < cut);
+    }
+
+    fn frame_bytes(&self) -> u64 {
+        let frame = |entry: &&Entry| matches!(entry.content, Content::Group(_));
+        self.entries.iter().filter(frame).map(|entry| entry.locator.bytes()).sum()
     }
 }
 
-fn read_groups(file: &dyn SegmentFile, segment: SegmentId, from: u64, to: u64) -> Result<Found, StoreError> {
+/// `last`: in the last segment blocks are read whole, for its end may be half written.
+fn read_records(segment: &Segment, from: u64, to: u64, last: bool) -> Result<Found, StoreError> {
     let mut found = Found::default();
-    let mut entries = Vec::new();
-    for item in Scan::new(file, from, to) {
+    for item in segment.scan(from, to).passing_over_blocks(!last) {
         match item? {
             Item::Gap { from, to } => {
                 found.broken.push(from);
-                found.damages.push(Damage { segment, offset: from, bytes: to - from, document: None });
+                found.damages.push(Damage { segment: segment.id, offset: from, bytes: to - from, document: None });
             }
             Item::Record(scanned) => {
                 if !scanned.whole {
                     found.broken.push(scanned.offset);
                 }
                 match scanned.content() {
-                    Some(content) => entries.push(Entry { locator: scanned.locator(segment), content }),
+                    Some(content) => found.entries.push(Entry { locator: scanned.locator(segment.id), content }),
                     None => found.damages.push(Damage {
-                        segment,
+                        segment: segment.id,
                         offset: scanned.offset,
                         bytes: scanned.record.len() as u64,
-                        document: Some(scanned.header.block.document),
+                        document: Some(scanned.header.block.document).filter(|_| scanned.header.kind != Kind::Group),
                     }),
                 }
                 if scanned.header.commit {
-                    found.groups.push(Group { segment, entries: std::mem::take(&mut entries), end: scanned.end() });
+                    found.ends.push(scanned.end());
                 }
             }
         }

@@ -3,16 +3,20 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::fs::Advice;
 use rustix::io::ReadWriteFlags;
 use serde::{Deserialize, Serialize};
+
+use super::error::StoreError;
+use super::log::Scan;
+use super::record::{FORMAT, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
 
 /// One segment of the log. Numbers grow with age and are never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,8 +28,43 @@ impl fmt::Display for SegmentId {
     }
 }
 
+/// A data directory, for good: drawn when it is created. It is in every segment's header and checksums, so that segments of
+/// two directories are never taken for each other's. No client learns it.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoryId(pub [u8; 16]);
+
+impl DirectoryId {
+    pub fn draw() -> Self {
+        DirectoryId(rand::random())
+    }
+}
+
+impl fmt::Display for DirectoryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for DirectoryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a torn end cut off, kept until the operator lets it go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Torn {
+    pub segment: SegmentId,
+    /// Where it lay.
+    pub offset: u64,
+    pub bytes: u64,
+}
+
 /// The set of segments.
 pub trait Segments: Send + Sync {
+    /// The directory that they belong to.
+    fn directory(&self) -> DirectoryId;
+
     /// All that exist, in any order.
     fn list(&self) -> io::Result<Vec<SegmentId>>;
 
@@ -37,6 +76,15 @@ pub trait Segments: Send + Sync {
 
     /// Removes one, durably. Handles that are open stay readable.
     fn remove(&self, id: SegmentId) -> io::Result<()>;
+
+    /// Keeps bytes that are about to be cut off a segment at `offset`, durably. Keeping them again changes nothing.
+    fn set_aside(&self, id: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// What was set aside, in any order.
+    fn torn(&self) -> io::Result<Vec<Torn>>;
+
+    /// Lets go what was set aside.
+    fn discard_torn(&self) -> io::Result<()>;
 }
 
 /// One segment. All methods take `&self`: positions are arguments, so readers and the writer share a handle.
@@ -63,19 +111,20 @@ pub trait SegmentFile: Send + Sync {
     fn truncate(&self, len_bytes: u64) -> io::Result<()>;
 }
 
-/// Segments as files `0000000001.seg` in one folder.
+/// Segments as files `0000000001.seg` in one folder, and what was cut off them as `0000000001-OFFSET.torn` beside it.
 pub struct SegmentFolder {
+    directory: DirectoryId,
     path: PathBuf,
+    torn: PathBuf,
 }
 
 impl SegmentFolder {
-    /// Creates the folder if absent.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        fs::create_dir_all(path)?;
-        if let Some(parent) = path.parent() {
-            File::open(parent)?.sync_all()?;
-        }
-        Ok(SegmentFolder { path: path.to_owned() })
+    /// In a data directory that exists; creates the folder if absent.
+    pub fn open(data: &Path, directory: DirectoryId) -> io::Result<Self> {
+        let path = data.join("segments");
+        create_private(&path)?;
+        File::open(data)?.sync_all()?;
+        Ok(SegmentFolder { directory, path, torn: data.join("torn") })
     }
 
     fn file(&self, id: SegmentId) -> PathBuf {
@@ -92,7 +141,30 @@ pub(super) fn file_name(id: SegmentId) -> String {
     format!("{:010}.seg", id.0)
 }
 
+/// Creates a folder that nobody else can look into, if absent.
+pub(super) fn create_private(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// How files of a data directory are opened: whatever is created is nobody else's to read.
+pub(super) fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
+fn torn_of(entry: &fs::DirEntry) -> Option<Torn> {
+    let name = entry.file_name();
+    let (segment, offset) = name.to_str()?.strip_suffix(".torn")?.split_once('-')?;
+    let bytes = entry.metadata().ok()?.len();
+    Some(Torn { segment: SegmentId(segment.parse().ok()?), offset: offset.parse().ok()?, bytes })
+}
+
 impl Segments for SegmentFolder {
+    fn directory(&self) -> DirectoryId {
+        self.directory
+    }
+
     fn list(&self) -> io::Result<Vec<SegmentId>> {
         let mut ids = Vec::new();
         for entry in fs::read_dir(&self.path)? {
@@ -105,11 +177,11 @@ impl Segments for SegmentFolder {
     }
 
     fn open(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        Ok(Arc::new(OpenOptions::new().read(true).write(true).open(self.file(id))?))
+        Ok(Arc::new(private().open(self.file(id))?))
     }
 
     fn create(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(self.file(id))?;
+        let file = private().create_new(true).open(self.file(id))?;
         self.sync()?;
         Ok(Arc::new(file))
     }
@@ -117,6 +189,30 @@ impl Segments for SegmentFolder {
     fn remove(&self, id: SegmentId) -> io::Result<()> {
         fs::remove_file(self.file(id))?;
         self.sync()
+    }
+
+    fn set_aside(&self, id: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        create_private(&self.torn)?;
+        let file = private().create(true).truncate(true).open(self.torn.join(format!("{:010}-{offset}.torn", id.0)))?;
+        file.write_all_at(bytes, 0)?;
+        file.sync_all()?;
+        File::open(&self.torn)?.sync_all()?;
+        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()
+    }
+
+    fn torn(&self) -> io::Result<Vec<Torn>> {
+        match fs::read_dir(&self.torn) {
+            Ok(entries) => Ok(entries.filter_map(|entry| torn_of(&entry.ok()?)).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn discard_torn(&self) -> io::Result<()> {
+        match fs::remove_dir_all(&self.torn) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -157,10 +253,65 @@ impl SegmentFile for File {
 /// Open handles kept for readers: well under the usual 1024 file descriptors of a process.
 const OPEN_MAX: usize = 256;
 
+/// One segment, open, and how its records are checked.
+pub(super) struct Segment {
+    pub(super) id: SegmentId,
+    pub(super) file: Arc<dyn SegmentFile>,
+    pub(super) salt: Salt,
+    /// `None` if it is damaged.
+    pub(super) header: Option<SegmentHeader>,
+}
+
+impl Segment {
+    /// Reads the header.
+    ///
+    /// `Foreign` for a segment of another directory or under another's number, `UnsupportedFormat` for one of a newer build.
+    fn read(id: SegmentId, file: Arc<dyn SegmentFile>, directory: DirectoryId) -> Result<Self, StoreError> {
+        let mut bytes = [0; SEGMENT_HEADER_BYTES];
+        let len = file.len_bytes().map_err(StoreError::io("measure a segment"))?.min(bytes.len() as u64) as usize;
+        file.read_at(0, &mut bytes[..len]).map_err(StoreError::io("read a segment header"))?;
+        let header = SegmentHeader::check(&bytes[..len]);
+        let own = Salt::of(directory, id);
+        let Some(found) = header else {
+            let salted = Scan::new(&*file, id, own, 0, own.first_record() + HEADERLESS_SEARCH_BYTES).any_record()?;
+            let salt = if salted { own } else { Salt::NONE };
+            return Ok(Segment { id, file, salt, header: None });
+        };
+        if found.oldest_reader > FORMAT {
+            let (oldest, ours) = (found.oldest_reader, FORMAT);
+            return Err(StoreError::UnsupportedFormat { segment: id.0, oldest, ours });
+        }
+        if found.segment != id || found.directory.is_some_and(|found| found != directory) {
+            return Err(StoreError::Foreign { segment: id.0 });
+        }
+        let salt = if found.directory.is_some() { own } else { Salt::NONE };
+        Ok(Segment { id, file, salt, header })
+    }
+
+    /// Its records in bytes `at..end`.
+    pub(super) fn scan(&self, at: u64, end: u64) -> Scan<'_> {
+        Scan::new(&*self.file, self.id, self.salt, at, end)
+    }
+
+    pub(super) fn len_bytes(&self) -> Result<u64, StoreError> {
+        self.file.len_bytes().map_err(StoreError::io("measure a segment"))
+    }
+}
+
+/// How far a segment without a header is searched for a record that says which format it has.
+const HEADERLESS_SEARCH_BYTES: u64 = 4 << 20;
+
 /// Shared handles, opened on first use.
 pub(super) struct Handles {
     segments: Box<dyn Segments>,
-    open: RwLock<BTreeMap<SegmentId, Arc<dyn SegmentFile>>>,
+    open: RwLock<Open>,
+}
+
+#[derive(Default)]
+struct Open {
+    segments: BTreeMap<SegmentId, Arc<Segment>>,
+    /// Segments removed so far.
+    removals: u64,
 }
 
 impl Handles {
@@ -168,38 +319,76 @@ impl Handles {
         Handles { segments, open: RwLock::default() }
     }
 
-    pub(super) fn list(&self) -> io::Result<Vec<SegmentId>> {
-        let mut ids = self.segments.list()?;
+    /// The folder below, for what is no segment.
+    pub(super) fn folder(&self) -> &dyn Segments {
+        &*self.segments
+    }
+
+    pub(super) fn list(&self) -> Result<Vec<SegmentId>, StoreError> {
+        let mut ids = self.segments.list().map_err(StoreError::io("list the segments"))?;
         ids.sort();
         Ok(ids)
     }
 
-    pub(super) fn get(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        if let Some(file) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
-            return Ok(file.clone());
-        }
-        let file = self.segments.open(id)?;
-        self.keep(id, &file);
-        Ok(file)
-    }
-
-    pub(super) fn create(&self, id: SegmentId) -> io::Result<Arc<dyn SegmentFile>> {
-        let file = self.segments.create(id)?;
-        self.keep(id, &file);
-        Ok(file)
-    }
-
-    pub(super) fn remove(&self, id: SegmentId) -> io::Result<()> {
-        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        self.segments.remove(id)
-    }
-
-    fn keep(&self, id: SegmentId, file: &Arc<dyn SegmentFile>) {
+    /// An existing segment; see [`StoreError::is_missing`] for one that is not there.
+    pub(super) fn get(&self, id: SegmentId) -> Result<Arc<Segment>, StoreError> {
+        let removals = {
+            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(segment) = open.segments.get(&id) {
+                return Ok(segment.clone());
+            }
+            open.removals
+        };
+        let file = self.segments.open(id).map_err(StoreError::io("open a segment"))?;
+        let segment = Arc::new(Segment::read(id, file, self.segments.directory())?);
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if open.len() >= OPEN_MAX {
-            // The oldest data is the least likely to be read next; whoever holds the handle keeps it.
-            open.pop_first();
+        // Of a segment removed meanwhile no handle is kept: its bytes would stay on the disk as long.
+        if open.removals == removals {
+            open.keep(&segment);
         }
-        open.insert(id, file.clone());
+        Ok(segment)
+    }
+
+    /// A new segment, durable, with nothing but its header.
+    pub(super) fn create(&self, header: SegmentHeader) -> Result<Arc<Segment>, StoreError> {
+        let id = header.segment;
+        let file = self.segments.create(id).map_err(StoreError::io("create a segment"))?;
+        if let Err(error) = write_header(&*file, header) {
+            // Best effort: recovery passes over a segment without a header, too.
+            let _ = self.segments.remove(id);
+            return Err(error);
+        }
+        let salt = Salt::of(self.segments.directory(), id);
+        let segment = Arc::new(Segment { id, file, salt, header: Some(header) });
+        self.open.write().unwrap_or_else(PoisonError::into_inner).keep(&segment);
+        Ok(segment)
+    }
+
+    pub(super) fn remove(&self, id: SegmentId) -> Result<(), StoreError> {
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        open.segments.remove(&id);
+        open.removals += 1;
+        match self.segments.remove(id) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::Io { step: "remove a segment", source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Writes the header of a segment that holds nothing yet, durably.
+pub(super) fn write_header(file: &dyn SegmentFile, header: SegmentHeader) -> Result<(), StoreError> {
+    file.write_at(0, &header.encode()).map_err(StoreError::io("write a segment header"))?;
+    file.sync().map_err(StoreError::io("make a segment durable"))
+}
+
+impl Open {
+    fn keep(&mut self, segment: &Arc<Segment>) {
+        if self.segments.len() >= OPEN_MAX {
+            // The oldest data is the least likely to be read next; whoever holds the handle keeps it.
+            self.segments.pop_first();
+        }
+        self.segments.insert(segment.id, segment.clone());
     }
 }

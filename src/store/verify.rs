@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use super::Store;
 use super::catalog::{self, key};
 use super::error::StoreError;
-use super::ledger::{Damage, SegmentState};
-use super::log::{Item, Scan, Scanned, read_segment_header};
+use super::ledger::{Damage, Doubt};
+use super::log::{Item, Scanned};
 use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact};
 use super::record::{
     CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader, Tombstone,
 };
-use super::segment::{SegmentFile, SegmentId};
+use super::segment::{Segment, SegmentId};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
 
@@ -97,7 +97,7 @@ impl Store {
         let keys = self.collection(manifest.collection)?.map(|collection| KeysLayout::of(&collection.spec));
         for index in 0..manifest.blocks + (manifest.tail_tokens > 0) as u32 {
             let block = BlockId { document: manifest.id, index };
-            match self.with_block(block, |file, locator| verify_block(file, locator, block, entry, keys)) {
+            match self.with_block(block, |segment, locator| verify_block(segment, locator, block, entry, keys)) {
                 Ok(bytes) => {
                     report.bytes += bytes;
                     report.blocks += 1;
@@ -138,11 +138,18 @@ impl Store {
     }
 
     fn verify_segments(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
-        for id in self.handles.list().map_err(StoreError::io("list the segments"))? {
-            let Ok(file) = self.handles.get(id) else { continue };
-            if read_segment_header(&*file)?.is_none_or(|header| header.segment != id) {
-                report.fault(None, None, format!("the header of segment {id} is damaged"));
+        for id in self.handles.list()? {
+            match self.handles.get(id) {
+                Ok(segment) if segment.header.is_some() => {}
+                Ok(_) => report.fault(None, None, format!("the header of segment {id} is damaged")),
+                Err(error @ StoreError::Foreign { .. }) => report.fault(None, None, error.to_string()),
+                // Removed since, or missing, which is reported elsewhere.
+                Err(_) => {}
             }
+        }
+        for pair in catalog::scan::<Doubt>(&*self.catalog, key::DOUBTS) {
+            let Doubt { document, reason } = pair?.1;
+            report.fault(Some(document), None, reason);
         }
         for pair in catalog::scan::<Damage>(&*self.catalog, key::DAMAGES) {
             let damage = pair?.1;
@@ -176,15 +183,26 @@ impl Store {
             add(pair?.1);
         }
         for (id, state) in &writer.ledger.segments {
-            let found = live.remove(id).unwrap_or(0) + SegmentState::EMPTY.live_bytes;
+            let found = live.remove(id).unwrap_or(0);
             if found != state.live_bytes {
                 let problem = format!("segment {id}: {} live bytes on the books, {found} found", state.live_bytes);
                 report.fault(None, None, problem);
             }
         }
-        let files = self.handles.list().map_err(StoreError::io("list the segments"))?;
+        let files = self.handles.list()?;
         for id in writer.ledger.segments.keys().filter(|id| !files.contains(id)) {
             report.fault(None, None, format!("the file of segment {id} is missing"));
+        }
+        for (&id, state) in writer.ledger.segments.iter().filter(|(id, _)| files.contains(id)) {
+            let Ok(segment) = self.handles.get(id) else { continue };
+            let found = segment.len_bytes()?;
+            if found < state.bytes {
+                report.fault(
+                    None,
+                    None,
+                    format!("segment {id}: {} bytes on the books, {found} in the file", state.bytes),
+                );
+            }
         }
         for id in live.keys() {
             report.fault(None, None, format!("the catalog refers to segment {id}, which it does not list"));
@@ -194,16 +212,16 @@ impl Store {
 
     /// What a record other than a block says; `None` if it is damaged or its segment is gone.
     fn read_small(&self, locator: &Locator) -> Result<Option<Content>, StoreError> {
-        let file = match self.handles.get(locator.segment) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(StoreError::Io { step: "open a segment", source }),
+        let segment = match self.handles.get(locator.segment) {
+            Err(StoreError::Foreign { .. }) => return Ok(None),
+            Err(error) if error.is_missing() => return Ok(None),
+            segment => segment?,
         };
         let end = locator.offset + locator.bytes();
-        if file.len_bytes().map_err(StoreError::io("measure a segment"))? < end {
+        if segment.len_bytes()? < end {
             return Ok(None);
         }
-        match Scan::new(&*file, locator.offset, end).next().transpose()? {
+        match segment.scan(locator.offset, end).next().transpose()? {
             Some(Item::Record(scanned)) => Ok(Scanned::content(&scanned)),
             _ => Ok(None),
         }
@@ -218,7 +236,7 @@ impl VerifyReport {
 
 /// Reads one block's record in full. Returns its bytes.
 fn verify_block(
-    file: &dyn SegmentFile,
+    segment: &Segment,
     locator: &Locator,
     block: BlockId,
     entry: &DocumentEntry,
@@ -226,20 +244,21 @@ fn verify_block(
 ) -> Result<u64, StoreError> {
     let damaged = |detail: String| StoreError::Damaged { block: Some(block), detail };
     let mut record = vec![0; locator.bytes() as usize];
-    read_exact(file, locator.offset, block, &mut record)?;
+    read_exact(segment, locator.offset, block, &mut record)?;
     let mut header = [0; RECORD_HEADER_BYTES];
     header.copy_from_slice(&record[..RECORD_HEADER_BYTES]);
-    let Some(header) = RecordHeader::check(&header) else {
+    let checked = RecordHeader::check(&header, segment.salt, segment.id, locator.offset);
+    let Some(header) = checked else {
         return Err(damaged("its record header is damaged".into()));
     };
     let is_it = header.kind == Kind::Block
         && header.block == block
         && header.collection == entry.manifest.collection
-        && (header.tokens, header.parts) == (locator.tokens, locator.parts);
+        && (header.sequence, header.tokens, header.parts) == (locator.sequence, locator.tokens, locator.parts);
     if !is_it {
         return Err(damaged(format!("another record lies at byte {} of segment {}", locator.offset, locator.segment)));
     }
-    if let Some(part) = header.damaged_part(&record) {
+    if let Some(part) = header.damaged_part(segment.salt, &record) {
         return Err(mismatch(block, part));
     }
     if block.index >= entry.manifest.blocks {

@@ -17,25 +17,6 @@ fn filled() -> (Disk, DocumentId, DocumentId) {
     (disk, documents[0], documents[2])
 }
 
-#[test]
-fn a_segment_of_an_older_format_is_read_and_not_written_to() {
-    let (disk, first, last) = filled();
-    let newest = *disk.segments().last().unwrap();
-    let mut bytes = disk.bytes_of(newest);
-    let header = record::SegmentHeader::check(bytes.first_chunk().unwrap()).unwrap();
-    let older = record::SegmentHeader { format: 1, oldest_reader: 1, ..header };
-    bytes[..record::SEGMENT_HEADER_BYTES].copy_from_slice(&older.encode());
-    disk.place(newest, Some(bytes.clone()));
-
-    let store = open(&disk).unwrap();
-    store.append(last, &blocks(6..7, 1)).unwrap();
-    assert_eq!(disk.bytes_of(newest), bytes);
-    assert_eq!(read(&store, BlockId { document: last, index: 5 }).unwrap(), block(5, 4, 1));
-    assert_eq!(read(&store, BlockId { document: last, index: 6 }).unwrap(), block(6, 4, 1));
-    assert_eq!(read(&store, BlockId { document: first, index: 0 }).unwrap(), block(0, 4, 1));
-    assert_clean(&store, "after writing on in a segment of this format");
-}
-
 fn names(error: &StoreError, block: BlockId) -> bool {
     matches!(error, StoreError::Damaged { block: Some(named), .. } if *named == block)
 }
@@ -202,7 +183,7 @@ fn a_segment_of_a_newer_build_is_refused() {
     let (disk, ..) = filled();
     let last = *disk.segments().last().unwrap();
     let mut bytes = disk.bytes_of(last);
-    let mut header = record::SegmentHeader::new(last, CollectionId(1), DocumentId(1));
+    let mut header = record::SegmentHeader::new(last, disk.directory(), CollectionId(1), DocumentId(1), 0);
     header.oldest_reader = record::FORMAT + 1;
     bytes[..record::SEGMENT_HEADER_BYTES].copy_from_slice(&header.encode());
     disk.place(last, Some(bytes));

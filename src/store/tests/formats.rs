@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use half::{bf16, f16};
 use tempfile::TempDir;
 
+use std::fs;
+
 use super::*;
 
 /// A document that a directory is to have.

@@ -8,7 +8,8 @@ use super::*;
 use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
 
 pub(super) fn open_with(disk: &Disk, sizes: Sizes) -> Result<Store, StoreError> {
-    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), sizes.segment_bytes)
+    let sizes = super::Sizes { segment_bytes: sizes.segment_bytes, group_bytes: 600 };
+    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), sizes)
 }
 
 /// All that a store should hold, and that nothing in it is wrong.

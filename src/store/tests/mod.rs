@@ -9,6 +9,7 @@ use crate::types::{BlockId, DType, KeyRule};
 mod crash;
 mod cuts;
 mod damage;
+mod doubt;
 mod faults;
 mod formats;
 mod life;
@@ -65,9 +66,10 @@ fn blocks(indices: std::ops::Range<u32>, seed: u32) -> Vec<BlockRecord> {
 
 /// Segments so small that a handful of blocks fills one.
 const SEGMENT_BYTES: u64 = 2000;
+const SIZES: Sizes = Sizes { segment_bytes: SEGMENT_BYTES, group_bytes: 600 };
 
 fn open(disk: &Disk) -> Result<Store, StoreError> {
-    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), SEGMENT_BYTES)
+    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), SIZES)
 }
 
 /// Reads a block back as what was appended.

@@ -109,7 +109,7 @@ fn a_document_larger_than_a_group_of_compaction_is_found_on_real_files() {
     }
     store.delete(junk).unwrap();
     drop(store);
-    fs::remove_dir_all(dir.path().join(CATALOG_FOLDER)).unwrap();
+    std::fs::remove_dir_all(dir.path().join(CATALOG_FOLDER)).unwrap();
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(lost(&store, kept, 40), [0; 0]);
     verified(&store);

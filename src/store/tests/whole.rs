@@ -45,7 +45,7 @@ fn everything_comes_back_after_reopening_and_without_the_catalog() {
     assert_eq!(StoreStats { catalog_bytes: 0, ..store.stats() }, StoreStats { catalog_bytes: 0, ..stats });
     drop(store);
 
-    fs::remove_dir_all(dir.path().join(CATALOG_FOLDER)).unwrap();
+    std::fs::remove_dir_all(dir.path().join(CATALOG_FOLDER)).unwrap();
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(contents(&store), before);
     assert_eq!(StoreStats { catalog_bytes: 0, ..store.stats() }, StoreStats { catalog_bytes: 0, ..stats });

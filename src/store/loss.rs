@@ -1,0 +1,171 @@
+//! What did damage take away that a rebuild cannot see? A manifest or a tombstone that is gone leaves an older record in
+//! charge: an answer that looks right and is not. So a rebuild works out which records are missing, and marks the
+//! documents that they may concern; those are not read until `repair` settles them.
+//!
+//! Groups are numbered without gaps and name their manifests, tombstones and collections. A record that is named and not
+//! there is lost. A number that is not there is a lost end of a group: what lies before it usually says all that the group
+//! held; if not, any document may be concerned. Segments of formats 1 to 3 say less: there only blocks that are newer than
+//! their document's manifest betray a lost one.
+
+use std::collections::BTreeMap;
+
+use super::catalog::{self, Catalog, key};
+use super::error::StoreError;
+use super::ledger::{Damage, Doubt, Entry};
+use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, SEQUENCE_FIRST, Tombstone};
+use crate::types::DocumentId;
+
+/// Something that was written, acknowledged, and is not found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    Record(Named),
+    /// Records of groups below this number, of whatever documents.
+    Any {
+        before: u64,
+    },
+}
+
+/// What lies between the ends of two groups that are there.
+#[derive(Default)]
+struct Stretch<'a> {
+    entries: Vec<&'a Entry>,
+    gap_bytes: u64,
+}
+
+/// What a segment has lost of the groups between number `before`, if that is known, and `following`, the first number of
+/// the next segment.
+pub(super) fn of_segment(
+    entries: &[Entry],
+    damages: &[Damage],
+    before: Option<u64>,
+    following: Option<u64>,
+) -> Vec<Loss> {
+    let mut losses = Vec::new();
+    if before.is_none_or(|before| before + 1 < SEQUENCE_FIRST) {
+        return losses;
+    }
+    let (mut before, mut stretch) = (before, Stretch::default());
+    let mut gaps = damages.iter().peekable();
+    for entry in entries {
+        while let Some(gap) = gaps.next_if(|gap| gap.offset < entry.locator.offset) {
+            stretch.gap_bytes += gap.bytes;
+        }
+        let Content::Group(end) = &entry.content else {
+            stretch.entries.push(entry);
+            continue;
+        };
+        stretch.losses(before, end, &mut losses);
+        (before, stretch) = (Some(end.number), Stretch::default());
+    }
+    stretch.gap_bytes += gaps.map(|gap| gap.bytes).sum::<u64>();
+    if let Some(number) = following {
+        stretch.losses(before, &GroupEntry { number, named: Vec::new() }, &mut losses);
+    } else if stretch.gap_bytes > 0 {
+        losses.push(Loss::Any { before: u64::MAX });
+    }
+    losses
+}
+
+impl Stretch<'_> {
+    /// `end` is the end of a group that is there.
+    fn losses(&self, before: Option<u64>, end: &GroupEntry, losses: &mut Vec<Loss>) {
+        let named = |entry: &&Entry| entry.content.named(entry.locator.sequence);
+        let found: Vec<Named> = self.entries.iter().filter_map(named).collect();
+        let lost = end.named.iter().filter(|named| !found.contains(named));
+        losses.extend(lost.copied().map(Loss::Record));
+
+        let Some(before) = before else { return };
+        match end.number.saturating_sub(before + 1) {
+            0 => {}
+            1 => losses.extend(self.without_end(before + 1, end, &found)),
+            _ => losses.push(Loss::Any { before: end.number }),
+        }
+    }
+
+    /// What the one group is known to have lost whose end is gone.
+    fn without_end(&self, number: u64, following: &GroupEntry, found: &[Named]) -> Option<Loss> {
+        // First written there, and so of one thing: a manifest with its blocks, or one other record.
+        let mut first_written = self.entries.iter().filter(|entry| entry.locator.sequence == number).peekable();
+        if let Some(first) = first_written.peek() {
+            let document = if let Content::Block(id) = first.content { Some(id.document) } else { None };
+            let has_manifest = first_written.any(|entry| !matches!(entry.content, Content::Block(_)));
+            return document.filter(|_| !has_manifest).map(|document| Loss::Record(Named::Document(document, number)));
+        }
+        let of_it = found.iter().filter(|named| !following.named.contains(named)).copied().collect();
+        let end = GroupEntry { number, named: of_it };
+        (self.gap_bytes != end.record_bytes()).then_some(Loss::Any { before: following.number })
+    }
+}
+
+/// Which documents `losses` put in doubt, and which blocks do that are newer than the manifest of their document and not
+/// covered by it, given what the catalog knows when all that was found is entered.
+pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) -> Result<Vec<Doubt>, StoreError> {
+    let mut doubts = BTreeMap::new();
+    let mut doubt = |document: DocumentId, lost: &str| {
+        let reason = format!(
+            "{lost} of document {document} is lost to damage, so what is left of it may be outdated: run `landmarkdb repair`"
+        );
+        doubts.entry(document).or_insert(Doubt { document, reason });
+    };
+    let manifest = |document| catalog::get::<(Locator, DocumentEntry)>(catalog, &key::document(document));
+    for loss in losses {
+        match *loss {
+            Loss::Record(Named::Document(document, sequence)) => {
+                let outdated = match manifest(document)? {
+                    Some((found, _)) => found.sequence < sequence,
+                    None => !is_deleted(catalog, document)?,
+                };
+                if outdated {
+                    doubt(document, "the newest manifest");
+                }
+            }
+            Loss::Record(Named::Tombstone(document, _)) => {
+                if manifest(document)?.is_some() {
+                    doubt(document, "the deletion");
+                }
+            }
+            // An older record of a collection differs in the engine at most, which changes no answer.
+            Loss::Record(Named::Collection(..)) => {}
+            Loss::Any { before } => {
+                for pair in catalog::scan::<(Locator, DocumentEntry)>(catalog, key::DOCUMENTS) {
+                    let (_, (found, entry)) = pair?;
+                    if found.sequence < before {
+                        doubt(entry.manifest.id, "perhaps a newer manifest or the deletion");
+                    }
+                }
+            }
+        }
+    }
+    for entry in blocks {
+        if let Content::Block(id) = entry.content
+            && let Some((found, document)) = manifest(id.document)?
+            && entry.locator.sequence > found.sequence
+            && !document.accepts(id.index, entry.locator.tokens, entry.locator.sequence)
+        {
+            doubt(id.document, "the newest manifest");
+        }
+    }
+    Ok(doubts.into_values().collect())
+}
+
+fn is_deleted(catalog: &dyn Catalog, document: DocumentId) -> Result<bool, StoreError> {
+    Ok(catalog::get::<(Locator, Tombstone)>(catalog, &key::tombstone(document))?.is_some())
+}
+
+/// Whether the catalog can tell that a record which it does not refer to is not needed any more.
+pub(super) fn is_superseded(catalog: &dyn Catalog, entry: &Entry) -> Result<bool, StoreError> {
+    let manifest = |document| catalog::get::<(Locator, DocumentEntry)>(catalog, &key::document(document));
+    Ok(match &entry.content {
+        Content::Group(_) | Content::Tombstone(_) | Content::Collection(..) => true,
+        Content::Document(old) => {
+            let document = old.manifest.id;
+            is_deleted(catalog, document)?
+                || manifest(document)?.is_some_and(|(now, _)| now.age() > entry.locator.age())
+        }
+        Content::Block(id) => {
+            let in_doubt = catalog::get::<Doubt>(catalog, &key::doubt(id.document))?.is_some();
+            is_deleted(catalog, id.document)?
+                || !in_doubt && catalog::get::<Locator>(catalog, &key::block(*id))?.is_some()
+        }
+    })
+}

@@ -1,0 +1,248 @@
+//! A rebuild over damage: never an older answer, never another directory's, and nothing is destroyed that may be needed.
+
+use super::*;
+use crate::store::double::{Effect, Files, Table};
+use crate::store::log::Item;
+use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt, pack};
+use crate::store::segment::{Handles, SegmentId};
+
+fn id(document: DocumentId, index: u32) -> BlockId {
+    BlockId { document, index }
+}
+
+/// Every record of a disk, in order.
+fn records(disk: &Disk) -> Vec<(SegmentId, u64, u64, Content)> {
+    let handles = Handles::new(Box::new(disk.clone()));
+    let mut records = Vec::new();
+    for segment in handles.list().unwrap() {
+        let segment = handles.get(segment).unwrap();
+        for item in segment.scan(segment.salt.first_record(), segment.len_bytes().unwrap()) {
+            let Item::Record(scanned) = item.unwrap() else { panic!("a gap in a whole segment") };
+            records.push((segment.id, scanned.offset, scanned.end(), scanned.content().unwrap()));
+        }
+    }
+    records
+}
+
+/// Without the catalog, with one byte of the record damaged.
+fn rebuilt_over(disk: &Disk, (segment, offset, ..): &(SegmentId, u64, u64, Content), byte: u64) -> (Disk, Store) {
+    let copy = disk.restart(Files::Synced, Table::Deleted);
+    copy.flip(*segment, offset + byte);
+    let store = open(&copy).unwrap();
+    (copy, store)
+}
+
+fn is_damaged<T: std::fmt::Debug>(result: Result<T, StoreError>) -> bool {
+    matches!(result, Err(StoreError::Damaged { .. }))
+}
+
+/// Two documents with history, one that was deleted, one that came after it.
+fn with_history() -> (Disk, [DocumentId; 4]) {
+    let disk = Disk::default();
+    let store = open(&disk).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let create = |name| store.create_document(collection, name).unwrap().id;
+    let [full, tail, secret] = ["full", "tail", "secret"].map(create);
+    store.append(full, &[block(0, 4, 1), block(1, 3, 7)]).unwrap();
+    store.append(full, &[block(1, 4, 8), block(2, 4, 8)]).unwrap();
+    store.append(tail, &[block(0, 4, 1), block(1, 3, 7)]).unwrap();
+    store.append(tail, &[block(1, 3, 8)]).unwrap();
+    store.append(tail, &[block(1, 2, 9)]).unwrap();
+    store.append(secret, &blocks(0..2, 5)).unwrap();
+    store.delete(secret).unwrap();
+    let last = create("last");
+    store.append(last, &blocks(0..2, 6)).unwrap();
+    (disk, [full, tail, secret, last])
+}
+
+/// After a rebuild over a damaged newest record, older records used to answer: an old tail, a deleted document.
+#[test]
+fn an_older_record_never_answers_for_a_damaged_newer_one() {
+    let (disk, [full, tail, secret, _]) = with_history();
+    let records = records(&disk);
+    let newest = |wanted: &dyn Fn(&Content) -> bool| records.iter().rfind(|(.., content)| wanted(content)).unwrap();
+    let block_record = |block| newest(&|content| *content == Content::Block(block));
+
+    let (_, store) = rebuilt_over(&disk, block_record(id(full, 1)), 10);
+    assert!(is_damaged(read(&store, id(full, 1))), "not the tail that it replaced");
+    assert_eq!(read(&store, id(full, 2)).unwrap(), block(2, 4, 8));
+
+    let (_, store) = rebuilt_over(&disk, block_record(id(tail, 1)), 10);
+    assert!(is_damaged(read(&store, id(tail, 1))), "no older tail");
+    assert_eq!(read(&store, id(tail, 0)).unwrap(), block(0, 4, 1));
+
+    for byte in [10, 70] {
+        let deletion = newest(&|content| matches!(content, Content::Tombstone(_)));
+        let (_, store) = rebuilt_over(&disk, deletion, byte);
+        assert!(store.manifest(secret).is_err() || is_damaged(read(&store, id(secret, 0))), "it was deleted");
+        assert_eq!(read(&store, id(full, 1)).unwrap(), block(1, 4, 8), "of others nothing is in doubt");
+
+        let manifest = newest(&|content| matches!(content, Content::Document(entry) if entry.manifest.id == tail));
+        let (_, store) = rebuilt_over(&disk, manifest, byte);
+        assert!(is_damaged(read(&store, id(tail, 0))));
+        assert!(is_damaged(store.append(tail, &[block(1, 4, 2)])), "nor is it written on");
+        assert!(!store.verify(None, &mut |_, _| {}).unwrap().faults.is_empty());
+        if store.manifests(CollectionId(1)).unwrap().iter().any(|manifest| manifest.id == tail) {
+            store.delete(tail).unwrap();
+        }
+    }
+}
+
+/// The same for every byte of the log that is not in the last group: right, or damaged by name.
+#[test]
+fn no_damaged_byte_makes_a_wrong_answer_of_a_rebuild() {
+    let (disk, documents) = with_history();
+    let store = open(&disk).unwrap();
+    // The last group may be taken for a torn end.
+    store.create_document(CollectionId(1), "end").unwrap();
+    let before = contents(&store);
+    drop(store);
+    let records = records(&disk);
+    let ends = |record: &&(SegmentId, u64, u64, Content)| matches!(record.3, Content::Group(_));
+    let last_group = records.iter().rev().filter(ends).nth(1).unwrap();
+    let in_log = records.iter().filter(|record| (record.0, record.1) <= (last_group.0, last_group.1));
+    for record in in_log {
+        for byte in (0..record.2 - record.1).step_by(5) {
+            let (_, store) = rebuilt_over(&disk, record, byte);
+            let context = format!("byte {byte} of {record:?}");
+            for (manifest, expected) in &before[0].2 {
+                let found = store.manifest(manifest.id);
+                for block in expected.iter().filter(|_| found.is_ok()) {
+                    match read(&store, id(manifest.id, block.index)) {
+                        Ok(found) => assert_eq!(found, *block, "{context}"),
+                        // Blocks of a manifest that only `verify` can see is an older one are not asked for.
+                        Err(error) => assert!(matches!(error, StoreError::Damaged { .. }), "{context}: {error}"),
+                    }
+                }
+                let lost = found.is_err() || found.is_ok_and(|found| found != *manifest);
+                if lost {
+                    assert!(!store.verify(None, &mut |_, _| {}).unwrap().faults.is_empty(), "{context}: in silence");
+                }
+            }
+            if store.manifest(documents[2]).is_ok() {
+                assert!(is_damaged(read(&store, id(documents[2], 0))), "{context}: it was deleted");
+            }
+        }
+    }
+}
+
+/// A damaged manifest, a rebuild and a compaction used to destroy intact blocks.
+#[test]
+fn compaction_destroys_nothing_that_a_lost_manifest_may_have_covered() {
+    let disk = Disk::default();
+    let store = open(&disk).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let [document, other] = ["a", "other"].map(|name| store.create_document(collection, name).unwrap().id);
+    (0..20).for_each(|index| drop(store.append(document, &blocks(index..index + 1, 1)).unwrap()));
+    store.append(other, &blocks(0..10, 1)).unwrap();
+    drop(store);
+    let of_document = |content: &Content| matches!(content, Content::Block(id) if id.document == document);
+    let manifest = |content: &Content| matches!(content, Content::Document(entry) if entry.manifest.id == document);
+    let records_before = records(&disk);
+    let newest = records_before.iter().rfind(|(.., content)| manifest(content)).unwrap();
+    let (copy, store) = rebuilt_over(&disk, newest, 70);
+    store.delete(other).unwrap();
+    let count = |content: &Content| matches!(content, Content::Block(block) if block.document == document);
+    let handles = Handles::new(Box::new(copy));
+    let mut kept = std::collections::BTreeSet::new();
+    for segment in handles.list().unwrap() {
+        let segment = handles.get(segment).unwrap();
+        for item in segment.scan(segment.salt.first_record(), segment.len_bytes().unwrap()) {
+            if let Item::Record(scanned) = item.unwrap()
+                && scanned.content().is_some_and(|content| count(&content))
+            {
+                kept.insert(scanned.header.block.index);
+            }
+        }
+    }
+    assert_eq!(kept.len(), records_before.iter().filter(|(.., content)| of_document(content)).count());
+}
+
+/// A segment file of another directory, put in the place of ours, used to be answered from.
+#[test]
+fn a_segment_of_another_directory_is_refused_by_name() {
+    let (disk, [full, ..]) = with_history();
+    let theirs = Disk::of_directory(8);
+    let store = open(&theirs).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let document = store.create_document(collection, "full").unwrap().id;
+    store.append(document, &blocks(0..3, 77)).unwrap();
+    drop(store);
+    for table in [Table::Applied, Table::Deleted] {
+        let mixed = disk.restart(Files::Synced, table);
+        let (first, of_theirs) = (mixed.segments()[0], theirs.segments()[0]);
+        mixed.place(first, Some(theirs.bytes_of(of_theirs)));
+        let store = open(&mixed).unwrap();
+        if store.manifest(full).is_ok() {
+            let read = read(&store, id(full, 0));
+            assert!(is_damaged(read.as_ref().map_err(|_| StoreError::Sealed)) || read.is_err(), "{read:?}");
+        }
+        let faults = store.verify(None, &mut |_, _| {}).unwrap().faults;
+        assert!(faults.iter().any(|fault| fault.problem.contains("written elsewhere")), "{faults:?}");
+        assert!(!disk.segments().is_empty());
+    }
+}
+
+/// What a record of formats 1 to 3 looked like, inside a text: without a salt anybody could write one.
+fn forged(kind: Kind, document: DocumentId, meta: &[u8], parts: Parts, salt: Salt) -> Vec<u8> {
+    let block = id(document, 0);
+    let header =
+        RecordHeader { kind, commit: true, sequence: u64::MAX, collection: CollectionId(1), block, tokens: 0, parts };
+    let mut bytes = header.encode(salt).to_vec();
+    bytes.extend_from_slice(meta);
+    bytes.extend(header.stamp(salt).crc(Part::Meta, meta).to_le_bytes());
+    bytes.extend(header.stamp(salt).crc(Part::Keys, &[]).to_le_bytes());
+    bytes
+}
+
+/// A text that holds a record, in a group that a power cut tore, used to delete another document; with sizes that
+/// overflow, the store could not be opened any more.
+#[test]
+fn a_text_is_never_taken_for_a_record() {
+    let overflowing = Parts { meta_bytes: 0, keys_bytes: 0, piece_bytes: u32::MAX, pieces: u32::MAX - 2 };
+    for salt in [Salt::NONE, Salt::of(crate::store::DirectoryId([8; 16]), SegmentId(1))] {
+        let disk = Disk::default();
+        let store = open(&disk).unwrap();
+        let collection = store.create_collection(&spec("one")).unwrap();
+        let [victim, mine] = ["victim", "mine"].map(|name| store.create_document(collection, name).unwrap().id);
+        store.append(victim, &blocks(0..1, 1)).unwrap();
+        let segment = SegmentId(1);
+        let tombstone = pack(&record::Tombstone { document: victim, first_segment: segment, last_segment: segment });
+        let parts = Parts { meta_bytes: tombstone.len() as u32, ..Parts::default() };
+        let mut attack = block(0, 4, 9);
+        attack.meta.text = vec![b' '; 700];
+        attack.meta.text.extend(forged(Kind::Tombstone, victim, &tombstone, parts, salt));
+        attack.meta.text.extend(forged(Kind::Block, mine, &[], overflowing, salt));
+        attack.meta.text.extend([b' '; 200]);
+        disk.die_at(disk.operations() + 1, Effect::Nothing);
+        assert!(store.append(mine, &[attack]).is_err());
+        drop(store);
+        for table in [Table::Applied, Table::Deleted] {
+            let store = open(&disk.restart(Files::Torn, table)).unwrap();
+            assert_eq!(read(&store, id(victim, 0)).unwrap(), block(0, 4, 1));
+            assert_clean(&store, "after a torn write");
+        }
+    }
+}
+
+/// A flipped bit in the last group cannot be told from a torn write. It used to be cut off without a trace.
+#[test]
+fn what_a_torn_end_cuts_off_is_kept() {
+    let disk = Disk::default();
+    let store = open(&disk).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let document = store.create_document(collection, "a").unwrap().id;
+    store.append(document, &blocks(0..2, 1)).unwrap();
+    drop(store);
+    let (segment, offset, ..) =
+        *records(&disk).iter().rfind(|(.., content)| matches!(content, Content::Block(_))).unwrap();
+    let copy = disk.restart(Files::Synced, Table::Deleted);
+    copy.flip(segment, offset + 200);
+    let before = copy.bytes_of(segment);
+    let store = open(&copy).unwrap();
+    let torn = store.torn().unwrap();
+    assert_eq!(torn.len(), 1);
+    assert_eq!(torn[0].offset + torn[0].bytes, before.len() as u64);
+    store.discard_torn().unwrap();
+    assert_eq!(store.torn().unwrap(), []);
+}
