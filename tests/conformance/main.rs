@@ -6,16 +6,23 @@
 mod answers;
 mod appends;
 mod client;
+mod concurrency;
+mod damage;
 mod data;
+mod deadlines;
 mod definition;
 mod documents;
+mod durability;
 mod harness;
 mod identity;
 mod judge;
+mod limits;
+mod numbers;
 mod process;
 mod provenance;
 mod readme;
 mod restore;
+mod streams;
 mod suite;
 
 use std::process::ExitCode;
@@ -34,6 +41,13 @@ fn cases() -> Vec<Case> {
         restore::cases(),
         documents::cases(),
         identity::cases(),
+        numbers::cases(),
+        limits::cases(),
+        streams::cases(),
+        deadlines::cases(),
+        concurrency::cases(),
+        durability::cases(),
+        damage::cases(),
         readme::cases(),
     ]
     .concat()

@@ -13,6 +13,7 @@ const START: &str = "LANDMARK_START";
 const STOP: &str = "LANDMARK_STOP";
 const KILL: &str = "LANDMARK_KILL";
 const REBUILD: &str = "LANDMARK_REBUILD";
+const DATA: &str = "LANDMARK_DATA";
 
 /// Another build of our program, for the mutations.
 const PROGRAM: &str = "LANDMARK_PROGRAM";
@@ -115,6 +116,7 @@ impl Foreign {
             Need::Kill => &[KILL, START],
             Need::Restart => &[STOP, START],
             Need::Rebuild => &[STOP, START, REBUILD],
+            Need::Data => &[STOP, START, DATA],
         };
         variables.iter().find(|name| variable(name).is_none()).copied()
     }
@@ -178,12 +180,29 @@ impl Alone<'_> {
         }
     }
 
+    /// Ends it, however it takes that.
+    pub(crate) fn kill_or_stop(&mut self) {
+        match self {
+            Alone::Own(own) => own.kill(),
+            // It may not have started.
+            Alone::Foreign { .. } => drop(run(&variable(STOP).unwrap_or_default())),
+        }
+    }
+
     /// Discards what can be derived from the rest. The service is stopped.
     pub(crate) fn discard_derived(&mut self) {
         match self {
             // Absent where it was discarded before.
             Alone::Own(own) => drop(std::fs::remove_dir_all(own.data().join("catalog"))),
             Alone::Foreign { .. } => run_variable(REBUILD),
+        }
+    }
+
+    /// Where it keeps its files.
+    pub(crate) fn data(&self) -> PathBuf {
+        match self {
+            Alone::Own(own) => own.data(),
+            Alone::Foreign { .. } => variable(DATA).unwrap_or_default().into(),
         }
     }
 }

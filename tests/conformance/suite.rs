@@ -15,6 +15,8 @@ pub(crate) enum Need {
     Restart,
     /// Discarding all that can be derived from the rest, while the service is stopped.
     Rebuild,
+    /// Changing files under the service, while it is stopped.
+    Data,
 }
 
 /// The service under test and the names that this run uses in it.
@@ -39,6 +41,11 @@ pub(crate) struct Shared<'a> {
 pub(crate) enum Alone<'a> {
     Own(Own),
     Foreign { service: &'a Foreign, _in_use: RwLockWriteGuard<'a, ()> },
+}
+
+/// How often tests damage or kill.
+pub(crate) fn rounds() -> u64 {
+    std::env::var("LANDMARK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40)
 }
 
 impl Suite {
