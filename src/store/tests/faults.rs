@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use super::crash::{SCRIPT, expected, run};
+use super::crash::{SCRIPT, expected};
 use super::*;
 use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
 

@@ -31,7 +31,7 @@ pub(super) fn check_rebuilt(disk: &Disk, sizes: Sizes, model: &Model) -> Result<
 
 /// A store at work, and what it should hold.
 pub(super) struct Life {
-    disk: Disk,
+    pub(super) disk: Disk,
     store: Option<Store>,
     pub(super) model: Model,
     sizes: Sizes,

@@ -17,6 +17,7 @@ mod model;
 mod pieces;
 mod plan;
 mod rebuild;
+mod rot;
 mod whole;
 
 /// L = 1, Hkv = 2, D = 4, B = 4.

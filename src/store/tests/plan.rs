@@ -92,7 +92,7 @@ pub(super) struct Model {
     pub(super) collections: Vec<(CollectionId, u8, Engine)>,
     pub(super) documents: Vec<Document>,
     /// Deleted, the latest last.
-    gone: Vec<(DocumentId, u32)>,
+    pub(super) gone: Vec<(DocumentId, u32)>,
     /// Every id ever seen.
     seen: BTreeSet<DocumentId>,
 }
@@ -186,6 +186,11 @@ impl Document {
 impl Model {
     pub(super) fn document(&self, slot: Slot) -> Option<&Document> {
         self.documents.iter().find(|document| document.slot == slot)
+    }
+
+    pub(super) fn block(&self, id: BlockId) -> Option<&BlockRecord> {
+        let document = self.documents.iter().find(|document| document.id == id.document)?;
+        document.blocks.get(id.index as usize)
     }
 
     fn document_mut(&mut self, slot: Slot) -> Option<&mut Document> {
