@@ -15,10 +15,12 @@ use super::record::{FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::segment::{DirectoryId, create_private, private};
 
 const MARKER: &str = "LANDMARKDB";
+/// The marker before it has its name.
+const MARKER_NEW: &str = "LANDMARKDB.new";
 const MAGIC: &str = "landmarkdb data directory";
 
 /// What a data directory of formats 1 to 3 holds, and one whose creation was cut short.
-const KNOWN: &[&str] = &[MARKER, "LANDMARKDB.new", super::LOCK_FILE, "segments", "catalog", "indexes", "torn"];
+const KNOWN: &[&str] = &[MARKER, MARKER_NEW, super::LOCK_FILE, "segments", "catalog", "indexes", "torn"];
 
 /// Whether a folder is a data directory. Changes nothing.
 pub fn is_data_directory(dir: &Path) -> bool {
@@ -47,7 +49,9 @@ fn adopt(dir: &Path) -> Result<DirectoryId, StoreError> {
     let known = |name: &OsStr| KNOWN.iter().any(|known| name == OsStr::new(known));
     let foreign = entries.iter().find(|entry| !known(&entry.file_name()));
     let segments = dir.join("segments");
-    let is_ours = segments.is_dir() || entries.iter().all(|entry| entry.file_name() == super::LOCK_FILE);
+    // Or as its creation left it when that was cut short.
+    let begun = |name: &OsStr| [MARKER_NEW, super::LOCK_FILE].iter().any(|known| name == OsStr::new(known));
+    let is_ours = segments.is_dir() || entries.iter().all(|entry| begun(&entry.file_name()));
     if foreign.is_some() || !is_ours {
         let found = foreign.map_or_else(String::new, |entry| entry.file_name().to_string_lossy().into_owned());
         return Err(StoreError::NotADataDirectory { path: dir.to_owned(), found });
@@ -59,7 +63,7 @@ fn adopt(dir: &Path) -> Result<DirectoryId, StoreError> {
 
 fn write_marker(dir: &Path, id: DirectoryId) -> io::Result<()> {
     fs::set_permissions(dir, Permissions::from_mode(0o700))?;
-    let new = dir.join("LANDMARKDB.new");
+    let new = dir.join(MARKER_NEW);
     let mut file = private().create(true).truncate(true).open(&new)?;
     write!(file, "{MAGIC}\nformat {FORMAT}\nid {id}\n")?;
     file.sync_all()?;

@@ -118,6 +118,18 @@ fn names_are_unique_and_unknown_things_are_not_found() {
     assert_eq!(store.collection(CollectionId(7)).unwrap(), None);
 }
 
+/// A full disk, or a kill, can end the creation of a directory anywhere. What it left made the directory one of somebody
+/// else for the next opening.
+#[test]
+fn a_directory_whose_creation_was_cut_short_is_opened() {
+    for left in [&["LOCK"][..], &["LANDMARKDB.new"], &["LANDMARKDB.new", "LOCK"]] {
+        let dir = tempfile::tempdir().unwrap();
+        left.iter().for_each(|name| std::fs::write(dir.path().join(name), "").unwrap());
+        let store = Store::open(dir.path()).unwrap();
+        store.create_collection(&spec("one")).unwrap();
+    }
+}
+
 #[test]
 fn a_held_directory_is_refused_and_free_after_a_drop() {
     let dir = tempfile::tempdir().unwrap();
