@@ -11,6 +11,7 @@ use serde::Deserialize;
 use crate::memory::{GPU_CACHE_BYTES, keys_bytes};
 
 use super::args::Global;
+use super::limits::ServiceLimits;
 use super::target::Target;
 
 const FILE_NAME: &str = "landmarkdb.toml";
@@ -41,6 +42,8 @@ pub(super) struct Config {
     pub(super) unix: Option<PathBuf>,
     /// Whether `serve` may listen where other machines reach it.
     pub(super) allow_remote: bool,
+    /// How much `serve` holds, and how patient it is.
+    pub(super) limits: ServiceLimits,
 }
 
 /// Why the settings make no sense.
@@ -103,6 +106,7 @@ struct ServerLayer {
     unix: Option<PathBuf>,
     /// Allows an address that other machines can reach.
     allow_remote: Option<bool>,
+    limits: ServiceLimits,
 }
 
 impl Config {
@@ -164,6 +168,10 @@ impl Layer {
     }
 
     fn checked(self, origin: &str) -> Result<Layer, ConfigError> {
+        if let Some(name) = self.server.limits.zero() {
+            let detail = format!("server.limits.{name}: expected at least 1, found 0");
+            return Err(ConfigError::Invalid { origin: origin.into(), detail });
+        }
         match (self.data, self.connect) {
             (Some(data), Some(connect)) => Err(ConfigError::TwoTargets { origin: origin.into(), data, connect }),
             (data, connect) => Ok(Layer { data, connect, ..self }),
@@ -187,6 +195,7 @@ impl Layer {
                 listen: self.server.listen.or(below.server.listen),
                 unix: self.server.unix.or(below.server.unix),
                 allow_remote: self.server.allow_remote.or(below.server.allow_remote),
+                limits: self.server.limits.over(below.server.limits),
             },
         }
     }
@@ -209,6 +218,7 @@ impl Layer {
             listen: self.server.listen,
             unix: self.server.unix,
             allow_remote: self.server.allow_remote.unwrap_or(false),
+            limits: self.server.limits,
         }
     }
 }
@@ -241,13 +251,15 @@ mod tests {
     #[test]
     fn flags_win_over_the_environment_and_that_over_the_file() {
         let file = file(
-            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[memory]\nkeys_mib = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'",
+            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[memory]\nkeys_mib = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'\n[server.limits]\nworkers = 1\nwork_mib = 1",
         );
         let environment = environment(&[
             ("LANDMARKDB__COLLECTION", "2"),
             ("LANDMARKDB__CLIENT__DEADLINE_MS", "2"),
             ("LANDMARKDB__MEMORY__KEYS_MIB", "2"),
             ("LANDMARKDB__GPU__CACHE_MIB", "2"),
+            ("LANDMARKDB__SERVER__LIMITS__WORKERS", "2"),
+            ("LANDMARKDB__SERVER__LIMITS__GRACE_MS", "2"),
             ("LANDMARKDB_CACHE", "not ours: one underscore"),
         ]);
         let typed = Global { collection: Some("c".into()), gpu_cache: Some(3), ..Global::default() };
@@ -257,6 +269,9 @@ mod tests {
         assert_eq!(config.deadline, Some(Duration::from_millis(2)));
         assert_eq!((config.keys_bytes, config.gpu_cache_bytes), (2 << 20, 3 << 20));
         assert_eq!(settle(Layer::default()).keys_bytes, keys_bytes());
+        let options = config.limits.options();
+        assert_eq!((options.workers, options.grace), (2, Duration::from_millis(2)));
+        assert_eq!(config.limits.work_bytes(), 1 << 20);
         assert_eq!(settle(Layer::default()).gpu_cache_bytes, GPU_CACHE_BYTES);
         assert_eq!(config.listen, Some("127.0.0.1:1".parse().unwrap()));
         assert_eq!(config.target().unwrap(), &Target::Data("/etc/landmarkdb/a".into()));
@@ -279,6 +294,9 @@ mod tests {
             (file("colection = 'a'"), ["landmarkdb.toml", "colection"]),
             (file("[server]\nport = 1"), ["landmarkdb.toml", "port"]),
             (file("[server]\nlisten = 'here'"), ["landmarkdb.toml", "server.listen"]),
+            (file("[server.limits]\nworker = 1"), ["landmarkdb.toml", "worker"]),
+            (file("[server.limits]\nwork_mib = 0"), ["landmarkdb.toml", "server.limits.work_mib"]),
+            (environment(&[("LANDMARKDB__SERVER__LIMITS__STREAMS", "0")]), ["LANDMARKDB__", "server.limits.streams"]),
             (file("[client]\ndeadline_ms = 'soon'"), ["landmarkdb.toml", "client.deadline_ms"]),
             (file("data = 'a'\nconnect = 'b'"), ["landmarkdb.toml", "keep one"]),
             (file("data = "), ["landmarkdb.toml", "1"]),

@@ -25,6 +25,7 @@ mod demo;
 mod encode;
 mod eval;
 mod index;
+mod limits;
 mod ls;
 mod model;
 mod rm;

@@ -4,23 +4,30 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::oneshot;
 
 use crate::memory::LocalMemory;
-use crate::server::{self, ListenOptions, Listeners, ServeOptions};
+use crate::server::{self, ListenOptions, Listeners};
 
 use super::Context;
 use super::config::Config;
 use super::error::CliError;
+use super::limits::ServiceLimits;
 use super::output::Report;
-use super::signals::Signals;
+use super::signals::Listening;
 use super::target::Target;
+
+/// How long work that the service has given up may keep the process.
+const LAST_STEP: Duration = Duration::from_secs(1);
 
 /// Serve a data directory over gRPC until interrupted.
 ///
 /// Listens on 127.0.0.1:7601 unless --listen or --unix say otherwise. Prints one line when ready. SIGINT or SIGTERM
-/// finishes what was begun and stops; a second one stops at once.
+/// finishes what was begun and stops; a second one stops at once. What --help lists as limits can also be set in the
+/// configuration file, under server.limits.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -40,6 +47,9 @@ pub(super) struct Args {
     /// Allow an address that other machines can reach: they can read and delete everything, for there is no login.
     #[arg(long)]
     allow_remote: bool,
+
+    #[command(flatten)]
+    limits: ServiceLimits,
 }
 
 /// Printed once, when connections are accepted.
@@ -56,24 +66,36 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         Target::Data(data) => data,
         Target::Connect(connect) => return Err(CliError::ServeNeedsData { connect: connect.clone() }),
     };
-    let memory = Arc::new(
-        LocalMemory::open(data)?.with_gpu_cache(context.config.gpu_cache_bytes).with_keys(context.config.keys_bytes),
-    );
+    let limits = args.limits.clone().over(context.config.limits.clone());
+    if let Some(files) = server::raise_open_files() {
+        tracing::debug!(files, "files that may be open");
+    }
+    let memory = LocalMemory::open(data)?.with_gpu_cache(context.config.gpu_cache_bytes);
+    let memory = memory.with_keys(context.config.keys_bytes).with_work_budget(limits.work_bytes());
+    let memory = Arc::new(memory);
     let runtime = tokio::runtime::Runtime::new()
         .map_err(|source| CliError::Io { what: "starting the service's threads", source })?;
-    runtime.block_on(async {
-        // Before the ready line, so that a signal sent because of it is not missed.
-        let signals = Signals::listen()?;
+    // Before the ready line, so that a signal sent because of it is not missed.
+    let (stop, stopped) = oneshot::channel::<()>();
+    let _listening = Listening::begin(move || drop(stop))?;
+    let served = runtime.block_on(async {
         let options = listen_options(args, &context.config);
         let listeners = Listeners::bind(&options).await?;
         let tcp = listeners.tcp_address().map(|address| format!("http://{address}"));
         let unix = options.unix.map(|path| format!("unix:{}", std::path::absolute(&path).unwrap_or(path).display()));
         let listening = tcp.into_iter().chain(unix).collect();
         context.output.print(&Ready { listening, data: data.display().to_string() })?;
-        server::serve(memory, listeners, ServeOptions::default(), signals.shutdown()).await?;
+        let stopped = async {
+            // That the sender is gone is the signal.
+            let _ = stopped.await;
+        };
+        server::serve(memory, listeners, limits.options(), stopped).await?;
         tracing::info!("stopped");
         Ok(())
-    })
+    });
+    // A read that waits for a disk may never come back; the process does not wait for it.
+    runtime.shutdown_timeout(LAST_STEP);
+    served
 }
 
 /// A Unix socket alone means no TCP port.

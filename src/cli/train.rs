@@ -15,7 +15,7 @@ use super::Context;
 use super::encode::read;
 use super::error::CliError;
 use super::output::{Report, count, write_facts};
-use super::signals::Signals;
+use super::signals::Listening;
 
 /// Train a small landmark model on texts, on the CPU.
 ///
@@ -248,8 +248,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         checkpoint_every: args.checkpoint_every,
     };
     let stop = Arc::new(AtomicBool::new(false));
-    // Dropped at the end, with the task that waits for a signal.
-    let _runtime = stop_on_signal(stop.clone())?;
+    let stopping = stop.clone();
+    let _listening = Listening::begin(move || stopping.store(true, Ordering::Relaxed))?;
     let bar = step_bar(context);
     let trained = train::train(&job, &stop, &mut |event| show(&bar, event));
     bar.finish_and_clear();
@@ -308,21 +308,6 @@ fn base(name: &str) -> Result<Base, CliError> {
         false => PathBuf::from(name),
     };
     Ok(Base { name: name.display().to_string(), path })
-}
-
-/// Sets `stop` at the first signal, on a thread of its own.
-fn stop_on_signal(stop: Arc<AtomicBool>) -> Result<tokio::runtime::Runtime, CliError> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    let runtime = builder.worker_threads(1).enable_all().build();
-    let runtime = runtime.map_err(|source| CliError::Io { what: "starting a thread for signals", source })?;
-    let entered = runtime.enter();
-    let signals = Signals::listen()?;
-    runtime.spawn(async move {
-        signals.shutdown().await;
-        stop.store(true, Ordering::Relaxed);
-    });
-    drop(entered);
-    Ok(runtime)
 }
 
 fn step_bar(context: &Context) -> ProgressBar {

@@ -13,12 +13,16 @@ use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{BlockMeta, BlockRecord, Manifest};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
+use crate::until::Until;
 
 impl LocalMemory {
     pub(super) fn append_blocks(&self, request: AppendRequest) -> Result<DocumentInfo> {
         let document = request.document;
         let collection = self.collection_of(self.store.manifest(document)?.collection)?;
         check_request(&collection, &request.blocks)?;
+        // Encoded once more, and widened on the way; the largest block does not have to fit twice.
+        let payload: usize = request.blocks.iter().map(|block| block.k.data.len() + block.v.data.len()).sum();
+        let _taken = self.take((2 * payload as u64).min(self.work.limit()), &Until::FOREVER)?;
 
         // Encoded before the lock is taken, which is not held over work of the pool, and again where another writer was faster.
         loop {
