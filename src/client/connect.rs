@@ -1,9 +1,12 @@
 //! One HTTP/2 connection that all calls share, and the small runtime that drives it.
 
+use std::error::Error;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::api::{MemoryError, Result};
 use crate::limits;
@@ -18,8 +21,11 @@ pub struct ClientOptions {
     /// How long a call may take, repetitions included. For calls that move many messages (append, fetch, listings,
     /// verify): how long the next message may take.
     pub deadline: Duration,
-    /// How long connecting may take.
+    /// How long connecting may take, the first answer included.
     pub connect_timeout: Duration,
+    /// How often a silent service is asked whether it is still there while calls wait for it, and how long it may take to
+    /// say so. Without an answer they are made again over a new connection.
+    pub keepalive: Duration,
     /// How often a call that may be repeated is tried in all while the service is unavailable, at least 1.
     pub attempts: u32,
     /// Pause before the second attempt; it doubles from there, and is shortened at random by up to half.
@@ -33,6 +39,7 @@ impl Default for ClientOptions {
         ClientOptions {
             deadline: Duration::from_secs(120),
             connect_timeout: Duration::from_secs(5),
+            keepalive: Duration::from_secs(20),
             attempts: 5,
             backoff: Duration::from_millis(50),
             append_bytes: 64 << 20,
@@ -53,17 +60,21 @@ impl Connection {
         let endpoint = endpoint(target)?
             .connect_timeout(options.connect_timeout)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .tcp_keepalive(Some(options.keepalive))
+            .http2_keep_alive_interval(options.keepalive)
+            .keep_alive_timeout(options.keepalive);
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("landmark-client")
             .enable_all()
             .build()
             .map_err(|error| MemoryError::Internal { detail: format!("no thread for the client: {error}") })?;
-        let channel = runtime.block_on(endpoint.connect()).map_err(|error| MemoryError::Unavailable {
-            target: target.into(),
-            detail: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
-        })?;
+        let unavailable = |detail| MemoryError::Unavailable { target: target.into(), detail };
+        let connected =
+            runtime.block_on(async { tokio::time::timeout(options.connect_timeout, connect(endpoint)).await });
+        let late = |_| unavailable(format!("no answer within {} ms", options.connect_timeout.as_millis()));
+        let channel = connected.map_err(late)?.map_err(unavailable)?;
         Ok(Connection { channel, runtime: Some(runtime), target: target.into() })
     }
 
@@ -76,6 +87,17 @@ impl Connection {
             Some(runtime) => runtime.block_on(future),
             None => unreachable!("the runtime goes only with the connection"),
         }
+    }
+}
+
+/// A connection to somebody who answers: that one was accepted does not say so.
+async fn connect(endpoint: Endpoint) -> std::result::Result<Channel, String> {
+    let cause = |error: &dyn Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let channel = endpoint.connect().await.map_err(|error| cause(&error))?;
+    match HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await {
+        // Whatever is answered is an answer. An error with a source was made on this side.
+        Err(status) if status.source().is_some() => Err(cause(&status)),
+        _ => Ok(channel),
     }
 }
 

@@ -3,9 +3,10 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
+use tokio::task::AbortHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
@@ -17,6 +18,9 @@ use crate::wire::{from_status, v1};
 
 /// Questions that wait to be written; more callers than this wait before it.
 const QUESTIONS_READY: usize = 16;
+
+/// How long a caller waited at least whose leaving says something about the stream.
+const PATIENCE_MIN: Duration = Duration::from_secs(1);
 
 /// A question that has a stream of its own.
 pub(super) trait Question: Sized + Send + 'static {
@@ -46,9 +50,21 @@ struct OpenStream<Q: Question> {
     waiting: Arc<Mutex<Waiting<Q::Answer>>>,
 }
 
+/// A caller among those who wait for answers.
+struct Place<A> {
+    id: u64,
+    since: Instant,
+    answer: oneshot::Receiver<Result<A>>,
+    waiting: Arc<Mutex<Waiting<A>>>,
+}
+
 /// Who waits for which answer.
 struct Waiting<A> {
     next_id: u64,
+    /// When the last answer came, or the stream was opened.
+    heard: Instant,
+    /// What hands the answers out.
+    hearing: Option<AbortHandle>,
     /// None: the stream is over, and nobody will be answered.
     callers: Option<HashMap<u64, oneshot::Sender<Result<A>>>>,
 }
@@ -61,30 +77,29 @@ impl<Q: Question> Pairs<Q> {
     /// The answer to `question`, which the service drops if its turn does not come within `left`. A broken stream is
     /// `Unavailable`; the next question opens another.
     pub(super) async fn ask(&self, patience: Patience<'_>, question: Q, left: Duration) -> Result<Q::Answer> {
-        let (requests, id, answer) = self.enter(patience).await?;
+        let (requests, mut place) = self.enter(patience).await?;
         // 0 would mean forever.
         let timeout_ms = (left.as_millis() as u64).max(1);
-        requests.send(question.pack(id, timeout_ms)).await.map_err(|_| patience.cut_short())?;
-        answer.await.map_err(|_| patience.cut_short())?
+        requests.send(question.pack(place.id, timeout_ms)).await.map_err(|_| patience.cut_short())?;
+        (&mut place.answer).await.map_err(|_| patience.cut_short())?
     }
 
     /// A place among the waiting on a stream that works.
-    async fn enter(
-        &self,
-        patience: Patience<'_>,
-    ) -> Result<(mpsc::Sender<Q::Request>, u64, oneshot::Receiver<Result<Q::Answer>>)> {
+    async fn enter(&self, patience: Patience<'_>) -> Result<(mpsc::Sender<Q::Request>, Place<Q::Answer>)> {
         let mut open = self.open.lock().await;
         loop {
             if let Some(stream) = &*open
-                && let Some((id, answer)) = lock(&stream.waiting).enter()
+                && let Some(place) = Place::enter(&stream.waiting)
             {
-                return Ok((stream.requests.clone(), id, answer));
+                return Ok((stream.requests.clone(), place));
             }
             let (requests, receiver) = mpsc::channel(QUESTIONS_READY);
             let opened = Q::open(self.client.clone(), receiver.into()).await;
             let replies = opened.map_err(|status| patience.error(&status))?.into_inner();
-            let waiting = Arc::new(Mutex::new(Waiting { next_id: 0, callers: Some(HashMap::new()) }));
-            tokio::spawn(hand_out::<Q>(replies, waiting.clone(), patience.target.to_string()));
+            let callers = Some(HashMap::new());
+            let waiting = Arc::new(Mutex::new(Waiting { next_id: 0, heard: Instant::now(), hearing: None, callers }));
+            let hearing = tokio::spawn(hand_out::<Q>(replies, waiting.clone(), patience.target.to_string()));
+            lock(&waiting).hearing = Some(hearing.abort_handle());
             *open = Some(OpenStream { requests, waiting });
         }
     }
@@ -100,9 +115,9 @@ async fn hand_out<Q: Question>(
         match replies.message().await {
             Ok(Some(reply)) => {
                 let (id, answer) = Q::unpack(reply);
-                let caller = lock(&waiting).callers.as_mut().and_then(|callers| callers.remove(&id));
+                let caller = lock(&waiting).hear(id);
                 if let Some(caller) = caller {
-                    // A caller that is gone has lost its patience.
+                    // The caller timed out; drop the reply.
                     let _ = caller.send(answer);
                 }
             }
@@ -118,12 +133,36 @@ async fn hand_out<Q: Question>(
 }
 
 impl<A> Waiting<A> {
-    fn enter(&mut self) -> Option<(u64, oneshot::Receiver<Result<A>>)> {
+    /// Who waits for the answer that came.
+    fn hear(&mut self, id: u64) -> Option<oneshot::Sender<Result<A>>> {
+        self.heard = Instant::now();
+        self.callers.as_mut()?.remove(&id)
+    }
+}
+
+impl<A> Place<A> {
+    fn enter(waiting: &Arc<Mutex<Waiting<A>>>) -> Option<Place<A>> {
         let (caller, answer) = oneshot::channel();
-        let id = self.next_id;
-        self.callers.as_mut()?.insert(id, caller);
-        self.next_id += 1;
-        Some((id, answer))
+        let mut now = lock(waiting);
+        let id = now.next_id;
+        now.callers.as_mut()?.insert(id, caller);
+        now.next_id += 1;
+        Some(Place { id, since: Instant::now(), answer, waiting: waiting.clone() })
+    }
+}
+
+impl<A> Drop for Place<A> {
+    /// A stream that answered nobody while this caller waited in vain is given up: the next question opens another, and
+    /// who else waits asks again.
+    fn drop(&mut self) {
+        let mut waiting = lock(&self.waiting);
+        let in_vain = waiting.callers.as_mut().is_some_and(|callers| callers.remove(&self.id).is_some());
+        if in_vain && waiting.heard < self.since && self.since.elapsed() >= PATIENCE_MIN {
+            waiting.callers = None;
+            if let Some(hearing) = waiting.hearing.take() {
+                hearing.abort();
+            }
+        }
     }
 }
 

@@ -3,12 +3,14 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use landmarkdb::api::*;
+use landmarkdb::limits;
 use landmarkdb::shape::CollectionSpec;
 use landmarkdb::types::*;
+use landmarkdb::until::Until;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -29,6 +31,11 @@ pub(crate) struct Double {
     /// How long every call takes.
     pub(crate) delay: Mutex<Duration>,
     pub(crate) finished: AtomicU32,
+    /// Held by who writes.
+    pub(crate) writer: Mutex<()>,
+    /// Whether a verification goes on as long as somebody waits for it.
+    pub(crate) verifies_on: AtomicBool,
+    pub(crate) health: Mutex<Health>,
 }
 
 impl Double {
@@ -40,6 +47,16 @@ impl Double {
         let mut failures: Vec<_> = failures.into_iter().collect();
         failures.reverse();
         *self.failures.lock().unwrap() = failures;
+    }
+
+    /// Works as long as somebody waits, as what is heavy does.
+    fn work_on(&self, method: &str, until: &Until) -> Result<()> {
+        self.calls.lock().unwrap().push(format!("heavy {method}"));
+        while !until.is_over() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.finished.fetch_add(1, Ordering::SeqCst);
+        until.check()
     }
 
     /// Numbers that depend on every bit of the request.
@@ -146,6 +163,7 @@ impl BlockMemory for Double {
     }
 
     fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
+        let _writing = self.writer.lock().unwrap();
         let mut rng = self.enter("append", &request)?;
         known(request.document)?;
         Ok(document(&mut rng, request.document))
@@ -157,6 +175,27 @@ impl BlockMemory for Double {
 
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
         self.enter("lookup", request).map(|mut rng| hits(&mut rng, request))
+    }
+
+    fn lookup_until(&self, request: &LookupRequest, until: &Until) -> Result<Hits> {
+        if request.weight() > limits::LIGHT_WEIGHT_MAX {
+            self.work_on("lookup", until)?;
+        }
+        self.lookup(request)
+    }
+
+    fn attend_until(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+        if request.lookup.weight() > limits::LIGHT_WEIGHT_MAX {
+            self.work_on("attend", until)?;
+        }
+        self.attend(request)
+    }
+
+    fn attend_all_until(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
+        if requests.iter().map(|request| request.lookup.weight()).sum::<u64>() > limits::LIGHT_WEIGHT_MAX {
+            self.work_on("attend_all", until)?;
+        }
+        Ok(self.attend_all(requests))
     }
 
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
@@ -212,6 +251,22 @@ impl BlockMemory for Double {
             fetched_blocks: count(),
             health: Health::ReadOnly { reason: format!("räson {}", count()) },
         })
+    }
+
+    fn health(&self) -> Health {
+        self.health.lock().unwrap().clone()
+    }
+
+    fn verify_until(
+        &self,
+        document: Option<DocumentId>,
+        progress: &mut dyn FnMut(u64, u64),
+        until: &Until,
+    ) -> Result<VerifyReport> {
+        if self.verifies_on.load(Ordering::SeqCst) {
+            self.work_on("verify", until)?;
+        }
+        self.verify(document, progress)
     }
 
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {

@@ -6,8 +6,11 @@
 
 mod agreement;
 mod bad_input;
+mod bounds;
 mod cache;
 mod double;
 mod lifecycle;
+mod patience;
+mod raw;
 mod requests;
 mod service;

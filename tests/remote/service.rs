@@ -34,14 +34,16 @@ impl Service {
         let (bound, address) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-            runtime.block_on(async move {
+            let served = runtime.block_on(async move {
                 let listeners = Listeners::bind(&listen).await.unwrap();
                 bound.send(listeners.tcp_address().unwrap()).unwrap();
                 serve(memory, listeners, options, async {
                     let _ = stopped.await;
                 })
                 .await
-            })
+            });
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            served
         });
         Service { target: format!("http://{}", address.recv().unwrap()), stop: Some(stop), thread: Some(thread) }
     }
@@ -62,6 +64,12 @@ impl Service {
     /// Asks the service to stop, and returns at once.
     pub(crate) fn ask_to_stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
+    }
+
+    /// Asks the service to stop, and waits for it.
+    pub(crate) fn stop(&mut self) {
+        self.ask_to_stop();
+        self.join();
     }
 
     /// Waits for the end after `ask_to_stop`.
