@@ -186,7 +186,7 @@ fn replay(
     }
     let mut end = len;
     if next == Next::Last {
-        if let Some(cut) = found.torn_from(state.bytes, len) {
+        if let Some(cut) = found.torn_from(before, state.bytes, len) {
             set_aside(handles, segment, cut, len)?;
             found.forget_from(cut);
             segment.file.truncate(cut).map_err(StoreError::io("cut a segment"))?;
@@ -274,13 +274,13 @@ struct Found {
 impl Found {
     /// Where the half-written end of the last segment, read in bytes `from..len`, begins, if it has one: after the
     /// last group if anything follows it, before that group if it is broken itself.
-    fn torn_from(&self, from: u64, len: u64) -> Option<u64> {
+    fn torn_from(&self, number_before: Option<u64>, from: u64, len: u64) -> Option<u64> {
         let mut ends = self.ends.iter().rev().copied().chain([from]);
         let last_end = ends.next().unwrap_or(from);
         if last_end < len {
             return Some(last_end);
         }
-        let begin = match self.last_numbers() {
+        let begin = match self.last_numbers(number_before) {
             // The end of the group before is lost, which was durable when the last one was begun: damage, not a torn write.
             Some((before, last)) if last > before + 1 => {
                 self.entries.iter().find(|entry| entry.locator.sequence == last)?.locator.offset
@@ -290,12 +290,12 @@ impl Found {
         self.broken.iter().any(|&offset| offset >= begin).then_some(begin)
     }
 
-    /// The numbers of the last two groups whose ends are there.
-    fn last_numbers(&self) -> Option<(u64, u64)> {
+    /// The numbers of the last two groups whose ends are there; the first may be that of the group before the stretch.
+    fn last_numbers(&self, number_before: Option<u64>) -> Option<(u64, u64)> {
         let number = |entry: &Entry| if let Content::Group(end) = &entry.content { Some(end.number) } else { None };
         let mut numbers = self.entries.iter().rev().filter_map(number);
         let last = numbers.next()?;
-        Some((numbers.next()?, last))
+        Some((numbers.next().or(number_before)?, last))
     }
 
     fn forget_from(&mut self, cut: u64) {
