@@ -107,6 +107,8 @@ struct State {
     /// Files whose removal failed after it was done: the power may bring them back.
     ghosts: Contents,
     torn: BTreeMap<(SegmentId, u64), Vec<u8>>,
+    /// Files removed so far, over all restarts.
+    removals: usize,
     /// Of the directory's id, every byte.
     directory: u8,
     pairs: Pairs,
@@ -118,10 +120,12 @@ struct State {
     operations: usize,
     trace: Option<Vec<Call>>,
     fault: Option<Fault>,
-    /// How often the fault struck.
+    /// The calls that the fault struck.
     struck: Vec<Call>,
     death: Option<(usize, Effect)>,
     dead: bool,
+    /// The call under way will be told to have failed.
+    failing: bool,
 }
 
 /// The disk. Clones share it.
@@ -234,6 +238,11 @@ impl Disk {
         self.state().operations
     }
 
+    /// Files removed so far, over all restarts.
+    pub(super) fn removals(&self) -> usize {
+        self.state().removals
+    }
+
     /// Calls of any kind so far.
     pub(super) fn call_count(&self) -> usize {
         self.state().calls
@@ -297,8 +306,13 @@ impl Disk {
                 left.entry(id).or_insert_with(|| Arc::new(Mutex::new(content)));
             }
         }
-        let mut restarted =
-            State { files: left, torn: state.torn.clone(), directory: state.directory, ..State::default() };
+        let mut restarted = State {
+            files: left,
+            torn: state.torn.clone(),
+            removals: state.removals,
+            directory: state.directory,
+            ..State::default()
+        };
         match table {
             Table::Applied => restarted.pairs = state.pairs.clone(),
             Table::Flushed => restarted.pairs = state.flushed.clone(),
@@ -367,7 +381,7 @@ impl Disk {
             if let Some((at, effect)) = state.death
                 && at == operation
             {
-                state.dead = true;
+                (state.dead, state.failing) = (true, true);
                 let _ = run(&mut state, effect);
                 return Err(io::Error::other("the power failed"));
             }
@@ -379,7 +393,9 @@ impl Disk {
         {
             state.struck.push(call);
             if call.changes() {
+                state.failing = true;
                 let _ = run(&mut state, fault.effect);
+                state.failing = false;
             }
             return Err(fault.reason.error());
         }
@@ -456,7 +472,8 @@ impl Segments for Disk {
         self.call(Call::Remove, |state, effect| {
             if effect == Effect::Everything {
                 let content = state.files.remove(&id).ok_or(io::ErrorKind::NotFound)?;
-                if state.dead || state.fault.is_some_and(|fault| fault.at < state.calls) {
+                state.removals += 1;
+                if state.failing {
                     state.ghosts.insert(id, content);
                 }
             }

@@ -15,7 +15,7 @@ const LENGTH: usize = 300;
 fn nothing_acknowledged_is_lost_when_the_power_is_cut() {
     let cuts = number_from("LANDMARKDB_POWER_CUTS", CUTS);
     let first = number_from("LANDMARKDB_MODEL_SEED", 1) as u64;
-    let (mut done, mut operations, mut seed) = (0, 0, first);
+    let (mut done, mut operations, mut removals, mut seed) = (0, 0, 0, first);
     while done < cuts {
         let mut generator = Generator::new(seed);
         let sizes = generator.sizes();
@@ -26,7 +26,12 @@ fn nothing_acknowledged_is_lost_when_the_power_is_cut() {
             Some(if generator.number(8) == 0 { generator.bad() } else { generator.next(&life.model) })
         });
         done += life.deaths;
+        removals += life.disk.removals();
         seed += 1;
     }
-    println!("{done} cuts in {operations} operations from seed {first}: 0 acknowledged blocks lost, 0 wrong");
+    println!(
+        "{done} cuts in {operations} operations from seed {first}, {removals} segments compacted: 0 acknowledged blocks \
+         lost, 0 wrong"
+    );
+    assert!(removals > operations / 50, "{removals} segments were compacted in {operations} operations");
 }

@@ -16,17 +16,22 @@ const LENGTHS: [usize; 4] = [40, 100, 250, 600];
 fn a_store_holds_what_a_plain_model_holds() {
     let operations = number_from("LANDMARKDB_MODEL_OPERATIONS", OPERATIONS);
     let first = number_from("LANDMARKDB_MODEL_SEED", 1) as u64;
-    let (mut done, mut seed) = (0, first);
+    let (mut done, mut removals, mut seed) = (0, 0, first);
     while done < operations {
         let mut generator = Generator::new(seed);
         let sizes = generator.sizes();
         let mut left = LENGTHS[generator.number(LENGTHS.len() as u64) as usize];
         done += left;
-        live(seed, sizes, true, |life| {
+        let life = live(seed, sizes, true, |life| {
             left = left.checked_sub(1)?;
             Some(generator.next(&life.model))
         });
+        removals += life.disk.removals();
         seed += 1;
     }
-    println!("{done} operations in {} lives from seed {first}: 0 differences", seed - first);
+    println!(
+        "{done} operations in {} lives from seed {first}, {removals} segments compacted: 0 differences",
+        seed - first
+    );
+    assert!(removals > done / 50, "{removals} segments were compacted in {done} operations");
 }
