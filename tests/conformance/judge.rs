@@ -145,3 +145,23 @@ impl World {
         assert_eq!(beyond.code, tonic::Code::NotFound, "{beyond:?}");
     }
 }
+
+/// Whether two replies name the same blocks and say the same within what sums may lose.
+pub(crate) fn same_reply(found: &v1::AttendReply, right: &v1::AttendReply) -> Result<(), String> {
+    let hits = |reply: &v1::AttendReply| reply.hits.clone().unwrap_or_default();
+    let (of_found, of_right) = (hits(found), hits(right));
+    if (&of_found.documents, &of_found.indices) != (&of_right.documents, &of_right.indices) {
+        return Err(format!("blocks {:?} for {:?}", of_found.indices, of_right.indices));
+    }
+    let scores = (&of_found.scores, &of_right.scores);
+    for (what, (found, right)) in
+        [("out", (&found.out, &right.out)), ("lse", (&found.lse, &right.lse)), ("scores", scores)]
+    {
+        let pairs = numbers_of(found).into_iter().zip(numbers_of(right));
+        let off = pairs.map(|(found, right)| f64::from(found - right).abs()).fold(0.0, f64::max);
+        if found.len() != right.len() || off > SUMS {
+            return Err(format!("{what} is off by {off}"));
+        }
+    }
+    Ok(())
+}
