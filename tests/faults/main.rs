@@ -3,6 +3,7 @@
 //! that the child acknowledged. `LANDMARKDB_FAULTS=all` tries every n; otherwise some are left out.
 #![cfg(target_os = "linux")]
 
+mod full;
 mod script;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ const ERRORS: [(&str, i32); 3] = [("ENOSPC", 28), ("EIO", 5), ("EMFILE", 24)];
 /// Of the calls that can fail, this many of each error are tried by default.
 const SAMPLE: usize = 12;
 const CHILD: &str = "LANDMARKDB_FAULTS_CHILD";
+const PART: &str = "LANDMARKDB_FAULTS_PART";
 const WORKERS: usize = 2;
 /// A child needs a tenth of a second.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -239,11 +241,48 @@ fn fail_calls(goes_on: bool) {
     assert!(wrong.is_empty(), "{} of {} faults:\n{list}", wrong.len(), faults.len());
 }
 
+#[test]
+#[ignore = "on a full disk nothing can be deleted, and nothing opens"]
+fn a_full_disk_is_read_and_deleted_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(shim) = shim(folder.path()) else { return };
+    for parts in [&["fill and free"][..], &["fill", "open full and free"]] {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        for part in parts {
+            // A process that opens a full disk finds no space at all.
+            let space = if part.starts_with("fill") { full::SPACE } else { 1 };
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "child", "--ignored", "--nocapture"])
+                .env(CHILD, &data)
+                .env(PART, part)
+                .env("LD_PRELOAD", &shim)
+                .env("FAULT_DIR", &data)
+                .env("FAULT_LOG", folder.path().join("log"))
+                .env("FAULT_SPACE", space.to_string())
+                .output()
+                .unwrap();
+            let said =
+                [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).join("");
+            assert!(said.contains("part done"), "{part}: {said}");
+        }
+        for rebuild in [false, true] {
+            if rebuild {
+                std::fs::remove_dir_all(data.join("catalog")).unwrap();
+            }
+            full::check(&open(&data).unwrap());
+        }
+    }
+}
+
 /// Not a test: what the child process runs.
 #[test]
 #[ignore = "started by the others as a process of its own"]
 fn child() {
     let Some(data) = std::env::var_os(CHILD) else { return };
+    if let Ok(part) = std::env::var(PART) {
+        return full::work(Path::new(&data), &part);
+    }
     let log = std::env::var_os("FAULT_LOG").unwrap();
     let mut healed = log.clone();
     healed.push(".healed");

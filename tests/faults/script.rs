@@ -47,7 +47,7 @@ pub enum Said {
 }
 
 /// B = 4, D = 4, two KV heads in one layer.
-fn spec() -> CollectionSpec {
+pub fn spec() -> CollectionSpec {
     CollectionSpec {
         name: "one".into(),
         shape: ModelShape {
@@ -69,7 +69,7 @@ fn spec() -> CollectionSpec {
 }
 
 /// Every byte depends on name, version, place and length.
-fn made(name: &str, version: u32, index: u32, tokens: u32) -> BlockRecord {
+pub fn made(name: &str, version: u32, index: u32, tokens: u32) -> BlockRecord {
     let seed = name.bytes().map(u32::from).sum::<u32>() * 31 + version * 7;
     let bytes = |count: usize, salt: u32| -> Vec<u8> {
         (0..count as u32).map(|i| (i * 7 + index * 31 + seed + tokens + salt * 13) as u8).collect()
@@ -220,7 +220,7 @@ fn check_name(store: &Store, name: &str, expected: &Expected) -> Result<(), Stri
     Ok(())
 }
 
-fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
+pub fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
     let (meta, _) = store.read_meta(id)?;
     let keys = store.read_keys(id)?;
     let mut pieces = Vec::new();

@@ -4,6 +4,7 @@
 //   FAULT_ERRNO    the error: 5 (EIO), 24 (EMFILE) or 28 (ENOSPC); says which calls can fail
 //   FAULT_AT       the first call that fails, counted from 1 over those that can; 0: none
 //   FAULT_STAYS    1: all later ones fail too, until the file FAULT_LOG.healed is there
+//   FAULT_SPACE    the folder may grow by so many bytes; 0: by any. What is removed or cut off is given back
 //   FAULT_LOG      file for the name and the path of each call that failed, and for the count at the end
 //
 // Before a write fails for lack of space, half of it is done, as a full disk does it.
@@ -18,12 +19,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 static const char *folder, *log_path;
 static char healed_path[PATH_MAX];
 static int error_number, fault_at, stays, count, short_write_done;
+static long long space, used;
 
 static void begin(void) __attribute__((constructor));
 static void begin(void) {
@@ -38,6 +41,7 @@ static void begin(void) {
     error_number = (number = getenv("FAULT_ERRNO")) ? atoi(number) : EIO;
     fault_at = (number = getenv("FAULT_AT")) ? atoi(number) : 0;
     stays = (number = getenv("FAULT_STAYS")) ? atoi(number) : 0;
+    space = (number = getenv("FAULT_SPACE")) ? atoll(number) : 0;
 }
 
 static void note(const char *name, const char *path) {
@@ -83,14 +87,32 @@ static int strikes(enum kind kind, const char *name, const char *path) {
     return 1;
 }
 
-static int strikes_fd(enum kind kind, const char *name, int fd) {
-    char link[64], path[PATH_MAX];
-    if (folder == NULL) return 0;
+static int path_of(int fd, char *path) {
+    char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
+    ssize_t length = readlink(link, path, PATH_MAX - 1);
     if (length <= 0) return 0;
     path[length] = 0;
-    return strikes(kind, name, path);
+    return 1;
+}
+
+static int strikes_fd(enum kind kind, const char *name, int fd) {
+    char path[PATH_MAX];
+    return folder != NULL && path_of(fd, path) && strikes(kind, name, path);
+}
+
+// How many of the bytes of a write there is space for.
+static size_t fitting(int fd, off64_t offset, size_t length) {
+    char path[PATH_MAX];
+    struct stat now;
+    if (folder == NULL || space == 0 || !path_of(fd, path) || !is_below(path) || fstat(fd, &now) != 0) return length;
+    long long growth = offset + (long long)length - now.st_size;
+    if (growth <= 0) return length;
+    long long left = space - __atomic_load_n(&used, __ATOMIC_SEQ_CST);
+    long long taken = growth <= left ? growth : left > 0 ? left : 0;
+    __atomic_add_fetch(&used, taken, __ATOMIC_SEQ_CST);
+    long long fits = (long long)length - (growth - taken);
+    return fits > 0 ? fits : 0;
 }
 
 // A relative path under a folder that is open counts by that folder.
@@ -129,20 +151,26 @@ static size_t before_full(size_t length) {
     return length / 2;
 }
 
-ssize_t write(int fd, const void *bytes, size_t length) {
-    if (strikes_fd(WRITES, "write", fd)) {
+static ssize_t write_with(const char *name, int fd, const void *bytes, size_t length, off64_t offset, int at) {
+    if (strikes_fd(WRITES, name, fd)) {
         if ((length = before_full(length)) == 0) return -1;
         if (!stays) fault_at = count + 1;
     }
-    return syscall(SYS_write, fd, bytes, length);
+    size_t fits = fitting(fd, offset, length);
+    if (fits == 0 && length > 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return at ? syscall(SYS_pwrite64, fd, bytes, fits, offset) : syscall(SYS_write, fd, bytes, fits);
+}
+
+ssize_t write(int fd, const void *bytes, size_t length) {
+    off64_t offset = folder == NULL || space == 0 ? 0 : syscall(SYS_lseek, fd, 0, SEEK_CUR);
+    return write_with("write", fd, bytes, length, offset < 0 ? 0 : offset, 0);
 }
 
 static ssize_t write_at(int fd, const void *bytes, size_t length, off64_t offset) {
-    if (strikes_fd(WRITES, "pwrite", fd)) {
-        if ((length = before_full(length)) == 0) return -1;
-        if (!stays) fault_at = count + 1;
-    }
-    return syscall(SYS_pwrite64, fd, bytes, length, offset);
+    return write_with("pwrite", fd, bytes, length, offset, 1);
 }
 
 ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) { return write_at(fd, bytes, length, offset); }
@@ -158,12 +186,18 @@ int sync_file_range(int fd, off64_t offset, off64_t length, unsigned flags) {
     return syscall(SYS_sync_file_range, fd, offset, length, flags);
 }
 
-int ftruncate(int fd, off_t length) {
-    return strikes_fd(CHANGES, "ftruncate", fd) ? -1 : syscall(SYS_ftruncate, fd, length);
+static int truncate_to(int fd, off64_t length) {
+    char path[PATH_MAX];
+    struct stat now;
+    if (strikes_fd(CHANGES, "ftruncate", fd)) return -1;
+    if (folder != NULL && space != 0 && path_of(fd, path) && is_below(path) && fstat(fd, &now) == 0) {
+        __atomic_add_fetch(&used, length - now.st_size, __ATOMIC_SEQ_CST);
+    }
+    return syscall(SYS_ftruncate, fd, length);
 }
-int ftruncate64(int fd, off64_t length) {
-    return strikes_fd(CHANGES, "ftruncate", fd) ? -1 : syscall(SYS_ftruncate, fd, length);
-}
+
+int ftruncate(int fd, off_t length) { return truncate_to(fd, length); }
+int ftruncate64(int fd, off64_t length) { return truncate_to(fd, length); }
 
 int rename(const char *from, const char *to) {
     if (strikes(CHANGES, "rename", from)) return -1;
@@ -171,5 +205,10 @@ int rename(const char *from, const char *to) {
 }
 
 int unlink(const char *path) {
-    return strikes(CHANGES, "unlink", path) ? -1 : syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    struct stat now;
+    if (strikes(CHANGES, "unlink", path)) return -1;
+    int known = folder != NULL && space != 0 && is_below(path) && stat(path, &now) == 0;
+    int result = syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    if (known && result == 0) __atomic_sub_fetch(&used, (long long)now.st_size, __ATOMIC_SEQ_CST);
+    return result;
 }
