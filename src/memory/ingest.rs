@@ -11,7 +11,7 @@ use crate::limits;
 use crate::numeric::{self, ChannelCode};
 use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
-use crate::store::{BlockMeta, BlockRecord, Manifest};
+use crate::store::{BlockMeta, BlockRecord, Held, Manifest};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 use crate::until::Until;
 
@@ -27,41 +27,77 @@ impl LocalMemory {
         // Encoded before the lock is taken, which is not held over work of the pool, and again where another writer was faster.
         loop {
             let manifest = self.store.manifest(document)?;
-            let skipped = self.durable(&manifest, &request.blocks)?;
-            if skipped == request.blocks.len() {
+            let wanted = self.wanted(&collection, &manifest, &request.blocks)?;
+            if wanted.is_empty() {
                 return Ok(self.info(&collection, manifest));
             }
-            let records = self.encode_new(&collection, &manifest, &request.blocks, skipped)?;
+            let records = self.encode_wanted(&collection, &manifest, &request.blocks, &wanted)?;
             if let Some(manifest) = self.write(&collection, &manifest, &records)? {
                 return Ok(self.info(&collection, manifest));
             }
         }
     }
 
-    /// The blocks behind the first `skipped` as the store keeps them, if they may come next.
-    fn encode_new(
+    /// The blocks at places `wanted` as the store keeps them, if they may be written.
+    fn encode_wanted(
         &self,
         collection: &Collection,
         manifest: &Manifest,
         blocks: &[NewBlock],
-        skipped: usize,
+        wanted: &[usize],
     ) -> Result<Vec<BlockRecord>> {
-        let (document, new) = (manifest.id, &blocks[skipped..]);
-        if manifest.sealed {
-            return Err(MemoryError::Sealed { document });
+        let document = manifest.id;
+        let new = wanted.iter().map(|&i| &blocks[i]).find(|block| block.index >= manifest.blocks);
+        if let Some(new) = new {
+            let is_mended = new.index == manifest.blocks && new.token_ids.len() == manifest.tail_tokens as usize;
+            if manifest.sealed && !is_mended {
+                return Err(MemoryError::Sealed { document });
+            }
+            if new.index != manifest.blocks {
+                return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: new.index });
+            }
         }
-        if new[0].index != manifest.blocks {
-            return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: new[0].index });
-        }
-        let codes = match manifest.blocks {
-            0 => first_codes(collection, &new[0], skipped)?,
-            _ => self.loader(collection).codes(document)?,
-        };
-        let encode = |(i, block)| encode(collection, block, &codes, skipped + i);
-        new.par_iter().enumerate().map(encode).collect()
+        let codes = self.codes_for(collection, manifest, blocks, wanted)?;
+        let encode = |&i: &usize| encode(collection, &blocks[i], &codes, i);
+        wanted.par_iter().map(encode).collect()
     }
 
-    /// Makes records durable behind what a document holds, and shows them to lookups; nothing if it is not as `before` any more.
+    /// The codes of the document that blocks at places `wanted` are written to.
+    fn codes_for(
+        &self,
+        collection: &Collection,
+        manifest: &Manifest,
+        blocks: &[NewBlock],
+        wanted: &[usize],
+    ) -> Result<Arc<[ChannelCode]>> {
+        let first = wanted.first().copied().filter(|&i| blocks[i].index == 0);
+        match first {
+            Some(i) if manifest.blocks == 0 => first_codes(collection, &blocks[i], i),
+            // Those that all its blocks share stay, if they can be read. From the same block follow the same.
+            Some(i) => match self.loader(collection).codes(manifest.id) {
+                Err(MemoryError::DataLoss { .. }) if self.is_coded(collection, manifest)? => {
+                    first_codes(collection, &blocks[i], i)
+                }
+                Err(MemoryError::DataLoss { .. }) => Ok(Arc::default()),
+                codes => codes,
+            },
+            None if manifest.blocks == 0 => Ok(Arc::default()),
+            None => self.loader(collection).codes(manifest.id),
+        }
+    }
+
+    /// Whether a document has codes, as far as its second block says: it may have been begun in a format that knew none.
+    fn is_coded(&self, collection: &Collection, manifest: &Manifest) -> Result<bool> {
+        let layout = KeysLayout::of(&collection.spec);
+        if manifest.blocks < 2 || !layout.has_codes() {
+            return Ok(true);
+        }
+        let keys = self.store.read_keys(BlockId { document: manifest.id, index: 1 })?;
+        Ok(keys.len() == layout.bytes(true))
+    }
+
+    /// Makes records durable in place of damaged ones and behind what a document holds, and shows them to lookups; nothing if
+    /// it is not as `before` any more.
     fn write(&self, collection: &Collection, before: &Manifest, records: &[BlockRecord]) -> Result<Option<Manifest>> {
         let document = before.id;
         let writer = self.writers.of(document);
@@ -70,31 +106,47 @@ impl LocalMemory {
             return Ok(None);
         }
         let manifest = self.store.append(document, records).map_err(writing(document))?;
+        let mended = records.iter().take_while(|record| record.index < before.blocks).count();
+        if mended > 0 {
+            self.forget_document(document);
+        }
         let full = (manifest.blocks - before.blocks) as usize;
-        let keys: Vec<&[u8]> = records.iter().take(full).map(|record| &record.keys[..]).collect();
+        let keys: Vec<&[u8]> = records[mended..].iter().take(full).map(|record| &record.keys[..]).collect();
         self.keys.extend(self.loader(collection), document, before.blocks, &keys)?;
         self.counters.appended_blocks.add(full);
         Ok(Some(manifest))
     }
 
-    /// How many of the first blocks are durable with these token ids.
-    fn durable(&self, manifest: &Manifest, blocks: &[NewBlock]) -> Result<usize> {
+    /// The places of blocks that have to be written: all but the first that are durable with these token ids and whole.
+    fn wanted(&self, collection: &Collection, manifest: &Manifest, blocks: &[NewBlock]) -> Result<Vec<usize>> {
+        let (document, block_tokens) = (manifest.id, collection.spec.shape.block_tokens as usize);
+        let mut wanted = Vec::new();
         for (i, block) in blocks.iter().enumerate() {
             let is_tail = block.index == manifest.blocks && manifest.tail_tokens > 0;
             if block.index >= manifest.blocks && !is_tail {
-                return Ok(i);
+                wanted.extend(i..blocks.len());
+                break;
             }
-            let id = BlockId { document: manifest.id, index: block.index };
-            let (stored, _) = self.store.read_meta(id)?;
-            if is_tail && stored.token_ids != block.token_ids {
-                return Ok(i);
+            let Held { token_ids, damage } = self.store.held(BlockId { document, index: block.index })?;
+            if is_tail {
+                if damage.is_some() || token_ids.is_none_or(|held| held != block.token_ids) {
+                    wanted.extend(i..blocks.len());
+                    break;
+                }
+                continue;
             }
             // A repeated tail may meanwhile have grown to a full block.
-            if !stored.token_ids.starts_with(&block.token_ids) {
-                return Err(MemoryError::Conflict { document: manifest.id, index: block.index });
+            if token_ids.is_some_and(|held| !held.starts_with(&block.token_ids)) {
+                return Err(MemoryError::Conflict { document, index: block.index });
+            }
+            match damage {
+                None => {}
+                // It cannot be mended with a part of it.
+                Some(damage) if block.token_ids.len() < block_tokens => return Err(damage.into()),
+                Some(_) => wanted.push(i),
             }
         }
-        Ok(blocks.len())
+        Ok(wanted)
     }
 
     pub(super) fn seal_document(&self, document: DocumentId) -> Result<DocumentInfo> {

@@ -219,6 +219,14 @@ impl LocalMemory {
         }
     }
 
+    /// Lets go what is derived from a document's blocks.
+    fn forget_document(&self, document: DocumentId) {
+        self.keys.forget(document);
+        self.codes.forget(document);
+        self.indexes.forget(document);
+        self.gpu.forget(&HashSet::from([document]));
+    }
+
     fn document_info(&self, manifest: Manifest) -> Result<DocumentInfo> {
         let collection = self.collection_of(manifest.collection)?;
         Ok(self.info(&collection, manifest))
@@ -351,9 +359,7 @@ impl BlockMemory for LocalMemory {
         let writer = self.writers.of(document);
         let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
         let freed = self.store.delete(document)?;
-        self.keys.forget(document);
-        self.indexes.forget(document);
-        self.gpu.forget(&HashSet::from([document]));
+        self.forget_document(document);
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
     }
 

@@ -13,54 +13,42 @@ impl Store {
     /// Appends consecutive blocks; the last one, if it has fewer than B tokens, becomes the document's tail in place
     /// of the one it had. All of them are durable and visible when this returns, or none.
     ///
-    /// Blocks that the document already has are skipped if their token ids agree, and are a `Conflict` if not.
+    /// Blocks that the document already has are a `Conflict` if their token ids differ; else those that are damaged are
+    /// written again, and the others skipped.
     pub fn append(&self, document: DocumentId, blocks: &[BlockRecord]) -> Result<Manifest, StoreError> {
         self.write(|writer| {
             let mut entry = self.entry(document)?;
             self.check_undoubted(document)?;
-            let new = self.skip_durable(&entry.manifest, blocks)?;
-            if new.is_empty() {
-                return Ok(entry.manifest);
-            }
-            if entry.manifest.sealed {
-                return Err(StoreError::Sealed);
-            }
             let collection = entry.manifest.collection;
             let spec = self
                 .collection(collection)?
                 .ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?
                 .spec;
+            let (mends, new) = self.split_durable(&entry, &spec, blocks)?;
+            if new.is_empty() && mends.blocks.is_empty() {
+                return Ok(entry.manifest);
+            }
+            if entry.manifest.sealed && !new.is_empty() {
+                return Err(StoreError::Sealed);
+            }
             let parts = check_blocks(&spec, entry.manifest.blocks, new)?;
             let bytes: u64 = parts.iter().map(Parts::record_bytes).sum();
             let old_tail_bytes = self.tail_bytes(&entry.manifest)?;
             grow(&mut entry, new, bytes, old_tail_bytes)?;
 
-            self.make_room(writer, bytes)?;
+            self.make_room(writer, bytes + mends.bytes())?;
             self.commit(writer, |group| {
+                mends.write(group, collection, &mut entry)?;
                 for (block, parts) in new.iter().zip(&parts) {
                     group.block(collection, BlockId { document, index: block.index }, block, *parts)?;
                 }
-                entry.tail_sequence = if entry.manifest.tail_tokens > 0 { group.number() } else { 0 };
+                if !new.is_empty() {
+                    entry.tail_sequence = if entry.manifest.tail_tokens > 0 { group.number() } else { 0 };
+                }
                 group.document(entry.clone())
             })?;
             Ok(entry.manifest)
         })
-    }
-
-    /// The blocks behind those that the document already has.
-    fn skip_durable<'a>(
-        &self,
-        manifest: &Manifest,
-        blocks: &'a [BlockRecord],
-    ) -> Result<&'a [BlockRecord], StoreError> {
-        let durable = blocks.iter().take_while(|block| block.index < manifest.blocks).count();
-        for block in &blocks[..durable] {
-            let (stored, _) = self.read_meta(BlockId { document: manifest.id, index: block.index })?;
-            if stored.token_ids != block.meta.token_ids {
-                return Err(StoreError::Conflict { document: manifest.id, index: block.index });
-            }
-        }
-        Ok(&blocks[durable..])
     }
 
     fn tail_bytes(&self, manifest: &Manifest) -> Result<u64, StoreError> {
@@ -109,7 +97,7 @@ fn check_blocks(spec: &CollectionSpec, expected: u32, blocks: &[BlockRecord]) ->
     Ok(parts)
 }
 
-fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Result<Parts, StoreError> {
+pub(super) fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Result<Parts, StoreError> {
     let shape = &spec.shape;
     let head_dim = shape.head_dim as usize;
     let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim };
@@ -136,7 +124,7 @@ fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Res
     })
 }
 
-fn exactly(field: &'static str, expected: usize, found: usize) -> Result<(), StoreError> {
+pub(super) fn exactly(field: &'static str, expected: usize, found: usize) -> Result<(), StoreError> {
     if expected == found {
         return Ok(());
     }

@@ -7,7 +7,7 @@
 //! Not here: what keys mean, how they are searched, and what a payload is used for.
 //!
 //! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
-//! records), `ledger` (what records mean), `append`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
+//! records), `ledger` (what records mean), `append` and `mend`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
 //! `verify`; `piece` stands apart.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +29,7 @@ mod error;
 mod ledger;
 mod log;
 mod loss;
+mod mend;
 pub mod piece;
 mod places;
 mod read;
@@ -45,6 +46,7 @@ mod tests;
 pub use catalog::{Batch, Catalog, Pair, SledCatalog};
 pub use directory::is_data_directory;
 pub use error::{Entity, StoreError};
+pub use mend::Held;
 pub use record::CollectionEntry;
 pub use segment::{DirectoryId, SegmentFile, SegmentFolder, SegmentId, Segments, Torn};
 pub use verify::{Fault, VerifyReport};

@@ -234,7 +234,7 @@ impl VerifyReport {
     }
 }
 
-/// Reads one block's record in full. Returns its bytes.
+/// Checks one block's record in full. Returns its bytes.
 fn verify_block(
     segment: &Segment,
     locator: &Locator,
@@ -243,23 +243,9 @@ fn verify_block(
     keys: Option<KeysLayout>,
 ) -> Result<u64, StoreError> {
     let damaged = |detail: String| StoreError::Damaged { block: Some(block), detail };
-    let mut record = vec![0; locator.bytes() as usize];
-    read_exact(segment, locator.offset, block, &mut record)?;
-    let mut header = [0; RECORD_HEADER_BYTES];
-    header.copy_from_slice(&record[..RECORD_HEADER_BYTES]);
-    let checked = RecordHeader::check(&header, segment.salt, segment.id, locator.offset);
-    let Some(header) = checked else {
-        return Err(damaged("its record header is damaged".into()));
-    };
-    let is_it = header.kind == Kind::Block
-        && header.block == block
-        && header.collection == entry.manifest.collection
-        && (header.sequence, header.tokens, header.parts) == (locator.sequence, locator.tokens, locator.parts);
-    if !is_it {
-        return Err(damaged(format!("another record lies at byte {} of segment {}", locator.offset, locator.segment)));
-    }
-    if let Some(part) = header.damaged_part(segment.salt, &record) {
-        return Err(mismatch(block, part));
+    let (header, record) = read_record(segment, locator, block)?;
+    if header.collection != entry.manifest.collection {
+        return Err(another(locator, block));
     }
     if block.index >= entry.manifest.blocks {
         return Ok(locator.bytes());
@@ -273,4 +259,34 @@ fn verify_block(
         keys.check(block.index == 0, found).map_err(|error| damaged(error.to_string()))?;
     }
     Ok(locator.bytes())
+}
+
+/// Reads one block's record in full: its header and all bytes, each of which agrees with its checksum.
+pub(super) fn read_record(
+    segment: &Segment,
+    locator: &Locator,
+    block: BlockId,
+) -> Result<(RecordHeader, Vec<u8>), StoreError> {
+    let mut record = vec![0; locator.bytes() as usize];
+    read_exact(segment, locator.offset, block, &mut record)?;
+    let mut header = [0; RECORD_HEADER_BYTES];
+    header.copy_from_slice(&record[..RECORD_HEADER_BYTES]);
+    let Some(header) = RecordHeader::check(&header, segment.salt, segment.id, locator.offset) else {
+        let detail = "its record header is damaged".into();
+        return Err(StoreError::Damaged { block: Some(block), detail });
+    };
+    let is_it = (header.kind, header.block) == (Kind::Block, block)
+        && (header.sequence, header.tokens, header.parts) == (locator.sequence, locator.tokens, locator.parts);
+    if !is_it {
+        return Err(another(locator, block));
+    }
+    match header.damaged_part(segment.salt, &record) {
+        Some(part) => Err(mismatch(block, part)),
+        None => Ok((header, record)),
+    }
+}
+
+fn another(locator: &Locator, block: BlockId) -> StoreError {
+    let detail = format!("another record lies at byte {} of segment {}", locator.offset, locator.segment);
+    StoreError::Damaged { block: Some(block), detail }
 }

@@ -28,6 +28,12 @@ impl Default for Codes {
     }
 }
 
+impl Codes {
+    pub(in crate::memory) fn forget(&self, document: DocumentId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|kept| *kept != document);
+    }
+}
+
 /// Reads the keys of a collection's documents.
 #[derive(Clone, Copy)]
 pub(in crate::memory) struct Loader<'a> {

@@ -171,3 +171,57 @@ fn deleting_forgets_and_statistics_count() {
     let error = world.memory.fetch(&missing).unwrap_err();
     assert_eq!(error, MemoryError::NotFound { entity: Entity::Block, id: format!("{kept}:3") });
 }
+
+/// Flips one bit of the segment files, a few bytes behind where `bytes` lie.
+fn damage(world: &World, bytes: &[u8], behind: usize) {
+    for entry in std::fs::read_dir(world.dir.path().join("segments")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut file = std::fs::read(&path).unwrap();
+        if let Some(at) = file.windows(bytes.len()).position(|window| window == bytes) {
+            file[at + bytes.len() + behind] ^= 1;
+            return std::fs::write(path, file).unwrap();
+        }
+    }
+    panic!("the bytes lie in a segment");
+}
+
+/// A damaged block that was sent again used to be acknowledged, for its token ids agreed, and stayed unreadable. The codes of
+/// its keys lie in a document's first block: what is written in its place has to keep them.
+#[test]
+fn a_damaged_block_that_is_sent_again_is_mended() {
+    let mut world = World::new(CollectionSpec { key_dtype: DType::Int8, ..spec("c") });
+    let document = world.memory.open_document(world.collection, "d").unwrap().id;
+    let blocks: Vec<NewBlock> = (0..4).map(|index| world.block(index, if index == 3 { 2 } else { 5 })).collect();
+    append(&world, document, blocks.clone()).unwrap();
+    world.document("behind it", 1);
+    let before = fetch(&world.memory, document, vec![0, 1, 2, 3]);
+    let request = world.request(&[3, 4], vec![range(document, 0..3)]);
+    let hits = world.memory.lookup(&request).unwrap();
+    // Text, then the crc, then keys: the text, the codes, the payload.
+    for (index, behind) in [(0, 0), (0, 9), (0, 1200), (1, 9), (2, 600), (3, 4 + 4 + 9)] {
+        damage(&world, &blocks[index].text.bytes, behind);
+        world = world.reopened();
+        let sent = blocks[index..index + 1].to_vec();
+        assert!(!world.memory.verify(Some(document), &mut |_, _| ()).unwrap().faults.is_empty(), "{index} {behind}");
+        append(&world, document, sent).unwrap();
+        assert_eq!(world.memory.verify(Some(document), &mut |_, _| ()).unwrap().faults, []);
+        assert_eq!(fetch(&world.memory, document, vec![0, 1, 2, 3]), before, "{index} {behind}");
+        assert_eq!(world.memory.lookup(&request).unwrap(), hits, "{index} {behind}");
+        // The older record lies in front of it and would be found first.
+        let text = &blocks[index].text.bytes;
+        world = world.reopened();
+        erase(&world, text);
+    }
+}
+
+/// Overwrites the first place of `bytes` in the segment files.
+fn erase(world: &World, bytes: &[u8]) {
+    for entry in std::fs::read_dir(world.dir.path().join("segments")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut file = std::fs::read(&path).unwrap();
+        if let Some(at) = file.windows(bytes.len()).position(|window| window == bytes) {
+            file[at..at + bytes.len()].fill(b'x');
+            return std::fs::write(path, file).unwrap();
+        }
+    }
+}

@@ -13,6 +13,7 @@ mod doubt;
 mod faults;
 mod formats;
 mod life;
+mod mend;
 mod model;
 mod pieces;
 mod plan;
