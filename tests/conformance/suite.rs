@@ -64,10 +64,10 @@ impl Suite {
         self.foreign.as_ref()?.missing(need)
     }
 
-    /// A name that no other test and no earlier run has used.
+    /// A name that no other test and no earlier run has used, as long as any, so that files come out the same in every run.
     pub(crate) fn name(&self, what: &str) -> String {
         let number = self.names.fetch_add(1, Ordering::Relaxed);
-        format!("conformance-{}-{number}-{what}", self.run)
+        format!("conformance-{:010}-{number:04}-{what}", self.run)
     }
 
     /// For tests that only call the service.

@@ -155,7 +155,7 @@ def suite():
 
 def judge(program, broken, name):
     """Seconds, how many tests passed, and which failed."""
-    wrapper = PLACE / "program"
+    wrapper = PLACE / f"program-{name}"
     wrapper.write_text(f'#!/bin/sh\nMUTANT={name} exec {broken} "$@"\n')
     wrapper.chmod(0o755)
     environment = {**os.environ, "LANDMARK_PROGRAM": str(wrapper), "CARGO_MANIFEST_DIR": str(ROOT)}
