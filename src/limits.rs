@@ -91,3 +91,7 @@ pub const GGUF_VALUES_MAX: u64 = 1 << 24;
 
 /// The header of a safetensors file: the format allows 100 MB.
 pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// Tokens of all tails that are read at once besides the last document's: K and V of each are held in memory, 46 KB a token for
+/// SmolLM2, and every query attends to all.
+pub const TAIL_TOKENS_MAX: usize = 16_384;

@@ -47,14 +47,32 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
-    /// Turns the scores of the keys that a query sees, which begin with a block and end with the query itself, into
-    /// weights that are not yet divided by their sum. Returns `(log-sum-exp, sum)` of what competes.
-    fn weigh(self, seen: &mut [f32]) -> (f32, f32) {
-        match self.normalisation {
-            Normalisation::Plain => compete(seen),
-            Normalisation::Grouped => self.weigh_grouped(seen),
-            Normalisation::Hidden => self.weigh_hidden(seen),
+    /// Turns the scores of the keys that a query sees into weights that are not yet divided by their sum: of `lead` tokens that
+    /// are in no block, then of those that begin with a block and end with the query itself. Returns `(log-sum-exp, sum)`
+    /// of what competes. The lead competes with the query's own block; a landmark's query does not see it.
+    fn weigh(self, lead: usize, seen: &mut [f32]) -> (f32, f32) {
+        if self.normalisation == Normalisation::Plain {
+            return compete(seen);
         }
+        let (lead, seen) = seen.split_at_mut(lead);
+        let of_landmark = self.normalisation == Normalisation::Hidden && seen.len().is_multiple_of(self.block_tokens);
+        let (lse, sum) = match self.normalisation {
+            Normalisation::Hidden => self.weigh_hidden(seen),
+            _ => self.weigh_grouped(seen),
+        };
+        if lead.is_empty() || of_landmark {
+            lead.fill(0.0);
+            return (lse, sum);
+        }
+        let (lead_lse, lead_sum) = compete(lead);
+        // Both parts were divided by the exponential of their own largest score.
+        let (top, lead_top) = (lse - sum.ln(), lead_lse - lead_sum.ln());
+        let all = top.max(lead_top);
+        let (factor, lead_factor) = ((top - all).exp(), (lead_top - all).exp());
+        seen.iter_mut().for_each(|weight| *weight *= factor);
+        lead.iter_mut().for_each(|weight| *weight *= lead_factor);
+        let sum = sum * factor + lead_sum * lead_factor;
+        (all + sum.ln(), sum)
     }
 
     /// Cuts before the block of the query, which is the last.
@@ -117,14 +135,25 @@ pub(crate) struct Partial {
     pub(crate) lse: Vec<f32>,
 }
 
-/// Attends to `window`, of which the run's first token sees `visible` rows and each further token one more, and to all
-/// of `sink`. Rows are `(T, G)`.
-pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visible: usize, rule: Rule) -> Partial {
+/// What one KV head has at hand.
+#[derive(Clone, Copy)]
+pub(crate) struct AtHand<'a> {
+    /// Tokens that are in no block and lie beside the window.
+    pub(crate) lead: HeadKv<'a>,
+    pub(crate) sink: HeadKv<'a>,
+    pub(crate) window: HeadKv<'a>,
+}
+
+/// Attends to the window, of which the run's first token sees `visible` rows and each further token one more, and to all
+/// of lead and sink. Rows are `(T, G)`.
+pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rule: Rule) -> Partial {
     let HeadQueries { group, head_dim, .. } = *queries;
+    let AtHand { lead, sink, window } = at_hand;
     let rows = queries.window.len() / head_dim;
-    let sink_rows = sink.k.len() / head_dim;
+    let (lead_rows, sink_rows) = (lead.k.len() / head_dim, sink.k.len() / head_dim);
     let window_rows = visible + rows / group - 1;
-    let columns = sink_rows + window_rows;
+    let before = lead_rows + sink_rows;
+    let columns = before + window_rows;
     let matrix = |numbers, rows| Matrix::new(numbers, rows, head_dim);
 
     SCORES.with_borrow_mut(|scores| {
@@ -134,16 +163,19 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
             let keys = keys.transposed();
             numeric::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace);
         };
-        if sink_rows > 0 {
-            score(queries.sink, matrix(sink.k, sink_rows), scores);
+        if lead_rows > 0 {
+            score(queries.window, matrix(lead.k, lead_rows), scores);
         }
-        score(queries.window, matrix(window.k, window_rows), &mut scores[sink_rows..]);
+        if sink_rows > 0 {
+            score(queries.sink, matrix(sink.k, sink_rows), &mut scores[lead_rows..]);
+        }
+        score(queries.window, matrix(window.k, window_rows), &mut scores[before..]);
 
         let mut lse = Vec::with_capacity(rows);
         let mut sums = Vec::with_capacity(rows);
         for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
-            let (seen, future) = scores.split_at_mut(sink_rows + visible + row / group);
-            let (log_sum_exp, sum) = rule.weigh(seen);
+            let (seen, future) = scores.split_at_mut(before + visible + row / group);
+            let (log_sum_exp, sum) = rule.weigh(lead_rows, seen);
             future.fill(0.0);
             sums.push(sum);
             lse.push(log_sum_exp);
@@ -154,8 +186,11 @@ pub(crate) fn attend(queries: &HeadQueries, sink: HeadKv, window: HeadKv, visibl
             let weights = Matrix::with_stride(weights, rows, seen_rows, columns);
             numeric::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add);
         };
-        mix(&*scores, sink_rows, sink.v);
-        mix(&scores[sink_rows..], window_rows, window.v);
+        if lead_rows > 0 {
+            mix(&*scores, lead_rows, lead.v);
+        }
+        mix(&scores[lead_rows..], sink_rows, sink.v);
+        mix(&scores[before..], window_rows, window.v);
         for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
             out.iter_mut().for_each(|x| *x /= sum);
         }
@@ -190,6 +225,7 @@ mod tests {
         (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
+    const NONE: HeadKv = HeadKv { k: &[], v: &[] };
     const PLAIN: Rule = Rule { normalisation: Normalisation::Plain, block_tokens: 16 };
 
     /// Attention of one query over `(S, D)`, in double precision, straight from the definition.
@@ -249,7 +285,8 @@ mod tests {
             let (k, v) = (numbers(rows * d, 4), numbers(rows * d, 5));
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
-            let Partial { out, lse } = attend(&queries, sink_kv, HeadKv { k: &k, v: &v }, visible, rule);
+            let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v } };
+            let Partial { out, lse } = attend(&queries, at_hand, visible, rule);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
                 let (want, want_lse) =
@@ -262,15 +299,48 @@ mod tests {
         }
     }
 
+    /// Tokens in no block are a part of their own, which competes with what the query sees; a landmark does not see them.
+    #[test]
+    fn a_lead_is_merged_in_whatever_the_normalisation() {
+        let (tokens, group, d, lead, sink, visible) = (9, 2, 8, 7, 5, 3);
+        for normalisation in [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden] {
+            let rule = Rule { normalisation, block_tokens: 5 };
+            let rows = visible + tokens - 1;
+            let (q, lead_k, lead_v) = (numbers(tokens * group * d, 1), numbers(lead * d, 2), numbers(lead * d, 3));
+            let (sink_k, sink_v) = (numbers(sink * d, 4), numbers(sink * d, 5));
+            let (k, v) = (numbers(rows * d, 6), numbers(rows * d, 7));
+            let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
+            let (lead, sink) = (HeadKv { k: &lead_k, v: &lead_v }, HeadKv { k: &sink_k, v: &sink_v });
+            let window = HeadKv { k: &k, v: &v };
+            let found = attend(&queries, AtHand { lead, sink, window }, visible, rule);
+
+            let mut want = attend(&queries, AtHand { lead: NONE, sink, window }, visible, rule);
+            let plain: Vec<_> = q.chunks(d).map(|q| defined(PLAIN, q, &lead_k, &lead_v)).collect();
+            let is_landmark = |row: usize| {
+                normalisation == Normalisation::Hidden && (visible + row / group).is_multiple_of(rule.block_tokens)
+            };
+            let lse = |(row, part): (usize, &(Vec<f64>, f64))| match is_landmark(row) {
+                true => f32::NEG_INFINITY,
+                false => part.1 as f32,
+            };
+            let lead_lse: Vec<f32> = plain.iter().enumerate().map(lse).collect();
+            let lead_out: Vec<f32> = plain.iter().flat_map(|(out, _)| out.iter().map(|&x| x as f32)).collect();
+            assert!((0..tokens * group).any(is_landmark) == (normalisation == Normalisation::Hidden));
+            merge(&mut want, &lead_out, &lead_lse);
+            for (index, (found, want)) in found.out.iter().zip(&want.out).enumerate() {
+                assert!((found - want).abs() < 1e-5, "{normalisation:?}, number {index}: {found} {want}");
+            }
+        }
+    }
+
     #[test]
     fn merging_two_halves_is_attention_over_both() {
         let d = 16;
         let (q, k, v) = (numbers(d, 1), numbers(40 * d, 2), numbers(40 * d, 3));
-        let none = HeadKv { k: &[], v: &[] };
         let part = |range: std::ops::Range<usize>| {
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
             let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };
-            attend(&queries, none, kv, range.len(), PLAIN)
+            attend(&queries, AtHand { lead: NONE, sink: NONE, window: kv }, range.len(), PLAIN)
         };
         let mut merged = part(0..13);
         let other = part(13..40);

@@ -14,7 +14,7 @@ mod trace;
 mod window;
 mod writer;
 
-pub use session::BlockAttention;
+pub use session::{AtHandBlock, BlockAttention, Place};
 pub use settings::{CHUNK_TOKENS, CountedFrom, Layers, Retrieval, Window};
 pub use tensors::attend_tensors;
 pub use trace::{BlockReads, HeadReads};

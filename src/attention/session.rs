@@ -6,14 +6,15 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
-use crate::attention::local::{self, HeadKv, HeadQueries, Partial};
+use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, Partial};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
 use crate::attention::trace::{BlockReads, Heads, Trace};
-use crate::attention::window::{LocalWindow, Sink};
+use crate::attention::window::{Lead, LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
+use crate::limits::TAIL_TOKENS_MAX;
 use crate::shape::{ModelShape, Turn};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation};
+use crate::types::{BlockId, BlockRange, CollectionId, DType, DocumentId, Normalisation};
 
 /// Attention of all layers of one sequence. What it does depends on how it was made:
 ///
@@ -22,7 +23,7 @@ use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation};
 /// | [`full`](Self::full) | everything | none |
 /// | [`window_only`](Self::window_only) | slides | none |
 /// | [`write`](Self::write) | slides | appends the sequence's blocks to a document; retrieves from it if asked to |
-/// | [`read`](Self::read) | begins with the end of the last document and grows | retrieves from the documents |
+/// | [`read`](Self::read) | begins with the end of the last document and grows; the tails of the others lie beside it | retrieves from the documents |
 ///
 /// A window begins with a block, so no token is ever neither in the window nor retrievable. Where it slides, and whether
 /// that depends on how tokens are grouped into calls, is said by [`CountedFrom`].
@@ -33,6 +34,10 @@ pub struct BlockAttention {
     sliding: Option<Sliding>,
     normalisation: Normalisation,
     sink: Option<Sink>,
+    lead: Lead,
+    /// Tokens by which the longest tail of the lead begins before the window.
+    overhang: usize,
+    at_hand: Vec<AtHandBlock>,
     link: Option<Link>,
     writer: Option<Writer>,
     /// Tokens that all layers have seen.
@@ -46,11 +51,28 @@ struct Link {
     memory: Arc<dyn BlockMemory>,
     collection: CollectionId,
     retrieval: Retrieval,
-    /// Eligible blocks of the documents before the one that the window continues.
-    before: Vec<BlockRange>,
-    document: DocumentId,
-    /// First eligible block of that document.
-    first: u32,
+    /// Eligible blocks of documents that do not grow.
+    fixed: Vec<BlockRange>,
+    /// The document that is written, and its first eligible block.
+    growing: Option<(DocumentId, u32)>,
+}
+
+/// A block that every layer and head reads, without choosing it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AtHandBlock {
+    pub block: BlockId,
+    pub place: Place,
+}
+
+/// Where a block at hand lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The first block of the first document.
+    Sink,
+    /// Tokens after the last full block of an earlier document.
+    Tail,
+    /// The end of the last document, its tail included.
+    Window,
 }
 
 /// See [`Window`].
@@ -113,18 +135,19 @@ impl BlockAttention {
             memory,
             collection: collection.id,
             retrieval,
-            before: Vec::new(),
-            document: document.id,
-            first: window.sink as u32,
+            fixed: Vec::new(),
+            growing: Some((document.id, window.sink as u32)),
         });
         Ok(session)
     }
 
     /// Goes on after the last of `documents` as if the text continued, retrieving from all of them. Nothing is
-    /// written. The sink is the first block of the first document.
+    /// written. The sink is the first block of the first document. Tokens after a document's last full block cannot be
+    /// retrieved: those of the last document are in the window, those of the others beside it.
     ///
     /// # Errors
-    /// Those of reading the sink and the last document's end back; no document.
+    /// Those of reading the sink, the tails and the last document's end back; no document; more tails than
+    /// [`TAIL_TOKENS_MAX`] allows.
     pub fn read(
         memory: Arc<dyn BlockMemory>,
         collection: &CollectionInfo,
@@ -142,21 +165,46 @@ impl BlockAttention {
             });
         };
         let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
-        let taken = |index: usize| (window.sink && index == 0) as u32;
-        let before = earlier.iter().enumerate().map(|(index, document)| {
-            let blocks = taken(index).min(document.blocks)..document.blocks;
-            retrieval.newest(BlockRange { document: document.id, blocks })
+        session.load_lead(memory.as_ref(), earlier)?;
+        let windowed = (session.window.base() / shape.block_tokens as usize) as u32;
+        session.at_hand = at_hand(&documents, session.has_sink(), windowed);
+        let eligible = documents.iter().enumerate().map(|(index, document)| {
+            let end = if document.id == last.id { windowed } else { document.blocks };
+            let first = (window.sink && index == 0) as u32;
+            retrieval.newest(BlockRange { document: document.id, blocks: first.min(end)..end })
         });
-        let before = before.collect();
-        session.link = Some(Link {
-            memory,
-            collection: collection.id,
-            retrieval,
-            before,
-            document: last.id,
-            first: taken(earlier.len()),
-        });
+        let fixed = eligible.collect();
+        session.link = Some(Link { memory, collection: collection.id, retrieval, fixed, growing: None });
         Ok(session)
+    }
+
+    /// Reads the tails of the documents before the last. Each ends where the window ends, just before what comes next: nobody
+    /// wrote these texts one after the other, and which of them is near should not depend on the order they are named in
+    /// (as in parallel context windows, Ratner et al. 2022).
+    fn load_lead(&mut self, memory: &dyn BlockMemory, earlier: &[&DocumentInfo]) -> Result<(), AttentionError> {
+        let tails: Vec<_> = earlier.iter().filter(|document| document.tail_tokens > 0).collect();
+        let tokens: usize = tails.iter().map(|document| document.tail_tokens as usize).sum();
+        let mut longest = 0;
+        if tokens > TAIL_TOKENS_MAX {
+            return Err(AttentionError::Invalid {
+                field: "documents",
+                expected: format!(
+                    "ends of documents (tokens after the last full block) of {TAIL_TOKENS_MAX} tokens in all"
+                ),
+                found: format!("{tokens} tokens; ask about fewer documents at once"),
+            });
+        }
+        for document in tails {
+            let request = FetchRequest { document: document.id, blocks: vec![document.blocks], dtype: DType::F32 };
+            for block in memory.fetch(&request)? {
+                let count = block.token_ids.len();
+                let turn = self.shape.rope.turn(self.position as i64 - count as i64);
+                self.lead.push(&self.shape, &block.k.to_f32()?, &block.v.to_f32()?, &turn);
+                longest = longest.max(count);
+            }
+        }
+        self.overhang = longest.saturating_sub(self.position - self.window.base());
+        Ok(())
     }
 
     fn new(
@@ -172,6 +220,9 @@ impl BlockAttention {
             sliding,
             normalisation,
             sink,
+            lead: Lead::default(),
+            overhang: 0,
+            at_hand: Vec::new(),
             link: None,
             writer: None,
             position: base,
@@ -207,10 +258,11 @@ impl BlockAttention {
         if window.sink {
             // A text that still begins in the window fills the sink itself as it grows.
             let stored = (first.blocks > 0 && (from > 0 || first.id != last.id)).then(|| fetch(first.id, vec![0]));
-            session.sink = Some(match stored.transpose()?.as_deref() {
-                Some([block]) => Sink::from_block(shape, &block.k.to_f32()?, &block.v.to_f32()?),
-                _ => Sink::empty(shape),
-            });
+            session.sink = match stored.transpose()?.as_deref() {
+                Some([block]) => Some(Sink::from_block(shape, &block.k.to_f32()?, &block.v.to_f32()?)),
+                // The window of another document must not fill it: what is in the window is seen there.
+                _ => (first.id == last.id).then(|| Sink::empty(shape)),
+            };
             for layer in 0..shape.layers as usize {
                 session.fill_sink(layer);
             }
@@ -246,6 +298,12 @@ impl BlockAttention {
     /// Which blocks were read since the last call, heaviest first.
     pub fn take_reads(&mut self) -> Vec<BlockReads> {
         self.trace.take()
+    }
+
+    /// The blocks of a [`read`](Self::read) sequence that all layers and heads read without choosing them, in the order of
+    /// the documents.
+    pub fn at_hand(&self) -> &[AtHandBlock] {
+        &self.at_hand
     }
 
     /// Checks that layers come in order, and at the first one prepares for the group.
@@ -336,14 +394,14 @@ impl BlockAttention {
     /// What may be retrieved for the queries of a run; `None` if nothing or not in this layer.
     fn request(&self, layer: usize, run: &Run, q: &[f32]) -> Option<AttendRequest> {
         let link = self.link.as_ref().filter(|link| link.retrieval.layers.include(layer) && !run.hidden)?;
-        let mut blocks = (run.start / self.shape.block_tokens as usize) as u32;
-        if let Some(writer) = &self.writer {
-            blocks = blocks.min(writer.blocks() as u32);
+        let mut scope = link.fixed.clone();
+        if let Some((document, first)) = link.growing {
+            let mut blocks = (run.start / self.shape.block_tokens as usize) as u32;
+            if let Some(writer) = &self.writer {
+                blocks = blocks.min(writer.blocks() as u32);
+            }
+            scope.push(link.retrieval.newest(BlockRange { document, blocks: first.min(blocks)..blocks }));
         }
-        let mut scope = link.before.clone();
-        scope.push(
-            link.retrieval.newest(BlockRange { document: link.document, blocks: link.first.min(blocks)..blocks }),
-        );
         if scope.iter().all(|range| range.blocks.is_empty()) {
             return None;
         }
@@ -353,7 +411,7 @@ impl BlockAttention {
                 collection: link.collection,
                 layer: layer as u32,
                 queries: q[run.tokens.start * row..run.tokens.end * row].to_vec(),
-                distances: run.tokens.clone().map(|token| (self.position + token - run.start) as u32).collect(),
+                distances: run.tokens.clone().map(|token| self.distance(run, token) as u32).collect(),
                 scope,
                 top_k: link.retrieval.top_k,
                 block_score: link.retrieval.block_score,
@@ -370,9 +428,7 @@ impl BlockAttention {
         let row = shape.query_heads as usize * d;
         let sink = match &self.sink {
             // Until the window has left the first block of the text, the sink is in the window.
-            Some(sink) if run.start > 0 || self.has_earlier_documents() => {
-                sink.head(layer * shape.kv_heads as usize + kv_head)
-            }
+            Some(sink) if run.start > 0 || self.has_sink() => sink.head(layer * shape.kv_heads as usize + kv_head),
             _ => HeadKv { k: &[], v: &[] },
         };
         let mut queries = Vec::with_capacity(run.tokens.len() * group * d);
@@ -384,7 +440,7 @@ impl BlockAttention {
             let of_token = index * group * d..(index + 1) * group * d;
             queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.turns[token].apply(head));
             if !sink_queries.is_empty() {
-                let distance = self.position + token - run.start + (slots + 1) * block_tokens;
+                let distance = self.distance(run, token) + (slots + 1) * block_tokens;
                 let turn = shape.rope.turn(distance as i64);
                 sink_queries[of_token].chunks_exact_mut(d).for_each(|head| turn.apply(head));
             }
@@ -393,11 +449,18 @@ impl BlockAttention {
         let window = self.window.rows_from(layer, kv_head, run.start);
         let queries = HeadQueries { window: &queries, sink: &sink_queries, group, head_dim: d };
         let rule = local::Rule { normalisation: self.normalisation, block_tokens };
-        local::attend(&queries, sink, window, visible, rule)
+        let lead = self.lead.head(layer * shape.kv_heads as usize + kv_head);
+        local::attend(&queries, AtHand { lead, sink, window }, visible, rule)
     }
 
-    fn has_earlier_documents(&self) -> bool {
-        self.link.as_ref().is_some_and(|link| !link.before.is_empty())
+    /// Tokens from the first position at hand to a query.
+    fn distance(&self, run: &Run, token: usize) -> usize {
+        self.position + token - run.start + self.overhang
+    }
+
+    /// Whether the sink is another text than the window begins with.
+    fn has_sink(&self) -> bool {
+        self.sink.as_ref().is_some_and(|sink| sink.is_stored())
     }
 
     /// Attention of each run over window and sink, rows `(T, Hq)`.
@@ -481,6 +544,25 @@ impl Sliding {
         let least = (window.counted_from == CountedFrom::Query) as usize;
         Sliding { blocks: blocks.max(least), counted_from: window.counted_from }
     }
+}
+
+/// What is at hand of `documents`: the sink, the tails of all but the last, and the last from block `windowed` on.
+fn at_hand(documents: &[&DocumentInfo], sink: bool, windowed: u32) -> Vec<AtHandBlock> {
+    let mut blocks = Vec::new();
+    let mut push = |document: &DocumentInfo, index, place| {
+        blocks.push(AtHandBlock { block: BlockId { document: document.id, index }, place });
+    };
+    for (number, document) in documents.iter().enumerate() {
+        let is_last = number + 1 == documents.len();
+        let from = if is_last { windowed } else { document.blocks };
+        let end = document.blocks + (document.tail_tokens > 0) as u32;
+        if number == 0 && sink && from > 0 {
+            push(document, 0, Place::Sink);
+        }
+        let place = if is_last { Place::Window } else { Place::Tail };
+        (from..end).for_each(|index| push(document, index, place));
+    }
+    blocks
 }
 
 impl Retrieval {

@@ -25,6 +25,41 @@ struct Head {
 /// The first block of the text, its keys turned by their offset in the block only: `(L, Hkv)` heads of `(B, D)`.
 pub(crate) struct Sink {
     heads: Vec<Head>,
+    /// Whether it was read back, and not filled by the window.
+    stored: bool,
+}
+
+/// The tokens after the last full block of earlier documents, which nobody can look up, all of them at hand: `(L, Hkv)` heads of
+/// `(S, D)`.
+#[derive(Default)]
+pub(crate) struct Lead {
+    heads: Vec<Head>,
+}
+
+impl Lead {
+    /// Adds a stored tail of all layers, `k~` and `v (L, Hkv, tokens, D)`, whose first token is at the position of `turn`.
+    pub(crate) fn push(&mut self, shape: &ModelShape, k: &[f32], v: &[f32], turn: &Turn) {
+        let (d, head_len) = (shape.head_dim as usize, k.len() / shape.pieces());
+        self.heads.resize(shape.pieces(), Head::default());
+        for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
+            head.push(k, v, d, turn);
+        }
+    }
+
+    /// `(S, D)` of one head.
+    pub(crate) fn head(&self, index: usize) -> HeadKv<'_> {
+        self.heads.get(index).map_or(HeadKv { k: &[], v: &[] }, |head| HeadKv { k: &head.k, v: &head.v })
+    }
+}
+
+impl Head {
+    /// Adds stored tokens, `(tokens, D)`, turning their keys from their places in their block to those of the text.
+    fn push(&mut self, k: &[f32], v: &[f32], head_dim: usize, turn: &Turn) {
+        let from = self.k.len();
+        self.k.extend_from_slice(k);
+        self.k[from..].chunks_exact_mut(head_dim).for_each(|key| turn.apply(key));
+        self.v.extend_from_slice(v);
+    }
 }
 
 impl LocalWindow {
@@ -62,10 +97,7 @@ impl LocalWindow {
     pub(crate) fn push_block(&mut self, k: &[f32], v: &[f32], turn: &Turn) {
         let head_len = k.len() / self.heads.len();
         for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
-            let from = head.k.len();
-            head.k.extend_from_slice(k);
-            head.k[from..].chunks_exact_mut(self.head_dim).for_each(|key| turn.apply(key));
-            head.v.extend_from_slice(v);
+            head.push(k, v, self.head_dim, turn);
         }
     }
 
@@ -101,14 +133,18 @@ impl LocalWindow {
 impl Sink {
     /// A sink whose layers are filled as they come.
     pub(crate) fn empty(shape: &ModelShape) -> Self {
-        Sink { heads: vec![Head::default(); shape.pieces()] }
+        Sink { heads: vec![Head::default(); shape.pieces()], stored: false }
     }
 
     /// From a stored block, `k~` and `v (L, Hkv, B, D)`.
     pub(crate) fn from_block(shape: &ModelShape, k: &[f32], v: &[f32]) -> Self {
         let head_len = (shape.block_tokens * shape.head_dim) as usize;
         let heads = k.chunks_exact(head_len).zip(v.chunks_exact(head_len));
-        Sink { heads: heads.map(|(k, v)| Head { k: k.to_vec(), v: v.to_vec() }).collect() }
+        Sink { heads: heads.map(|(k, v)| Head { k: k.to_vec(), v: v.to_vec() }).collect(), stored: true }
+    }
+
+    pub(crate) fn is_stored(&self) -> bool {
+        self.stored
     }
 
     /// Takes the first block of the text from a window that begins with the text, once it is there: at position 0

@@ -7,14 +7,16 @@ use super::LoadedModel;
 use super::error::RememberError;
 use super::generate::{GenerateOptions, Generated, generate};
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use crate::attention::{BlockAttention, BlockReads, Retrieval, Window};
+use crate::attention::{AtHandBlock, BlockAttention, BlockReads, Retrieval, Window};
 
 /// An answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     pub generated: Generated,
-    /// Which blocks were read for the prompt and the answer, heaviest first.
+    /// Which blocks were retrieved for the prompt and the answer, heaviest first.
     pub reads: Vec<BlockReads>,
+    /// Which blocks all layers and heads read besides, without choosing them.
+    pub at_hand: Vec<AtHandBlock>,
     pub prompt_tokens: usize,
     /// From the call to the first piece of the answer: window and sink read back, prompt through the model, blocks
     /// retrieved.
@@ -62,6 +64,7 @@ pub fn ask(
     Ok(Answer {
         generated,
         reads: session.take_reads(),
+        at_hand: session.at_hand().to_vec(),
         prompt_tokens: prompt.len(),
         first_token: first_token.unwrap_or(total),
         total,
