@@ -26,6 +26,8 @@ pub(super) struct Config {
     target: Option<Target>,
     /// Whether any source named the target, and it is not merely the default.
     pub(super) target_typed: bool,
+    /// Whether it was the file of the working directory, which nobody typed.
+    pub(super) target_found_here: bool,
     /// The collection of documents that are named without one.
     pub(super) collection: String,
     /// Whether `--collection` was typed, and not merely a default.
@@ -57,6 +59,12 @@ pub(super) enum ConfigError {
     TwoTargets { origin: String, data: PathBuf, connect: String },
     #[error("RUST_LOG: expected a log filter such as info or landmarkdb=debug, found {found:?}: {detail}")]
     LogFilter { found: String, detail: String },
+    #[error(
+        "{FILE_NAME} of the working directory sets {key}, which a file that is merely found may not: \
+         where texts go to and who reaches them is said by flags, by the environment, by the file in your configuration folder, or with \
+         --config {FILE_NAME}"
+    )]
+    NotFromHere { key: &'static str },
     #[error("this platform names no data folder for the user: give --data DIR or --connect TARGET")]
     NoDataFolder,
 }
@@ -112,13 +120,16 @@ struct ServerLayer {
 impl Config {
     /// Reads the file and the environment and puts the flags on top.
     pub(super) fn load(global: &Global) -> Result<Config, ConfigError> {
-        let file = match file_path(global.config.as_deref()) {
-            Some(path) => Layer::from_file(&path)?,
-            None => Layer::default(),
+        let found = Found::look(global.config.as_deref());
+        let file = match &found {
+            Found::Nowhere => Layer::default(),
+            Found::Here => Layer::from_file(Path::new(FILE_NAME))?.of_the_working_directory()?,
+            Found::At(path) => Layer::from_file(path)?,
         };
-        let environment = Layer::from_environment(None)?;
-        let layer = Layer::from_flags(global)?.over(environment).over(file);
-        Ok(layer.settle(global.collection.is_some(), dirs::data_dir()))
+        let above = Layer::from_flags(global)?.over(Layer::from_environment(None)?);
+        let here = matches!(found, Found::Here) && file.names_target() && !above.names_target();
+        let config = above.over(file).settle(global.collection.is_some(), dirs::data_dir());
+        Ok(Config { target_found_here: here, ..config })
     }
 
     /// Where the command works.
@@ -144,11 +155,32 @@ impl Layer {
         Ok(layer)
     }
 
+    /// A file that lies where somebody works may come with what they unpacked: it may not send their texts elsewhere, nor open
+    /// their memory to others.
+    fn of_the_working_directory(self) -> Result<Layer, ConfigError> {
+        let ServerLayer { listen, unix, allow_remote, .. } = &self.server;
+        let set = [
+            ("connect", self.connect.is_some()),
+            ("server.listen", listen.is_some()),
+            ("server.unix", unix.is_some()),
+            ("server.allow_remote", allow_remote.is_some()),
+        ];
+        match set.into_iter().find(|(_, is_set)| *is_set) {
+            Some((key, _)) => Err(ConfigError::NotFromHere { key }),
+            None => Ok(self),
+        }
+    }
+
+    fn names_target(&self) -> bool {
+        self.data.is_some() || self.connect.is_some()
+    }
+
     /// `variables` stands in for the process environment in tests.
     fn from_environment(variables: Option<HashMap<String, String>>) -> Result<Layer, ConfigError> {
         let source = Environment::with_prefix(ENVIRONMENT_PREFIX)
             .prefix_separator(ENVIRONMENT_SEPARATOR)
             .separator(ENVIRONMENT_SEPARATOR)
+            .ignore_empty(true)
             .source(variables.map(|variables| variables.into_iter().collect()));
         Layer::read(source, "LANDMARKDB__ environment variables")
     }
@@ -164,7 +196,14 @@ impl Layer {
         let invalid =
             |error: config::ConfigError| ConfigError::Invalid { origin: origin.into(), detail: error.to_string() };
         let settings = config::Config::builder().add_source(source).build().map_err(invalid)?;
-        settings.try_deserialize::<Layer>().map_err(invalid)?.checked(origin)
+        let mut layer = settings.try_deserialize::<Layer>().map_err(invalid)?;
+        // A shell would have done it.
+        for path in [&mut layer.data, &mut layer.server.unix].into_iter().flatten() {
+            if let (Ok(rest), Some(home)) = (path.strip_prefix("~"), dirs::home_dir()) {
+                *path = home.join(rest);
+            }
+        }
+        layer.checked(origin)
     }
 
     fn checked(self, origin: &str) -> Result<Layer, ConfigError> {
@@ -173,6 +212,10 @@ impl Layer {
             return Err(ConfigError::Invalid { origin: origin.into(), detail });
         }
         match (self.data, self.connect) {
+            (Some(data), None) if data.as_os_str().is_empty() => {
+                let detail = "data: expected a folder, found an empty name".into();
+                Err(ConfigError::Invalid { origin: origin.into(), detail })
+            }
             (Some(data), Some(connect)) => Err(ConfigError::TwoTargets { origin: origin.into(), data, connect }),
             (data, connect) => Ok(Layer { data, connect, ..self }),
         }
@@ -210,6 +253,7 @@ impl Layer {
         Config {
             target,
             target_typed,
+            target_found_here: false,
             collection: self.collection.unwrap_or_else(|| "default".into()),
             collection_typed,
             deadline: self.client.deadline_ms.map(Duration::from_millis),
@@ -223,13 +267,29 @@ impl Layer {
     }
 }
 
-/// The file that was asked for, which must exist, or the first default one that does.
-fn file_path(asked: Option<&Path>) -> Option<PathBuf> {
-    if let Some(path) = asked {
-        return Some(path.to_path_buf());
+/// Which configuration file counts.
+enum Found {
+    Nowhere,
+    /// In the working directory, where nobody asked for it.
+    Here,
+    /// The one that was asked for, which must exist, or the user's own.
+    At(PathBuf),
+}
+
+impl Found {
+    fn look(asked: Option<&Path>) -> Self {
+        if let Some(path) = asked {
+            return Found::At(path.to_path_buf());
+        }
+        let own =
+            dirs::config_dir().map(|folder| folder.join(FOLDER_NAME).join(FILE_NAME)).filter(|path| path.is_file());
+        let here = Path::new(FILE_NAME);
+        let is_own = || own.as_deref().is_some_and(|own| own.canonicalize().ok() == here.canonicalize().ok());
+        if here.is_file() && !is_own() {
+            return Found::Here;
+        }
+        own.map_or(Found::Nowhere, Found::At)
     }
-    let in_user_folder = dirs::config_dir().map(|folder| folder.join(FOLDER_NAME).join(FILE_NAME));
-    [Some(PathBuf::from(FILE_NAME)), in_user_folder].into_iter().flatten().find(|path| path.is_file())
 }
 
 #[cfg(test)]
@@ -286,6 +346,36 @@ mod tests {
         assert_eq!(target(data.over(connect)), Target::Data("d".into()));
         assert_eq!(target(Layer::default()), Target::Data("/user-data/landmarkdb".into()));
         assert!(matches!(Layer::default().settle(false, None).target(), Err(ConfigError::NoDataFolder)));
+    }
+
+    /// A cloned repository could bring a file that sends whatever is encoded beside it to a service of its choice.
+    #[test]
+    fn a_file_that_is_merely_found_says_neither_where_texts_go_nor_who_reads_them() {
+        for (text, key) in [
+            ("connect = 'unix:evil.sock'", "connect"),
+            ("[server]\nlisten = '127.0.0.1:1'", "server.listen"),
+            ("[server]\nunix = 's'", "server.unix"),
+            ("[server]\nallow_remote = false", "server.allow_remote"),
+        ] {
+            let refused = file(text).unwrap().of_the_working_directory().unwrap_err();
+            assert!(matches!(refused, ConfigError::NotFromHere { key: found } if found == key), "{refused}");
+        }
+        file("data = 'a'\ncollection = 'c'\n[client]\ndeadline_ms = 1").unwrap().of_the_working_directory().unwrap();
+    }
+
+    #[test]
+    fn an_empty_variable_is_unset_and_an_empty_folder_refused() {
+        assert_eq!(environment(&[("LANDMARKDB__DATA", ""), ("LANDMARKDB__COLLECTION", "")]).unwrap(), Layer::default());
+        assert!(file("data = ''").unwrap_err().to_string().contains("an empty name"));
+        let typed = Global { data: Some("".into()), ..Global::default() };
+        assert!(Layer::from_flags(&typed).unwrap_err().to_string().contains("the command line"));
+    }
+
+    #[test]
+    fn a_tilde_is_the_users_folder() {
+        let home = dirs::home_dir().unwrap();
+        assert_eq!(file("data = '~/books'").unwrap().data, Some(home.join("books")));
+        assert_eq!(file("data = 'a~'").unwrap().data, Some("/etc/landmarkdb/a~".into()));
     }
 
     #[test]

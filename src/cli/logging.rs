@@ -19,9 +19,9 @@ pub(super) fn start(global: &Global, command: &Command) -> Result<(), CliError> 
         _ => "debug,landmarkdb=trace",
     };
     let filter = match std::env::var(FILTER_VARIABLE) {
-        Ok(filter) => EnvFilter::try_new(&filter)
+        Ok(filter) if !filter.is_empty() => EnvFilter::try_new(&filter)
             .map_err(|error| ConfigError::LogFilter { found: filter, detail: error.to_string() })?,
-        Err(_) => EnvFilter::new(level),
+        _ => EnvFilter::new(level),
     };
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colour);

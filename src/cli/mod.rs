@@ -45,6 +45,7 @@ use args::Cli;
 use config::Config;
 use error::{CliError, Exit};
 use output::Output;
+use target::Target;
 
 /// What every command is given.
 struct Context {
@@ -74,6 +75,10 @@ pub fn main(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli, output: Output) -> Result<(), CliError> {
     logging::start(&cli.global, &cli.command)?;
     let config = Config::load(&cli.global)?;
+    if let (true, Ok(Target::Data(data))) = (config.target_found_here, config.target()) {
+        output
+            .progress(&format!("landmarkdb.toml of the working directory decides: data directory {}", data.display()));
+    }
     cli.command.run(&Context { config, output })
 }
 
