@@ -32,6 +32,21 @@ fn sandbox() -> Sandbox {
     Sandbox::new().with_variable("LANDMARKDB_CACHE", models.to_str().unwrap())
 }
 
+const ORCHARD: &str = "The orchard lies behind the mill and has four rows of pear trees. In spring the children paint the \
+    trunks white against the beetles, and in autumn a cart comes from the village to fetch the baskets. The old fence was mended \
+    twice last year, and the gate has been painted green. Visitors are asked to leave their dogs at home. The secret name of the \
+    oldest pear tree is Balthasar.\n";
+
+const LETTER: &str = "Dear Aunt Wilma, the train to Tallmark was late again, so we arrived at eleven at night. The hotel is \
+    called the Silver Heron and our room is number 26. Edgar has caught a cold and drinks ginger tea all day. Tomorrow we visit \
+    the glass works, which opened in 1884. The tickets cost twelve marks each. The cathedral is closed because of a wedding. Please \
+    feed the cat; her name is Sultana and she eats only fish. Your nephew, Anselm\n";
+
+const ALBATROSS: &str = "The Albatross left port on a grey morning with forty barrels of salted herring in her hold. The captain \
+    of the Albatross is Ines Moreau. She had bought new charts the week before and kept them in a tin box below the bridge. The crew \
+    of nine was paid in silver, and each of them had a small locker with a key. The ship's cook came from the north and baked \
+    bread on every second day. Nobody aboard could remember a calmer spring.\n";
+
 const QUESTION: &str = "\nWhat is the pass key of the old lighthouse? The pass key is";
 
 #[test]
@@ -78,7 +93,12 @@ fn what_cannot_be_encoded_or_asked_says_why() {
     };
 
     sandbox.write_file("other.txt", "Another text under the same name.");
-    fails(1, "already holds other tokens", &["encode", "other.txt", "--name", "notes"]);
+    fails(1, "default/notes already holds another text", &["encode", "other.txt", "--name", "notes"]);
+    fails(1, "landmarkdb rm default/notes", &["encode", "other.txt", "--name", "notes"]);
+    sandbox.write_file("more.txt", &format!("{short} And more."));
+    fails(1, "they differ from block", &["encode", "more.txt", "--name", "notes"]);
+    fails(2, "empty question", &["ask", "", "--doc", "notes"]);
+    fails(2, "empty question", &["ask", " \n", "--doc", "notes", "--raw"]);
     fails(6, "fingerprint", &["encode", "other.txt", "--payload", "int8"]);
     fails(6, "fingerprint", &["encode", "other.txt", "--block-tokens", "32"]);
     fails(1, "no-such-file", &["encode", "no-such-file"]);
@@ -92,7 +112,89 @@ fn what_cannot_be_encoded_or_asked_says_why() {
 
     // Asked about a text that fits in the window there is nothing to retrieve, and the answer says so.
     let answer = sandbox.run(&["ask", "What is this?", "--doc", "notes", "--data", "d", "--max-tokens", "4"]).exits(0);
-    assert!(answer.stdout.contains("fit in"), "{}", answer.stdout);
+    assert!(answer.stdout.contains("nothing was retrieved"), "{}", answer.stdout);
+}
+
+/// What follows a document's last full block cannot be looked up, and was read of the last document only: asked of two short
+/// texts, the model made up an answer or took the other text's.
+#[test]
+fn the_end_of_every_document_is_read_whichever_is_named_last() {
+    let sandbox = sandbox();
+    for (name, text) in [
+        ("gate", "The code word of the north gate is saffron. Remember saffron.\n"),
+        ("museum", "The museum of clocks stands in Velden Street. It opens at nine.\n"),
+        ("orchard", ORCHARD),
+        ("letter", LETTER),
+    ] {
+        sandbox.write_file(&format!("{name}.txt"), text);
+        sandbox.run(&["encode", &format!("{name}.txt"), "--data", "d"]).exits(0);
+    }
+    for (question, found, other, answer) in [
+        ("The code word of the north gate is", "gate", "museum", "saffron"),
+        ("The secret name of the oldest pear tree is", "orchard", "letter", "balthasar"),
+    ] {
+        for [first, last] in [[found, other], [other, found]] {
+            let docs = ["--doc", first, "--doc", last, "--doc", first];
+            let typed = [&["ask", question, "--raw", "--data", "d", "--max-tokens", "6", "--json"], &docs[..]].concat();
+            let json = sandbox.run(&typed).exits(0).json();
+            assert!(json["answer"].as_str().unwrap().to_lowercase().contains(answer), "{first}, {last}: {json}");
+            let blocks = json["blocks"].as_array().unwrap();
+            let holding = blocks.iter().find(|block| block["text"].as_str().unwrap().to_lowercase().contains(answer));
+            let place = if last == found { "window" } else { "tail" };
+            assert_eq!((&holding.unwrap()["document"], &holding.unwrap()["from"]), (&found.into(), &place.into()));
+        }
+    }
+}
+
+/// A question could be answered by an empty line, without a word about it.
+#[test]
+fn a_question_is_answered_and_the_answer_says_how_it_ended() {
+    let sandbox = sandbox();
+    sandbox.write_file("albatross.txt", ALBATROSS);
+    sandbox.run(&["encode", "albatross.txt", "--data", "d"]).exits(0);
+    let typed = ["ask", "Who is the captain of the Albatross?", "--doc", "albatross", "--data", "d"];
+    let json = sandbox.run(&[&typed[..], &["--json"]].concat()).exits(0).json();
+    assert!(json["answer"].as_str().unwrap().contains("Moreau"), "{json}");
+    assert!(["end_of_text", "stop"].contains(&json["finish"].as_str().unwrap()), "{json}");
+    assert_eq!(json["incomplete"], serde_json::json!([]));
+    let none = [&typed[..], &["--max-tokens", "0"]].concat();
+    let table = sandbox.run(&none).exits(0).stdout;
+    assert!(table.contains("no answer: the model wrote nothing") && table.contains("--max-tokens"), "{table}");
+    assert_eq!(sandbox.run(&[&none[..], &["--json"]].concat()).exits(0).json()["finish"], "max_tokens");
+}
+
+/// The block with the answer stood in the window, and the blocks that the answer named were others.
+#[test]
+fn an_answer_names_the_blocks_of_window_and_sink_too() {
+    let sandbox = sandbox();
+    sandbox.write_file("locker.txt", include_str!("fixtures/locker.txt"));
+    sandbox.run(&["encode", "locker.txt", "--data", "d"]).exits(0);
+    let typed =
+        ["ask", "The code of the blue locker is", "--raw", "--doc", "locker", "--data", "d", "--max-tokens", "6"];
+    let json = sandbox.run(&[&typed[..], &["--top-k", "16", "--json"]].concat()).exits(0).json();
+    assert!(json["answer"].as_str().unwrap().contains("7719"), "{json}");
+    let blocks = json["blocks"].as_array().unwrap();
+    let from = |place: &str| blocks.iter().filter(|block| block["from"] == place).count();
+    let document = sandbox.run(&["show", "locker", "--data", "d", "--json"]).exits(0).json()["document"].clone();
+    let all = document["blocks"].as_u64().unwrap() + (document["tail_tokens"].as_u64() > Some(0)) as u64;
+    assert_eq!(from("sink") + from("window") + from("retrieved"), all as usize, "with k = 16 all are read: {json}");
+    assert_eq!((from("sink"), from("window") > 7), (1, true));
+    assert!(blocks.iter().any(|block| block["text"].as_str().unwrap().contains("7719")), "{json}");
+    let shares: f64 = blocks.iter().filter_map(|block| block["share"].as_f64()).sum();
+    assert!((shares - 1.0).abs() < 1e-6, "shares are those of retrieved blocks: {shares}");
+    let table = sandbox.run(&typed).exits(0).stdout;
+    assert!(table.contains("all (sink)") && table.contains("all (window)"), "{table}");
+}
+
+/// Escape sequences of a text that was encoded coloured the terminal of whoever asked about it.
+#[test]
+fn control_characters_of_a_text_stay_in_it() {
+    let sandbox = sandbox();
+    sandbox.write_file("log.txt", &"log line \u{1b}[31mERROR\u{1b}[0m disk is on fire\n".repeat(12));
+    sandbox.run(&["encode", "log.txt", "--data", "d"]).exits(0);
+    let typed = ["ask", "log line", "--raw", "--doc", "log", "--data", "d", "--max-tokens", "20"];
+    let answer = sandbox.run(&typed).exits(0).stdout;
+    assert!(answer.contains("\\u{1b}[31mERROR") && !answer.contains('\u{1b}'), "{answer:?}");
 }
 
 #[test]

@@ -7,6 +7,9 @@ mod train;
 
 use std::os::unix::fs::PermissionsExt;
 
+use landmarkdb::api::{AppendRequest, BlockMemory, FetchRequest, NewBlock};
+use landmarkdb::memory::LocalMemory;
+use landmarkdb::types::DType;
 use sandbox::{Sandbox, Service};
 
 #[test]
@@ -49,7 +52,7 @@ fn completions_know_the_commands_and_a_reader_may_leave_early() {
 #[test]
 fn an_empty_memory_has_answers_too() {
     let sandbox = Sandbox::new();
-    sandbox.make_folder("data");
+    drop(LocalMemory::open(&sandbox.path("data")).unwrap());
     let data = ["--data", "data"];
     let listing = sandbox.run(&[&data[..], &["ls"]].concat()).exits(0).stdout;
     assert!(listing.contains("no collections yet"), "{listing}");
@@ -68,6 +71,138 @@ fn a_mistyped_data_directory_is_not_created() {
     assert!(!sandbox.path("nowhere").exists());
     // The default one does not exist either, in a new home.
     sandbox.run(&["ls"]).exits(3);
+}
+
+/// `ls` in a folder of documents left a lock, a catalog and segments there.
+#[test]
+fn a_folder_that_is_no_data_directory_is_left_alone() {
+    let sandbox = Sandbox::new();
+    sandbox.make_folder("docs");
+    sandbox.write_file("docs/letter.txt", "mine");
+    for typed in [&["ls"][..], &["show", "x"], &["blocks", "x"], &["stats"], &["verify"], &["rm", "x", "--yes"]] {
+        let answer = sandbox.run(&[&["--data", "docs"], typed].concat()).exits(3);
+        assert!(answer.stderr.contains("no data directory"), "{typed:?}: {}", answer.stderr);
+        assert_eq!(std::fs::read_dir(sandbox.path("docs")).unwrap().count(), 1, "{typed:?}");
+    }
+}
+
+/// The tiny model that comes along, and a sandbox with a text for it.
+fn with_text(text: &str) -> (Sandbox, impl Fn(&Sandbox, i32, &[&str]) -> sandbox::Answer + use<>) {
+    let sandbox = Sandbox::new();
+    sandbox.write_file("text.txt", text);
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen");
+    (sandbox, move |sandbox, code, typed| {
+        sandbox.run(&[typed, &["--model", model, "--data", "d"]].concat()).exits(code)
+    })
+}
+
+/// An empty text took its name for ever, and was called already encoded.
+#[test]
+fn an_empty_text_is_refused_and_its_name_stays_free() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    for empty in ["", " \n\t", "\u{feff}"] {
+        sandbox.write_file("empty.txt", empty);
+        let error = run(&sandbox, 1, &["encode", "empty.txt", "--name", "book"]).stderr;
+        assert!(error.contains("empty.txt") && error.contains("no name is taken"), "{error}");
+    }
+    assert!(!sandbox.path("d").exists(), "nothing was made");
+    run(&sandbox, 0, &["encode", "text.txt", "--name", "book"]);
+}
+
+/// `encode --name books/emma` made a document of that name in the collection `default`, which no other command found.
+#[test]
+fn a_name_is_collection_and_name_for_encode_too() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    run(&sandbox, 0, &["encode", "text.txt", "--name", "books/emma"]);
+    let shown = sandbox.run(&["show", "books/emma", "--data", "d", "--json"]).exits(0).json();
+    assert_eq!((&shown["document"]["name"], &shown["document"]["collection"]), (&"emma".into(), &"books".into()));
+    run(&sandbox, 0, &["encode", "text.txt", "--name", "a/b", "--collection", "books"]);
+    sandbox.run(&["show", "a/b", "--collection", "books", "--data", "d"]).exits(0);
+}
+
+/// A byte order mark became the first tokens, which every later token attends to.
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let (sandbox, run) = with_text("\u{feff}The keeper is Harald.\u{feff}");
+    run(&sandbox, 0, &["encode", "text.txt"]);
+    let blocks = sandbox.run(&["blocks", "text", "--data", "d", "--json"]).exits(0).json();
+    let text = blocks["blocks"].as_array().unwrap().iter().map(|block| block["text"].as_str().unwrap());
+    assert_eq!(text.collect::<String>(), "The keeper is Harald.\u{feff}");
+}
+
+/// A question about a text that was encoded in part was answered from that part, without a word.
+#[test]
+fn a_document_that_is_not_whole_is_said_to_be() {
+    let (sandbox, run) = with_text(&"The ferry leaves at nine, and the bell rings twice. ".repeat(20));
+    run(&sandbox, 0, &["encode", "text.txt", "--name", "whole"]);
+    // What an interrupted encoding leaves: the same blocks, not sealed.
+    {
+        let memory = LocalMemory::open(&sandbox.path("d")).unwrap();
+        let collection = memory.collections().unwrap().remove(0);
+        let whole = memory.documents(collection.id).unwrap().remove(0);
+        let part = memory.open_document(collection.id, "part").unwrap();
+        let request = FetchRequest { document: whole.id, blocks: vec![0, 1], dtype: DType::F16 };
+        let blocks = memory.fetch(&request).unwrap().into_iter().map(|block| NewBlock {
+            index: block.id.index,
+            token_ids: block.token_ids,
+            text: block.text,
+            k: block.k,
+            v: block.v,
+        });
+        let blocks = blocks.collect();
+        memory.append(AppendRequest { document: part.id, blocks }).unwrap();
+    }
+    let typed = ["ask", "The ferry", "--raw", "--doc", "part", "--max-tokens", "2"];
+    let table = run(&sandbox, 0, &typed).stdout;
+    assert!(table.contains("default/part is not whole: only its first 34 tokens"), "{table}");
+    let json = run(&sandbox, 0, &[&typed[..], &["--json"]].concat()).json();
+    assert_eq!(json["incomplete"], serde_json::json!([{"document": "default/part", "tokens": 34}]));
+    assert_eq!(
+        run(&sandbox, 0, &["ask", "The ferry", "--raw", "--doc", "whole", "--json"]).json()["incomplete"]
+            .as_array()
+            .map(Vec::len),
+        Some(0)
+    );
+}
+
+/// A text could be taken to a service that a cloned repository names, and nothing was said of where a command worked.
+#[test]
+fn a_file_in_the_working_directory_decides_little_and_not_silently() {
+    let (sandbox, _) = with_text("private");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen");
+    for hijack in ["connect = 'unix:evil.sock'", "[server]\nunix = 'evil.sock'", "[server]\nallow_remote = true"] {
+        sandbox.write_file("landmarkdb.toml", hijack);
+        let error = sandbox.run(&["encode", "text.txt", "--model", model]).exits(2).stderr;
+        assert!(error.contains("landmarkdb.toml of the working directory") && error.contains("--config"), "{error}");
+    }
+    sandbox.write_file("landmarkdb.toml", "connect = 'unix:evil.sock'");
+    sandbox.run(&["ls", "--config", "landmarkdb.toml"]).exits(4);
+
+    sandbox.write_file("landmarkdb.toml", "data = 'here'");
+    let said = sandbox.run(&["encode", "text.txt", "--model", model]).exits(0).stderr;
+    assert!(said.contains("working directory decides") && said.contains("here"), "{said}");
+    let quiet = sandbox.run(&["ls", "--json"]).exits(0).stderr;
+    assert_eq!(quiet, "");
+    let typed = sandbox.run(&["ls", "--data", "here"]).exits(0).stderr;
+    assert_eq!(typed, "", "what was typed needs no word");
+    // An empty variable is as good as none.
+    let sandbox = sandbox.with_variable("LANDMARKDB__DATA", "").with_variable("RUST_LOG", "");
+    assert_eq!(sandbox.run(&["ls", "--json"]).exits(0).json()["documents"][0]["name"], "text");
+}
+
+/// The one line of an error ran on with the frames and build paths of a backtrace.
+#[test]
+fn an_error_is_one_line_whatever_the_environment_asks_for() {
+    let sandbox = Sandbox::new().with_variable("RUST_BACKTRACE", "1");
+    sandbox.write_document("data", "books", "emma");
+    let whole = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/tiny.gguf")).unwrap();
+    std::fs::write(sandbox.path("cut.gguf"), &whole[..whole.len() / 2]).unwrap();
+    sandbox.write_file("hello.gguf", "hello\n");
+    for model in ["cut.gguf", "hello.gguf"] {
+        let error =
+            sandbox.run(&["ask", "hi", "--doc", "books/emma", "--data", "data", "--model", model]).exits(1).stderr;
+        assert!(error.lines().count() == 1 && error.contains("fetch it again"), "{error}");
+    }
 }
 
 #[test]

@@ -6,23 +6,27 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use crate::attention::BlockReads;
-use crate::model::{self, Answer, GenerateOptions, Question, Sampling};
-use crate::types::BlockRange;
+use crate::attention::{AtHandBlock, BlockReads, Place};
+use crate::model::{self, Answer, Finish, GenerateOptions, Question, Sampling};
+use crate::types::{BlockId, BlockRange};
 
 use super::Context;
 use super::error::CliError;
-use super::output::{Report, excerpt, table, write_table};
+use super::output::{Report, count, excerpt, table, write_table};
 use super::settings::{ModelArgs, RetrievalArgs, WindowArgs};
 use super::target::DocumentName;
 
 /// Characters of a block's text that a table row shows.
 const EXCERPT_CHARS: usize = 72;
 
+/// Blocks at hand that the table shows: a window of usual size.
+const AT_HAND_ROWS_MAX: usize = 16;
+
 /// Ask a question about documents, answered from their blocks.
 ///
 /// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
-/// blocks it attends to from all documents. Under the answer stand the blocks that were read.
+/// blocks it attends to from all documents. Under the answer stand the blocks that were read: those that were retrieved,
+/// then those at hand: the first block of the first document, the ends of all, and the window.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -62,7 +66,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
-    /// Blocks that the table shows.
+    /// Retrieved blocks that the table shows.
     #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
     show: usize,
 
@@ -83,10 +87,14 @@ pub(super) struct Answered {
     pub(super) answer: String,
     prompt_tokens: usize,
     answer_tokens: usize,
+    /// Why the answer ends where it does: end_of_text, stop (the line ended) or max_tokens.
+    finish: &'static str,
+    /// Documents that are not whole: their encoding was interrupted, or goes on.
+    incomplete: Vec<Incomplete>,
     /// From the question to the first piece of the answer, with the model loaded.
     pub(super) first_token_s: f64,
     total_s: f64,
-    /// Heaviest first.
+    /// What was read: retrieved blocks, heaviest first, then those at hand, in the order of the documents.
     pub(super) blocks: Vec<BlockRead>,
     /// How many of them the table shows.
     #[serde(skip)]
@@ -101,12 +109,23 @@ pub(super) struct Answered {
 pub(super) struct BlockRead {
     pub(super) document: String,
     pub(super) block: u32,
-    /// Estimated share of the attention that went to retrieved blocks.
-    share: f64,
-    /// Which layers and KV heads chose the block, and for how many query tokens times query heads.
+    /// retrieved; or at hand for every layer and head: sink (the first block of the first document), tail (an earlier
+    /// document's tokens after its last full block) or window (the end of the last document).
+    from: &'static str,
+    /// Estimated share of the attention that went to retrieved blocks; none for blocks at hand.
+    share: Option<f64>,
+    /// Which layers and KV heads chose the block, and for how many query tokens times query heads; none for blocks at hand.
     heads: Vec<HeadRead>,
     text_start_bytes: u64,
     pub(super) text: String,
+}
+
+/// A document that is not whole.
+#[derive(Debug, Serialize)]
+struct Incomplete {
+    document: String,
+    /// That were there to be asked.
+    tokens: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -117,10 +136,17 @@ struct HeadRead {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    if args.question.trim().is_empty() {
+        return Err(CliError::EmptyQuestion);
+    }
     let memory = context.memory()?;
-    let mut found = Vec::new();
+    let mut found: Vec<(CollectionInfo, DocumentInfo)> = Vec::new();
     for doc in &args.docs {
-        found.push(DocumentName::new(doc, &context.config).find(memory.as_ref())?);
+        let (collection, document) = DocumentName::new(doc, &context.config).find(memory.as_ref())?;
+        // Named twice, it would be read as two texts.
+        if found.iter().all(|(_, other)| other.id != document.id) {
+            found.push((collection, document));
+        }
     }
     let (collection, _) = found[0].clone();
     if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
@@ -135,6 +161,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         stop: vec!["\n".into()],
+        may_be_empty: false,
         sampling: match args.temperature {
             0.0 => Sampling::Greedy,
             temperature => Sampling::Nucleus { temperature, top_p: args.top_p, seed: args.seed },
@@ -171,15 +198,28 @@ impl Answered {
     ) -> Result<Self, CliError> {
         let shape = &collection.spec.shape;
         let mass: f64 = answer.reads.iter().map(|read| read.mass).sum();
-        let blocks = answer.reads.iter().map(|read| BlockRead::new(read, mass, memory, documents));
+        let retrieved = answer.reads.iter().map(|read| BlockRead::retrieved(read, mass, memory, documents));
+        let at_hand = answer.at_hand.iter().map(|at_hand| BlockRead::at_hand(at_hand, memory, documents));
+        let incomplete = documents.iter().filter(|document| !document.sealed);
         Ok(Answered {
             question: question.into(),
             answer: answer.generated.text.trim().into(),
             prompt_tokens: answer.prompt_tokens,
             answer_tokens: answer.generated.ids.len(),
+            finish: match answer.generated.finish {
+                Finish::EndOfText => "end_of_text",
+                Finish::Stop => "stop",
+                Finish::MaxTokens => "max_tokens",
+            },
+            incomplete: incomplete
+                .map(|document| Incomplete {
+                    document: format!("{}/{}", collection.spec.name, document.name),
+                    tokens: document.tokens,
+                })
+                .collect(),
             first_token_s: answer.first_token.as_secs_f64(),
             total_s: answer.total.as_secs_f64(),
-            blocks: blocks.collect::<Result<_, _>>()?,
+            blocks: retrieved.chain(at_hand).collect::<Result<_, _>>()?,
             shown,
             heads_count: shape.pieces(),
         })
@@ -187,22 +227,44 @@ impl Answered {
 }
 
 impl BlockRead {
-    fn new(
+    fn retrieved(
         read: &BlockReads,
         mass: f64,
         memory: &dyn BlockMemory,
         documents: &[DocumentInfo],
     ) -> Result<Self, CliError> {
-        let range = BlockRange { document: read.block.document, blocks: read.block.index..read.block.index + 1 };
-        let info = memory.blocks(&range)?.into_iter().next();
-        let name = documents.iter().find(|document| document.id == read.block.document);
         let heads =
             read.heads.iter().map(|head| HeadRead { layer: head.layer, kv_head: head.kv_head, choices: head.choices });
+        let share = read.mass / mass.max(f64::MIN_POSITIVE);
+        let block = BlockRead::look_up(read.block, "retrieved", memory, documents)?;
+        Ok(BlockRead { share: Some(share), heads: heads.collect(), ..block })
+    }
+
+    fn at_hand(read: &AtHandBlock, memory: &dyn BlockMemory, documents: &[DocumentInfo]) -> Result<Self, CliError> {
+        let from = match read.place {
+            Place::Sink => "sink",
+            Place::Tail => "tail",
+            Place::Window => "window",
+        };
+        BlockRead::look_up(read.block, from, memory, documents)
+    }
+
+    /// A block with its text.
+    fn look_up(
+        block: BlockId,
+        from: &'static str,
+        memory: &dyn BlockMemory,
+        documents: &[DocumentInfo],
+    ) -> Result<Self, CliError> {
+        let range = BlockRange { document: block.document, blocks: block.index..block.index + 1 };
+        let name = documents.iter().find(|document| document.id == block.document);
+        let info = memory.blocks(&range)?.into_iter().next();
         Ok(BlockRead {
             document: name.map(|document| document.name.clone()).unwrap_or_default(),
-            block: read.block.index,
-            share: read.mass / mass.max(f64::MIN_POSITIVE),
-            heads: heads.collect(),
+            block: block.index,
+            from,
+            share: None,
+            heads: Vec::new(),
             text_start_bytes: info.as_ref().map_or(0, |info| info.text.start),
             text: info.map(|info| String::from_utf8_lossy(&info.text.bytes).into_owned()).unwrap_or_default(),
         })
@@ -210,6 +272,9 @@ impl BlockRead {
 
     /// `12 of 90 heads, layers 3-29`
     fn choosers(&self, heads_count: usize) -> String {
+        if self.share.is_none() {
+            return format!("all ({})", self.from);
+        }
         let layers: BTreeSet<u32> = self.heads.iter().map(|head| head.layer).collect();
         let span = match (layers.first(), layers.last()) {
             (Some(first), Some(last)) if first < last => format!("layers {first}-{last}"),
@@ -223,31 +288,55 @@ impl BlockRead {
 impl Report for Answered {
     /// The answer itself was streamed.
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
-        writeln!(to)?;
-        if self.blocks.is_empty() {
-            writeln!(to, "read from the local window only: the documents fit in it")?;
-        } else {
-            let mut rows = table(["DOCUMENT", "BLOCK>", "SHARE>", "CHOSEN BY", "TEXT"]);
-            for block in self.blocks.iter().take(self.shown) {
-                rows.add_row([
-                    block.document.clone(),
-                    block.block.to_string(),
-                    format!("{:.1} %", 100.0 * block.share),
-                    block.choosers(self.heads_count),
-                    excerpt(block.text.as_bytes(), EXCERPT_CHARS),
-                ]);
-            }
-            write_table(to, &rows)?;
-            let rest = self.blocks.len().saturating_sub(self.shown);
-            if rest > 0 {
-                writeln!(to, "and {rest} blocks that weighed less")?;
-            }
+        if self.answer.is_empty() {
+            writeln!(to, "no answer: {}", self.why_empty())?;
         }
         writeln!(to)?;
+        let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.share.is_some());
+        if retrieved.is_empty() {
+            writeln!(to, "nothing was retrieved: the documents are at hand as a whole")?;
+        }
+        let mut rows = table(["DOCUMENT", "BLOCK>", "SHARE>", "CHOSEN BY", "TEXT"]);
+        for block in retrieved.iter().take(self.shown).chain(at_hand.iter().take(AT_HAND_ROWS_MAX)) {
+            rows.add_row([
+                block.document.clone(),
+                block.block.to_string(),
+                block.share.map(|share| format!("{:.1} %", 100.0 * share)).unwrap_or_default(),
+                block.choosers(self.heads_count),
+                excerpt(block.text.as_bytes(), EXCERPT_CHARS),
+            ]);
+        }
+        write_table(to, &rows)?;
+        let rest = retrieved.len().saturating_sub(self.shown);
+        if rest > 0 {
+            writeln!(to, "and {rest} blocks that weighed less")?;
+        }
+        let rest = at_hand.len().saturating_sub(AT_HAND_ROWS_MAX);
+        if rest > 0 {
+            writeln!(to, "and {rest} blocks of the window")?;
+        }
+        writeln!(to)?;
+        for Incomplete { document, tokens } in &self.incomplete {
+            let tokens = count(*tokens);
+            writeln!(
+                to,
+                "{document} is not whole: only its first {tokens} tokens were read; its `landmarkdb encode`, run again, goes on"
+            )?;
+        }
         writeln!(
             to,
             "first token after {:.2} s, {} tokens in {:.2} s",
             self.first_token_s, self.answer_tokens, self.total_s
         )
+    }
+}
+
+impl Answered {
+    fn why_empty(&self) -> &'static str {
+        match self.finish {
+            "max_tokens" => "the model wrote nothing but white space; --max-tokens gives it more room",
+            "stop" => "the model ended the line before it wrote a word; another wording, or --raw, may do better",
+            _ => "the model ended its text at once; another wording, or --raw, may do better",
+        }
     }
 }

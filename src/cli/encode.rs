@@ -7,13 +7,18 @@ use std::time::Instant;
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
-use crate::model::{self, EncodeProgress, Encoding};
+use crate::api::MemoryError;
+use crate::model::{self, Difference, EncodeProgress, Encoding, RememberError};
 
 use super::Context;
 use super::error::CliError;
-use super::output::{Report, count, size};
+use super::output::{Report, count, shown_line, size};
 use super::report::DocumentReport;
 use super::settings::{EncodeArgs, ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
+use super::target::DocumentName;
+
+/// U+FEFF in UTF-8: no part of the text, and as a sink it would be read with every token.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Encode a text into a document: the model reads it once, its blocks are kept.
 ///
@@ -29,7 +34,7 @@ pub(super) struct Args {
     /// A UTF-8 text file; - reads standard input.
     file: PathBuf,
 
-    /// The document's name [default: the file's name without its extension].
+    /// The document: NAME, or COLLECTION/NAME [default: the file's name without its extension].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
 
@@ -62,39 +67,56 @@ pub(super) struct Encoded {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let text = read(&args.file)?;
-    let name = match &args.name {
-        Some(name) => name.clone(),
+    let document = match &args.name {
+        Some(name) => DocumentName::new(name, &context.config),
         None if args.file == Path::new("-") => return Err(CliError::NameNeeded),
-        None => args.file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        None => DocumentName {
+            collection: context.config.collection.clone(),
+            name: args.file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        },
     };
+    if text.trim().is_empty() {
+        return Err(CliError::EmptyText { path: args.file.clone() });
+    }
     let model = args.model.load(context)?;
     let memory = context.memory_or_new()?;
-    let collection = args.storage.open(&context.config.collection, &model, &memory)?;
-    let bar = token_bar(context, &name);
+    let collection = args.storage.open(&document.collection, &model, &memory)?;
+    let bar = token_bar(context, &document.name);
     let begin = Instant::now();
     let mut resumed_tokens = 0;
     let config = model.config();
     let encoding = Encoding {
-        name: &name,
+        name: &document.name,
         text: &text,
         window: args.window.window(config),
         retrieval: args.encode.retrieval(config, &args.retrieval.retrieval(config, 1)?),
     };
-    let document = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
+    let encoded = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;
         bar.show(step);
-    })?;
+    });
     bar.finish();
+    let encoded = encoded.map_err(|error| name_the_taken(error, &document))?;
     let encode_s = begin.elapsed().as_secs_f64();
     context.output.print(&Encoded {
         resumed_tokens,
-        tokens_per_s: (document.tokens - resumed_tokens) as f64 / encode_s,
+        tokens_per_s: (encoded.tokens - resumed_tokens) as f64 / encode_s,
         encode_s,
-        document: DocumentReport::new(&collection, &document),
+        document: DocumentReport::new(&collection, &encoded),
     })
 }
 
-/// A UTF-8 text; - is standard input.
+/// Says under which name another text is, and what frees it: the memory knows its id only.
+fn name_the_taken(error: RememberError, document: &DocumentName) -> CliError {
+    let difference = match (&error, error.memory()) {
+        (RememberError::OtherText { difference, .. }, _) => *difference,
+        (_, Some(MemoryError::Conflict { index, .. })) => Difference::Block(*index),
+        _ => return error.into(),
+    };
+    CliError::OtherText { document: document.to_string(), difference }
+}
+
+/// A UTF-8 text, without the mark that some editors put before it; - is standard input.
 pub(super) fn read(file: &Path) -> Result<String, CliError> {
     let mut bytes = Vec::new();
     let read = match file == Path::new("-") {
@@ -102,6 +124,9 @@ pub(super) fn read(file: &Path) -> Result<String, CliError> {
         false => std::fs::read(file).map(|read| bytes = read),
     };
     read.map_err(|source| CliError::ReadText { path: file.into(), source })?;
+    if bytes.starts_with(BYTE_ORDER_MARK) {
+        bytes.drain(..BYTE_ORDER_MARK.len());
+    }
     let text = String::from_utf8(bytes);
     text.map_err(|error| CliError::NotUtf8 { path: file.into(), at: error.utf8_error().valid_up_to() })
 }
@@ -133,7 +158,7 @@ impl TokenBar {
 
     /// What the bar counts from now on.
     pub(super) fn label(&self, what: &str) {
-        self.0.set_message(what.to_string());
+        self.0.set_message(shown_line(what));
     }
 
     pub(super) fn finish(self) {

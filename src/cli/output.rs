@@ -1,6 +1,7 @@
 //! What is printed: answers on standard output, as tables for people or JSON for programs; everything else on
 //! standard error.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
@@ -10,6 +11,10 @@ use serde::Serialize;
 
 use super::args::Global;
 use super::error::{CliError, Exit};
+
+/// How comfy-table begins and ends bold letters.
+const BOLD: &str = "\x1b[1m";
+const NOT_BOLD: &str = "\x1b[0m";
 
 /// Columns below which a table is not fitted to the terminal.
 const NARROWEST_TERMINAL: u16 = 40;
@@ -56,9 +61,10 @@ impl Output {
     pub(super) fn print(&self, report: &impl Report) -> Result<(), CliError> {
         let mut to = io::BufWriter::new(io::stdout().lock());
         let written = if self.json {
-            serde_json::to_writer(&mut to, report).map_err(io::Error::from).and_then(|()| writeln!(to))
+            write_json(&mut to, report)
         } else {
-            report.people(&mut to)
+            let mut text = Vec::new();
+            report.people(&mut text).and_then(|()| to.write_all(shown(&String::from_utf8_lossy(&text)).as_bytes()))
         };
         written.and_then(|()| to.flush()).map_err(|source| CliError::Io { what: "standard output", source })
     }
@@ -67,24 +73,23 @@ impl Output {
     pub(super) fn error(&self, message: &str, exit: Exit) {
         if self.json {
             let body = ErrorBody { kind: exit.word(), exit_code: exit as u8, message };
-            let _ = serde_json::to_writer(io::stderr(), &ErrorReport { error: body });
-            let _ = writeln!(io::stderr());
+            let _ = write_json(&mut io::stderr(), &ErrorReport { error: body });
         } else {
-            let _ = writeln!(io::stderr(), "error: {message}");
+            let _ = writeln!(io::stderr(), "error: {}", shown(message));
         }
     }
 
     /// Says how far a long story is, on standard output for people only.
     pub(super) fn say(&self, line: &str) {
         if !self.quiet && !self.json {
-            let _ = writeln!(io::stdout(), "{line}");
+            let _ = writeln!(io::stdout(), "{}", shown(line));
         }
     }
 
     /// Says how far a long command is, on standard error.
     pub(super) fn progress(&self, line: &str) {
         if !self.quiet && !self.json {
-            let _ = writeln!(io::stderr(), "{line}");
+            let _ = writeln!(io::stderr(), "{}", shown(line));
         }
     }
 
@@ -96,7 +101,7 @@ impl Output {
     /// Prints a piece of a text that grows, for people only; programs get it whole.
     pub(super) fn stream(&self, piece: &str) {
         if !self.json {
-            let _ = write!(io::stdout(), "{piece}").and_then(|()| io::stdout().flush());
+            let _ = write!(io::stdout(), "{}", shown(piece)).and_then(|()| io::stdout().flush());
         }
     }
 
@@ -118,7 +123,7 @@ impl Output {
             return None;
         }
         let mut answer = String::new();
-        write!(io::stderr(), "{question} [y/N] ").ok()?;
+        write!(io::stderr(), "{} [y/N] ", shown(question)).ok()?;
         io::stdin().read_line(&mut answer).ok()?;
         Some(matches!(answer.trim().to_lowercase().as_str(), "y" | "yes"))
     }
@@ -140,23 +145,89 @@ impl Output {
     /// A bar of the given style, hidden like every bar here.
     pub(super) fn bar(&self, what: &str, style: ProgressStyle) -> ProgressBar {
         let target = if self.quiet || self.json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        ProgressBar::with_draw_target(None, target).with_style(style).with_message(what.to_string())
+        ProgressBar::with_draw_target(None, target).with_style(style).with_message(shown_line(what))
+    }
+}
+
+/// One line of JSON. JSON leaves the controls behind ASCII as they are, of which U+009B begins an escape sequence too.
+fn write_json(to: &mut dyn Write, report: &impl Serialize) -> io::Result<()> {
+    struct Escaped;
+    impl serde_json::ser::Formatter for Escaped {
+        fn write_string_fragment<W: Write + ?Sized>(&mut self, to: &mut W, fragment: &str) -> io::Result<()> {
+            for part in fragment.split_inclusive(is_control) {
+                let control = part.chars().next_back().filter(|&last| is_control(last));
+                to.write_all(&part.as_bytes()[..part.len() - control.map_or(0, char::len_utf8)])?;
+                if let Some(control) = control {
+                    write!(to, "\\u{:04x}", control as u32)?;
+                }
+            }
+            Ok(())
+        }
+    }
+    let mut line = Vec::new();
+    report.serialize(&mut serde_json::Serializer::with_formatter(&mut line, Escaped)).map_err(io::Error::from)?;
+    line.push(b'\n');
+    to.write_all(&line)
+}
+
+/// What a terminal may obey instead of showing it: control characters, and those that turn the direction of what follows.
+fn is_control(letter: char) -> bool {
+    letter.is_control() || matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A text with line ends and tabs, everything else that [`is_control`] as it is written in source code; our own bold letters
+/// stay.
+fn shown(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(|letter| is_control(letter) && !matches!(letter, '\n' | '\t')) {
+        return Cow::Borrowed(text);
+    }
+    let plain = |text: &str| escaped(text, &['\n', '\t']);
+    if !styled() {
+        return Cow::Owned(plain(text));
+    }
+    let parts = text.split(BOLD).map(|part| part.split(NOT_BOLD).map(plain).collect::<Vec<_>>().join(NOT_BOLD));
+    Cow::Owned(parts.collect::<Vec<_>>().join(BOLD))
+}
+
+/// The same on one line: for names, and cells of tables.
+pub(super) fn shown_line(text: &str) -> String {
+    escaped(text, &[])
+}
+
+fn escaped(text: &str, kept: &[char]) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match is_control(letter) && !kept.contains(&letter) {
+            true => shown.extend(letter.escape_default()),
+            false => shown.push(letter),
+        }
+    }
+    shown
+}
+
+/// Rows of a table, whose cells are lines.
+pub(super) struct Rows(Table);
+
+impl Rows {
+    pub(super) fn add_row<C: Into<String>>(&mut self, cells: impl IntoIterator<Item = C>) -> &mut Self {
+        self.0.add_row(cells.into_iter().map(|cell| shown_line(&cell.into())));
+        self
     }
 }
 
 /// A table without lines, so that columns can be cut out of it. A heading that ends in `>` aligns its column right.
-pub(super) fn table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
+pub(super) fn table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Rows {
     let mut table = columns(headings, styled());
     // A terminal that tells no width, or one too narrow for columns, gets lines as long as they are.
     if table.width().is_some_and(|columns| columns >= NARROWEST_TERMINAL) {
         table.set_content_arrangement(ContentArrangement::Dynamic);
     }
-    table
+    Rows(table)
 }
 
 /// The same in any terminal and in a file, for answers that a page quotes.
-pub(super) fn plain_table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Table {
-    columns(headings, false)
+pub(super) fn plain_table<const COLUMNS: usize>(headings: [&str; COLUMNS]) -> Rows {
+    Rows(columns(headings, false))
 }
 
 fn columns<const COLUMNS: usize>(headings: [&str; COLUMNS], bold: bool) -> Table {
@@ -176,14 +247,14 @@ fn columns<const COLUMNS: usize>(headings: [&str; COLUMNS], bold: bool) -> Table
 }
 
 /// Writes a table and a line end.
-pub(super) fn write_table(to: &mut dyn Write, table: &Table) -> io::Result<()> {
-    writeln!(to, "{}", table.trim_fmt())
+pub(super) fn write_table(to: &mut dyn Write, rows: &Rows) -> io::Result<()> {
+    writeln!(to, "{}", rows.0.trim_fmt())
 }
 
 /// Writes names and values one a line, values below each other.
 pub(super) fn write_facts(to: &mut dyn Write, facts: &[(&str, String)]) -> io::Result<()> {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
-    facts.iter().try_for_each(|(name, value)| writeln!(to, "{name:width$}  {value}"))
+    facts.iter().try_for_each(|(name, value)| writeln!(to, "{name:width$}  {}", shown_line(value)))
 }
 
 /// `1,234,567`
@@ -224,7 +295,7 @@ pub(super) fn size(bytes: u64) -> String {
 pub(super) fn excerpt(text: &[u8], chars_max: usize) -> String {
     let text = String::from_utf8_lossy(text);
     let words = text.split_whitespace().map(|word| word.trim_matches(char::REPLACEMENT_CHARACTER));
-    let line = words.collect::<Vec<_>>().join(" ").replace(char::is_control, " ");
+    let line = words.collect::<Vec<_>>().join(" ").replace(is_control, " ");
     if line.chars().count() <= chars_max {
         return line;
     }
@@ -269,6 +340,26 @@ mod tests {
         assert_eq!(excerpt(&"é-end".as_bytes()[1..], 60), "-end", "begins inside a character");
         assert_eq!(excerpt(b"a\x1b[31mb", 60), "a [31mb", "no escape reaches the terminal");
         assert_eq!(excerpt(b"", 60), "");
+    }
+
+    /// A log that was encoded coloured the terminal of whoever asked about it, and so did a model's name.
+    #[test]
+    fn no_control_character_reaches_a_terminal() {
+        let text = "a\u{1b}[31mb\u{9b}2Jc\u{7f}\u{202e}d\ne\tf\r";
+        assert_eq!(shown(text), "a\\u{1b}[31mb\\u{9b}2Jc\\u{7f}\\u{202e}d\ne\tf\\r");
+        assert_eq!(shown_line("a\nb"), "a\\nb");
+        assert_eq!(shown("plain é"), "plain é");
+        let mut json = Vec::new();
+        write_json(&mut json, &text).unwrap();
+        let line = std::str::from_utf8(&json).unwrap().trim_end();
+        assert!(!line.contains(is_control), "{line:?}");
+        assert_eq!(serde_json::from_str::<String>(line).unwrap(), text);
+
+        let mut table = table(["name"]);
+        table.add_row(["\u{1b}]0;title\u{7}\nforged row"]);
+        let mut rows = Vec::new();
+        write_table(&mut rows, &table).unwrap();
+        assert_eq!(String::from_utf8(rows).unwrap(), "name\n\\u{1b}]0;title\\u{7}\\nforged row\n");
     }
 
     #[test]

@@ -11,6 +11,9 @@ use super::Context;
 use super::config::Config;
 use super::error::CliError;
 
+/// What every data directory has (docs/architecture.md).
+const SEGMENTS: &str = "segments";
+
 /// Where a command works.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Target {
@@ -21,11 +24,12 @@ pub(super) enum Target {
 }
 
 impl Context {
-    /// The memory that exists where the command works. A data directory that does not exist is refused, not created:
-    /// a mistyped path would otherwise look like an empty memory.
+    /// The memory that exists where the command works. A data directory that does not exist, and a folder that is none, are
+    /// refused and nothing is written there: a mistyped path would otherwise look like an empty memory.
     pub(super) fn memory(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
         match self.config.target()? {
             Target::Data(path) if !path.is_dir() => Err(CliError::NoDataDirectory { path: path.clone() }),
+            Target::Data(path) if !path.join(SEGMENTS).is_dir() => Err(CliError::NoStore { path: path.clone() }),
             _ => self.memory_or_new(),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::error::RememberError;
+use super::error::{Difference, RememberError};
 use super::llama::Logits;
 use super::{LoadedModel, Reading};
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo, MemoryError};
@@ -40,7 +40,7 @@ pub struct Encoding<'a> {
 /// durable block; one that is whole and sealed is left as it is.
 ///
 /// # Errors
-/// [`MemoryError::Conflict`] when the document holds another text, and whatever the model or the memory report.
+/// [`RememberError::OtherText`] when the document holds another text, and whatever the model or the memory report.
 /// What was acknowledged before an error stays durable.
 pub fn encode(
     model: &LoadedModel,
@@ -50,6 +50,10 @@ pub fn encode(
     progress: &mut dyn FnMut(EncodeProgress),
 ) -> Result<DocumentInfo, RememberError> {
     let &Encoding { name, text, window, ref retrieval } = encoding;
+    if text.is_empty() {
+        // Before the document is made: a name that holds nothing would be taken all the same.
+        return Err(RememberError::EmptyText);
+    }
     let encoded = model.tokenizer.encode(text)?;
     let prefix = model.tokenizer.prefix();
     let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
@@ -60,7 +64,9 @@ pub fn encode(
     let offsets: Vec<usize> = text_tokens.iter().map(offset).collect();
 
     let document = memory.open_document(collection.id, name)?;
-    check_beginning(memory.as_ref(), &document, &ids)?;
+    if let Some(difference) = difference(memory.as_ref(), &document, &ids)? {
+        return Err(RememberError::OtherText { name: name.into(), difference });
+    }
     let resumed_tokens = document.tokens;
     let mut tell = |done_tokens| {
         progress(EncodeProgress { resumed_tokens, done_tokens, total_tokens: ids.len() as u64 });
@@ -85,9 +91,12 @@ pub fn encode(
     Ok(memory.seal(document.id)?)
 }
 
-/// Refuses a document that holds something else than the beginning of `ids`, or, when sealed, than all of it.
-fn check_beginning(memory: &dyn BlockMemory, document: &DocumentInfo, ids: &[u32]) -> Result<(), MemoryError> {
-    let conflict = |index| MemoryError::Conflict { document: document.id, index };
+/// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.
+fn difference(
+    memory: &dyn BlockMemory,
+    document: &DocumentInfo,
+    ids: &[u32],
+) -> Result<Option<Difference>, MemoryError> {
     let mut expected = ids;
     let end = document.blocks + (document.tail_tokens > 0) as u32;
     let mut next = 0;
@@ -95,13 +104,13 @@ fn check_beginning(memory: &dyn BlockMemory, document: &DocumentInfo, ids: &[u32
         let page = next..end.min(next + COMPARED_BLOCKS);
         next = page.end;
         for block in memory.blocks(&BlockRange { document: document.id, blocks: page })? {
-            expected = expected.strip_prefix(&block.token_ids[..]).ok_or(conflict(block.id.index))?;
+            match expected.strip_prefix(&block.token_ids[..]) {
+                Some(rest) => expected = rest,
+                None => return Ok(Some(Difference::Block(block.id.index))),
+            }
         }
     }
-    if document.sealed && !expected.is_empty() {
-        return Err(conflict(end));
-    }
-    Ok(())
+    Ok((document.sealed && !expected.is_empty()).then_some(Difference::Longer))
 }
 
 /// Copies a sealed document into another collection of the same model, as `name`: other dtypes without encoding again.

@@ -178,6 +178,10 @@ pub struct PipAttempt {
 /// Why a text could not be encoded into a memory, or a question about it not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum RememberError {
+    #[error("an empty text: there is nothing to encode")]
+    EmptyText,
+    #[error("document {name:?} already holds another text: {difference}")]
+    OtherText { name: String, difference: Difference },
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
     #[error(transparent)]
@@ -188,6 +192,24 @@ pub enum RememberError {
     Attention(#[from] AttentionError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+}
+
+/// How a text differs from what a document holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// The first block that has other tokens.
+    Block(u32),
+    /// The document is whole, and the text goes on after it.
+    Longer,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Difference::Block(index) => write!(f, "they differ from block {index} on"),
+            Difference::Longer => write!(f, "this one begins with it and goes on"),
+        }
+    }
 }
 
 impl RememberError {

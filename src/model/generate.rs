@@ -15,6 +15,8 @@ pub struct GenerateOptions {
     pub max_tokens: usize,
     /// Texts at which to stop; they are not part of the answer, and before it they do not count.
     pub stop: Vec<String>,
+    /// Whether the model may end its text before it has written any: else the next likely token is taken instead.
+    pub may_be_empty: bool,
     /// Tokens of the prompt that go through the model at once.
     pub chunk_tokens: usize,
 }
@@ -41,9 +43,15 @@ pub struct Generated {
 }
 
 impl Default for GenerateOptions {
-    /// Greedy, 128 tokens, no stop texts.
+    /// Greedy, 128 tokens, no stop texts, an empty answer is one.
     fn default() -> Self {
-        GenerateOptions { sampling: Sampling::Greedy, max_tokens: 128, stop: Vec::new(), chunk_tokens: CHUNK_TOKENS }
+        GenerateOptions {
+            sampling: Sampling::Greedy,
+            max_tokens: 128,
+            stop: Vec::new(),
+            may_be_empty: true,
+            chunk_tokens: CHUNK_TOKENS,
+        }
     }
 }
 
@@ -108,6 +116,10 @@ pub fn generate(
     let finish = loop {
         if ids.len() == options.max_tokens {
             break Finish::MaxTokens;
+        }
+        if !options.may_be_empty && answer.text.trim().is_empty() {
+            let ends = model.config().eos_ids.iter().map(|&id| id as usize);
+            ends.for_each(|id| logits.iter_mut().skip(id).take(1).for_each(|logit| *logit = f32::NEG_INFINITY));
         }
         let id = sampler.choose(&logits)?;
         if model.config().eos_ids.contains(&id) {

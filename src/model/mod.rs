@@ -50,7 +50,7 @@ pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
-    ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
+    Difference, ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
     reason as tensor_reason,
 };
 pub use files::replace_file;

@@ -99,7 +99,7 @@ fn seeds_repeat_stop_texts_stop_and_the_limit_holds() {
     let prompt = golden("capital").input_ids;
     let run = |sampling, stop: &[&str], max_tokens| {
         let stop = stop.iter().map(|text| text.to_string()).collect();
-        let options = GenerateOptions { sampling, stop, max_tokens, chunk_tokens: 2 };
+        let options = GenerateOptions { sampling, stop, max_tokens, chunk_tokens: 2, ..Default::default() };
         generate(model, &mut attention(model), &prompt, &options, &mut |_| {}).unwrap()
     };
     let by_chance = |seed| run(Sampling::Nucleus { temperature: 1.5, top_p: 0.95, seed }, &[], 12);

@@ -5,14 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use comfy_table::Table;
 use serde::{Deserialize, Serialize};
 
 use super::{forget_pages, percentile};
 use crate::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use crate::attention::{Retrieval, Window};
 use crate::cli::error::CliError;
-use crate::cli::output::{count, plain_table, size};
+use crate::cli::output::{Rows, count, plain_table, size};
 use crate::memory::LocalMemory;
 use crate::model::{self, GenerateOptions, LoadedModel, Question};
 
@@ -122,7 +121,7 @@ fn forget_files(folder: &Path) -> Result<(), CliError> {
 }
 
 /// Rows for people, of whoever measured them.
-pub(super) fn first_token_table<'a>(rows: impl Iterator<Item = (String, &'a FirstToken)>) -> Table {
+pub(super) fn first_token_table<'a>(rows: impl Iterator<Item = (String, &'a FirstToken)>) -> Rows {
     let headings =
         ["FIRST TOKEN", "TOKENS>", "PAGES", "ON DISK>", "READ>", "SAVE>", "REOPEN>", "TO FIRST TOKEN>", "TIMES LESS>"];
     let mut table = plain_table(headings);
