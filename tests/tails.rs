@@ -33,7 +33,7 @@ fn window(normalisation: Normalisation) -> Window {
     Window { tokens: 16, normalisation, ..Window::default() }
 }
 
-/// What three more tokens attend to after these documents, and what they have at hand.
+/// What two more tokens attend to after these documents, and what they have at hand.
 fn read(
     memory: &Arc<dyn BlockMemory>,
     documents: &[&DocumentInfo],
@@ -44,7 +44,7 @@ fn read(
     let retrieval = Retrieval::default();
     let session = BlockAttention::read(memory.clone(), &collection, &documents, window(normalisation), retrieval);
     let mut session = session.unwrap();
-    let outs = Activations::random(3, 99).feed(&mut session, 0, 3, 3);
+    let outs = Activations::random(2, 99).feed(&mut session, 0, 2, 2);
     (outs, session.at_hand().to_vec())
 }
 
@@ -76,7 +76,7 @@ fn a_first_document_without_a_full_block_has_no_sink() {
         let documents = [short.clone(), long.clone()];
         let mut session =
             BlockAttention::read(memory.clone(), &collection, &documents, window, Retrieval::default()).unwrap();
-        Activations::random(3, 99).feed(&mut session, 0, 3, 3)
+        Activations::random(2, 99).feed(&mut session, 0, 2, 2)
     };
     assert!(difference(&outs, &without_sink) < 1e-6, "{}", difference(&outs, &without_sink));
 }
