@@ -108,6 +108,7 @@ fn exhibit(suite: &Suite, seed: u64) -> Exhibit<'_> {
     let mut service = suite.alone();
     service.stop();
     let before = read(&service.data());
+    write(&service.data(), &Files::new());
     service.start();
     let client = service.client();
     let world = World::new(suite, &client, &Model::small());

@@ -58,6 +58,7 @@ pub(crate) fn trial(suite: &Arc<Suite>, case: Case, quiet: bool) -> Trial {
     }
     let suite = suite.clone();
     let run = move || {
+        let _calling = case.needs.is_empty().then(|| suite.calling());
         (case.run)(&suite);
         Ok(())
     };

@@ -31,10 +31,9 @@ pub(crate) struct Suite {
     run: u32,
 }
 
-/// A service that nobody stops while this lives.
-pub(crate) struct Shared<'a> {
+/// A service that is only called.
+pub(crate) struct Shared {
     endpoint: String,
-    _in_use: Option<RwLockReadGuard<'a, ()>>,
 }
 
 /// A service of one test's own, or the foreign one to itself.
@@ -70,18 +69,18 @@ impl Suite {
         format!("conformance-{:010}-{number:04}-{what}", self.run)
     }
 
+    /// Held by a test that only calls the service, so that no other test stops it meanwhile.
+    pub(crate) fn calling(&self) -> RwLockReadGuard<'_, ()> {
+        self.in_use.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// For tests that only call the service.
-    pub(crate) fn shared(&self) -> Shared<'_> {
-        match &self.foreign {
-            None => {
-                let own = self.shared.get_or_init(Own::start_new);
-                Shared { endpoint: own.endpoint().into(), _in_use: None }
-            }
-            Some(foreign) => {
-                let in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
-                Shared { endpoint: foreign.endpoint().into(), _in_use: Some(in_use) }
-            }
-        }
+    pub(crate) fn shared(&self) -> Shared {
+        let endpoint = match &self.foreign {
+            None => self.shared.get_or_init(Own::start_new).endpoint(),
+            Some(foreign) => foreign.endpoint(),
+        };
+        Shared { endpoint: endpoint.into() }
     }
 
     /// For tests that stop the service or change its files.
@@ -96,7 +95,7 @@ impl Suite {
     }
 }
 
-impl Shared<'_> {
+impl Shared {
     pub(crate) fn client(&self) -> Client {
         Client::connect(&self.endpoint)
     }
