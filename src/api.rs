@@ -80,11 +80,15 @@ pub struct NewBlock {
 }
 
 /// Appends consecutive blocks. Idempotent: blocks that are already durable are skipped if their token ids agree
-/// and refused ([`MemoryError::Conflict`]) if not. A tail is replaced by whatever later comes at its index.
+/// and refused ([`MemoryError::Conflict`]) if not. A tail is replaced by whatever later comes at its index, but for the first
+/// tokens of it, which are durable already.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AppendRequest {
     pub document: DocumentId,
     pub blocks: Vec<NewBlock>,
+    /// Tokens that the document has, if the caller is to be its only writer: with another number nothing is appended
+    /// ([`MemoryError::UnexpectedLength`]), unless all blocks are durable already. Without it, whatever tail there is is replaced.
+    pub expected_tokens: Option<u64>,
 }
 
 /// Where the local window begins and what may be retrieved for it. See [`AttendRequest`] for the geometry.
@@ -275,6 +279,11 @@ pub enum MemoryError {
         "document {document} has {expected} full blocks, the append begins at {found}: send block {expected} first"
     )]
     OutOfOrder { document: DocumentId, expected: u32, found: u32 },
+    #[error(
+        "document {document} has {found} tokens, the append expected {expected}: another writer was there; read the document again and \
+         append behind what it holds, or use another name"
+    )]
+    UnexpectedLength { document: DocumentId, expected: u64, found: u64 },
     #[error("{what}: at most {limit} are allowed, found {found}")]
     LimitExceeded { what: String, limit: u64, found: u64 },
     /// Others have what the call needs; it was not begun.
@@ -343,7 +352,7 @@ pub trait BlockMemory: Send + Sync {
 
     /// Answers requests whose queries are all known, of many layers or sequences, sooner than one call after the other
     /// would: one outcome per request, in their order, and each what [`attend`](Self::attend) gives. A refused request
-    /// fails alone.
+    /// fails alone; more than `limits::ATTEND_REQUESTS_MAX` are refused together.
     fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
         requests.iter().map(|request| self.attend(request)).collect()
     }
@@ -420,6 +429,15 @@ impl FetchRequest {
         let (limit, found) = (limits::FETCH_BLOCKS_MAX as u64, self.blocks.len() as u64);
         if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: "blocks".into(), limit, found }) }
     }
+}
+
+/// The bound that holds for requests that are asked together.
+///
+/// # Errors
+/// `LimitExceeded` for too many.
+pub fn check_together(requests: usize) -> Result<()> {
+    let (limit, found) = (limits::ATTEND_REQUESTS_MAX as u64, requests as u64);
+    if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: "requests".into(), limit, found }) }
 }
 
 impl LookupRequest {

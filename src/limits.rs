@@ -28,6 +28,10 @@ pub const BLOCK_TEXT_BYTES_MAX: usize = 1 << 20;
 /// Blocks of one append request: one durable flush is spread over at most this many.
 pub const APPEND_BLOCKS_MAX: usize = 1024;
 
+/// Largest magnitude of a number of K, V or a query. A model's are below a hundred thousand. Products of two such numbers, summed
+/// over a head and squared where bounds of scores are taken, stay inside single precision: what is finite gives finite answers.
+pub const NUMBER_MAX: f32 = 1e12;
+
 /// Query tokens of one lookup or attend: a prefill chunk.
 pub const QUERY_TOKENS_MAX: u32 = 4096;
 

@@ -24,6 +24,8 @@ pub(crate) struct Writer {
     document: DocumentId,
     /// Full blocks that are durable.
     blocks: usize,
+    /// Tokens that are durable, a tail's included: with another number somebody else writes to the document.
+    durable_tokens: u64,
     /// Tokens after those: ids, and where each begins in `text`.
     ids: Vec<u32>,
     offsets: Vec<usize>,
@@ -44,7 +46,8 @@ impl Writer {
             None => Default::default(),
         };
         let text_start = document.text_bytes - text.len() as u64;
-        Writer { memory, document: document.id, blocks: document.blocks as usize, ids, offsets, text, text_start }
+        let (blocks, durable_tokens) = (document.blocks as usize, document.tokens);
+        Writer { memory, document: document.id, blocks, durable_tokens, ids, offsets, text, text_start }
     }
 
     /// Full blocks that are durable.
@@ -87,8 +90,15 @@ impl Writer {
             return Ok(());
         }
         let tail = self.block(0, self.ids.len(), window, shape);
-        let request = AppendRequest { document: self.document, blocks: vec![tail] };
-        self.memory.append(request).map(|_| ())
+        self.send(vec![tail])
+    }
+
+    /// Makes blocks durable, unless somebody else has written to the document.
+    fn send(&mut self, blocks: Vec<NewBlock>) -> Result<(), MemoryError> {
+        let expected_tokens = Some(self.durable_tokens);
+        let document = self.memory.append(AppendRequest { document: self.document, blocks, expected_tokens })?;
+        self.durable_tokens = document.tokens;
+        Ok(())
     }
 
     fn append(
@@ -102,7 +112,7 @@ impl Writer {
             return Ok(());
         }
         let blocks = (0..full).map(|block| self.block(block, block_tokens, window, shape)).collect();
-        self.memory.append(AppendRequest { document: self.document, blocks })?;
+        self.send(blocks)?;
         let tokens = full * block_tokens;
         let text = self.offsets.get(tokens).copied().unwrap_or(self.text.len());
         self.blocks += full;

@@ -207,6 +207,7 @@ fn memory_exit(error: &MemoryError) -> Exit {
         | MemoryError::Conflict { .. }
         | MemoryError::Sealed { .. }
         | MemoryError::OutOfOrder { .. }
+        | MemoryError::UnexpectedLength { .. }
         | MemoryError::LimitExceeded { .. }
         | MemoryError::Storage { .. }
         | MemoryError::Internal { .. } => Exit::Failure,

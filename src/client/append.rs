@@ -37,15 +37,20 @@ pub(super) async fn append(
 /// are any.
 fn batches(request: AppendRequest, batch_bytes: usize) -> Vec<v1::AppendRequest> {
     let document = request.document.0;
-    let mut batches = vec![v1::AppendRequest { document, blocks: Vec::new() }];
+    let mut batches =
+        vec![v1::AppendRequest { document, blocks: Vec::new(), expected_tokens: request.expected_tokens }];
     let mut filled_bytes = 0usize;
+    let mut before_tokens = 0;
     for block in request.blocks {
         let bytes = payload_bytes(&block);
         if filled_bytes > 0 && filled_bytes.saturating_add(bytes) > batch_bytes {
-            batches.push(v1::AppendRequest { document, blocks: Vec::new() });
+            // Whatever was before the first batch, this one begins where the one before ended, with a full block.
+            let expected_tokens = request.expected_tokens.map(|_| block.index as u64 * before_tokens);
+            batches.push(v1::AppendRequest { document, blocks: Vec::new(), expected_tokens });
             filled_bytes = 0;
         }
         filled_bytes += bytes;
+        before_tokens = block.token_ids.len() as u64;
         if let Some(last) = batches.last_mut() {
             last.blocks.push(block.into());
         }
@@ -73,7 +78,8 @@ mod tests {
     fn batches_keep_order_and_stay_within_bounds_where_blocks_do() {
         let sizes = |numbers: &[usize], batch_bytes: usize| -> Vec<usize> {
             let blocks = numbers.iter().zip(0..).map(|(&numbers, index)| block(index, numbers)).collect();
-            let batches = batches(AppendRequest { document: DocumentId(3), blocks }, batch_bytes);
+            let batches =
+                batches(AppendRequest { document: DocumentId(3), blocks, expected_tokens: None }, batch_bytes);
             assert!(batches.iter().all(|batch| batch.document == 3));
             let indices = batches.iter().flat_map(|batch| &batch.blocks).map(|block| block.index);
             assert!(indices.eq(0..numbers.len() as u32), "order");
@@ -84,5 +90,16 @@ mod tests {
         assert_eq!(sizes(&[1, 1, 1], 24), [3]);
         assert_eq!(sizes(&[1, 1, 1], 23), [2, 1]);
         assert_eq!(sizes(&[9, 1, 9, 9], 16), [1, 1, 1, 1], "a block is never cut");
+    }
+
+    #[test]
+    fn every_batch_expects_what_the_one_before_left() {
+        let expected = |expected_tokens| -> Vec<Option<u64>> {
+            let blocks = (7..10).map(|index| NewBlock { token_ids: vec![0; 5], ..block(index, 1) }).collect();
+            let batches = batches(AppendRequest { document: DocumentId(3), blocks, expected_tokens }, 1);
+            batches.iter().map(|batch| batch.expected_tokens).collect()
+        };
+        assert_eq!(expected(Some(37)), [Some(37), Some(40), Some(45)]);
+        assert_eq!(expected(None), [None; 3]);
     }
 }

@@ -9,7 +9,7 @@ use super::pairs::Pairs;
 use super::retry::{Patience, Repeat};
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo,
-    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
+    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport, check_together,
 };
 use crate::limits;
 use crate::shape::CollectionSpec;
@@ -179,8 +179,11 @@ impl BlockMemory for RemoteMemory {
         answer?.try_into()
     }
 
-    /// One message, unless there are very many or large ones.
+    /// One message, unless there are large ones.
     fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
+        if let Err(error) = check_together(requests.len()) {
+            return requests.iter().map(|_| Err(error.clone())).collect();
+        }
         let mut outcomes = Vec::with_capacity(requests.len());
         let mut rest = requests;
         while !rest.is_empty() {

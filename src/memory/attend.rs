@@ -10,9 +10,9 @@ use rayon::prelude::*;
 
 use super::LocalMemory;
 use super::geometry::Turns;
-use super::lookup::{Plan, Prepared};
+use super::lookup::{self, Plan, Prepared};
 use super::work::{self, Need, Then};
-use crate::api::{AttendRequest, Attended, LookupRequest, Result};
+use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
 use crate::cuda::{PageLayout, Part};
 use crate::index::Found;
 use crate::numeric::{self, FEW_ROWS, Matrix, Number, Write};
@@ -82,6 +82,7 @@ impl LocalMemory {
     }
 
     pub(super) fn attend_many(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
+        check_together(requests.len())?;
         let plans: Vec<Result<Plan>> = requests.iter().map(|request| self.plan(&request.lookup, until)).collect();
         let needs: Vec<Need> = plans.iter().flatten().map(|plan| plan.need(Then::Attend)).collect();
         let at_once = rayon::current_num_threads().min(needs.len()) as u64;
@@ -151,6 +152,10 @@ impl LocalMemory {
         let found = prepared.search(&attention.turns, gpu)?;
         let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &attention, &found)).transpose()?.flatten();
         let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
+        if let Some(at) = out.iter().position(|number| !number.is_finite()) {
+            let heads = shape.query_heads as usize;
+            return Err(lookup::not_finite(out[at], lookup::query_place(at / shape.head_dim as usize, heads)));
+        }
         self.counters.attends.add(1);
         Ok(Attended { out, lse, hits: prepared.hits(found) })
     }

@@ -31,6 +31,7 @@ impl LocalMemory {
             if wanted.is_empty() {
                 return Ok(self.info(&collection, manifest));
             }
+            check_length(&collection, &manifest, &request, &wanted)?;
             let records = self.encode_wanted(&collection, &manifest, &request.blocks, &wanted)?;
             if let Some(manifest) = self.write(&collection, &manifest, &records)? {
                 return Ok(self.info(&collection, manifest));
@@ -129,13 +130,13 @@ impl LocalMemory {
             }
             let Held { token_ids, damage } = self.store.held(BlockId { document, index: block.index })?;
             if is_tail {
-                if damage.is_some() || token_ids.is_none_or(|held| held != block.token_ids) {
+                if damage.is_some() || token_ids.is_none_or(|held| !held.starts_with(&block.token_ids)) {
                     wanted.extend(i..blocks.len());
                     break;
                 }
                 continue;
             }
-            // A repeated tail may meanwhile have grown to a full block.
+            // A repeated tail may meanwhile have grown, to a longer one or to a full block.
             if token_ids.is_some_and(|held| !held.starts_with(&block.token_ids)) {
                 return Err(MemoryError::Conflict { document, index: block.index });
             }
@@ -158,6 +159,31 @@ impl LocalMemory {
         let manifest = if manifest.sealed { manifest } else { self.store.seal(document).map_err(writing(document))? };
         Ok(self.info(&collection, manifest))
     }
+}
+
+/// That a document is as long as the caller thinks, but for blocks of the request that it has already: a tail that somebody else
+/// wrote behind them would be replaced unnoticed. Blocks that are only mended change no length.
+fn check_length(
+    collection: &Collection,
+    manifest: &Manifest,
+    request: &AppendRequest,
+    wanted: &[usize],
+) -> Result<()> {
+    let is_durable = |block: &NewBlock| block.index < manifest.blocks;
+    let only_mends = wanted.iter().all(|&i| is_durable(&request.blocks[i]));
+    let has_only_ours = request.blocks.first().is_some_and(is_durable) && manifest.tail_tokens == 0;
+    let found = tokens(collection, manifest);
+    match request.expected_tokens {
+        Some(expected) if expected != found && !has_only_ours && !only_mends => {
+            Err(MemoryError::UnexpectedLength { document: manifest.id, expected, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Tokens of a document.
+pub(super) fn tokens(collection: &Collection, manifest: &Manifest) -> u64 {
+    manifest.blocks as u64 * collection.spec.shape.block_tokens as u64 + manifest.tail_tokens as u64
 }
 
 /// Checks everything but the numbers themselves.
@@ -219,27 +245,31 @@ fn missing(field: String) -> MemoryError {
     MemoryError::Missing { field }
 }
 
-/// The largest number that storing in a dtype does not turn into infinity.
+/// The largest number that storing in a dtype, and computing with it, does not turn into infinity.
 fn largest(dtype: DType) -> f32 {
     match dtype {
-        DType::F32 | DType::Int8 => f32::MAX,
         DType::F16 => half::f16::MAX.to_f32(),
-        DType::BF16 => half::bf16::MAX.to_f32(),
+        DType::F32 | DType::BF16 | DType::Int8 => limits::NUMBER_MAX,
     }
 }
 
-/// The numbers `(L, Hkv, tokens, D)` as f32, all of size `limit` or less.
-fn numbers(field: String, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
+/// The numbers `(L, Hkv, T, D)` of block `index` as f32, all of size `limit` or less.
+fn numbers(field: String, index: u32, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
     let numbers = tensor.to_f32()?;
-    match numbers.iter().find(|number| !number.is_finite() || number.abs() > limit) {
-        None => Ok(numbers),
-        Some(bad) => Err(invalid(field, format!("finite numbers up to {limit:e}"), bad)),
-    }
+    let Some(at) = numbers.iter().position(|number| number.is_nan() || number.abs() > limit) else {
+        return Ok(numbers);
+    };
+    let axis = |axis: usize| tensor.shape.get(axis).map_or(1, |&count| count as usize).max(1);
+    let (row, layer_rows) = (at / axis(3), axis(1) * axis(2));
+    let (layer, head, token) = (row / layer_rows, row / axis(2) % axis(1), row % axis(2));
+    let place = format!("block {index}, layer {layer}, KV head {head}, token {token}");
+    Err(invalid(field, format!("finite numbers up to {limit:e}"), format!("{} in {place}", numbers[at])))
 }
 
-/// K `(L, Hkv, T, D)` of a checked block. `i` is its place in the request.
+/// K `(L, Hkv, tokens, D)` of a checked block. `i` is its place in the request.
 fn k_numbers(spec: &CollectionSpec, block: &NewBlock, i: usize) -> Result<Vec<f32>> {
-    numbers(format!("blocks[{i}].k"), &block.k, largest(spec.payload_dtype).min(largest(spec.key_dtype)))
+    let limit = largest(spec.payload_dtype).min(largest(spec.key_dtype));
+    numbers(format!("blocks[{i}].k"), block.index, &block.k, limit)
 }
 
 /// The codes `(L * Hkv)` of a document that begins with this block; none if its keys need none, or if it is a tail.
@@ -263,7 +293,7 @@ pub(super) fn encode(
     let (spec, dim) = (&collection.spec, collection.layout.head_dim);
     let tokens = block.token_ids.len();
     let k = k_numbers(spec, block, i)?;
-    let v = numbers(format!("blocks[{i}].v"), &block.v, largest(spec.payload_dtype))?;
+    let v = numbers(format!("blocks[{i}].v"), block.index, &block.v, largest(spec.payload_dtype))?;
 
     let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
     let mut pieces = Vec::with_capacity(layout.bytes() * spec.shape.pieces());

@@ -13,7 +13,7 @@ use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
 use crate::index::{self, DocumentIndexes, DocumentKeys, Found, KeyLayout, Query, Scoped};
 use crate::limits;
-use crate::types::{BlockId, BlockRange, DocumentId, Engine, FaissIndex};
+use crate::types::{BlockId, BlockRange, DocumentId, Engine, FaissIndex, Granularity};
 use crate::until::Until;
 
 /// A checked request, before anything is read or allocated for it.
@@ -208,10 +208,28 @@ fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()>
         let expected = format!("{tokens} x {} x {} = {numbers} numbers", shape.query_heads, shape.head_dim);
         return Err(invalid("queries", expected, request.queries.len()));
     }
-    match request.queries.iter().find(|number| !number.is_finite()) {
+    // Scores take the scale into the query.
+    let largest = limits::NUMBER_MAX / shape.softmax_scale.max(1.0);
+    match request.queries.iter().position(|number| number.is_nan() || number.abs() > largest) {
         None => Ok(()),
-        Some(bad) => Err(invalid("queries", "finite numbers", bad)),
+        Some(at) => {
+            let row = at / shape.head_dim as usize;
+            let place = query_place(row, shape.query_heads as usize);
+            let found = format!("{} in {place}", request.queries[at]);
+            Err(invalid("queries", format!("finite numbers up to {largest:e}"), found))
+        }
     }
+}
+
+/// The words for row `t * Hq + h`.
+pub(super) fn query_place(row: usize, query_heads: usize) -> String {
+    format!("query token {}, query head {}", row / query_heads, row % query_heads)
+}
+
+/// What stored numbers are too large for, where an earlier version let them in.
+pub(super) fn not_finite(number: f32, place: String) -> MemoryError {
+    let expected = "queries that the stored keys and values give finite answers to";
+    invalid("queries", expected, format!("{number} for {place}"))
 }
 
 impl Prepared<'_> {
@@ -226,8 +244,24 @@ impl Prepared<'_> {
         self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
     }
 
-    /// Asks the index, on a GPU if one is given and can answer, for as many query tokens at once as memory is meant for.
+    /// Asks the index, on a GPU if one is given and can answer.
     pub(super) fn search(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
+        let found = self.search_parts(turns, gpu)?;
+        let Some(at) = found.scores.iter().position(|score| !score.is_finite()) else { return Ok(found) };
+        let (row, shape) = (at / found.k, &self.collection.spec.shape);
+        let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
+        let place = match self.request.granularity {
+            Granularity::TokenHead => query_place(row, heads),
+            Granularity::Token => format!("query token {row}"),
+            Granularity::Head => format!("query head {row}"),
+            Granularity::KvGroup => format!("query token {}, KV head {}", row / kv_heads, row % kv_heads),
+            Granularity::Shared => "all query tokens and heads together".into(),
+        };
+        Err(not_finite(found.scores[at], place))
+    }
+
+    /// For as many query tokens at once as memory is meant for.
+    fn search_parts(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
         let tokens = self.request.distances.len();
         if self.tokens_at_once >= tokens {
             return self.search_some(turns, 0..tokens, gpu);

@@ -199,17 +199,16 @@ impl LocalMemory {
     }
 
     fn collection_info(&self, id: CollectionId, entry: CollectionEntry) -> Result<CollectionInfo> {
-        let documents = self.store.manifests(id)?.len() as u64;
+        let documents = self.store.document_count(id)?;
         let CollectionEntry { spec, engine } = entry;
         Ok(CollectionInfo { id, fingerprint: spec.fingerprint(), spec, documents, engine })
     }
 
     fn info(&self, collection: &Collection, manifest: Manifest) -> DocumentInfo {
-        let block_tokens = collection.spec.shape.block_tokens as u64;
         DocumentInfo {
             id: manifest.id,
             collection: manifest.collection,
-            tokens: manifest.blocks as u64 * block_tokens + manifest.tail_tokens as u64,
+            tokens: ingest::tokens(collection, &manifest),
             name: manifest.name,
             sealed: manifest.sealed,
             blocks: manifest.blocks,

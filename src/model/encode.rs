@@ -135,7 +135,11 @@ pub fn copy_document(
             k: block.k,
             v: block.v,
         });
-        memory.append(crate::api::AppendRequest { document: copy.id, blocks: blocks.collect() })?;
+        memory.append(crate::api::AppendRequest {
+            document: copy.id,
+            blocks: blocks.collect(),
+            expected_tokens: None,
+        })?;
     }
     memory.seal(copy.id)
 }

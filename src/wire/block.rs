@@ -70,7 +70,7 @@ impl TryFrom<v1::NewBlock> for NewBlock {
 impl From<AppendRequest> for v1::AppendRequest {
     fn from(request: AppendRequest) -> Self {
         let blocks = request.blocks.into_iter().map(v1::NewBlock::from).collect();
-        v1::AppendRequest { document: request.document.0, blocks }
+        v1::AppendRequest { document: request.document.0, blocks, expected_tokens: request.expected_tokens }
     }
 }
 
@@ -79,7 +79,7 @@ impl TryFrom<v1::AppendRequest> for AppendRequest {
 
     fn try_from(wire: v1::AppendRequest) -> Result<Self> {
         let blocks = wire.blocks.into_iter().map(NewBlock::try_from).collect::<Result<_>>()?;
-        Ok(AppendRequest { document: DocumentId(wire.document), blocks })
+        Ok(AppendRequest { document: DocumentId(wire.document), blocks, expected_tokens: wire.expected_tokens })
     }
 }
 

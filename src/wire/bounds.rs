@@ -199,7 +199,11 @@ mod tests {
     #[test]
     fn what_repeats_is_counted_in_bytes_however_they_are_cut() {
         let append = bounds("/landmark.v1.BlockMemory/Append");
-        let blocks = |count| v1::AppendRequest { document: 1, blocks: vec![v1::NewBlock::default(); count] };
+        let blocks = |count| v1::AppendRequest {
+            document: 1,
+            blocks: vec![v1::NewBlock::default(); count],
+            expected_tokens: None,
+        };
         for length in [1, 3, 1 << 20] {
             let price = |count| append.price(&chunks(&blocks(count).encode_to_vec(), length));
             assert_eq!(price(1024), Ok(1024 * 512));

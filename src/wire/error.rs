@@ -41,6 +41,10 @@ impl From<&MemoryError> for v1::Error {
             MemoryError::OutOfOrder { document, expected, found } => {
                 Kind::OutOfOrder(wire::OutOfOrder { document: document.0, expected: *expected, found: *found })
             }
+            MemoryError::UnexpectedLength { document, expected, found } => {
+                let (document, expected, found) = (document.0, *expected, *found);
+                Kind::UnexpectedLength(wire::UnexpectedLength { document, expected, found })
+            }
             MemoryError::LimitExceeded { what, limit, found } => {
                 Kind::LimitExceeded(wire::LimitExceeded { what: text(what), limit: *limit, found: *found })
             }
@@ -77,6 +81,9 @@ impl TryFrom<v1::Error> for MemoryError {
             Kind::Sealed(e) => MemoryError::Sealed { document: DocumentId(e.document) },
             Kind::OutOfOrder(e) => {
                 MemoryError::OutOfOrder { document: DocumentId(e.document), expected: e.expected, found: e.found }
+            }
+            Kind::UnexpectedLength(e) => {
+                MemoryError::UnexpectedLength { document: DocumentId(e.document), expected: e.expected, found: e.found }
             }
             Kind::LimitExceeded(e) => MemoryError::LimitExceeded { what: e.what, limit: e.limit, found: e.found },
             Kind::Busy(e) => MemoryError::Busy { what: e.what, retry_ms: e.retry_ms },

@@ -106,6 +106,7 @@ fn code(error: &MemoryError) -> Code {
         MemoryError::FingerprintMismatch { .. }
         | MemoryError::Sealed { .. }
         | MemoryError::OutOfOrder { .. }
+        | MemoryError::UnexpectedLength { .. }
         | MemoryError::Locked { .. } => Code::FailedPrecondition,
         MemoryError::LimitExceeded { .. } | MemoryError::Busy { .. } => Code::ResourceExhausted,
         MemoryError::DataLoss { .. } => Code::DataLoss,
@@ -166,6 +167,7 @@ mod tests {
             (MemoryError::Conflict { document, index: 0 }, Code::AlreadyExists),
             (MemoryError::Sealed { document }, Code::FailedPrecondition),
             (MemoryError::OutOfOrder { document, expected: 3, found: u32::MAX }, Code::FailedPrecondition),
+            (MemoryError::UnexpectedLength { document, expected: 0, found: u64::MAX }, Code::FailedPrecondition),
             (MemoryError::LimitExceeded { what: text(), limit: 1, found: u64::MAX }, Code::ResourceExhausted),
             (MemoryError::Busy { what: text(), retry_ms: 250 }, Code::ResourceExhausted),
             (MemoryError::Storage { detail: text() }, Code::Internal),

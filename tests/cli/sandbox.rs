@@ -90,7 +90,9 @@ impl Sandbox {
         let collection = memory.open_collection(&spec(collection)).unwrap();
         let document = memory.open_document(collection.id, name).unwrap();
         let blocks = TEXT.as_bytes().chunks(BLOCK_TOKENS).enumerate().map(|(index, text)| block(index, text));
-        memory.append(AppendRequest { document: document.id, blocks: blocks.collect() }).unwrap();
+        memory
+            .append(AppendRequest { document: document.id, blocks: blocks.collect(), expected_tokens: None })
+            .unwrap();
         document.id.0
     }
 

@@ -148,7 +148,8 @@ impl Client {
         document: u64,
         batches: Vec<Vec<v1::NewBlock>>,
     ) -> (Vec<v1::AppendReply>, Option<Refusal>) {
-        let requests = batches.into_iter().map(move |blocks| v1::AppendRequest { document, blocks });
+        let requests =
+            batches.into_iter().map(move |blocks| v1::AppendRequest { document, blocks, expected_tokens: None });
         let mut memory = self.memory.clone();
         runtime().block_on(async {
             match memory.append(tokio_stream::iter(requests.collect::<Vec<_>>())).await {

@@ -71,7 +71,7 @@ impl World {
                 }
             })
             .collect();
-        AppendRequest { document, blocks }
+        AppendRequest { document, blocks, expected_tokens: None }
     }
 
     fn append(&mut self, document: DocumentId, blocks: Range<u32>) {

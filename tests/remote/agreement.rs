@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use landmarkdb::api::*;
 use landmarkdb::client::{ClientOptions, RemoteMemory};
-use landmarkdb::limits;
 use landmarkdb::server::ServeOptions;
 use landmarkdb::shape::Fingerprint;
 use landmarkdb::types::*;
@@ -104,6 +103,7 @@ fn every_error_survives_calls_and_streams_alike() {
         MemoryError::Conflict { document, index: 0 },
         MemoryError::Sealed { document },
         MemoryError::OutOfOrder { document, expected: 0, found: 9 },
+        MemoryError::UnexpectedLength { document, expected: 0, found: 9 },
         MemoryError::LimitExceeded { what: text(), limit: 1, found: 2 },
         MemoryError::DataLoss { block: Some(BlockId { document, index: 1 }), detail: text() },
         MemoryError::DataLoss { block: None, detail: text() },
@@ -140,11 +140,11 @@ fn requests_asked_together_are_answered_in_their_order_and_fail_alone() {
     let service = Service::start(&memory);
     let remote = service.connect();
     let of_layer = |layer| {
-        let request = requests::attend(1);
+        let request = requests::attend(700);
         AttendRequest { lookup: LookupRequest { layer, ..request.lookup }, ..request }
     };
-    // More than one message holds, and a refusal in the first.
-    let mut requests: Vec<AttendRequest> = (0..limits::ATTEND_REQUESTS_MAX as u32 + 30).map(of_layer).collect();
+    // More than the client puts into one message, and a refusal in the first.
+    let mut requests: Vec<AttendRequest> = (0..200).map(of_layer).collect();
     requests[11].lookup.scope[0].document = UNKNOWN;
     let expected: Vec<Result<Attended>> = requests.iter().map(|request| memory.attend(request)).collect();
     assert!(expected.iter().enumerate().all(|(layer, outcome)| outcome.is_err() == (layer == 11)));

@@ -90,7 +90,7 @@ fn what_repeats_in_a_message_is_counted_before_it_is_decoded() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let refused = runtime.block_on(async {
         let blocks = vec![v1::NewBlock::default(); limits::APPEND_BLOCKS_MAX + 1];
-        let batch = v1::AppendRequest { document: 1, blocks };
+        let batch = v1::AppendRequest { document: 1, blocks, expected_tokens: None };
         let mut replies = service.raw().await.append(tokio_stream::iter([batch])).await.unwrap().into_inner();
         replies.message().await.unwrap_err()
     });

@@ -12,5 +12,6 @@ mod double;
 mod lifecycle;
 mod patience;
 mod raw;
+mod refusals;
 mod requests;
 mod service;

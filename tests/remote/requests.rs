@@ -56,5 +56,5 @@ pub(crate) fn block(index: u32) -> NewBlock {
 }
 
 pub(crate) fn append(document: DocumentId, indices: std::ops::Range<u32>) -> AppendRequest {
-    AppendRequest { document, blocks: indices.map(block).collect() }
+    AppendRequest { document, blocks: indices.map(block).collect(), expected_tokens: None }
 }

@@ -5,13 +5,12 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use landmarkdb::api::BlockMemory;
 use landmarkdb::client::{ClientOptions, RemoteMemory};
 use landmarkdb::server::{ListenOptions, Listeners, ServeError, ServeOptions, serve};
 use landmarkdb::wire::v1::block_memory_client::BlockMemoryClient;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
-
-use crate::double::Double;
 
 pub(crate) struct Service {
     /// `http://127.0.0.1:port`
@@ -21,12 +20,16 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    pub(crate) fn start(memory: &Arc<Double>) -> Self {
+    pub(crate) fn start(memory: &Arc<impl BlockMemory + 'static>) -> Self {
         Service::start_with(memory, None, ServeOptions::default())
     }
 
     /// Listens on a free TCP port and, if given, on a socket.
-    pub(crate) fn start_with(memory: &Arc<Double>, unix: Option<&Path>, options: ServeOptions) -> Self {
+    pub(crate) fn start_with(
+        memory: &Arc<impl BlockMemory + 'static>,
+        unix: Option<&Path>,
+        options: ServeOptions,
+    ) -> Self {
         let memory = memory.clone();
         let listen =
             ListenOptions { tcp: Some(([127, 0, 0, 1], 0).into()), unix: unix.map(Into::into), allow_remote: false };

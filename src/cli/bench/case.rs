@@ -225,7 +225,11 @@ impl Case {
                     v: Tensor::from_f32(dims.clone(), &values[from..from + numbers]),
                 }
             });
-            document = memory.append(AppendRequest { document: document.id, blocks: blocks.collect() })?;
+            document = memory.append(AppendRequest {
+                document: document.id,
+                blocks: blocks.collect(),
+                expected_tokens: None,
+            })?;
         }
         Ok(document)
     }

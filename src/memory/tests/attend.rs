@@ -203,7 +203,7 @@ fn lookups_run_while_blocks_are_appended() {
         let readers: Vec<_> =
             (0..2).map(|_| scope.spawn(|| (0..200).all(|_| memory.lookup(&request).unwrap() == want))).collect();
         for block in blocks {
-            memory.append(AppendRequest { document, blocks: vec![block] }).unwrap();
+            memory.append(AppendRequest { document, blocks: vec![block], expected_tokens: None }).unwrap();
             let blocks = memory.document(document).unwrap().blocks;
             let all = LookupRequest { scope: vec![range(document, 0..blocks)], ..request.clone() };
             assert_eq!(memory.lookup(&all).unwrap().k, 3);

@@ -3,7 +3,7 @@
 use super::*;
 
 fn append(world: &World, document: DocumentId, blocks: Vec<NewBlock>) -> Result<DocumentInfo> {
-    world.memory.append(AppendRequest { document, blocks })
+    world.memory.append(AppendRequest { document, blocks, expected_tokens: None })
 }
 
 #[test]
@@ -79,6 +79,70 @@ fn appends_are_idempotent_and_tails_are_replaced() {
     assert_eq!(append(&world, document, vec![next]), Err(MemoryError::Sealed { document }));
 }
 
+/// A second writer, or a late repetition of an old request, replaced what another had acknowledged (finding 21).
+#[test]
+fn a_tail_never_goes_back_and_two_writers_notice_each_other() {
+    let mut world = World::new(spec("c"));
+    let document = world.memory.open_document(world.collection, "d").unwrap().id;
+    let expecting = |world: &World, blocks: Vec<NewBlock>, tokens: u64| {
+        world.memory.append(AppendRequest { document, blocks, expected_tokens: Some(tokens) })
+    };
+    let (full, tail) = (world.block(0, 5), world.block(1, 3));
+    let info = expecting(&world, vec![full.clone(), tail.clone()], 0).unwrap();
+    assert_eq!(info.tokens, 8);
+    // The acknowledgement was lost.
+    assert_eq!(expecting(&world, vec![full.clone(), tail.clone()], 0).unwrap(), info);
+    let mut shorter = world.block(1, 2);
+    shorter.token_ids.copy_from_slice(&tail.token_ids[..2]);
+    assert_eq!(append(&world, document, vec![full.clone(), shorter.clone()]).unwrap(), info, "durable already");
+    assert_eq!(expecting(&world, vec![shorter.clone()], 5).unwrap(), info);
+
+    let mut others = world.block(1, 4);
+    others.token_ids[0] += 9;
+    let refused = |expected, found| Err(MemoryError::UnexpectedLength { document, expected, found });
+    assert_eq!(expecting(&world, vec![others.clone()], 5), refused(5, 8));
+    assert_eq!(expecting(&world, vec![full.clone(), others.clone()], 0), refused(0, 8));
+    assert_eq!(world.memory.document(document).unwrap(), info, "a refused append leaves nothing");
+    assert_eq!(fetch(&world.memory, document, vec![1])[0].token_ids, tail.token_ids);
+    let message = refused(5, 8).unwrap_err().to_string();
+    assert!(message.contains("8 tokens") && message.contains("expected 5") && message.contains("read the document"));
+
+    assert_eq!(expecting(&world, vec![others.clone()], 8).unwrap().tokens, 9, "who knows of a tail may replace it");
+    let mut longer = world.block(1, 5);
+    longer.token_ids[..4].copy_from_slice(&others.token_ids);
+    assert_eq!(expecting(&world, vec![longer.clone()], 9).unwrap().tokens, 10);
+    // Sent again in a larger request, whose first block is durable: nothing of others lies behind it.
+    let next = world.block(2, 2);
+    assert_eq!(expecting(&world, vec![longer, next], 9).unwrap().tokens, 12);
+    assert_eq!(append(&world, document, vec![shorter]), Err(MemoryError::Conflict { document, index: 1 }));
+}
+
+#[test]
+fn of_many_writers_one_is_next() {
+    let mut world = World::new(spec("c"));
+    let document = world.memory.open_document(world.collection, "d").unwrap().id;
+    let tails: Vec<NewBlock> = (0..8)
+        .map(|writer| {
+            let mut tail = world.block(0, 3);
+            tail.token_ids[0] = writer;
+            tail
+        })
+        .collect();
+    let answers: Vec<Result<DocumentInfo>> = std::thread::scope(|scope| {
+        let send = |tail: &NewBlock| AppendRequest { document, blocks: vec![tail.clone()], expected_tokens: Some(0) };
+        let writers: Vec<_> = tails.iter().map(|tail| (send(tail), &world.memory)).collect();
+        let writers: Vec<_> =
+            writers.into_iter().map(|(request, memory)| scope.spawn(move || memory.append(request))).collect();
+        writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+    });
+    let winner = answers.iter().position(Result::is_ok).unwrap();
+    let lost = |answer: &Result<DocumentInfo>| {
+        *answer == Err(MemoryError::UnexpectedLength { document, expected: 0, found: 3 })
+    };
+    assert_eq!(answers.iter().filter(|answer| lost(answer)).count(), 7);
+    assert_eq!(fetch(&world.memory, document, vec![0])[0].token_ids, tails[winner].token_ids);
+}
+
 /// Puts `number` at the start of an f32 tensor.
 fn poisoned(tensor: &Tensor, number: f32) -> Tensor {
     let mut numbers = tensor.to_f32().unwrap();
@@ -115,6 +179,13 @@ fn impossible_blocks_are_refused_by_field_and_leave_nothing() {
     assert_eq!(refused(&|blocks| blocks[1].v.dtype = DType::Int8), "blocks[1].v");
     let empty = Tensor { dtype: DType::F32, shape: vec![], data: Default::default() };
     assert_eq!(refused(&|blocks| blocks[0].k = empty.clone()), "missing blocks[0].k");
+    let mut blocks = good.to_vec();
+    // Layer 1, KV head 0, token 4, dim 3 of (2, 2, 5, 8).
+    let mut numbers = blocks[1].v.to_f32().unwrap();
+    numbers[(2 * 5 + 4) * 8 + 3] = f32::NAN;
+    blocks[1].v = Tensor::from_f32(blocks[1].v.shape.clone(), &numbers);
+    let message = append(&world, document, blocks).unwrap_err().to_string();
+    assert!(message.ends_with("found NaN in block 1, layer 1, KV head 0, token 4"), "{message}");
     for bad in [f32::NAN, f32::INFINITY, -70_000.0] {
         assert_eq!(refused(&|blocks| blocks[1].k = poisoned(&blocks[1].k, bad)), "blocks[1].k");
         assert_eq!(refused(&|blocks| blocks[2].v = poisoned(&blocks[2].v, bad)), "blocks[2].v");

@@ -125,7 +125,7 @@ fn documents_that_were_used_longest_ago_make_room() {
     }
     // More than a quarter, less than all: one document stays, and its end is loaded when it is asked for.
     let more = (64..90).map(|index| world.block(index, 5)).collect();
-    world.memory.append(AppendRequest { document: c, blocks: more }).unwrap();
+    world.memory.append(AppendRequest { document: c, blocks: more, expected_tokens: None }).unwrap();
     world.look_at(c, 90).unwrap();
     assert_eq!((world.traffic().0, world.key_bytes() <= 2 * one + one / 2), (6, true));
 }
@@ -140,7 +140,7 @@ fn appends_load_nothing_that_no_lookup_asked_for_and_grow_nothing_past_the_budge
     let before = world.key_bytes();
     for index in 40..60 {
         let block = world.block(index, 5);
-        world.memory.append(AppendRequest { document, blocks: vec![block] }).unwrap();
+        world.memory.append(AppendRequest { document, blocks: vec![block], expected_tokens: None }).unwrap();
     }
     assert!(world.key_bytes() > before);
     world.look_at(document, 60).unwrap();
@@ -151,7 +151,7 @@ fn appends_load_nothing_that_no_lookup_asked_for_and_grow_nothing_past_the_budge
     world.look_at(document, 60).unwrap();
     for index in 60..120 {
         let block = world.block(index, 5);
-        world.memory.append(AppendRequest { document, blocks: vec![block] }).unwrap();
+        world.memory.append(AppendRequest { document, blocks: vec![block], expected_tokens: None }).unwrap();
         assert!(world.key_bytes() <= budget * 3 / 4);
         let newest = world.request(&[0], vec![range(document, index..index + 1)]);
         assert_eq!(world.memory.lookup(&newest).unwrap().blocks[0], BlockId { document, index });
@@ -228,7 +228,10 @@ fn readers_writers_and_deletes_under_a_small_budget_see_right_answers() {
             scope.spawn(|| {
                 for block in &blocks {
                     for &document in &documents {
-                        world.memory.append(AppendRequest { document, blocks: vec![block.clone()] }).unwrap();
+                        world
+                            .memory
+                            .append(AppendRequest { document, blocks: vec![block.clone()], expected_tokens: None })
+                            .unwrap();
                     }
                     let name = format!("gone{}", block.index);
                     let gone = world.memory.open_document(world.collection, &name).unwrap().id;

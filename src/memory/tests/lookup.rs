@@ -98,7 +98,7 @@ fn int8_token_keys_choose_the_best_blocks_in_documents_of_any_format() {
     world.memory.store.append(old, &records).unwrap();
     for round in 0..3 {
         let more = world.block(3 + round, tokens);
-        world.memory.append(AppendRequest { document: old, blocks: vec![more] }).unwrap();
+        world.memory.append(AppendRequest { document: old, blocks: vec![more], expected_tokens: None }).unwrap();
         for scope in [vec![range(new, 0..6)], vec![range(old, 0..3 + round)], vec![range(new, 1..6), range(old, 1..4)]]
         {
             let request = world.request(&[0, 3], scope);
@@ -140,7 +140,7 @@ fn what_was_loaded_from_disk_equals_what_appends_left_in_memory() {
         // An append to a document that is loaded, and one to a document that is not, are both seen.
         for round in 0..2 {
             let more = world.block(7 + round, 5);
-            world.memory.append(AppendRequest { document, blocks: vec![more] }).unwrap();
+            world.memory.append(AppendRequest { document, blocks: vec![more], expected_tokens: None }).unwrap();
             let request = LookupRequest { scope: vec![range(document, 0..8 + round)], ..request.clone() };
             let hits = world.memory.lookup(&request).unwrap();
             world = world.reopened();
@@ -167,7 +167,7 @@ fn an_engine_is_kept_and_chooses_the_same_blocks() {
             assert!(world.memory.stats().unwrap().index_bytes > flat_bytes, "both forms of the keys");
             // Blocks that come later are found as well.
             let more = world.block(90 + round, 5);
-            world.memory.append(AppendRequest { document, blocks: vec![more] }).unwrap();
+            world.memory.append(AppendRequest { document, blocks: vec![more], expected_tokens: None }).unwrap();
             let newest = LookupRequest { scope: vec![range(document, 90 + round..91 + round)], ..request.clone() };
             assert_eq!(world.memory.lookup(&newest).unwrap().k, 1);
             world = world.reopened();
@@ -340,7 +340,7 @@ fn indexes_of_faiss_find_blocks_and_are_only_a_cache() {
 
     // Blocks that no index covers yet are found as well, and a deleted document leaves nothing behind.
     let more = world.block(blocks, 5);
-    world.memory.append(AppendRequest { document, blocks: vec![more] }).unwrap();
+    world.memory.append(AppendRequest { document, blocks: vec![more], expected_tokens: None }).unwrap();
     let newest = LookupRequest { scope: vec![range(document, blocks..blocks + 1)], ..requests[0][0].clone() };
     assert_eq!(world.memory.lookup(&newest).unwrap().k, 1);
     let all = LookupRequest { scope: vec![range(document, 1..blocks + 1)], ..requests[0][0].clone() };
@@ -368,7 +368,7 @@ fn an_index_that_finds_nothing_eligible_names_all_that_it_covers() {
         };
         let end = blocks.min(first + limits::APPEND_BLOCKS_MAX as u32);
         let more = (first..end).map(|index| larger(world.block(index, 5))).collect();
-        world.memory.append(AppendRequest { document, blocks: more }).unwrap();
+        world.memory.append(AppendRequest { document, blocks: more, expected_tokens: None }).unwrap();
     }
     let request =
         LookupRequest { block_score: BlockScore::Max, ..world.request(&[0, 7], vec![range(document, 1..eligible)]) };
@@ -403,7 +403,7 @@ fn a_grown_document_gets_larger_indexes_while_lookups_go_on() {
     let all = LookupRequest { scope: vec![range(document, 1..2 * blocks)], ..requests[0][0].clone() };
     for first in (blocks..2 * blocks).step_by(500) {
         let more = (first..(first + 500).min(2 * blocks)).map(|index| world.block(index, 5)).collect();
-        world.memory.append(AppendRequest { document, blocks: more }).unwrap();
+        world.memory.append(AppendRequest { document, blocks: more, expected_tokens: None }).unwrap();
     }
     let hits = world.memory.lookup(&all).unwrap();
     let begin = std::time::Instant::now();

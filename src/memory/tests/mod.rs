@@ -1,6 +1,7 @@
 //! The memory over a real data directory.
 
 mod attend;
+mod finite;
 mod ingest;
 mod keys;
 mod lookup;
@@ -88,7 +89,7 @@ impl World {
         let tokens = self.spec.shape.block_tokens;
         let blocks: Vec<NewBlock> = (0..blocks).map(|index| self.block(index, tokens)).collect();
         for blocks in blocks.chunks(limits::APPEND_BLOCKS_MAX) {
-            self.memory.append(AppendRequest { document, blocks: blocks.to_vec() }).unwrap();
+            self.memory.append(AppendRequest { document, blocks: blocks.to_vec(), expected_tokens: None }).unwrap();
         }
         document
     }
