@@ -184,7 +184,9 @@ fn fill(memory: &RemoteMemory) -> (CollectionId, DocumentId) {
         })
         .collect();
     for blocks in blocks.chunks(50) {
-        memory.append(AppendRequest { document: document.id, blocks: blocks.to_vec() }).expect("an append");
+        memory
+            .append(AppendRequest { document: document.id, blocks: blocks.to_vec(), expected_tokens: None })
+            .expect("an append");
     }
     (collection, document.id)
 }

@@ -150,7 +150,7 @@ fn a_document_that_is_not_whole_is_said_to_be() {
             v: block.v,
         });
         let blocks = blocks.collect();
-        memory.append(AppendRequest { document: part.id, blocks }).unwrap();
+        memory.append(AppendRequest { document: part.id, blocks, expected_tokens: None }).unwrap();
     }
     let typed = ["ask", "The ferry", "--raw", "--doc", "part", "--max-tokens", "2"];
     let table = run(&sandbox, 0, &typed).stdout;

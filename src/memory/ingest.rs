@@ -163,12 +163,7 @@ impl LocalMemory {
 
 /// That a document is as long as the caller thinks, but for blocks of the request that it has already: a tail that somebody else
 /// wrote behind them would be replaced unnoticed. Blocks that are only mended change no length.
-fn check_length(
-    collection: &Collection,
-    manifest: &Manifest,
-    request: &AppendRequest,
-    wanted: &[usize],
-) -> Result<()> {
+fn check_length(collection: &Collection, manifest: &Manifest, request: &AppendRequest, wanted: &[usize]) -> Result<()> {
     let is_durable = |block: &NewBlock| block.index < manifest.blocks;
     let only_mends = wanted.iter().all(|&i| is_durable(&request.blocks[i]));
     let has_only_ours = request.blocks.first().is_some_and(is_durable) && manifest.tail_tokens == 0;

@@ -139,7 +139,7 @@ impl Writer<'_> {
         document.attempted = from + self.random.random_range(1..60);
         slot.document = Some(document);
         let blocks = blocks(document.seed, from, document.attempted);
-        let now = self.memory.append(AppendRequest { document: document.id, blocks })?;
+        let now = self.memory.append(AppendRequest { document: document.id, blocks, expected_tokens: None })?;
         assert_eq!(now.tokens, document.attempted as u64, "what an append acknowledges");
         document.acknowledged = document.attempted;
         slot.document = Some(document);
