@@ -5,6 +5,7 @@
 //! Inputs are random by seed. The healthy client attends one token's queries over 400 blocks, one call after the other.
 
 use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -99,7 +100,8 @@ fn run(options: &Options, data: &Path, name: &str, flood: Flood) {
     let flooded = Flooded { options, target, collection, document, stop: AtomicBool::new(false) };
     let (mut times, mut errors) = (Vec::new(), 0);
     std::thread::scope(|scope| {
-        scope.spawn(|| flood(&flooded));
+        // A flood that a dying service ends says so on standard error; the others go on.
+        scope.spawn(|| catch_unwind(AssertUnwindSafe(|| flood(&flooded))).is_err());
         // What the flood needs to begin is not what is measured.
         std::thread::sleep(Duration::from_secs_f64(options.seconds / 10.0));
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
@@ -256,7 +258,8 @@ fn giant_lookups(flooded: &Flooded<'_>) {
 fn idle_connections(flooded: &Flooded<'_>) {
     let open =
         |i: usize| if i.is_multiple_of(2) { Raw::silent(&flooded.target) } else { Raw::greeting(&flooded.target) };
-    flooded.hold((0..flooded.some(2000)).map(open).collect::<Vec<Raw>>());
+    let connections = (0..flooded.some(2000)).take_while(|_| !flooded.is_over());
+    flooded.hold(connections.map(open).collect::<Vec<Raw>>());
 }
 
 fn slow_readers(flooded: &Flooded<'_>) {
