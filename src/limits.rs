@@ -99,3 +99,6 @@ pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;
 /// Tokens of all tails that are read at once besides the last document's: K and V of each are held in memory, 46 KB a token for
 /// SmolLM2, and every query attends to all.
 pub const TAIL_TOKENS_MAX: usize = 16_384;
+
+/// Differences between the catalog and a rebuilt one that are named one by one: more tell nobody more.
+pub const DIFFERENCES_MAX: usize = 1000;

@@ -382,6 +382,42 @@ fn a_damaged_document_is_reported_and_named() {
 }
 
 #[test]
+fn a_whole_directory_is_verified_against_a_rebuild_and_repaired_to_itself() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    let run = |args: &[&str]| sandbox.run(&[&["--data", "data"], args].concat());
+    assert_eq!(run(&["verify", "--rebuild", "--json"]).exits(0).json()["faults"], serde_json::json!([]));
+    run(&["verify", "books/emma", "--rebuild"]).exits(2);
+    let listed = run(&["ls", "--json"]).exits(0).json();
+    let repaired = run(&["repair", "--json"]).exits(0).json();
+    assert_eq!((&repaired["lost"], &repaired["salvaged"]), (&false.into(), &serde_json::json!([])));
+    assert_eq!(run(&["ls", "--json"]).exits(0).json(), listed);
+    let service = Service::start(&sandbox, &["serve", "--data", "data", "--listen", "127.0.0.1:0", "--json"]);
+    let target = &service.listening[0];
+    sandbox.run(&["--connect", target, "verify", "--rebuild"]).exits(0);
+    assert_eq!(sandbox.run(&["--connect", target, "repair", "--json"]).exits(2).error_kind(), "usage");
+    assert_eq!(run(&["repair", "--json"]).exits(4).error_kind(), "unavailable");
+}
+
+/// What is damaged itself cannot be made whole; it is named, and the exit code says so, each time.
+#[test]
+fn a_repair_says_what_is_gone() {
+    let sandbox = Sandbox::new();
+    let id = sandbox.write_document("data", "books", "emma");
+    sandbox.write_document("data", "books", "persuasion");
+    sandbox.damage_text("data");
+    for _ in 0..2 {
+        let answer = sandbox.run(&["--data", "data", "repair", "--json"]).exits(5);
+        assert_eq!(answer.error_kind(), "damaged");
+        let gone = &answer.json()["gone"][0];
+        assert_eq!((&gone["document"], &gone["block"]), (&id.into(), &0.into()));
+    }
+    let answer = sandbox.run(&["--data", "data", "repair"]).exits(5);
+    assert!(answer.stdout.contains("something is gone"), "{}", answer.stdout);
+    assert!(answer.stderr.contains("append what is named above again"), "{}", answer.stderr);
+}
+
+#[test]
 fn settings_come_from_the_file_then_the_environment_then_flags() {
     let sandbox = Sandbox::new();
     for folder in ["from-file", "from-environment", "from-flag"] {

@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
 use super::{
-    Context, ask, bench, blocks, capture, completions, demo, encode, eval, index, ls, model, rm, serve, show, stats,
-    train, verify,
+    Context, ask, bench, blocks, capture, completions, demo, encode, eval, index, ls, model, repair, rm, serve, show,
+    stats, train, verify,
 };
 
 const EXAMPLES: &str = "\
@@ -86,6 +86,7 @@ pub(super) enum Command {
     Blocks(blocks::Args),
     Stats(stats::Args),
     Verify(verify::Args),
+    Repair(repair::Args),
     Rm(rm::Args),
     #[command(subcommand)]
     Eval(eval::Command),
@@ -116,6 +117,7 @@ impl Command {
             Command::Blocks(args) => blocks::run(&args, context),
             Command::Stats(args) => stats::run(&args, context),
             Command::Verify(args) => verify::run(&args, context),
+            Command::Repair(args) => repair::run(&args, context),
             Command::Rm(args) => rm::run(&args, context),
             Command::Completions(args) => completions::run(&args, context),
         }

@@ -115,6 +115,16 @@ pub(super) enum CliError {
     Faults { faults: usize },
     #[error("not deleting {document} without being asked on a terminal: give --yes")]
     NeedsYes { document: String },
+    #[error(
+        "something that was stored is not readable any more: append what is named above again, or `landmarkdb rm` it"
+    )]
+    SomethingLost,
+    #[error(
+        "`landmarkdb repair` needs a data directory that no process has open, found --connect {connect}: give --data DIR"
+    )]
+    RepairNeedsData { connect: String },
+    #[error("{}: {problem}", .path.display())]
+    CollectionSpec { path: PathBuf, problem: String },
     #[error("{document} was not deleted")]
     NotConfirmed { document: String },
     #[error(
@@ -146,13 +156,17 @@ impl CliError {
             | CliError::NameNeeded
             | CliError::EmptyQuestion
             | CliError::SeveralCollections { .. }
+            | CliError::RepairNeedsData { .. }
+            | CliError::CollectionSpec { .. }
             | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
             CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } | CliError::NoStore { .. } => {
                 Exit::NotFound
             }
-            CliError::Faults { .. } | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
+            CliError::Faults { .. }
+            | CliError::SomethingLost
+            | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
             CliError::Train(
                 TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },
             ) => Exit::Usage,

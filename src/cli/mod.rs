@@ -28,6 +28,7 @@ mod index;
 mod limits;
 mod ls;
 mod model;
+mod repair;
 mod rm;
 mod serve;
 mod show;

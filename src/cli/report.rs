@@ -28,6 +28,14 @@ pub(super) struct CollectionReport {
     pub(super) kv_heads: u32,
     pub(super) head_dim: u32,
     pub(super) block_tokens: u32,
+    /// What attention multiplies `q . k` with.
+    pub(super) softmax_scale: f32,
+    /// Radians per token, one per rotated pair.
+    pub(super) rope_frequencies: Vec<f32>,
+    /// 64 hex digits: SHA-256 of the model's weights.
+    pub(super) model_digest: String,
+    /// 64 hex digits: SHA-256 of the tokenizer.
+    pub(super) tokenizer_digest: String,
     pub(super) documents: u64,
 }
 
@@ -69,6 +77,10 @@ impl CollectionReport {
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
             block_tokens: shape.block_tokens,
+            softmax_scale: shape.softmax_scale,
+            rope_frequencies: shape.rope.frequencies.clone(),
+            model_digest: format!("{:#}", spec.model_digest),
+            tokenizer_digest: format!("{:#}", spec.tokenizer_digest),
             documents: info.documents,
         }
     }

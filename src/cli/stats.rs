@@ -35,6 +35,8 @@ struct Totals {
     segments: u64,
     /// Bytes of the catalog on disk.
     catalog_bytes: u64,
+    /// Bytes in DIR/torn, kept until `landmarkdb repair --discard-torn`.
+    set_aside_bytes: u64,
     /// Bytes of landmark keys held in memory now, and their indexes.
     index_bytes: u64,
     /// The bytes that they may take.
@@ -70,6 +72,7 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
         segment_bytes: stats.segment_bytes,
         segments: stats.segments,
         catalog_bytes: stats.catalog_bytes,
+        set_aside_bytes: stats.set_aside_bytes,
         index_bytes: stats.index_bytes,
         index_bytes_max: stats.index_bytes_max,
         index_loads: stats.index_loads,
@@ -100,6 +103,7 @@ impl Report for Totals {
                 ("live data", size(self.live_bytes)),
                 ("segments", segments),
                 ("catalog", size(self.catalog_bytes)),
+                ("set aside", size(self.set_aside_bytes)),
                 ("index in memory", format!("{} of at most {}", size(self.index_bytes), size(self.index_bytes_max))),
                 ("index loads", count(self.index_loads)),
                 ("index evictions", count(self.index_evictions)),

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::api::VerifyReport;
+use crate::until::Until;
 
 use super::Context;
 use super::error::CliError;
@@ -19,11 +20,16 @@ use super::target::DocumentName;
 Examples:
   landmarkdb verify
   landmarkdb verify books/persuasion
+  landmarkdb verify --rebuild
   landmarkdb verify --json | jq '.faults[]'
 ")]
 pub(super) struct Args {
     /// Check this document only: NAME in the collection given by --collection, or COLLECTION/NAME.
     doc: Option<String>,
+
+    /// Compare the catalog with one that is rebuilt from the segments, too. Changes nothing.
+    #[arg(long, conflicts_with = "doc")]
+    rebuild: bool,
 }
 
 /// What was read, and found.
@@ -33,6 +39,8 @@ struct Findings {
     blocks: u64,
     /// Bytes read.
     read_bytes: u64,
+    /// Bytes in DIR/torn, kept until `landmarkdb repair --discard-torn`. No fault.
+    set_aside_bytes: u64,
     /// Empty when all is well.
     faults: Vec<FaultReport>,
 }
@@ -55,10 +63,12 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         None => None,
     };
     let bar = context.output.bytes_bar("verify");
-    let report = memory.verify(document, &mut |read_bytes, total_bytes| {
+    let told = &mut |read_bytes, total_bytes| {
         bar.set_length(total_bytes);
         bar.set_position(read_bytes);
-    });
+    };
+    let report =
+        if args.rebuild { memory.verify_rebuild(told, &Until::FOREVER) } else { memory.verify(document, told) };
     bar.finish_and_clear();
     let findings = Findings::from(report?);
     context.output.print(&findings)?;
@@ -79,6 +89,7 @@ impl From<VerifyReport> for Findings {
             documents: report.documents,
             blocks: report.blocks,
             read_bytes: report.bytes,
+            set_aside_bytes: report.set_aside_bytes,
             faults: faults.collect(),
         }
     }
@@ -97,6 +108,10 @@ impl Report for Findings {
                 ]);
             }
             write_table(to, &rows)?;
+        }
+        if self.set_aside_bytes > 0 {
+            let set_aside = size(self.set_aside_bytes);
+            writeln!(to, "{set_aside} set aside in DIR/torn: `landmarkdb repair --discard-torn` lets it go")?;
         }
         let read = format!(
             "{}, {}, {} read",
@@ -121,7 +136,13 @@ mod tests {
     fn a_fault_names_its_document_and_block() {
         let block = BlockId { document: DocumentId(3), index: 7 };
         let fault = Fault { document: None, block: Some(block), problem: "checksum".into() };
-        let findings = Findings::from(VerifyReport { documents: 1, blocks: 8, bytes: 2048, faults: vec![fault] });
+        let findings = Findings::from(VerifyReport {
+            documents: 1,
+            blocks: 8,
+            bytes: 2048,
+            set_aside_bytes: 0,
+            faults: vec![fault],
+        });
         let mut text = Vec::new();
         findings.people(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();

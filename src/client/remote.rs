@@ -14,6 +14,7 @@ use crate::api::{
 use crate::limits;
 use crate::shape::CollectionSpec;
 use crate::types::{BlockRange, CollectionId, DocumentId, Engine};
+use crate::until::Until;
 use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
@@ -224,9 +225,19 @@ impl BlockMemory for RemoteMemory {
 
     /// Some steps of progress may be left out when they come faster than the network carries them.
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        self.verified(v1::VerifyRequest { document: document.map(|document| document.0), rebuild: false }, progress)
+    }
+
+    fn verify_rebuild(&self, progress: &mut dyn FnMut(u64, u64), until: &Until) -> Result<VerifyReport> {
+        until.check()?;
+        self.verified(v1::VerifyRequest { document: None, rebuild: true }, progress)
+    }
+}
+
+impl RemoteMemory {
+    fn verified(&self, message: v1::VerifyRequest, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
         use v1::verify_reply::State;
         let patience = self.patience();
-        let message = v1::VerifyRequest { document: document.map(|document| document.0) };
         self.connection.wait(patience.stream(async |_progressed| {
             let mut replies = patience.step(self.admin.clone().verify(message)).await?.into_inner();
             loop {

@@ -17,6 +17,7 @@ use crate::attention::{BlockAttention, Retrieval, SequenceAttention, Window};
 use crate::model::{LoadedModel, Logits, RememberError};
 use crate::shape::{CollectionSpec, ModelShape};
 use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, KeyRule};
+use crate::until::Until;
 
 /// Blocks that are read at once.
 const FETCHED_BLOCKS: usize = 64;
@@ -264,6 +265,10 @@ impl BlockMemory for Recorder {
 
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
         self.inner.verify(document, progress)
+    }
+
+    fn verify_rebuild(&self, progress: &mut dyn FnMut(u64, u64), until: &Until) -> Result<VerifyReport> {
+        self.inner.verify_rebuild(progress, until)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::cuda::Runner;
 use crate::index::{self, Compression, KeyLayout};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
-use crate::store::{CollectionEntry, Manifest, Store, StoreError};
+use crate::store::{self, CollectionEntry, Manifest, Store, StoreError};
 use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissIndex};
 use crate::until::Until;
 
@@ -373,6 +373,7 @@ impl BlockMemory for LocalMemory {
             segment_bytes: store.segment_bytes,
             segments: store.segments,
             catalog_bytes: store.catalog_bytes,
+            set_aside_bytes: store.set_aside_bytes,
             index_bytes: keys.bytes,
             index_bytes_max: keys.bytes_max,
             index_loads: keys.loads,
@@ -396,15 +397,17 @@ impl BlockMemory for LocalMemory {
         until: &Until,
     ) -> Result<VerifyReport> {
         let ended = |error: StoreError| until.check().err().unwrap_or_else(|| error.into());
-        let report = self.store.verify_until(document, progress, until).map_err(ended)?;
-        let faults = report.faults.into_iter();
-        Ok(VerifyReport {
-            documents: report.documents,
-            blocks: report.blocks,
-            bytes: report.bytes,
-            faults: faults
-                .map(|fault| Fault { document: fault.document, block: fault.block, problem: fault.problem })
-                .collect(),
-        })
+        self.store.verify_until(document, progress, until).map(report).map_err(ended)
     }
+
+    fn verify_rebuild(&self, progress: &mut dyn FnMut(u64, u64), until: &Until) -> Result<VerifyReport> {
+        let ended = |error: StoreError| until.check().err().unwrap_or_else(|| error.into());
+        self.store.verify_rebuild(progress, until).map(report).map_err(ended)
+    }
+}
+
+fn report(report: store::VerifyReport) -> VerifyReport {
+    let store::VerifyReport { documents, blocks, bytes, set_aside_bytes, faults } = report;
+    let fault = |fault: store::Fault| Fault { document: fault.document, block: fault.block, problem: fault.problem };
+    VerifyReport { documents, blocks, bytes, set_aside_bytes, faults: faults.into_iter().map(fault).collect() }
 }

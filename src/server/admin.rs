@@ -138,9 +138,14 @@ impl Admin for AdminService {
 
     async fn verify(&self, request: Request<v1::VerifyRequest>) -> Result<Response<Self::VerifyStream>, Status> {
         let turn = Turn::of(Line::Verifying, &request);
-        let document = request.into_inner().document.map(DocumentId);
+        let v1::VerifyRequest { document, rebuild } = request.into_inner();
+        let document = document.map(DocumentId);
+        if rebuild && document.is_some() {
+            let (field, expected) = ("rebuild".into(), "no document with it".into());
+            return Err(to_status(&MemoryError::Invalid { field, expected, found: "one document".into() }));
+        }
         let (replies, stream) = replies(REPLIES_READY);
-        tokio::spawn(verify_all(self.work.clone(), turn, document, replies));
+        tokio::spawn(verify_all(self.work.clone(), turn, document, rebuild, replies));
         Ok(Response::new(Box::pin(stream)))
     }
 }
@@ -169,7 +174,13 @@ async fn list_all(work: Work, until: Until, range: BlockRange, replies: Replies<
     }
 }
 
-async fn verify_all(work: Work, turn: Turn, document: Option<DocumentId>, replies: Replies<v1::VerifyReply>) {
+async fn verify_all(
+    work: Work,
+    turn: Turn,
+    document: Option<DocumentId>,
+    rebuild: bool,
+    replies: Replies<v1::VerifyReply>,
+) {
     use v1::verify_reply::{Progress, State};
     let message = |state| v1::VerifyReply { state: Some(state) };
     let (progress, until) = (replies.clone(), turn.until.clone());
@@ -177,7 +188,7 @@ async fn verify_all(work: Work, turn: Turn, document: Option<DocumentId>, replie
         let mut told = |done_bytes, total_bytes| {
             progress.offer(message(State::Progress(Progress { done_bytes, total_bytes })));
         };
-        memory.verify_until(document, &mut told, until)
+        if rebuild { memory.verify_rebuild(&mut told, until) } else { memory.verify_until(document, &mut told, until) }
     };
     match work.run(turn, verify).await {
         // Whether somebody reads it is the reader's business.

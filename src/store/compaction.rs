@@ -182,7 +182,7 @@ fn reread(segment: &Segment, locator: &Locator) -> Result<(Scanned, Content), St
 }
 
 /// Where the catalog says that this thing lies.
-fn current(catalog: &dyn Catalog, content: &Content) -> Result<Option<Locator>, StoreError> {
+pub(super) fn current(catalog: &dyn Catalog, content: &Content) -> Result<Option<Locator>, StoreError> {
     Ok(match content {
         Content::Collection(id, _) => {
             catalog::get::<(Locator, CollectionEntry)>(catalog, &key::collection(*id))?.map(|(locator, _)| locator)

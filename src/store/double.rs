@@ -107,6 +107,8 @@ struct State {
     /// Files whose removal failed after it was done: the power may bring them back.
     ghosts: Contents,
     torn: BTreeMap<(SegmentId, u64), Vec<u8>>,
+    /// Whole segments that were set aside.
+    moved: BTreeMap<SegmentId, Vec<u8>>,
     /// Files removed so far, over all restarts.
     removals: usize,
     /// Of the directory's id, every byte.
@@ -309,6 +311,7 @@ impl Disk {
         let mut restarted = State {
             files: left,
             torn: state.torn.clone(),
+            moved: state.moved.clone(),
             removals: state.removals,
             directory: state.directory,
             ..State::default()
@@ -435,13 +438,41 @@ impl Segments for Disk {
             segment,
             offset,
             bytes: bytes.len() as u64,
+            whole: false,
         };
-        Ok(self.state().torn.iter().map(torn).collect())
+        let moved = |(&segment, bytes): (&SegmentId, &Vec<u8>)| Torn {
+            segment,
+            offset: 0,
+            bytes: bytes.len() as u64,
+            whole: true,
+        };
+        let state = self.state();
+        Ok(state.torn.iter().map(torn).chain(state.moved.iter().map(moved)).collect())
     }
 
     fn discard_torn(&self) -> io::Result<()> {
-        self.state().torn.clear();
+        let mut state = self.state();
+        state.torn.clear();
+        state.moved.clear();
         Ok(())
+    }
+
+    fn read_torn(&self, torn: &Torn) -> io::Result<Vec<u8>> {
+        let state = self.state();
+        let bytes =
+            if torn.whole { state.moved.get(&torn.segment) } else { state.torn.get(&(torn.segment, torn.offset)) };
+        bytes.cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn move_aside(&self, id: SegmentId) -> io::Result<()> {
+        self.call(Call::SetAside, |state, effect| {
+            if effect == Effect::Everything {
+                let content = state.files.remove(&id).ok_or(io::ErrorKind::NotFound)?;
+                let bytes = content.lock().unwrap().written.clone();
+                state.moved.insert(id, bytes);
+            }
+            Ok(())
+        })
     }
 
     fn list(&self) -> io::Result<Vec<SegmentId>> {

@@ -54,7 +54,7 @@ pub enum StoreError {
     Poisoned,
     #[error("could not {step}: {source}")]
     Io { step: &'static str, source: io::Error },
-    #[error("the catalog could not {step}: {source}; it can be deleted, opening rebuilds it")]
+    #[error("the catalog could not {step}: {source}; run `landmarkdb repair` if this goes on: it rebuilds the catalog")]
     Catalog { step: &'static str, source: io::Error },
 }
 

@@ -4,8 +4,8 @@ use super::BlockRecord;
 use super::error::StoreError;
 use super::ledger::{Entry, Group};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES, RECORD_MAGIC,
-    RecordHeader, Salt, Tombstone, encode_meta, pack,
+    CRC_BYTES, CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RECORD_HEADER_BYTES,
+    RECORD_MAGIC, RecordHeader, Salt, Tombstone, encode_meta, pack,
 };
 use super::segment::{Segment, SegmentFile, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
@@ -66,7 +66,7 @@ impl<'a> GroupWriter<'a> {
         Ok(())
     }
 
-    /// A record that lies elsewhere and was found whole, with its own sequence.
+    /// A record that lies elsewhere, with its own sequence; parts of it that are damaged stay damaged.
     pub(super) fn copy(&mut self, scanned: &Scanned, content: Content) -> Result<(), StoreError> {
         let header = RecordHeader { commit: false, ..scanned.header };
         if header.kind != Kind::Block {
@@ -75,7 +75,12 @@ impl<'a> GroupWriter<'a> {
         self.begin(header, content)?;
         for part in header.parts.iter() {
             let (at, len) = header.parts.span(part);
-            self.part(&header, part, &scanned.record[at as usize..at as usize + len]);
+            let stored = &scanned.record[at as usize..at as usize + len + CRC_BYTES];
+            self.part(&header, part, &stored[..len]);
+            if scanned.header.stamp(scanned.salt).checked(part, stored).is_none() {
+                // What is damaged stays so: repair keeps what can still be read of a block.
+                self.spoil_part();
+            }
         }
         Ok(())
     }
@@ -123,6 +128,13 @@ impl<'a> GroupWriter<'a> {
     fn part(&mut self, header: &RecordHeader, part: Part, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
         self.buffer.extend_from_slice(&header.stamp(self.segment.salt).crc(part, bytes).to_le_bytes());
+    }
+
+    /// Makes the checksum of the part that was written last disagree.
+    fn spoil_part(&mut self) {
+        if let Some(last) = self.buffer.last_mut() {
+            *last = !*last;
+        }
     }
 
     fn write_out(&mut self) -> Result<(), StoreError> {

@@ -119,8 +119,9 @@ pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) 
                     doubt(document, "the newest manifest");
                 }
             }
-            Loss::Record(Named::Tombstone(document, _)) => {
-                if manifest(document)?.is_some() {
+            Loss::Record(Named::Tombstone(document, sequence)) => {
+                // Repair gives a document that may have been deleted a newer manifest.
+                if manifest(document)?.is_some_and(|(found, _)| found.sequence < sequence) {
                     doubt(document, "the deletion");
                 }
             }

@@ -8,7 +8,7 @@
 //!
 //! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
 //! records), `ledger` (what records mean), `append` and `mend`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
-//! `verify`; `piece` stands apart.
+//! `verify` and `rebuild`, `repair` and `salvage`; `piece` stands apart.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
@@ -22,7 +22,9 @@ use crate::shape::{CollectionSpec, check_name};
 use crate::types::{CollectionId, DocumentId, Engine};
 
 mod append;
+mod aside;
 mod catalog;
+mod catalog_memory;
 mod compaction;
 mod directory;
 mod error;
@@ -33,8 +35,11 @@ mod mend;
 pub mod piece;
 mod places;
 mod read;
+mod rebuild;
 mod record;
 mod recovery;
+mod repair;
+mod salvage;
 mod segment;
 mod verify;
 
@@ -48,6 +53,8 @@ pub use directory::is_data_directory;
 pub use error::{Entity, StoreError};
 pub use mend::Held;
 pub use record::CollectionEntry;
+pub use repair::{Moved, RepairOptions, RepairReport};
+pub use salvage::{Leftover, LostCollection, MissingCollection, Salvaged};
 pub use segment::{DirectoryId, SegmentFile, SegmentFolder, SegmentId, Segments, Torn};
 pub use verify::{Fault, VerifyReport};
 
@@ -122,6 +129,8 @@ pub struct StoreStats {
     pub segments: u64,
     /// Bytes of the catalog on disk; 0 if they cannot be counted.
     pub catalog_bytes: u64,
+    /// Bytes that were set aside; 0 if they cannot be counted.
+    pub set_aside_bytes: u64,
 }
 
 /// An open data directory. One process holds it at a time; its threads share it.
@@ -170,6 +179,14 @@ const CATALOG_FOLDER: &str = "catalog";
 impl Store {
     /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        let (segments, catalog, lock) = Store::parts(dir)?;
+        let mut store = Store::open_on(segments, catalog)?;
+        store._lock = Some(lock);
+        Ok(store)
+    }
+
+    /// What a store is made of, and the lock that keeps others out.
+    fn parts(dir: &Path) -> Result<(Box<dyn Segments>, Box<dyn Catalog>, File), StoreError> {
         let id = directory::open(dir)?;
         let lock = private().create(true).open(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
         match lock.try_lock() {
@@ -181,9 +198,7 @@ impl Store {
         }
         let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
         let catalog = SledCatalog::open(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
-        let mut store = Store::open_on(Box::new(segments), Box::new(catalog))?;
-        store._lock = Some(lock);
-        Ok(store)
+        Ok((Box::new(segments), Box::new(catalog), lock))
     }
 
     /// Opens what lies behind the two seams. The caller sees to it that nobody else has it open.
@@ -335,7 +350,11 @@ impl Store {
             tracing::warn!(%error, "the size of the catalog is not known");
             0
         });
-        StoreStats { catalog_bytes, ..stats }
+        let set_aside = self.torn().unwrap_or_else(|error| {
+            tracing::warn!(%error, "what was set aside is not known");
+            Vec::new()
+        });
+        StoreStats { catalog_bytes, set_aside_bytes: set_aside.iter().map(|torn| torn.bytes).sum(), ..stats }
     }
 
     /// Runs a change under the writer's lock. A failed write leaves the end of the log unknown, so it is the last.
@@ -418,6 +437,7 @@ impl Writer {
             segment_bytes: self.ledger.bytes(),
             segments: self.ledger.segments.len() as u64,
             catalog_bytes: 0,
+            set_aside_bytes: 0,
         }
     }
 }

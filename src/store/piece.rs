@@ -170,6 +170,15 @@ impl KeysLayout {
         self.pieces * self.piece_bytes(self.width(coded))
     }
 
+    /// The bytes that keys of a full block may take: with codes, without, and those of a first block with the codes themselves.
+    pub(super) fn sizes(&self, first_block: bool) -> Vec<u32> {
+        let mut sizes = vec![self.bytes(false)];
+        if self.has_codes() {
+            sizes.push(if first_block { self.codes_bytes() + self.bytes(true) } else { self.bytes(true) });
+        }
+        sizes.into_iter().map(|bytes| bytes as u32).collect()
+    }
+
     /// Numbers stored of one key.
     fn width(&self, coded: bool) -> usize {
         if coded { ChannelCode::width(self.head_dim) } else { self.head_dim }

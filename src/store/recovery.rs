@@ -151,7 +151,7 @@ enum Next {
     Segment(Option<u64>),
 }
 
-fn following(handles: &Handles, id: SegmentId, next: SegmentId) -> Option<u64> {
+pub(super) fn following(handles: &Handles, id: SegmentId, next: SegmentId) -> Option<u64> {
     let header = handles.get(next).ok().filter(|_| next.0 == id.0 + 1)?.header?;
     Some(header.next_sequence).filter(|&sequence| sequence > 0)
 }
@@ -197,7 +197,7 @@ fn replay(
         rewrite(segment, if known.is_some() { state.bytes } else { 0 }, end)?;
     }
     let following = if let Next::Segment(following) = next { following } else { None };
-    found.losses = loss::of_segment(&found.entries, &found.damages, before, following);
+    found.find_losses(before, following);
     Ok((end, Some(found)))
 }
 
@@ -230,7 +230,11 @@ pub(super) fn rewrite(segment: &Segment, from: u64, to: u64) -> Result<(), Store
 
 /// Enters what all segments say that the catalog does not know. Manifests, tombstones and collections come first, blocks
 /// after all of them; how far each segment was read is noted last, so that a crash before that only reads it again.
-fn enter_all(catalog: &dyn Catalog, ledger: &mut Ledger, news: &[(SegmentId, u64, Found)]) -> Result<(), StoreError> {
+pub(super) fn enter_all(
+    catalog: &dyn Catalog,
+    ledger: &mut Ledger,
+    news: &[(SegmentId, u64, Found)],
+) -> Result<(), StoreError> {
     for blocks in [false, true] {
         let now = |entry: &&Entry| matches!(entry.content, Content::Block(_)) == blocks;
         for (_, _, found) in news {
@@ -259,12 +263,12 @@ fn enter_all(catalog: &dyn Catalog, ledger: &mut Ledger, news: &[(SegmentId, u64
 
 /// What was read from a stretch of a segment.
 #[derive(Default)]
-struct Found {
+pub(super) struct Found {
     entries: Vec<Entry>,
     /// Where its groups end.
     ends: Vec<u64>,
     /// What can be told apart no more.
-    damages: Vec<Damage>,
+    pub(super) damages: Vec<Damage>,
     /// Where anything at all is broken, blocks with an intact header included: these are entered all the same, so
     /// that reading them names them.
     broken: Vec<u64>,
@@ -298,6 +302,11 @@ impl Found {
         Some((numbers.next().or(number_before)?, last))
     }
 
+    /// Works out what is lost of the groups between number `before` and `following`, where these are known.
+    pub(super) fn find_losses(&mut self, before: Option<u64>, following: Option<u64>) {
+        self.losses = loss::of_segment(&self.entries, &self.damages, before, following);
+    }
+
     fn forget_from(&mut self, cut: u64) {
         self.entries.retain(|entry| entry.locator.offset < cut);
         self.damages.retain(|damage| damage.offset < cut);
@@ -310,7 +319,7 @@ impl Found {
 }
 
 /// `last`: in the last segment blocks are read whole, for its end may be half written.
-fn read_records(segment: &Segment, from: u64, to: u64, last: bool) -> Result<Found, StoreError> {
+pub(super) fn read_records(segment: &Segment, from: u64, to: u64, last: bool) -> Result<Found, StoreError> {
     let mut found = Found::default();
     for item in segment.scan(from, to).passing_over_blocks(!last) {
         match item? {

@@ -51,13 +51,15 @@ impl fmt::Debug for DirectoryId {
     }
 }
 
-/// What a torn end cut off, kept until the operator lets it go.
+/// What a torn end cut off, or a damaged segment, kept until the operator lets it go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Torn {
     pub segment: SegmentId,
     /// Where it lay.
     pub offset: u64,
     pub bytes: u64,
+    /// A whole segment file, which repair took out of the log.
+    pub whole: bool,
 }
 
 /// The set of segments.
@@ -82,6 +84,12 @@ pub trait Segments: Send + Sync {
 
     /// What was set aside, in any order.
     fn torn(&self) -> io::Result<Vec<Torn>>;
+
+    /// What was set aside of it.
+    fn read_torn(&self, torn: &Torn) -> io::Result<Vec<u8>>;
+
+    /// Takes a segment out of the set and keeps its file with what was set aside, durably.
+    fn move_aside(&self, id: SegmentId) -> io::Result<()>;
 
     /// Lets go what was set aside.
     fn discard_torn(&self) -> io::Result<()>;
@@ -155,9 +163,18 @@ pub(super) fn private() -> OpenOptions {
 
 fn torn_of(entry: &fs::DirEntry) -> Option<Torn> {
     let name = entry.file_name();
-    let (segment, offset) = name.to_str()?.strip_suffix(".torn")?.split_once('-')?;
+    let name = name.to_str()?;
     let bytes = entry.metadata().ok()?.len();
-    Some(Torn { segment: SegmentId(segment.parse().ok()?), offset: offset.parse().ok()?, bytes })
+    if let Some(segment) = name.strip_suffix(".seg") {
+        return Some(Torn { segment: SegmentId(segment.parse().ok()?), offset: 0, bytes, whole: true });
+    }
+    let (segment, offset) = name.strip_suffix(".torn")?.split_once('-')?;
+    let (segment, offset) = (SegmentId(segment.parse().ok()?), offset.parse().ok()?);
+    Some(Torn { segment, offset, bytes, whole: false })
+}
+
+fn torn_name(id: SegmentId, offset: u64) -> String {
+    format!("{:010}-{offset}.torn", id.0)
 }
 
 impl Segments for SegmentFolder {
@@ -193,7 +210,7 @@ impl Segments for SegmentFolder {
 
     fn set_aside(&self, id: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         create_private(&self.torn)?;
-        let file = private().create(true).truncate(true).open(self.torn.join(format!("{:010}-{offset}.torn", id.0)))?;
+        let file = private().create(true).truncate(true).open(self.torn.join(torn_name(id, offset)))?;
         file.write_all_at(bytes, 0)?;
         file.sync_all()?;
         File::open(&self.torn)?.sync_all()?;
@@ -206,6 +223,19 @@ impl Segments for SegmentFolder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
         }
+    }
+
+    fn read_torn(&self, torn: &Torn) -> io::Result<Vec<u8>> {
+        let name = if torn.whole { file_name(torn.segment) } else { torn_name(torn.segment, torn.offset) };
+        fs::read(self.torn.join(name))
+    }
+
+    fn move_aside(&self, id: SegmentId) -> io::Result<()> {
+        create_private(&self.torn)?;
+        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()?;
+        fs::rename(self.file(id), self.torn.join(file_name(id)))?;
+        File::open(&self.torn)?.sync_all()?;
+        self.sync()
     }
 
     fn discard_torn(&self) -> io::Result<()> {
@@ -362,6 +392,14 @@ impl Handles {
         let segment = Arc::new(Segment { id, file, salt, header: Some(header) });
         self.open.write().unwrap_or_else(PoisonError::into_inner).keep(&segment);
         Ok(segment)
+    }
+
+    /// Takes a segment out of the log and keeps its file.
+    pub(super) fn move_aside(&self, id: SegmentId) -> Result<(), StoreError> {
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        open.segments.remove(&id);
+        open.removals += 1;
+        self.segments.move_aside(id).map_err(StoreError::io("move a damaged segment aside"))
     }
 
     pub(super) fn remove(&self, id: SegmentId) -> Result<(), StoreError> {

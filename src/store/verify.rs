@@ -32,6 +32,8 @@ pub struct VerifyReport {
     /// Full blocks and tails.
     pub blocks: u64,
     pub bytes: u64,
+    /// Bytes that were set aside: no fault.
+    pub set_aside_bytes: u64,
     pub faults: Vec<Fault>,
 }
 
@@ -63,6 +65,7 @@ impl Store {
                 self.verify_accounting(&mut report)?;
                 self.verify_segments(&mut report)?;
                 self.verify_collections(&mut report)?;
+                self.verify_set_aside(&mut report)?;
                 let scan = catalog::scan::<(Locator, DocumentEntry)>(&*self.catalog, key::DOCUMENTS);
                 scan.map(|pair| Ok(pair?.1.1)).collect::<Result<_, StoreError>>()?
             }
@@ -229,7 +232,7 @@ impl Store {
 }
 
 impl VerifyReport {
-    fn fault(&mut self, document: Option<DocumentId>, block: Option<BlockId>, problem: String) {
+    pub(super) fn fault(&mut self, document: Option<DocumentId>, block: Option<BlockId>, problem: String) {
         self.faults.push(Fault { document, block, problem });
     }
 }

@@ -36,6 +36,7 @@ same_fields!(
     segment_bytes,
     segments,
     catalog_bytes,
+    set_aside_bytes,
     index_bytes,
     index_bytes_max,
     index_loads,
@@ -89,13 +90,15 @@ impl From<v1::verify_report::Fault> for Fault {
 impl From<VerifyReport> for v1::VerifyReport {
     fn from(report: VerifyReport) -> Self {
         let faults = report.faults.into_iter().map(Into::into).collect();
-        v1::VerifyReport { documents: report.documents, blocks: report.blocks, bytes: report.bytes, faults }
+        let VerifyReport { documents, blocks, bytes, set_aside_bytes, .. } = report;
+        v1::VerifyReport { documents, blocks, bytes, faults, set_aside_bytes }
     }
 }
 
 impl From<v1::VerifyReport> for VerifyReport {
     fn from(wire: v1::VerifyReport) -> Self {
         let faults = wire.faults.into_iter().map(Into::into).collect();
-        VerifyReport { documents: wire.documents, blocks: wire.blocks, bytes: wire.bytes, faults }
+        let v1::VerifyReport { documents, blocks, bytes, set_aside_bytes, .. } = wire;
+        VerifyReport { documents, blocks, bytes, set_aside_bytes, faults }
     }
 }

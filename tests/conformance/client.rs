@@ -208,7 +208,7 @@ impl Client {
     pub(crate) fn verify(&self, document: Option<u64>) -> Answer<v1::VerifyReport> {
         let mut admin = self.admin.clone();
         let replies = runtime().block_on(async {
-            whole(read_all(admin.verify(v1::VerifyRequest { document }).await?.into_inner()).await)
+            whole(read_all(admin.verify(v1::VerifyRequest { document, rebuild: false }).await?.into_inner()).await)
         })?;
         match replies.into_iter().last().and_then(|reply| reply.state) {
             Some(v1::verify_reply::State::Report(report)) => Ok(report),

@@ -42,6 +42,7 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.delete(document)),
         format!("{:?}", memory.stats()),
         format!("{:?}", memory.verify(None, &mut |_, _| {})),
+        format!("{:?}", memory.verify_rebuild(&mut |_, _| {}, &landmarkdb::until::Until::FOREVER)),
         format!("{:?}", memory.verify(Some(DocumentId(0)), &mut |_, _| {})),
     ];
     for granularity in granularities {

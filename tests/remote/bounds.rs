@@ -256,7 +256,7 @@ async fn work_ends_when_its_caller_hangs_up() {
     }
     memory.verifies_on.store(true, Ordering::SeqCst);
     let mut admin = v1::admin_client::AdminClient::connect(service.target.clone()).await.unwrap();
-    let verifying = admin.verify(v1::VerifyRequest { document: None }).await.unwrap();
+    let verifying = admin.verify(v1::VerifyRequest { document: None, rebuild: false }).await.unwrap();
     wait_until("it has begun", || memory.calls().len() == 4);
     drop(verifying);
     wait_until("a verification goes on for nobody", || memory.finished.load(Ordering::SeqCst) == 4);

@@ -15,9 +15,9 @@ pub(super) fn open_with(disk: &Disk, sizes: Sizes) -> Result<Store, StoreError> 
 /// All that a store should hold, and that nothing in it is wrong.
 pub(super) fn check(store: &Store, model: &Model) -> Result<(), String> {
     model.compare(store)?;
-    let report = store.verify(None, &mut |_, _| {}).map_err(|error| error.to_string())?;
-    if let Some(fault) = report.faults.first() {
-        return Err(format!("verify: {} faults, the first {fault:?}", report.faults.len()));
+    let faults = faults(store).map_err(|error| error.to_string())?;
+    if let Some(fault) = faults.first() {
+        return Err(format!("verify: {} faults, the first {fault:?}", faults.len()));
     }
     Ok(())
 }

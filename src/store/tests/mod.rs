@@ -18,6 +18,8 @@ mod model;
 mod pieces;
 mod plan;
 mod rebuild;
+mod rebuilt;
+mod repair;
 mod rot;
 mod whole;
 
@@ -111,7 +113,13 @@ fn number_from(variable: &str, default: usize) -> usize {
     std::env::var(variable).ok().and_then(|number| number.parse().ok()).unwrap_or(default)
 }
 
+/// What is wrong, but for torn ends that may have been acknowledged: a disk that writes out of order makes such ends too.
+fn faults(store: &Store) -> Result<Vec<Fault>, StoreError> {
+    let report = store.verify_rebuild(&mut |_, _| {}, &crate::until::Until::FOREVER)?;
+    let is_torn_end = |fault: &Fault| fault.problem.contains("may have been acknowledged");
+    Ok(report.faults.into_iter().filter(|fault| !is_torn_end(fault)).collect())
+}
+
 fn assert_clean(store: &Store, context: &str) {
-    let report = store.verify(None, &mut |_, _| {}).unwrap();
-    assert_eq!(report.faults, [], "{context}");
+    assert_eq!(faults(store).unwrap(), [], "{context}");
 }

@@ -1,0 +1,330 @@
+//! What is left when records were lost, and how does it become readable again? Repair rebuilds the catalog from the segments,
+//! writes manifests anew for documents that are in doubt or have none, and takes damaged segments out of the log.
+//!
+//! In this order, so that a crash between any two steps loses nothing and the next run goes on: what only the catalog knows is
+//! written to the log, the catalog is emptied and rebuilt, new manifests are written, what is live in damaged segments is
+//! copied, their files are moved to DIR/torn, and the catalog is rebuilt once more. Nothing is destroyed on the way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::catalog::{self, Catalog, key};
+use super::compaction::current;
+use super::error::StoreError;
+use super::ledger::Entry;
+use super::log::{GroupWriter, Item, Scanned};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
+use super::recovery::{begin_segment, recover};
+use super::salvage::{self, Leftover, LostCollection, MissingCollection, Piece, Salvaged};
+use super::segment::{Handles, Segment, SegmentId, Torn};
+use super::verify::Fault;
+use super::{Sizes, Store, Writer};
+use crate::types::{BlockId, CollectionId};
+
+/// Records of one group at most: few enough for the record that ends it to name them all.
+const GROUP_RECORDS: usize = 1024;
+
+/// What the operator adds.
+#[derive(Default)]
+pub struct RepairOptions {
+    /// Lets go what was set aside before this repair.
+    pub discard_torn: bool,
+    /// Collections as they are known to have been; those that are there are passed over.
+    pub collections: Vec<LostCollection>,
+}
+
+/// A damaged segment that was taken out of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moved {
+    pub segment: SegmentId,
+    /// Records that are still needed and were copied out of it.
+    pub records: u64,
+}
+
+/// What was done, and what is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RepairReport {
+    pub discarded: Vec<Torn>,
+    /// Records that only the catalog knew any more and that are in the log again.
+    pub rewritten: u64,
+    pub collections: Vec<CollectionId>,
+    pub missing_collections: Vec<MissingCollection>,
+    pub salvaged: Vec<Salvaged>,
+    pub leftovers: Vec<Leftover>,
+    pub moved: Vec<Moved>,
+    /// What is kept in DIR/torn now.
+    pub kept: Vec<Torn>,
+    /// What verification finds afterwards.
+    pub faults: Vec<Fault>,
+}
+
+/// The log and the catalog while they are repaired.
+pub(super) struct Work<'a> {
+    pub(super) handles: &'a Handles,
+    pub(super) catalog: &'a dyn Catalog,
+    pub(super) writer: Writer,
+}
+
+/// All blocks that lie in the segments, by place, and which segments are damaged.
+#[derive(Default)]
+pub(super) struct Inventory {
+    pub(super) blocks: BTreeMap<BlockId, Vec<Piece>>,
+    damaged: BTreeSet<SegmentId>,
+}
+
+impl RepairReport {
+    /// Whether anything of what was acknowledged is still not readable.
+    pub fn is_something_lost(&self) -> bool {
+        !(self.missing_collections.is_empty() && self.leftovers.is_empty() && self.faults.is_empty())
+    }
+}
+
+impl Store {
+    /// Repairs a data directory that no process has open, and verifies what is there then.
+    pub fn repair(dir: &Path, options: &RepairOptions) -> Result<RepairReport, StoreError> {
+        let mut report = {
+            let (segments, catalog, _lock) = Store::parts(dir)?;
+            repair(&Handles::new(segments), &*catalog, Sizes::default(), options)?
+        };
+        let store = Store::open(dir)?;
+        report.faults = store.verify_rebuild(&mut |_, _| {}, &crate::until::Until::FOREVER)?.faults;
+        report.kept = store.torn()?;
+        Ok(report)
+    }
+}
+
+pub(super) fn repair(
+    handles: &Handles,
+    catalog: &dyn Catalog,
+    sizes: Sizes,
+    options: &RepairOptions,
+) -> Result<RepairReport, StoreError> {
+    let mut report = RepairReport::default();
+    if options.discard_torn {
+        let folder = handles.folder();
+        report.discarded = folder.torn().map_err(StoreError::io("list what was set aside"))?;
+        folder.discard_torn().map_err(StoreError::io("remove what was set aside"))?;
+    }
+    match recover(handles, catalog, sizes) {
+        Ok(writer) => report.rewritten = Work { handles, catalog, writer }.rewrite_known()?,
+        // It is no help, and about to be rebuilt.
+        Err(error @ (StoreError::Damaged { .. } | StoreError::Catalog { .. })) => tracing::warn!("{error}"),
+        Err(error) => return Err(error),
+    }
+    empty(catalog)?;
+    let mut work = Work { handles, catalog, writer: recover(handles, catalog, sizes)? };
+    let inventory = work.inventory()?;
+    report.collections = work.put_back(&options.collections, &inventory)?;
+    (report.salvaged, report.leftovers) = salvage::salvage(&mut work, &inventory)?;
+    report.missing_collections = salvage::missing_collections(catalog, &inventory)?;
+    report.moved = work.evacuate(&inventory.damaged)?;
+    empty(catalog)?;
+    for moved in &report.moved {
+        handles.move_aside(moved.segment)?;
+    }
+    recover(handles, catalog, sizes)?;
+    catalog.flush().map_err(StoreError::catalog("flush"))?;
+    report.kept = handles.folder().torn().map_err(StoreError::io("list what was set aside"))?;
+    Ok(report)
+}
+
+/// From here on the next opening rebuilds the catalog.
+fn empty(catalog: &dyn Catalog) -> Result<(), StoreError> {
+    catalog::clear(catalog)?;
+    catalog.flush().map_err(StoreError::catalog("flush"))
+}
+
+impl Work<'_> {
+    /// Writes one group of about so many bytes, makes it durable, and enters it in the catalog.
+    pub(super) fn commit(
+        &mut self,
+        bytes: u64,
+        fill: impl FnOnce(&mut GroupWriter<'_>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let writer = &self.writer;
+        if writer.end > SEGMENT_HEADER_BYTES as u64 && writer.end + bytes > writer.sizes.segment_bytes {
+            self.roll()?;
+        }
+        let active = self.writer.active.clone();
+        let mut group = GroupWriter::new(&active, self.writer.ledger.totals.next_sequence, self.writer.end);
+        fill(&mut group)?;
+        let group = group.finish()?;
+        self.writer.end = group.end;
+        self.writer.ledger.enter(self.catalog, &group)
+    }
+
+    fn roll(&mut self) -> Result<(), StoreError> {
+        self.writer.active = begin_segment(self.handles, &mut self.writer.ledger)?;
+        self.writer.end = SEGMENT_HEADER_BYTES as u64;
+        Ok(())
+    }
+
+    /// Writes what the catalog knows and the log has lost to the log again: collections, manifests, deletions.
+    fn rewrite_known(&mut self) -> Result<u64, StoreError> {
+        let mut lost = Vec::new();
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(self.catalog, key::COLLECTIONS) {
+            let (key, (locator, entry)) = pair?;
+            lost.push((locator, Content::Collection(key::collection_of(&key)?, entry)));
+        }
+        for pair in catalog::scan::<(Locator, DocumentEntry)>(self.catalog, key::DOCUMENTS) {
+            let (_, (locator, entry)) = pair?;
+            let doubt = key::doubt(entry.manifest.id);
+            if self.catalog.get(&doubt).map_err(StoreError::catalog("read"))?.is_none() {
+                lost.push((locator, Content::Document(entry)));
+            }
+        }
+        for pair in catalog::scan::<(Locator, Tombstone)>(self.catalog, key::TOMBSTONES) {
+            let (_, (locator, tombstone)) = pair?;
+            lost.push((locator, Content::Tombstone(tombstone)));
+        }
+        let mut rewritten = Vec::new();
+        for (locator, content) in lost {
+            if read_small(self.handles, &locator)?.as_ref() != Some(&content) {
+                rewritten.push((locator.bytes(), content));
+            }
+        }
+        for part in rewritten.chunks(GROUP_RECORDS) {
+            let bytes = part.iter().map(|(bytes, _)| bytes).sum();
+            self.commit(bytes, |group| {
+                part.iter().try_for_each(|(_, content)| match content {
+                    Content::Collection(id, entry) => group.collection(*id, entry),
+                    Content::Document(entry) => group.document(entry.clone()),
+                    // Whose collection it was is not kept, and not asked.
+                    Content::Tombstone(tombstone) => group.tombstone(CollectionId(0), *tombstone),
+                    Content::Block(_) | Content::Group(_) => Ok(()),
+                })
+            })?;
+        }
+        Ok(rewritten.len() as u64)
+    }
+
+    /// Reads all segments whole.
+    fn inventory(&self) -> Result<Inventory, StoreError> {
+        let mut inventory = Inventory::default();
+        for id in self.handles.list()? {
+            let segment = match self.handles.get(id) {
+                Err(StoreError::Foreign { .. }) => {
+                    inventory.damaged.insert(id);
+                    continue;
+                }
+                segment => segment?,
+            };
+            if segment.header.is_none() {
+                inventory.damaged.insert(id);
+            }
+            for item in segment.scan(segment.salt.first_record(), segment.len_bytes()?) {
+                let Item::Record(scanned) = item? else {
+                    inventory.damaged.insert(id);
+                    continue;
+                };
+                match scanned.content() {
+                    Some(Content::Block(block)) => {
+                        let (locator, collection) = (scanned.locator(id), scanned.header.collection);
+                        inventory.blocks.entry(block).or_default().push(Piece { locator, collection });
+                    }
+                    Some(_) => {}
+                    None => drop(inventory.damaged.insert(id)),
+                }
+            }
+        }
+        Ok(inventory)
+    }
+
+    fn put_back(
+        &mut self,
+        collections: &[LostCollection],
+        inventory: &Inventory,
+    ) -> Result<Vec<CollectionId>, StoreError> {
+        let mut put_back = Vec::new();
+        for LostCollection { id, entry } in collections {
+            if catalog::get::<(Locator, CollectionEntry)>(self.catalog, &key::collection(*id))?.is_some() {
+                continue;
+            }
+            salvage::check_collection(self.catalog, *id, entry, inventory)?;
+            self.commit(0, |group| group.collection(*id, entry))?;
+            put_back.push(*id);
+        }
+        Ok(put_back)
+    }
+
+    /// Copies what is live out of damaged segments. A block that is damaged itself stays so, and what of it can be read too.
+    fn evacuate(&mut self, damaged: &BTreeSet<SegmentId>) -> Result<Vec<Moved>, StoreError> {
+        let mut moved = Vec::new();
+        for &id in damaged {
+            if self.writer.active.id == id {
+                self.roll()?;
+            }
+            let records = match self.handles.get(id) {
+                Err(StoreError::Foreign { .. }) => 0,
+                segment => self.copy_live(&*segment?)?,
+            };
+            moved.push(Moved { segment: id, records });
+        }
+        if moved.iter().any(|moved| moved.records > 0) {
+            // Of the last segment a group with damage would be taken for a torn end.
+            self.roll()?;
+        }
+        Ok(moved)
+    }
+
+    fn copy_live(&mut self, segment: &Segment) -> Result<u64, StoreError> {
+        let (mut live, mut bytes, mut records) = (Vec::new(), 0, 0);
+        for item in segment.scan(segment.salt.first_record(), segment.len_bytes()?) {
+            let Item::Record(scanned) = item? else { continue };
+            let Some(content) = scanned.content() else { continue };
+            if current(self.catalog, &content)? != Some(scanned.locator(segment.id)) {
+                continue;
+            }
+            bytes += scanned.header.parts.record_bytes();
+            records += 1;
+            live.push((scanned, self.with_tail_named(content)?));
+            if bytes >= self.writer.sizes.group_bytes || live.len() == GROUP_RECORDS {
+                self.copy(std::mem::take(&mut live), std::mem::take(&mut bytes))?;
+            }
+        }
+        self.copy(live, bytes)?;
+        Ok(records)
+    }
+
+    fn copy(&mut self, live: Vec<(Scanned, Content)>, bytes: u64) -> Result<(), StoreError> {
+        if live.is_empty() {
+            return Ok(());
+        }
+        self.commit(bytes, |group| live.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content)))
+    }
+
+    /// Manifests of formats 1 to 3 did not name their tails.
+    fn with_tail_named(&self, content: Content) -> Result<Content, StoreError> {
+        let Content::Document(mut entry) = content else { return Ok(content) };
+        if entry.tail_sequence == 0 && entry.manifest.tail_tokens > 0 {
+            let tail = BlockId { document: entry.manifest.id, index: entry.manifest.blocks };
+            let found = catalog::get::<Locator>(self.catalog, &key::block(tail))?;
+            entry.tail_sequence = found.map_or(0, |locator| locator.sequence);
+        }
+        Ok(Content::Document(entry))
+    }
+
+    /// Enters blocks that a new manifest covers.
+    pub(super) fn enter_blocks(&mut self, blocks: &[(BlockId, Locator)]) -> Result<(), StoreError> {
+        let entry = |&(id, locator): &(BlockId, Locator)| Entry { locator, content: Content::Block(id) };
+        let entries: Vec<Entry> = blocks.iter().map(entry).collect();
+        self.writer.ledger.enter_found(self.catalog, &entries)
+    }
+}
+
+/// What a record other than a block says; `None` if it is damaged or its segment is not there.
+fn read_small(handles: &Handles, locator: &Locator) -> Result<Option<Content>, StoreError> {
+    let segment = match handles.get(locator.segment) {
+        Err(StoreError::Foreign { .. }) => return Ok(None),
+        Err(error) if error.is_missing() => return Ok(None),
+        segment => segment?,
+    };
+    let end = locator.offset + locator.bytes();
+    if segment.len_bytes()? < end {
+        return Ok(None);
+    }
+    match segment.scan(locator.offset, end).next().transpose()? {
+        Some(Item::Record(scanned)) if scanned.locator(segment.id) == *locator => Ok(scanned.content()),
+        _ => Ok(None),
+    }
+}
