@@ -96,7 +96,7 @@ fn what_cannot_be_encoded_or_asked_says_why() {
     fails(1, "default/notes already holds another text", &["encode", "other.txt", "--name", "notes"]);
     fails(1, "landmarkdb rm default/notes", &["encode", "other.txt", "--name", "notes"]);
     sandbox.write_file("more.txt", &format!("{short} And more."));
-    fails(1, "they differ from block", &["encode", "more.txt", "--name", "notes"]);
+    fails(1, "this one begins with it and goes on", &["encode", "more.txt", "--name", "notes"]);
     fails(2, "empty question", &["ask", "", "--doc", "notes"]);
     fails(2, "empty question", &["ask", " \n", "--doc", "notes", "--raw"]);
     fails(6, "fingerprint", &["encode", "other.txt", "--payload", "int8"]);
