@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -179,14 +180,17 @@ const CATALOG_FOLDER: &str = "catalog";
 impl Store {
     /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        let (segments, catalog, lock) = Store::parts(dir)?;
+        let (segments, catalog, lock) = Store::parts(dir, SledCatalog::open)?;
         let mut store = Store::open_on(segments, catalog)?;
         store._lock = Some(lock);
         Ok(store)
     }
 
     /// What a store is made of, and the lock that keeps others out.
-    fn parts(dir: &Path) -> Result<(Box<dyn Segments>, Box<dyn Catalog>, File), StoreError> {
+    fn parts(
+        dir: &Path,
+        open_catalog: impl FnOnce(&Path) -> io::Result<SledCatalog>,
+    ) -> Result<(Box<dyn Segments>, Box<dyn Catalog>, File), StoreError> {
         let id = directory::open(dir)?;
         let lock = private().create(true).open(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
         match lock.try_lock() {
@@ -197,7 +201,7 @@ impl Store {
             }
         }
         let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
-        let catalog = SledCatalog::open(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
+        let catalog = open_catalog(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
         Ok((Box::new(segments), Box::new(catalog), lock))
     }
 

@@ -6,9 +6,11 @@
 //! copied, their files are moved to DIR/torn, and the catalog is rebuilt once more. Nothing is destroyed on the way.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
 use std::path::Path;
 
-use super::catalog::{self, Catalog, key};
+use super::catalog::{self, Catalog, SledCatalog, key};
 use super::compaction::current;
 use super::error::StoreError;
 use super::ledger::Entry;
@@ -83,13 +85,25 @@ impl Store {
     /// Repairs a data directory that no process has open, and verifies what is there then.
     pub fn repair(dir: &Path, options: &RepairOptions) -> Result<RepairReport, StoreError> {
         let mut report = {
-            let (segments, catalog, _lock) = Store::parts(dir)?;
+            let (segments, catalog, _lock) = Store::parts(dir, open_or_replace)?;
             repair(&Handles::new(segments), &*catalog, Sizes::default(), options)?
         };
         let store = Store::open(dir)?;
         report.faults = store.verify_rebuild(&mut |_, _| {}, &crate::until::Until::FOREVER)?.faults;
         report.kept = store.torn()?;
         Ok(report)
+    }
+}
+
+/// A catalog that makes no sense is replaced by an empty one. What the system refuses now it may allow later.
+fn open_or_replace(path: &Path) -> io::Result<SledCatalog> {
+    match SledCatalog::open(path) {
+        Err(error) if error.raw_os_error().is_none() => {
+            tracing::warn!(%error, "the catalog cannot be opened: it is rebuilt");
+            fs::remove_dir_all(path)?;
+            SledCatalog::open(path)
+        }
+        opened => opened,
     }
 }
 

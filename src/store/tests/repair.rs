@@ -300,3 +300,51 @@ fn a_cut_end_that_may_have_been_acknowledged_is_a_fault_until_it_is_let_go() {
     assert_eq!(report.faults, []);
     assert!(report.set_aside_bytes > 0);
 }
+
+/// One flipped bit in sled's own settings, and the directory could not be opened any more.
+#[test]
+fn a_catalog_that_cannot_be_opened_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let document = store.create_document(collection, "a").unwrap().id;
+    store.append(document, &blocks(0..3, 1)).unwrap();
+    let before = contents(&store);
+    drop(store);
+    for garbage in [&b"\xff\xfe"[..], b"", b"segment_size: 7\n"] {
+        std::fs::write(dir.path().join(CATALOG_FOLDER).join("conf"), garbage).unwrap();
+        let report = Store::repair(dir.path(), &RepairOptions::default()).unwrap();
+        assert!(!report.is_something_lost(), "{garbage:?}: {report:?}");
+        assert_eq!(contents(&Store::open(dir.path()).unwrap()), before, "{garbage:?}");
+    }
+}
+
+/// The file of a damaged segment is kept under its own name, and nothing of it is asked any more.
+#[test]
+fn a_damaged_segment_file_is_moved_and_not_destroyed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let collection = store.create_collection(&spec("one")).unwrap();
+    let document = store.create_document(collection, "a").unwrap().id;
+    store.append(document, &blocks(0..3, 1)).unwrap();
+    store.create_document(collection, "b").unwrap();
+    let locator: Locator =
+        store.catalog_get(&catalog::key::block(id(document, 1))).unwrap().expect("where the block lies");
+    drop(store);
+    let path = dir.path().join("segments").join("0000000001.seg");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[locator.offset as usize + 10] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let report = Store::repair(dir.path(), &RepairOptions::default()).unwrap();
+    assert_eq!(report.moved.len(), 1);
+    assert_eq!(std::fs::read(dir.path().join("torn").join("0000000001.seg")).unwrap(), bytes);
+    assert!(report.faults.iter().all(|fault| fault.block == Some(id(document, 1))), "{:?}", report.faults);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(read(&store, id(document, 2)).unwrap(), block(2, 4, 1));
+    store.append(document, &blocks(0..3, 1)).unwrap();
+    assert_clean(&store, "mended");
+    drop(store);
+    let options = RepairOptions { discard_torn: true, ..RepairOptions::default() };
+    assert!(!Store::repair(dir.path(), &options).unwrap().is_something_lost());
+    assert!(!dir.path().join("torn").exists());
+}
