@@ -264,12 +264,12 @@ fn a_damaged_block_that_is_sent_again_is_mended() {
     let document = world.memory.open_document(world.collection, "d").unwrap().id;
     let blocks: Vec<NewBlock> = (0..4).map(|index| world.block(index, if index == 3 { 2 } else { 5 })).collect();
     append(&world, document, blocks.clone()).unwrap();
-    world.document("behind it", 1);
+    world.memory.open_document(world.collection, "behind it").unwrap();
     let before = fetch(&world.memory, document, vec![0, 1, 2, 3]);
     let request = world.request(&[3, 4], vec![range(document, 0..3)]);
     let hits = world.memory.lookup(&request).unwrap();
     // Text, then the crc, then keys: the text, the codes, the payload.
-    for (index, behind) in [(0, 0), (0, 9), (0, 1200), (1, 9), (2, 600), (3, 4 + 4 + 9)] {
+    for (index, behind) in [(0, 0), (0, 9), (0, 800), (1, 9), (2, 600), (3, 4 + 4 + 9)] {
         damage(&world, &blocks[index].text.bytes, behind);
         world = world.reopened();
         let sent = blocks[index..index + 1].to_vec();
