@@ -247,7 +247,7 @@ pub struct VerifyReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Deleted {
     pub blocks: u32,
-    /// Bytes by which the segment files shrank, compaction included.
+    /// Bytes of its records. A service gives them back to the disk in the background.
     pub freed_bytes: u64,
 }
 
@@ -373,7 +373,7 @@ pub trait BlockMemory: Send + Sync {
     /// Blocks of a range without payload; the tail counts as index `blocks`. A range past the end is cut.
     fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>>;
 
-    /// Deletes and gives the space back (see `limits::SPACE_PERCENT_MAX`).
+    /// Deletes, durably when it returns; space comes back until it is within `limits::SPACE_PERCENT_MAX`.
     fn delete(&self, document: DocumentId) -> Result<Deleted>;
 
     fn stats(&self) -> Result<Stats>;

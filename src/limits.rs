@@ -80,6 +80,10 @@ pub const ADMIN_MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 
+/// Room kept on the disk, so that documents can be deleted when it is full: a tombstone and a group of a compaction, many
+/// times over.
+pub const RESERVE_BYTES_MAX: u64 = 64 << 20;
+
 /// Live records that compaction copies in one go: what it holds in memory, and what a writer waits for at most.
 pub const COMPACTION_BYTES: u64 = 8 << 20;
 

@@ -70,7 +70,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     if let Some(files) = server::raise_open_files() {
         tracing::debug!(files, "files that may be open");
     }
-    let memory = LocalMemory::open(data)?.with_gpu_cache(context.config.gpu_cache_bytes);
+    let memory = LocalMemory::open(data)?.with_compactor()?.with_gpu_cache(context.config.gpu_cache_bytes);
     let memory = memory.with_keys(context.config.keys_bytes).with_work_budget(limits.work_bytes());
     let memory = Arc::new(memory);
     let runtime = tokio::runtime::Runtime::new()

@@ -10,14 +10,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
-    Fault, FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
+    Fault, FetchRequest, Health, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
 };
 use crate::budget::Budget;
 use crate::cuda::Runner;
 use crate::index::{self, Compression, KeyLayout};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
-use crate::store::{self, CollectionEntry, Manifest, Store, StoreError};
+use crate::store::{self, CollectionEntry, Compactor, Manifest, Store, StoreError};
 use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissIndex};
 use crate::until::Until;
 
@@ -44,7 +44,9 @@ use work::{Need, Then};
 ///
 /// Its calls share their work out over rayon's pool and wait for it, and for each other: do not call it from inside that pool.
 pub struct LocalMemory {
-    store: Store,
+    store: Arc<Store>,
+    /// Gives space back beside the calls; otherwise the calls do.
+    _compactor: Option<Compactor>,
     /// Decoded once: collections are never deleted, and one whose engine is changed is taken out.
     collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
     keys: Arc<keys::KeyCache>,
@@ -101,7 +103,8 @@ impl LocalMemory {
     /// A memory over a store that is already open. Indexes are built anew in every run.
     pub fn over(store: Store) -> LocalMemory {
         LocalMemory {
-            store,
+            store: Arc::new(store),
+            _compactor: None,
             collections: RwLock::default(),
             keys: keys::KeyCache::new(keys::keys_bytes()),
             codes: keys::Codes::default(),
@@ -111,6 +114,17 @@ impl LocalMemory {
             counters: Counters::default(),
             work: Budget::new(WORK_BYTES),
         }
+    }
+
+    /// With a thread of its own that gives space back, so that a deletion answers once it is durable and no writer waits for
+    /// more than a step. Without, space has come back when a call returns.
+    ///
+    /// # Errors
+    /// [`MemoryError::Storage`] when no thread can be started.
+    pub fn with_compactor(self) -> Result<LocalMemory> {
+        let compactor = Compactor::start(&self.store);
+        let compactor = compactor.map_err(|error| MemoryError::Storage { detail: error.to_string() })?;
+        Ok(LocalMemory { _compactor: Some(compactor), ..self })
     }
 
     /// With room for so many bytes of landmark keys in memory; those of the documents that were looked up longest ago go first.
@@ -360,6 +374,14 @@ impl BlockMemory for LocalMemory {
         let freed = self.store.delete(document)?;
         self.forget_document(document);
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })
+    }
+
+    fn health(&self) -> Health {
+        match self.store.health() {
+            store::Health::Serving => Health::Serving,
+            store::Health::ReadOnly { reason } => Health::ReadOnly { reason },
+            store::Health::Failed { reason } => Health::Failed { reason },
+        }
     }
 
     fn stats(&self) -> Result<Stats> {

@@ -56,7 +56,7 @@ impl Store {
             return Ok(0);
         }
         let tail = BlockId { document: manifest.id, index: manifest.blocks };
-        let locator = catalog::get::<Locator>(&*self.catalog, &key::block(tail))?;
+        let locator = catalog::get::<Locator>(&self.catalog, &key::block(tail))?;
         Ok(locator.map_or(0, |locator| locator.bytes()))
     }
 }

@@ -26,7 +26,7 @@ pub trait Catalog: Send + Sync {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>>;
 
     /// All pairs whose key begins with `prefix`, in key order.
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>> + 'a>;
+    fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>>;
 
     /// Visible to every reader when it returns; durable only after [`Catalog::flush`].
     fn apply(&self, batch: Batch) -> io::Result<()>;
@@ -35,6 +35,9 @@ pub trait Catalog: Send + Sync {
 
     /// Bytes on disk.
     fn size_bytes(&self) -> io::Result<u64>;
+
+    /// Sees to it, durably, that the next opening finds an empty catalog. It is not used again.
+    fn discard(&self) -> io::Result<()>;
 }
 
 /// Keys begin with a letter per kind. Numbers in them are big-endian because the catalog sorts keys as bytes, and
@@ -55,8 +58,12 @@ pub(super) mod key {
     pub(in crate::store) const SEGMENTS: &[u8] = b"S";
     pub(in crate::store) const DAMAGES: &[u8] = b"X";
     pub(in crate::store) const DOUBTS: &[u8] = b"U";
+    /// Deleted documents whose blocks are still in the catalog.
+    pub(in crate::store) const GARBAGE: &[u8] = b"G";
     pub(in crate::store) const TOTALS: &[u8] = b"Z";
     pub(super) const FORMAT: &[u8] = b"_";
+    /// Put and removed to see whether a catalog takes changes.
+    pub(in crate::store) const PROBE: &[u8] = b"?";
 
     pub(in crate::store) fn collection(id: CollectionId) -> Vec<u8> {
         key(b'C', &[&id.0.to_be_bytes()])
@@ -93,6 +100,10 @@ pub(super) mod key {
         key(b'T', &[&document.0.to_be_bytes()])
     }
 
+    pub(in crate::store) fn garbage(document: DocumentId) -> Vec<u8> {
+        key(b'G', &[&document.0.to_be_bytes()])
+    }
+
     pub(in crate::store) fn doubt(document: DocumentId) -> Vec<u8> {
         key(b'U', &[&document.0.to_be_bytes()])
     }
@@ -112,10 +123,10 @@ pub(super) fn get<T: DeserializeOwned>(catalog: &dyn Catalog, key: &[u8]) -> Res
 }
 
 /// Reads all values under a prefix, in key order.
-pub(super) fn scan<'a, T: DeserializeOwned>(
-    catalog: &'a dyn Catalog,
+pub(super) fn scan<T: DeserializeOwned>(
+    catalog: &dyn Catalog,
     prefix: &[u8],
-) -> impl Iterator<Item = Result<(Vec<u8>, T), StoreError>> + 'a {
+) -> impl Iterator<Item = Result<(Vec<u8>, T), StoreError>> + use<T> {
     catalog.scan(prefix).map(|pair| {
         let (key, value) = pair.map_err(StoreError::catalog("scan"))?;
         Ok((key, decode(&value)?))
@@ -144,7 +155,7 @@ pub(super) fn put<T: Serialize>(key: Vec<u8>, value: &T) -> (Vec<u8>, Option<Vec
 }
 
 /// Raise it whenever keys or values change their meaning; an older catalog is then rebuilt.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// Pages of the tree kept in memory: locators of a million blocks.
 const CACHE_BYTES: u64 = 32 << 20;
 /// A closing process may hold sled's file lock for a moment after it dropped the database.
@@ -207,12 +218,21 @@ impl SledCatalog {
     }
 }
 
+/// Removes a catalog's folder, durably.
+pub(super) fn discard_folder(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    File::open(path.parent().unwrap_or(path))?.sync_all()
+}
+
 impl Catalog for SledCatalog {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         Ok(self.tree.get(key)?.map(|value| value.to_vec()))
     }
 
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>> + 'a> {
+    fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
         Box::new(self.tree.scan_prefix(prefix).map(|pair| {
             let (key, value) = pair?;
             Ok((key.to_vec(), value.to_vec()))
@@ -249,5 +269,9 @@ impl Catalog for SledCatalog {
 
     fn size_bytes(&self) -> io::Result<u64> {
         Ok(self.tree.size_on_disk()?)
+    }
+
+    fn discard(&self) -> io::Result<()> {
+        discard_folder(&self.path)
     }
 }

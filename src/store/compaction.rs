@@ -1,5 +1,11 @@
-//! Giving space back: the live records of the emptiest segment are copied to the end of the log as ordinary groups,
-//! then its file is removed. A crash between any two steps leaves records twice at worst, and the later copy counts.
+//! Giving space back, in steps that each hold up a writer for milliseconds: the blocks of deleted documents leave the
+//! catalog, then the live records of the emptiest segment are copied to the end of the log as ordinary groups and its file
+//! is removed. A crash between any two steps leaves records twice at worst, and the later copy counts.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
@@ -13,25 +19,106 @@ use super::{Store, Writer};
 use crate::limits;
 use crate::types::{BlockId, DocumentId};
 
-/// Records that are copied in one group at most, so that the record which ends the group can name them all.
-const GROUP_RECORDS: usize = 2048;
+/// Records that are looked at, or copied, in one step: some milliseconds of catalog, and few enough for the record that ends
+/// a group to name them all.
+const STEP_RECORDS: usize = 2048;
 
-/// What one segment holds that is still needed.
-struct Remains {
-    /// The records to copy.
-    live: Vec<Locator>,
+/// How long the compactor waits after a failure, and looks for work unasked.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Whether there is more to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    More,
+    Done,
+}
+
+/// The segment that is being emptied.
+pub(super) struct Victim {
+    segment: Arc<Segment>,
+    /// Where the next record to look at lies.
+    at: u64,
     /// Tombstones of documents that have no record left anywhere else.
     dropped: Vec<DocumentId>,
+    dropped_bytes: u64,
+}
+
+/// A thread that gives space back beside the writers. Ends when it is dropped, after the step that it is at.
+pub struct Compactor {
+    store: Weak<Store>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Compactor {
+    /// From now on the store's writers leave compaction to a thread.
+    pub fn start(store: &Arc<Store>) -> std::io::Result<Compactor> {
+        store.compactor.runs.store(true, Ordering::Release);
+        let weak = Arc::downgrade(store);
+        let work = weak.clone();
+        let thread = std::thread::Builder::new().name("compactor".into()).spawn(move || run(&work))?;
+        Ok(Compactor { store: weak, thread: Some(thread) })
+    }
+}
+
+impl Drop for Compactor {
+    fn drop(&mut self) {
+        if let Some(store) = self.store.upgrade() {
+            store.compactor.runs.store(false, Ordering::Release);
+            store.wake_compactor();
+        }
+        if let Some(thread) = self.thread.take() {
+            // Its panics are in the log; the store does without it.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(store: &Weak<Store>) {
+    while let Some(store) = store.upgrade() {
+        if !store.compactor_runs() {
+            return;
+        }
+        match store.compact_step() {
+            // Writers that wait for the lock get it first.
+            Ok(Step::More) => std::thread::yield_now(),
+            Ok(Step::Done) => store.wait_for_work(),
+            Err(error) => {
+                tracing::warn!(%error, "compaction stopped; it is tried again");
+                store.wait_for_work();
+            }
+        }
+    }
 }
 
 impl Store {
-    /// Closes the active segment if `bytes` more would overfill it, and gives space back at this occasion.
-    pub(super) fn make_room(&self, writer: &mut Writer, bytes: u64) -> Result<(), StoreError> {
-        if writer.end > SEGMENT_HEADER_BYTES as u64 && writer.end + bytes > writer.sizes.segment_bytes {
-            self.roll(writer)?;
-            self.compact(writer)?;
-        }
+    pub(super) fn compactor_runs(&self) -> bool {
+        self.compactor.runs.load(Ordering::Acquire)
+    }
+
+    pub(super) fn wake_compactor(&self) {
+        *self.compactor.asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.compactor.wake.notify_all();
+    }
+
+    fn wait_for_work(&self) {
+        let asked = self.compactor.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.compactor.wake.wait_timeout_while(asked, PAUSE, |asked| !*asked);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
+    }
+
+    /// Gives back all the space that there is to give, before it returns.
+    pub fn compact(&self) -> Result<(), StoreError> {
+        while self.compact_step()? == Step::More {}
         Ok(())
+    }
+
+    /// Closes the active segment if `bytes` more would overfill it.
+    pub(super) fn make_room(&self, writer: &mut Writer, bytes: u64) -> Result<(), StoreError> {
+        if writer.has_room(bytes) {
+            return Ok(());
+        }
+        writer.may_have_much_dead = true;
+        self.roll(writer)
     }
 
     /// Closes the active segment and begins the next.
@@ -43,46 +130,128 @@ impl Store {
         Ok(())
     }
 
-    /// Empties segments until stored bytes are within `limits::SPACE_PERCENT_MAX` of the live ones. Each round turns
-    /// the dead bytes of one segment into nothing, so it ends.
-    pub(super) fn compact(&self, writer: &mut Writer) -> Result<(), StoreError> {
-        while writer.has_much_dead() {
-            let Some(victim) = writer.emptiest() else { return Ok(()) };
-            if victim == writer.active.id {
-                self.roll(writer)?;
+    /// One step of what is to be given back: each ends in milliseconds and lets writers in between. Where the disk is full,
+    /// with the reserve, which is set aside again when all is done.
+    pub(super) fn compact_step(&self) -> Result<Step, StoreError> {
+        let folder = self.handles.folder();
+        let step = match self.try_step() {
+            Err(error) if error.is_full() => {
+                folder.release_reserve().map_err(StoreError::io("release the reserve"))?;
+                self.try_step()
             }
-            match self.remains(writer, victim)? {
-                Some(remains) => {
-                    self.move_live(writer, victim, &remains.live)?;
-                    self.remove(writer, victim, &remains.dropped)?;
-                }
-                None => {
-                    tracing::warn!(segment = victim.0, "a damaged segment is kept as it is: run verify");
-                    writer.unmovable.insert(victim);
-                }
-            }
+            step => step,
+        };
+        if step.as_ref().is_ok_and(|step| *step == Step::Done) {
+            folder.keep_reserve();
         }
-        Ok(())
+        step
     }
 
-    /// `None` if not every live byte of the segment can be read back, or if it holds something of which the catalog cannot
-    /// tell that it is not needed: such a segment is left for repair.
-    fn remains(&self, writer: &Writer, victim: SegmentId) -> Result<Option<Remains>, StoreError> {
-        let Some(state) = writer.ledger.segments.get(&victim) else { return Ok(None) };
-        let segment = match self.handles.get(victim) {
-            Err(StoreError::Foreign { .. }) => return Ok(None),
-            Err(error) if error.is_missing() => return Ok(None),
-            segment => segment?,
+    fn try_step(&self) -> Result<Step, StoreError> {
+        self.locked(|writer| {
+            self.remove_retired(writer)?;
+            if self.purge_step(writer)? {
+                return Ok(Step::More);
+            }
+            if writer.victim.is_none() && !(writer.may_have_much_dead && self.choose_victim(writer)?) {
+                writer.may_have_much_dead = false;
+                return Ok(Step::Done);
+            }
+            self.move_step(writer)?;
+            Ok(Step::More)
+        })
+    }
+
+    /// Takes some blocks of a deleted document out of the catalog. False if there are none.
+    fn purge_step(&self, writer: &mut Writer) -> Result<bool, StoreError> {
+        let Some(pair) = catalog::scan::<DocumentId>(&self.catalog, key::GARBAGE).next() else { return Ok(false) };
+        let document = pair?.1;
+        let blocks = catalog::scan::<Locator>(&self.catalog, &key::blocks(document)).take(STEP_RECORDS);
+        let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
+        let all = blocks.len() < STEP_RECORDS;
+        writer.ledger.purge(&self.catalog, document, &blocks, all)?;
+        if all {
+            self.places.forget_purged(document);
+        }
+        Ok(true)
+    }
+
+    /// The emptiest segment, if dead bytes exceed their share. False if there is nothing to gain.
+    fn choose_victim(&self, writer: &mut Writer) -> Result<bool, StoreError> {
+        if !writer.has_much_dead() {
+            return Ok(false);
+        }
+        let Some(id) = writer.emptiest() else { return Ok(false) };
+        if id == writer.active.id {
+            self.roll(writer)?;
+        }
+        match self.handles.get(id) {
+            Ok(segment) => {
+                let at = segment.salt.first_record();
+                writer.victim = Some(Victim { segment, at, dropped: Vec::new(), dropped_bytes: 0 });
+            }
+            Err(error) if error.is_missing() || matches!(error, StoreError::Foreign { .. }) => writer.leave_alone(id),
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    /// Copies the next live records of the victim, and removes it when all are copied.
+    fn move_step(&self, writer: &mut Writer) -> Result<(), StoreError> {
+        let Some(mut victim) = writer.victim.take() else { return Ok(()) };
+        let id = victim.segment.id;
+        let Some(state) = writer.ledger.segments.get(&id).copied() else { return Ok(()) };
+        let end = state.bytes.min(victim.segment.len_bytes()?);
+        let Some((live, at)) = self.next_live(writer, &mut victim, end)? else {
+            writer.leave_alone(id);
+            return Ok(());
         };
-        let end = state.bytes.min(segment.len_bytes()?);
-        let mut remains = Remains { live: Vec::new(), dropped: Vec::new() };
-        let mut found_bytes = 0;
-        for item in segment.scan(segment.salt.first_record(), end) {
+        if !live.is_empty() {
+            let bytes = live.iter().map(|(scanned, _)| scanned.record.len() as u64).sum();
+            self.make_room(writer, bytes)?;
+            self.commit(writer, |group| {
+                live.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content))
+            })?;
+        }
+        victim.at = at;
+        if at < end {
+            writer.victim = Some(victim);
+            return Ok(());
+        }
+        let left = writer.ledger.segments.get(&id).map_or(0, |state| state.live_bytes);
+        if left != victim.dropped_bytes {
+            // Something that the catalog refers to was not found.
+            writer.leave_alone(id);
+            return Ok(());
+        }
+        // The last group may be taken for a torn write one day, and then the copies in it would be the only ones: so they
+        // are not left in the last group.
+        self.make_room(writer, 0)?;
+        self.commit(writer, |_| Ok(()))?;
+        writer.ledger.retire(&self.catalog, id, &victim.dropped)?;
+        self.remove_retired(writer)
+    }
+
+    /// The next records of the victim that have to be copied, and how far they were looked for. `None` if it holds something
+    /// that cannot be read, or of which the catalog cannot tell that it is not needed: it is left for repair.
+    fn next_live(
+        &self,
+        writer: &Writer,
+        victim: &mut Victim,
+        end: u64,
+    ) -> Result<Option<(Vec<(Scanned, Content)>, u64)>, StoreError> {
+        let (mut live, mut at) = (Vec::new(), victim.at);
+        let segment = victim.segment.clone();
+        for item in segment.scan(victim.at, end).take(STEP_RECORDS) {
+            if at - victim.at >= writer.sizes.group_bytes {
+                break;
+            }
             let Item::Record(scanned) = item? else { return Ok(None) };
-            let locator = scanned.locator(victim);
-            let Some(content) = scanned.content() else { continue };
-            if current(&*self.catalog, &content)? != Some(locator) {
-                if !loss::is_superseded(&*self.catalog, &Entry { locator, content })? {
+            at = scanned.end();
+            let locator = scanned.locator(segment.id);
+            let Some(content) = scanned.content() else { return Ok(None) };
+            if current(&self.catalog, &content)? != Some(locator) {
+                if !loss::is_superseded(&self.catalog, &Entry { locator, content })? {
                     return Ok(None);
                 }
                 continue;
@@ -90,40 +259,15 @@ impl Store {
             if !scanned.whole {
                 return Ok(None);
             }
-            found_bytes += locator.bytes();
             match content {
-                Content::Tombstone(tombstone) if !needed(writer, victim, &tombstone) => {
-                    remains.dropped.push(tombstone.document);
+                Content::Tombstone(tombstone) if !needed(writer, segment.id, &tombstone) => {
+                    victim.dropped.push(tombstone.document);
+                    victim.dropped_bytes += locator.bytes();
                 }
-                _ => remains.live.push(locator),
+                content => live.push((scanned, self.with_tail_named(content)?)),
             }
         }
-        Ok((found_bytes == state.live_bytes).then_some(remains))
-    }
-
-    fn move_live(&self, writer: &mut Writer, victim: SegmentId, locators: &[Locator]) -> Result<(), StoreError> {
-        let segment = self.handles.get(victim)?;
-        let mut rest = locators;
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let full = rest.iter().enumerate().position(|(count, locator)| {
-                bytes += locator.bytes();
-                bytes >= writer.sizes.group_bytes || count + 1 == GROUP_RECORDS
-            });
-            let (now, later) = rest.split_at(full.map_or(rest.len(), |position| position + 1));
-            if writer.end > SEGMENT_HEADER_BYTES as u64 && writer.end + bytes > writer.sizes.segment_bytes {
-                self.roll(writer)?;
-            }
-            self.commit(writer, |group| {
-                for locator in now {
-                    let (scanned, content) = reread(&segment, locator)?;
-                    group.copy(&scanned, self.with_tail_named(content)?)?;
-                }
-                Ok(())
-            })?;
-            rest = later;
-        }
-        Ok(())
+        Ok(Some((live, at)))
     }
 
     /// Manifests of formats 1 to 3 did not name their tails.
@@ -131,22 +275,35 @@ impl Store {
         let Content::Document(mut entry) = content else { return Ok(content) };
         if entry.tail_sequence == 0 && entry.manifest.tail_tokens > 0 {
             let tail = BlockId { document: entry.manifest.id, index: entry.manifest.blocks };
-            let found = catalog::get::<Locator>(&*self.catalog, &key::block(tail))?;
+            let found = catalog::get::<Locator>(&self.catalog, &key::block(tail))?;
             entry.tail_sequence = found.map_or(0, |locator| locator.sequence);
         }
         Ok(Content::Document(entry))
     }
 
-    fn remove(&self, writer: &mut Writer, victim: SegmentId, dropped: &[DocumentId]) -> Result<(), StoreError> {
-        writer.ledger.retire(&*self.catalog, victim, dropped)?;
+    /// Removes the files of segments to which nothing refers.
+    fn remove_retired(&self, writer: &mut Writer) -> Result<(), StoreError> {
+        let retired = |(&id, state): (&SegmentId, &SegmentState)| state.retired.then_some(id);
+        let retired: Vec<SegmentId> = writer.ledger.segments.iter().filter_map(retired).collect();
+        if retired.is_empty() {
+            return Ok(());
+        }
         // A catalog that fell back to before this would look for the removed file.
         self.catalog.flush().map_err(StoreError::catalog("flush"))?;
-        self.handles.remove(victim)?;
-        writer.ledger.forget(&*self.catalog, victim)
+        for id in retired {
+            self.handles.remove(id)?;
+            writer.ledger.forget(&self.catalog, id)?;
+        }
+        Ok(())
     }
 }
 
 impl Writer {
+    fn leave_alone(&mut self, id: SegmentId) {
+        tracing::warn!(segment = id.0, "a damaged segment is kept as it is: run `landmarkdb verify`");
+        self.unmovable.insert(id);
+    }
+
     /// Whether dead bytes exceed their share. Those in damaged segments do not count, for nothing can be done about them.
     fn has_much_dead(&self) -> bool {
         let movable = self.ledger.segments.iter().filter(|(id, _)| !self.unmovable.contains(id));
@@ -165,20 +322,6 @@ impl Writer {
         let share = |state: &SegmentState| state.dead_bytes() as f64 / state.bytes as f64;
         candidates.max_by(|(_, a), (_, b)| share(a).total_cmp(&share(b))).map(|(&id, _)| id)
     }
-}
-
-/// A record that was found whole a moment ago.
-fn reread(segment: &Segment, locator: &Locator) -> Result<(Scanned, Content), StoreError> {
-    if let Some(item) = segment.scan(locator.offset, locator.offset + locator.bytes()).next()
-        && let Item::Record(scanned) = item?
-        && scanned.whole
-        && let Some(content) = scanned.content()
-    {
-        return Ok((scanned, content));
-    }
-    // As after a failed write: the group under way is not to be continued.
-    let source = std::io::Error::other(format!("{locator:?} changed while it was copied"));
-    Err(StoreError::Io { step: "copy a record", source })
 }
 
 /// Where the catalog says that this thing lies.

@@ -20,7 +20,7 @@ const MARKER_NEW: &str = "LANDMARKDB.new";
 const MAGIC: &str = "landmarkdb data directory";
 
 /// What a data directory of formats 1 to 3 holds, and one whose creation was cut short.
-const KNOWN: &[&str] = &[MARKER, MARKER_NEW, super::LOCK_FILE, "segments", "catalog", "indexes", "torn"];
+const KNOWN: &[&str] = &[MARKER, MARKER_NEW, super::LOCK_FILE, "segments", "catalog", "indexes", "torn", "reserve"];
 
 /// Whether a folder is a data directory. Changes nothing.
 pub fn is_data_directory(dir: &Path) -> bool {

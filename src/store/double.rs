@@ -277,14 +277,6 @@ impl Disk {
         state.fault = Some(fault);
         state.struck.clear();
     }
-
-    /// The next call that changes something fails, later ones work again.
-    pub(super) fn stumble(&self) {
-        self.state().death = None;
-        let at = self.state().calls;
-        self.fail(Fault { at, reason: Reason::Full, only: None, effect: Effect::Nothing, stays: false });
-    }
-
     /// The system is well again. Returns the calls that failed.
     pub(super) fn heal(&self) -> Vec<Call> {
         let mut state = self.state();
@@ -338,6 +330,15 @@ impl Disk {
 
     pub(super) fn of_directory(directory: u8) -> Disk {
         Disk(Arc::new(Mutex::new(State { directory, ..State::default() })))
+    }
+
+    /// What is left where the catalog falls back to what it was on another disk.
+    pub(super) fn with_catalog_of(&self, older: &Disk) -> Disk {
+        let disk = self.restart(Files::Synced, Table::Deleted);
+        let pairs = older.state().pairs.clone();
+        disk.state().flushed = pairs.clone();
+        disk.state().pairs = pairs;
+        disk
     }
 
     /// Flips one bit.
@@ -572,7 +573,7 @@ impl Catalog for Disk {
         self.call(Call::Get, |state, _| Ok(state.pairs.get(key).cloned()))
     }
 
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>> + 'a> {
+    fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
         let found = self.call(Call::Scan, |state, _| {
             let from = state.pairs.range(prefix.to_vec()..);
             let under = from.take_while(|(key, _)| key.starts_with(prefix));
@@ -598,6 +599,17 @@ impl Catalog for Disk {
         self.call(Call::Flush, |state, effect| {
             if effect == Effect::Everything {
                 state.flushed = state.pairs.clone();
+                state.unflushed.clear();
+            }
+            Ok(())
+        })
+    }
+
+    fn discard(&self) -> io::Result<()> {
+        self.call(Call::Flush, |state, effect| {
+            if effect == Effect::Everything {
+                state.pairs.clear();
+                state.flushed.clear();
                 state.unflushed.clear();
             }
             Ok(())

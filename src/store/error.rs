@@ -59,6 +59,13 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Of a disk without room.
+    pub(super) fn is_full(&self) -> bool {
+        let full =
+            |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        matches!(self, StoreError::Io { source, .. } | StoreError::Catalog { source, .. } if full(source))
+    }
+
     /// Of a segment file that is not there.
     pub(super) fn is_missing(&self) -> bool {
         matches!(self, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

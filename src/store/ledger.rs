@@ -101,6 +101,8 @@ impl Totals {
 pub(super) struct Ledger {
     pub(super) totals: Totals,
     pub(super) segments: BTreeMap<SegmentId, SegmentState>,
+    /// A change failed: the catalog may have it all the same, and then says other things than this.
+    pub(super) is_stale: bool,
 }
 
 impl Ledger {
@@ -120,14 +122,14 @@ impl Ledger {
         if totals.directory != directory {
             tracing::warn!(%totals.directory, "the catalog is one of another data directory; rebuilding it");
             catalog::clear(catalog)?;
-            return Ok(Ledger { totals: nothing, segments: BTreeMap::new() });
+            return Ok(Ledger { totals: nothing, segments: BTreeMap::new(), is_stale: false });
         }
         let mut segments = BTreeMap::new();
         for pair in catalog::scan::<(SegmentId, SegmentState)>(catalog, key::SEGMENTS) {
             let (_, (id, state)) = pair?;
             segments.insert(id, state);
         }
-        Ok(Ledger { totals, segments })
+        Ok(Ledger { totals, segments, is_stale: false })
     }
 
     /// Ids below these were given out, says a segment header.
@@ -190,8 +192,28 @@ impl Ledger {
     ) -> Result<(), StoreError> {
         let batch = dropped.iter().map(|&document| (key::tombstone(document), None)).collect();
         let Some(&state) = self.segments.get(&segment) else { return Ok(()) };
-        let segments = BTreeMap::from([(segment, SegmentState { retired: true, ..state })]);
+        let segments = BTreeMap::from([(segment, SegmentState { retired: true, live_bytes: 0, ..state })]);
         self.apply(catalog, batch, segments, self.totals)
+    }
+
+    /// Takes blocks of a deleted document out; `all`: none is left.
+    pub(super) fn purge(
+        &mut self,
+        catalog: &dyn Catalog,
+        document: DocumentId,
+        blocks: &[(Vec<u8>, Locator)],
+        all: bool,
+    ) -> Result<(), StoreError> {
+        let mut draft = Draft::new(catalog, self);
+        for (key, locator) in blocks {
+            draft.kill(locator);
+            draft.changes.insert(key.clone(), None);
+        }
+        if all {
+            draft.changes.insert(key::garbage(document), None);
+        }
+        let Draft { changes, segments, totals, .. } = draft;
+        self.apply(catalog, changes.into_iter().collect(), segments, totals)
     }
 
     /// Forgets a segment whose file is gone.
@@ -219,7 +241,9 @@ impl Ledger {
     ) -> Result<(), StoreError> {
         batch.extend(segments.iter().map(|(&id, &state)| catalog::put(key::segment(id), &(id, state))));
         batch.push(catalog::put(key::TOTALS.to_vec(), &totals));
+        self.is_stale = true;
         catalog.apply(batch).map_err(StoreError::catalog("apply a batch"))?;
+        self.is_stale = false;
         self.segments.extend(segments);
         self.totals = totals;
         Ok(())
@@ -347,14 +371,8 @@ impl<'a> Draft<'a> {
             if self.get::<DocumentId>(&name)? == Some(document) {
                 self.changes.insert(name, None);
             }
-            for pair in catalog::scan::<Locator>(self.catalog, &key::blocks(document)) {
-                let (key, _) = pair?;
-                // This batch may already have replaced or removed it.
-                if let Some(old) = self.get::<Locator>(&key)? {
-                    self.kill(&old);
-                }
-                self.changes.insert(key, None);
-            }
+            // A document may have many blocks: they go step by step.
+            self.put(key::garbage(document), &document);
         }
         self.totals.raise_ids(CollectionId(0), DocumentId(document.0.saturating_add(1)));
         self.put(key::tombstone(document), &(locator, tombstone));

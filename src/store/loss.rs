@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
 use super::ledger::{Damage, Doubt, Entry};
-use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, SEQUENCE_FIRST, Tombstone};
+use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
 use crate::types::DocumentId;
 
 /// Something that was written, acknowledged, and is not found.
@@ -37,15 +37,17 @@ struct Stretch<'a> {
 pub(super) fn of_segment(
     entries: &[Entry],
     damages: &[Damage],
+    is_salted: bool,
     before: Option<u64>,
     following: Option<u64>,
 ) -> Vec<Loss> {
     let mut losses = Vec::new();
-    if before.is_none_or(|before| before + 1 < SEQUENCE_FIRST) {
+    if !is_salted {
         return losses;
     }
     let (mut before, mut stretch) = (before, Stretch::default());
-    let mut gaps = damages.iter().peekable();
+    // A damaged header takes no record away.
+    let mut gaps = damages.iter().filter(|gap| gap.offset > 0).peekable();
     for entry in entries {
         while let Some(gap) = gaps.next_if(|gap| gap.offset < entry.locator.offset) {
             stretch.gap_bytes += gap.bytes;
@@ -74,7 +76,12 @@ impl Stretch<'_> {
         let lost = end.named.iter().filter(|named| !found.contains(named));
         losses.extend(lost.copied().map(Loss::Record));
 
-        let Some(before) = before else { return };
+        let Some(before) = before else {
+            if self.gap_bytes > 0 {
+                losses.push(Loss::Any { before: end.number });
+            }
+            return;
+        };
         match end.number.saturating_sub(before + 1) {
             0 => {}
             1 => losses.extend(self.without_end(before + 1, end, &found)),

@@ -97,7 +97,7 @@ impl Store {
         exactly("tokens of a block", tokens as usize, block.meta.token_ids.len())?;
         let parts = check_sizes(spec, block, tokens as usize)?;
         // One of which no record is left was counted with the bytes that it had.
-        let old = catalog::get::<Locator>(&*self.catalog, &key::block(id))?;
+        let old = catalog::get::<Locator>(&self.catalog, &key::block(id))?;
         mends.grown_bytes += parts.record_bytes();
         mends.gone_bytes += old.map_or(parts.record_bytes(), |old| old.bytes());
         mends.blocks.push((block, parts));

@@ -12,9 +12,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
-use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,7 @@ mod repair;
 mod salvage;
 mod segment;
 mod verify;
+mod write;
 
 #[cfg(test)]
 mod double;
@@ -50,6 +51,7 @@ mod double;
 mod tests;
 
 pub use catalog::{Batch, Catalog, Pair, SledCatalog};
+pub use compaction::Compactor;
 pub use directory::is_data_directory;
 pub use error::{Entity, StoreError};
 pub use mend::Held;
@@ -58,12 +60,15 @@ pub use repair::{Moved, RepairOptions, RepairReport};
 pub use salvage::{Leftover, LostCollection, MissingCollection, Salvaged};
 pub use segment::{DirectoryId, SegmentFile, SegmentFolder, SegmentId, Segments, Torn};
 pub use verify::{Fault, VerifyReport};
+pub use write::Health;
 
+use catalog_memory::{CatalogSlot, MemoryCatalog};
+use compaction::Victim;
 use ledger::{Doubt, Ledger};
-use log::GroupWriter;
 use places::Places;
 use record::{DocumentEntry, Locator, Tombstone};
 use segment::{Handles, Segment, private};
+use write::End;
 
 /// A document as of its last acknowledged change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,7 +117,7 @@ pub struct BlockRecord {
 pub struct Freed {
     /// Full blocks that the document had.
     pub blocks: u32,
-    /// By how much the segment files shrank.
+    /// Bytes of its records, which compaction gives back.
     pub bytes: u64,
 }
 
@@ -137,13 +142,15 @@ pub struct StoreStats {
 /// An open data directory. One process holds it at a time; its threads share it.
 pub struct Store {
     handles: Handles,
-    catalog: Box<dyn Catalog>,
+    catalog: CatalogSlot,
     places: Places,
     /// Documents that are not read, and why: found when the store was opened.
     doubts: BTreeMap<DocumentId, String>,
     writer: Mutex<Writer>,
     /// As of the last write; readers of it do not wait for one under way.
     stats: Mutex<StoreStats>,
+    health: Mutex<Health>,
+    compactor: Signal,
     /// Released last.
     _lock: Option<File>,
 }
@@ -157,8 +164,19 @@ struct Writer {
     /// Damaged segments, which compaction leaves alone.
     unmovable: BTreeSet<SegmentId>,
     sizes: Sizes,
-    /// A write failed: what is on disk is not known any more.
-    failed: bool,
+    /// The segment that compaction is emptying.
+    victim: Option<Victim>,
+    /// Whether it is worth looking for another: a document was deleted, or a segment closed.
+    may_have_much_dead: bool,
+    log_end: End,
+}
+
+/// How writers call the compactor.
+#[derive(Default)]
+struct Signal {
+    runs: AtomicBool,
+    asked: Mutex<bool>,
+    wake: Condvar,
 }
 
 /// How much goes into one file, and into one group of a compaction.
@@ -180,8 +198,9 @@ const CATALOG_FOLDER: &str = "catalog";
 impl Store {
     /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        let (segments, catalog, lock) = Store::parts(dir, SledCatalog::open)?;
-        let mut store = Store::open_on(segments, catalog)?;
+        let (segments, catalog, lock) = Store::parts(dir, open_catalog)?;
+        let mut store = Store::open_sized(segments, catalog, Sizes::default())?;
+        store.handles.folder().keep_reserve();
         store._lock = Some(lock);
         Ok(store)
     }
@@ -189,8 +208,8 @@ impl Store {
     /// What a store is made of, and the lock that keeps others out.
     fn parts(
         dir: &Path,
-        open_catalog: impl FnOnce(&Path) -> io::Result<SledCatalog>,
-    ) -> Result<(Box<dyn Segments>, Box<dyn Catalog>, File), StoreError> {
+        open_catalog: impl FnOnce(&Path) -> Result<Arc<dyn Catalog>, StoreError>,
+    ) -> Result<(Box<dyn Segments>, Arc<dyn Catalog>, File), StoreError> {
         let id = directory::open(dir)?;
         let lock = private().create(true).open(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
         match lock.try_lock() {
@@ -201,24 +220,35 @@ impl Store {
             }
         }
         let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
-        let catalog = open_catalog(&dir.join(CATALOG_FOLDER)).map_err(StoreError::catalog("open"))?;
-        Ok((Box::new(segments), Box::new(catalog), lock))
+        let catalog = open_catalog(&dir.join(CATALOG_FOLDER))?;
+        Ok((Box::new(segments), catalog, lock))
     }
 
     /// Opens what lies behind the two seams. The caller sees to it that nobody else has it open.
     pub fn open_on(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>) -> Result<Store, StoreError> {
-        Store::open_sized(segments, catalog, Sizes::default())
+        Store::open_sized(segments, catalog.into(), Sizes::default())
     }
 
-    fn open_sized(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>, sizes: Sizes) -> Result<Store, StoreError> {
+    fn open_sized(segments: Box<dyn Segments>, catalog: Arc<dyn Catalog>, sizes: Sizes) -> Result<Store, StoreError> {
         let handles = Handles::new(segments);
         let writer = recovery::recover(&handles, &*catalog, sizes)?;
         let stats = Mutex::new(writer.stats());
         let doubts = catalog::scan::<Doubt>(&*catalog, catalog::key::DOUBTS);
         let doubts =
             doubts.map(|pair| pair.map(|(_, doubt)| (doubt.document, doubt.reason))).collect::<Result<_, _>>()?;
-        let places = Places::default();
-        Ok(Store { handles, catalog, places, doubts, writer: Mutex::new(writer), stats, _lock: None })
+        let garbage = catalog::scan::<DocumentId>(&*catalog, catalog::key::GARBAGE);
+        let places = Places::of_deleted(garbage.map(|pair| pair.map(|pair| pair.1)).collect::<Result<_, _>>()?);
+        Ok(Store {
+            handles,
+            catalog: CatalogSlot::new(catalog),
+            places,
+            doubts,
+            writer: Mutex::new(writer),
+            stats,
+            health: Mutex::default(),
+            compactor: Signal::default(),
+            _lock: None,
+        })
     }
 
     /// Creates a collection. Names are unique among collections.
@@ -252,7 +282,7 @@ impl Store {
     /// All collections, by id.
     pub fn collections(&self) -> Result<Vec<(CollectionId, CollectionEntry)>, StoreError> {
         let mut collections = Vec::new();
-        for pair in catalog::scan::<(Locator, CollectionEntry)>(&*self.catalog, catalog::key::COLLECTIONS) {
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(&self.catalog, catalog::key::COLLECTIONS) {
             let (key, (_, entry)) = pair?;
             collections.push((catalog::key::collection_of(&key)?, entry));
         }
@@ -284,14 +314,16 @@ impl Store {
         self.catalog_get(&catalog::key::document_name(collection, name))
     }
 
+    /// `Damaged` if a newer one is lost.
     pub fn manifest(&self, document: DocumentId) -> Result<Manifest, StoreError> {
+        self.check_undoubted(document)?;
         Ok(self.entry(document)?.manifest)
     }
 
     /// All documents of a collection, by name.
     pub fn manifests(&self, collection: CollectionId) -> Result<Vec<Manifest>, StoreError> {
         let mut manifests = Vec::new();
-        for pair in catalog::scan::<DocumentId>(&*self.catalog, &catalog::key::document_name(collection, "")) {
+        for pair in catalog::scan::<DocumentId>(&self.catalog, &catalog::key::document_name(collection, "")) {
             match self.entry(pair?.1) {
                 Ok(entry) => manifests.push(entry.manifest),
                 // Deleted since the scan began.
@@ -304,7 +336,7 @@ impl Store {
 
     /// How many documents a collection has; reads none of them.
     pub fn document_count(&self, collection: CollectionId) -> Result<u64, StoreError> {
-        let names = catalog::scan::<DocumentId>(&*self.catalog, &catalog::key::document_name(collection, ""));
+        let names = catalog::scan::<DocumentId>(&self.catalog, &catalog::key::document_name(collection, ""));
         names.map(|name| name.map(|_| 1)).sum()
     }
 
@@ -322,19 +354,17 @@ impl Store {
         })
     }
 
-    /// Deletes a document, durably, and gives its space back (see `limits::SPACE_PERCENT_MAX`). Blocks being read
-    /// meanwhile are read to their end.
+    /// Deletes a document, durably. Its space comes back afterwards (see [`Compactor`] and `limits::SPACE_PERCENT_MAX`).
+    /// Blocks being read meanwhile are read to their end.
     pub fn delete(&self, document: DocumentId) -> Result<Freed, StoreError> {
-        self.write(|writer| {
+        self.write_to_free(|writer| {
             let entry = self.entry(document)?;
-            let before = writer.ledger.bytes();
             self.make_room(writer, 0)?;
             let last_segment = writer.active.id;
             let tombstone = Tombstone { document, first_segment: entry.first_segment, last_segment };
             self.commit(writer, |group| group.tombstone(entry.manifest.collection, tombstone))?;
-            self.compact(writer)?;
-            let bytes = before.saturating_sub(writer.ledger.bytes());
-            Ok(Freed { blocks: entry.manifest.blocks, bytes })
+            writer.may_have_much_dead = true;
+            Ok(Freed { blocks: entry.manifest.blocks, bytes: entry.manifest.stored_bytes })
         })
     }
 
@@ -361,37 +391,6 @@ impl Store {
         StoreStats { catalog_bytes, set_aside_bytes: set_aside.iter().map(|torn| torn.bytes).sum(), ..stats }
     }
 
-    /// Runs a change under the writer's lock. A failed write leaves the end of the log unknown, so it is the last.
-    fn write<T>(&self, change: impl FnOnce(&mut Writer) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
-        if writer.failed {
-            return Err(StoreError::Poisoned);
-        }
-        let result = change(&mut writer);
-        if let Err(error @ (StoreError::Io { .. } | StoreError::Catalog { .. })) = &result {
-            tracing::error!(%error, "the store takes no more writes until it is reopened");
-            writer.failed = true;
-        }
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = writer.stats();
-        result
-    }
-
-    /// Writes one group, makes it durable, and enters it in the catalog.
-    fn commit(
-        &self,
-        writer: &mut Writer,
-        fill: impl FnOnce(&mut GroupWriter<'_>) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
-        let active = writer.active.clone();
-        let mut group = GroupWriter::new(&active, writer.ledger.totals.next_sequence, writer.end);
-        fill(&mut group)?;
-        let group = group.finish()?;
-        writer.end = group.end;
-        let entered = writer.ledger.enter(&*self.catalog, &group);
-        self.places.forget(&group);
-        entered
-    }
-
     fn entry(&self, document: DocumentId) -> Result<DocumentEntry, StoreError> {
         match self.catalog_get::<(Locator, DocumentEntry)>(&catalog::key::document(document))? {
             Some((_, entry)) => Ok(entry),
@@ -402,8 +401,27 @@ impl Store {
     }
 
     fn catalog_get<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
-        catalog::get(&*self.catalog, key)
+        catalog::get(&self.catalog, key)
     }
+}
+
+/// The catalog on disk, or one in memory in its place where the disk does not let it be opened.
+fn open_catalog(path: &Path) -> Result<Arc<dyn Catalog>, StoreError> {
+    match SledCatalog::open(path) {
+        Ok(catalog) => Ok(Arc::new(catalog)),
+        // It is there, and works as soon as files can be opened again.
+        Err(error) if matches!(error.raw_os_error(), Some(code) if is_out_of_files(code)) => {
+            Err(StoreError::Catalog { step: "open", source: error })
+        }
+        Err(error) => {
+            tracing::error!(%error, "the catalog cannot be opened: it is rebuilt in memory");
+            Ok(Arc::new(MemoryCatalog::in_place_of_folder(path.to_owned())))
+        }
+    }
+}
+
+fn is_out_of_files(code: i32) -> bool {
+    [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].iter().any(|errno| errno.raw_os_error() == code)
 }
 
 impl Drop for Store {

@@ -4,7 +4,7 @@
 //! What is kept is what the catalog says now: a change makes it forgotten before the change returns, and what a reader
 //! saw before a change is not kept after it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{PoisonError, RwLock};
 
 use super::error::StoreError;
@@ -22,6 +22,8 @@ pub(super) struct Places(RwLock<Known>);
 #[derive(Default)]
 struct Known {
     places: HashMap<BlockId, Locator>,
+    /// Deleted documents of which the catalog may still have blocks.
+    gone: HashSet<DocumentId>,
     /// So far: tells whether what was read from the catalog may be outdated.
     changes: u64,
 }
@@ -35,6 +37,9 @@ impl Places {
     ) -> Result<Option<Locator>, StoreError> {
         let changes = {
             let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            if known.gone.contains(&block.document) {
+                return Ok(None);
+            }
             if let Some(&locator) = known.places.get(&block) {
                 return Ok(Some(locator));
             }
@@ -68,6 +73,37 @@ impl Places {
                 Content::Collection(..) | Content::Document(_) | Content::Group(_) => {}
             }
         }
+    }
+}
+
+impl Places {
+    pub(super) fn of_deleted(gone: HashSet<DocumentId>) -> Self {
+        Places(RwLock::new(Known { gone, ..Known::default() }))
+    }
+
+    /// Documents that a group has deleted: the catalog has the group, and still their blocks.
+    pub(super) fn bury(&self, group: &Group) {
+        for entry in &group.entries {
+            if let Content::Tombstone(tombstone) = &entry.content {
+                let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+                known.forget_document(tombstone.document);
+                known.gone.insert(tombstone.document);
+            }
+        }
+    }
+
+    /// The catalog has none of its blocks any more.
+    pub(super) fn forget_purged(&self, document: DocumentId) {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        known.changes += 1;
+        known.gone.remove(&document);
+    }
+
+    /// Of a catalog that another has replaced.
+    pub(super) fn forget_all(&self) {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        known.changes += 1;
+        known.places.clear();
     }
 }
 

@@ -9,7 +9,7 @@ use super::catalog::{Catalog, Pair};
 use super::catalog_memory::MemoryCatalog;
 use super::error::StoreError;
 use super::ledger::{Damage, Ledger, SegmentState, Totals};
-use super::record::{CollectionEntry, DocumentEntry, Locator, Tombstone, unpack};
+use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
 use super::segment::SegmentId;
 use super::verify::{Fault, VerifyReport};
@@ -95,7 +95,7 @@ impl Store {
             }
             let before = segment.header.and_then(|header| header.next_sequence.checked_sub(1));
             let next = snapshot.ends.get(at + 1).and_then(|&(next, _)| following(&self.handles, id, next));
-            found.find_losses(before, next);
+            found.find_losses(segment.salt != Salt::NONE, before, next);
             news.push((id, end, found));
         }
         enter_all(&catalog, &mut ledger, &news)?;

@@ -13,8 +13,9 @@ use super::error::StoreError;
 use super::ledger::{Damage, Entry, Ledger, SegmentState};
 use super::log::Item;
 use super::loss::{self, Loss};
-use super::record::{Content, FORMAT, Kind, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::record::{Content, FORMAT, Kind, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
 use super::segment::{Handles, Segment, SegmentId};
+use super::write::End;
 use super::{Sizes, Writer};
 
 /// Records that are entered in one batch.
@@ -26,9 +27,17 @@ const REWRITE_BYTES: u64 = 4 << 20;
 /// Brings catalog and log together and finds where to write on.
 pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) -> Result<Writer, StoreError> {
     let mut ledger = Ledger::load(catalog, handles.folder().directory())?;
-    finish_removals(handles, catalog, &mut ledger)?;
-
     let mut ids = handles.list()?;
+    if has_fallen_back(handles, &ids, &ledger) {
+        tracing::error!("the catalog is older than what was flushed: it is damaged, and is rebuilt");
+        catalog::clear(catalog)?;
+        ledger = Ledger::load(catalog, handles.folder().directory())?;
+    }
+    finish_removals(handles, catalog, &mut ledger)?;
+    // The number of the last group that the catalog knows.
+    let entered = ledger.totals.next_sequence - 1;
+
+    ids = handles.list()?;
     report_missing(&ids, &ledger);
     refuse_unknown_old(handles, &mut ids, &ledger)?;
     let mut news = Vec::new();
@@ -45,11 +54,11 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
             None => Next::Last,
             Some(&next) => Next::Segment(following(handles, id, next)),
         };
-        if next == Next::Last && remove_unborn(handles, &segment, &ledger)? {
+        if remove_unborn(handles, &segment, next, &ledger)? {
             tail = None;
             continue;
         }
-        let (end, found) = replay(handles, &segment, next, &mut ledger)?;
+        let (end, found) = replay(handles, &segment, next, entered, &mut ledger)?;
         news.extend(found.map(|found| (id, end, found)));
         tail = (next == Next::Last).then_some((segment, end));
     }
@@ -72,7 +81,15 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         Some(tail) => tail,
         None => (begin_segment(handles, &mut ledger)?, SEGMENT_HEADER_BYTES as u64),
     };
-    Ok(Writer { active, end, ledger, unmovable, sizes, failed: false })
+    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: true, log_end: End::Known })
+}
+
+/// A catalog is flushed before a segment is begun, so it knows all groups below the first of any segment. sled, which takes a
+/// damaged page for the torn end of its own log, may come up with an older one: documents that were deleted since, with
+/// all their records, would be there again.
+fn has_fallen_back(handles: &Handles, ids: &[SegmentId], ledger: &Ledger) -> bool {
+    let first = |id: &SegmentId| handles.get(*id).ok()?.header.map(|header| header.next_sequence);
+    ids.iter().filter_map(first).max().is_some_and(|first| ledger.totals.next_sequence < first)
 }
 
 /// Creates the next segment, durable and with nothing but its header.
@@ -132,9 +149,12 @@ fn refuse_unknown_old(handles: &Handles, ids: &mut Vec<SegmentId>, ledger: &Ledg
     Ok(())
 }
 
-/// Removes the last segment if the crash came while it was being created.
-fn remove_unborn(handles: &Handles, segment: &Segment, ledger: &Ledger) -> Result<bool, StoreError> {
+/// Removes a segment whose creation failed, or was cut short by a crash if it is the last.
+fn remove_unborn(handles: &Handles, segment: &Segment, next: Next, ledger: &Ledger) -> Result<bool, StoreError> {
     let len = segment.len_bytes()?;
+    if next != Next::Last && len > SEGMENT_HEADER_BYTES as u64 {
+        return Ok(false);
+    }
     if segment.header.is_some() || ledger.segments.contains_key(&segment.id) || segment.scan(0, len).any_record()? {
         return Ok(false);
     }
@@ -162,13 +182,14 @@ fn replay(
     handles: &Handles,
     segment: &Segment,
     next: Next,
+    entered: u64,
     ledger: &mut Ledger,
 ) -> Result<(u64, Option<Found>), StoreError> {
     let len = segment.len_bytes()?;
     let known = ledger.segments.get(&segment.id).copied();
     // The number of the group before what is read now.
     let before = match known {
-        Some(_) => Some(ledger.totals.next_sequence - 1),
+        Some(_) => Some(entered),
         None => segment.header.map(|header| header.next_sequence).and_then(|first| first.checked_sub(1)),
     };
     if let Some(header) = &segment.header {
@@ -196,8 +217,9 @@ fn replay(
         // pass for written: write them again.
         rewrite(segment, if known.is_some() { state.bytes } else { 0 }, end)?;
     }
+    let is_salted = segment.salt != Salt::NONE;
     let following = if let Next::Segment(following) = next { following } else { None };
-    found.find_losses(before, following);
+    found.find_losses(is_salted, before, following);
     Ok((end, Some(found)))
 }
 
@@ -303,8 +325,8 @@ impl Found {
     }
 
     /// Works out what is lost of the groups between number `before` and `following`, where these are known.
-    pub(super) fn find_losses(&mut self, before: Option<u64>, following: Option<u64>) {
-        self.losses = loss::of_segment(&self.entries, &self.damages, before, following);
+    pub(super) fn find_losses(&mut self, is_salted: bool, before: Option<u64>, following: Option<u64>) {
+        self.losses = loss::of_segment(&self.entries, &self.damages, is_salted, before, following);
     }
 
     fn forget_from(&mut self, cut: u64) {

@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::catalog::{self, Catalog, SledCatalog, key};
 use super::compaction::current;
@@ -96,15 +96,15 @@ impl Store {
 }
 
 /// A catalog that makes no sense is replaced by an empty one. What the system refuses now it may allow later.
-fn open_or_replace(path: &Path) -> io::Result<SledCatalog> {
-    match SledCatalog::open(path) {
+fn open_or_replace(path: &Path) -> Result<Arc<dyn Catalog>, StoreError> {
+    let opened = match SledCatalog::open(path) {
         Err(error) if error.raw_os_error().is_none() => {
             tracing::warn!(%error, "the catalog cannot be opened: it is rebuilt");
-            fs::remove_dir_all(path)?;
-            SledCatalog::open(path)
+            fs::remove_dir_all(path).and_then(|()| SledCatalog::open(path))
         }
         opened => opened,
-    }
+    };
+    opened.map(|catalog| Arc::new(catalog) as Arc<dyn Catalog>).map_err(StoreError::catalog("open"))
 }
 
 pub(super) fn repair(

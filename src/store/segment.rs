@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::error::StoreError;
 use super::log::Scan;
 use super::record::{FORMAT, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
+use crate::limits;
 
 /// One segment of the log. Numbers grow with age and are never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -93,6 +94,14 @@ pub trait Segments: Send + Sync {
 
     /// Lets go what was set aside.
     fn discard_torn(&self) -> io::Result<()>;
+
+    /// Sets room aside, if there is enough, for deletions on a disk that is full.
+    fn keep_reserve(&self) {}
+
+    /// Gives it back to the disk.
+    fn release_reserve(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// One segment. All methods take `&self`: positions are arguments, so readers and the writer share a handle.
@@ -124,7 +133,11 @@ pub struct SegmentFolder {
     directory: DirectoryId,
     path: PathBuf,
     torn: PathBuf,
+    reserve: PathBuf,
 }
+
+/// The reserve is such a share of the disk at most.
+const RESERVE_SHARE: u64 = 64;
 
 impl SegmentFolder {
     /// In a data directory that exists; creates the folder if absent.
@@ -132,7 +145,7 @@ impl SegmentFolder {
         let path = data.join("segments");
         create_private(&path)?;
         File::open(data)?.sync_all()?;
-        Ok(SegmentFolder { directory, path, torn: data.join("torn") })
+        Ok(SegmentFolder { directory, path, torn: data.join("torn"), reserve: data.join("reserve") })
     }
 
     fn file(&self, id: SegmentId) -> PathBuf {
@@ -236,6 +249,29 @@ impl Segments for SegmentFolder {
         fs::rename(self.file(id), self.torn.join(file_name(id)))?;
         File::open(&self.torn)?.sync_all()?;
         self.sync()
+    }
+
+    fn keep_reserve(&self) {
+        if self.reserve.exists() {
+            return;
+        }
+        let bytes = rustix::fs::statvfs(&self.path).map_or(0, |disk| disk.f_blocks * disk.f_frsize / RESERVE_SHARE);
+        let bytes = bytes.min(limits::RESERVE_BYTES_MAX);
+        let reserved = private().create(true).open(&self.reserve).and_then(|file| {
+            let flags = rustix::fs::FallocateFlags::empty();
+            Ok(rustix::fs::fallocate(file, flags, 0, bytes.max(1))?)
+        });
+        if reserved.is_err() {
+            // Too full already, or a file system that cannot: better no reserve than half of one.
+            let _ = fs::remove_file(&self.reserve);
+        }
+    }
+
+    fn release_reserve(&self) -> io::Result<()> {
+        match fs::remove_file(&self.reserve) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn discard_torn(&self) -> io::Result<()> {
@@ -382,12 +418,12 @@ impl Handles {
     /// A new segment, durable, with nothing but its header.
     pub(super) fn create(&self, header: SegmentHeader) -> Result<Arc<Segment>, StoreError> {
         let id = header.segment;
-        let file = self.segments.create(id).map_err(StoreError::io("create a segment"))?;
-        if let Err(error) = write_header(&*file, header) {
-            // Best effort: recovery passes over a segment without a header, too.
+        let file = self.segments.create(id).map_err(StoreError::io("create a segment"));
+        let written = file.and_then(|file| write_header(&*file, header).map(|()| file));
+        let file = written.inspect_err(|_| {
+            // Best effort: recovery and verification pass over a file without a header, too.
             let _ = self.segments.remove(id);
-            return Err(error);
-        }
+        })?;
         let salt = Salt::of(self.segments.directory(), id);
         let segment = Arc::new(Segment { id, file, salt, header: Some(header) });
         self.open.write().unwrap_or_else(PoisonError::into_inner).keep(&segment);

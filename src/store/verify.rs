@@ -10,7 +10,8 @@ use super::log::{Item, Scanned};
 use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader, Tombstone,
+    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader,
+    SEGMENT_HEADER_BYTES, Tombstone,
 };
 use super::segment::{Segment, SegmentId};
 use crate::types::{BlockId, DocumentId};
@@ -66,7 +67,7 @@ impl Store {
                 self.verify_segments(&mut report)?;
                 self.verify_collections(&mut report)?;
                 self.verify_set_aside(&mut report)?;
-                let scan = catalog::scan::<(Locator, DocumentEntry)>(&*self.catalog, key::DOCUMENTS);
+                let scan = catalog::scan::<(Locator, DocumentEntry)>(&self.catalog, key::DOCUMENTS);
                 scan.map(|pair| Ok(pair?.1.1)).collect::<Result<_, StoreError>>()?
             }
         };
@@ -117,7 +118,7 @@ impl Store {
 
     /// The manifest in the log is the one in the catalog.
     fn verify_manifest(&self, document: DocumentId) -> Result<u64, StoreError> {
-        let look_up = || catalog::get::<(Locator, DocumentEntry)>(&*self.catalog, &key::document(document));
+        let look_up = || catalog::get::<(Locator, DocumentEntry)>(&self.catalog, &key::document(document));
         let Some((locator, entry)) = look_up()? else { return Ok(0) };
         match self.read_small(&locator)? {
             Some(Content::Document(found)) if found == entry => Ok(locator.bytes()),
@@ -128,7 +129,7 @@ impl Store {
     }
 
     fn verify_collections(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
-        for pair in catalog::scan::<(Locator, CollectionEntry)>(&*self.catalog, key::COLLECTIONS) {
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(&self.catalog, key::COLLECTIONS) {
             let (_, (locator, entry)) = pair?;
             match self.read_small(&locator)? {
                 Some(Content::Collection(_, found)) if found == entry => {}
@@ -144,17 +145,19 @@ impl Store {
         for id in self.handles.list()? {
             match self.handles.get(id) {
                 Ok(segment) if segment.header.is_some() => {}
+                // Its creation failed.
+                Ok(segment) if segment.len_bytes()? <= SEGMENT_HEADER_BYTES as u64 => {}
                 Ok(_) => report.fault(None, None, format!("the header of segment {id} is damaged")),
                 Err(error @ StoreError::Foreign { .. }) => report.fault(None, None, error.to_string()),
                 // Removed since, or missing, which is reported elsewhere.
                 Err(_) => {}
             }
         }
-        for pair in catalog::scan::<Doubt>(&*self.catalog, key::DOUBTS) {
+        for pair in catalog::scan::<Doubt>(&self.catalog, key::DOUBTS) {
             let Doubt { document, reason } = pair?.1;
             report.fault(Some(document), None, reason);
         }
-        for pair in catalog::scan::<Damage>(&*self.catalog, key::DAMAGES) {
+        for pair in catalog::scan::<Damage>(&self.catalog, key::DAMAGES) {
             let damage = pair?.1;
             let document = damage.document.filter(|&document| document != DocumentId(0));
             let problem = format!(
@@ -169,8 +172,10 @@ impl Store {
     /// Every segment has its file, and its live bytes are what the catalog's locators add up to. Holds off writers
     /// for one pass over the catalog, not over payloads.
     fn verify_accounting(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
-        let Ok(writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
-        let catalog = &*self.catalog;
+        let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
+        // What a failed change left to be found out; if it cannot be, the books are as they were.
+        let _ = self.find_end(&mut writer);
+        let catalog = &self.catalog;
         let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
         let mut add = |locator: Locator| *live.entry(locator.segment).or_default() += locator.bytes();
         for pair in catalog::scan::<(Locator, CollectionEntry)>(catalog, key::COLLECTIONS) {
@@ -193,10 +198,11 @@ impl Store {
             }
         }
         let files = self.handles.list()?;
-        for id in writer.ledger.segments.keys().filter(|id| !files.contains(id)) {
+        let in_use = writer.ledger.segments.iter().filter(|(_, state)| !state.retired);
+        for id in in_use.clone().map(|(id, _)| id).filter(|id| !files.contains(id)) {
             report.fault(None, None, format!("the file of segment {id} is missing"));
         }
-        for (&id, state) in writer.ledger.segments.iter().filter(|(id, _)| files.contains(id)) {
+        for (&id, state) in in_use.filter(|(id, _)| files.contains(id)) {
             let Ok(segment) = self.handles.get(id) else { continue };
             let found = segment.len_bytes()?;
             if found < state.bytes {

@@ -215,7 +215,6 @@ fn step_name(step: usize) -> String {
 }
 
 #[test]
-#[ignore = "a passing fault of any call refuses writes until the store is opened again"]
 fn faults_at_every_call_lose_nothing_and_pass() {
     let expected = expected();
     let (calls, begins) = calls();

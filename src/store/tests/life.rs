@@ -9,7 +9,7 @@ use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
 
 pub(super) fn open_with(disk: &Disk, sizes: Sizes) -> Result<Store, StoreError> {
     let sizes = super::Sizes { segment_bytes: sizes.segment_bytes, group_bytes: 600 };
-    Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), sizes)
+    Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes)
 }
 
 /// All that a store should hold, and that nothing in it is wrong.

@@ -50,7 +50,7 @@ fn filled() -> (Disk, [DocumentId; 3]) {
     let disk = Disk::default();
     // In one segment, so that compaction leaves older records where they are.
     let sizes = Sizes { segment_bytes: 1 << 20, ..SIZES };
-    let store = Store::open_sized(Box::new(disk.clone()), Box::new(disk.clone()), sizes).unwrap();
+    let store = Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let create = |name| store.create_document(collection, name).unwrap().id;
     let [grown, other, secret] = ["grown", "other", "secret"].map(create);
