@@ -43,6 +43,13 @@ pub(super) struct Victim {
     dropped_bytes: u64,
 }
 
+/// What of a victim has to be copied next.
+struct Live {
+    records: Vec<(Scanned, Content)>,
+    /// How far it was looked for.
+    at: u64,
+}
+
 /// A thread that gives space back beside the writers. Ends when it is dropped, after the step that it is at.
 pub struct Compactor {
     store: Weak<Store>,
@@ -202,15 +209,15 @@ impl Store {
         let id = victim.segment.id;
         let Some(state) = writer.ledger.segments.get(&id).copied() else { return Ok(()) };
         let end = state.bytes.min(victim.segment.len_bytes()?);
-        let Some((live, at)) = self.next_live(writer, &mut victim, end)? else {
+        let Some(Live { records, at }) = self.next_live(writer, &mut victim, end)? else {
             writer.leave_alone(id);
             return Ok(());
         };
-        if !live.is_empty() {
-            let bytes = live.iter().map(|(scanned, _)| scanned.record.len() as u64).sum();
+        if !records.is_empty() {
+            let bytes = records.iter().map(|(scanned, _)| scanned.record.len() as u64).sum();
             self.make_room(writer, bytes)?;
             self.commit(writer, |group| {
-                live.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content))
+                records.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content))
             })?;
         }
         victim.at = at;
@@ -232,15 +239,10 @@ impl Store {
         self.remove_retired(writer)
     }
 
-    /// The next records of the victim that have to be copied, and how far they were looked for. `None` if it holds something
+    /// The next records of the victim that have to be copied. `None` if it holds something
     /// that cannot be read, or of which the catalog cannot tell that it is not needed: it is left for repair.
-    fn next_live(
-        &self,
-        writer: &Writer,
-        victim: &mut Victim,
-        end: u64,
-    ) -> Result<Option<(Vec<(Scanned, Content)>, u64)>, StoreError> {
-        let (mut live, mut at) = (Vec::new(), victim.at);
+    fn next_live(&self, writer: &Writer, victim: &mut Victim, end: u64) -> Result<Option<Live>, StoreError> {
+        let (mut records, mut at) = (Vec::new(), victim.at);
         let segment = victim.segment.clone();
         for item in segment.scan(victim.at, end).take(STEP_RECORDS) {
             if at - victim.at >= writer.sizes.group_bytes {
@@ -264,10 +266,10 @@ impl Store {
                     victim.dropped.push(tombstone.document);
                     victim.dropped_bytes += locator.bytes();
                 }
-                content => live.push((scanned, self.with_tail_named(content)?)),
+                content => records.push((scanned, self.with_tail_named(content)?)),
             }
         }
-        Ok(Some((live, at)))
+        Ok(Some(Live { records, at }))
     }
 
     /// Manifests of formats 1 to 3 did not name their tails.

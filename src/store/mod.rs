@@ -171,6 +171,9 @@ struct Writer {
     log_end: End,
 }
 
+/// What a store is made of, and the lock that keeps others out.
+type Parts = (Box<dyn Segments>, Arc<dyn Catalog>, File);
+
 /// How writers call the compactor.
 #[derive(Default)]
 struct Signal {
@@ -205,11 +208,10 @@ impl Store {
         Ok(store)
     }
 
-    /// What a store is made of, and the lock that keeps others out.
     fn parts(
         dir: &Path,
         open_catalog: impl FnOnce(&Path) -> Result<Arc<dyn Catalog>, StoreError>,
-    ) -> Result<(Box<dyn Segments>, Arc<dyn Catalog>, File), StoreError> {
+    ) -> Result<Parts, StoreError> {
         let id = directory::open(dir)?;
         let lock = private().create(true).open(dir.join(LOCK_FILE)).map_err(StoreError::io("open the lock file"))?;
         match lock.try_lock() {

@@ -103,7 +103,8 @@ fn absent_fields_are_missing_by_name(suite: &Suite) {
         change(&mut request);
         is_missing(client.attend(request).expect_err("an absent field"), field);
     }
-    let cases: [(&str, fn(&mut v1::NewBlock)); 4] = [
+    type Spoil = fn(&mut v1::NewBlock);
+    let cases: [(&str, Spoil); 4] = [
         ("text", |block| block.text = None),
         ("k", |block| block.k = None),
         ("v", |block| block.v = None),

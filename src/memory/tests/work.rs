@@ -90,7 +90,7 @@ fn work_that_nobody_waits_for_ends() {
         assert_eq!(world.memory.attend_until(&request, &Until::after(Duration::from_millis(100))), Err(late));
         let (until, gone) = remote();
         std::thread::scope(|scope| {
-            let ended = scope.spawn(|| world.memory.attend_all_until(&[request.clone()], &until));
+            let ended = scope.spawn(|| world.memory.attend_all_until(std::slice::from_ref(&request), &until));
             std::thread::sleep(Duration::from_millis(100));
             gone.store(true, std::sync::atomic::Ordering::Relaxed);
             let ended = ended.join().unwrap().and_then(|outcomes| outcomes.into_iter().collect::<Result<Vec<_>>>());
