@@ -81,6 +81,13 @@ impl Drop for Compactor {
 }
 
 fn run(store: &Weak<Store>) {
+    if let Some(store) = store.upgrade() {
+        // What an earlier process left undone. A lock that a panic has poisoned says so at the first step.
+        let _ = store.locked(|writer| {
+            writer.may_have_much_dead = true;
+            Ok(())
+        });
+    }
     while let Some(store) = store.upgrade() {
         if !store.compactor_runs() {
             return;

@@ -81,7 +81,7 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         Some(tail) => tail,
         None => (begin_segment(handles, &mut ledger)?, SEGMENT_HEADER_BYTES as u64),
     };
-    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: true, log_end: End::Known })
+    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: false, log_end: End::Known })
 }
 
 /// A catalog is flushed before a segment is begun, so it knows all groups below the first of any segment. sled, which takes a
