@@ -216,16 +216,16 @@ impl Store {
         let id = victim.segment.id;
         let Some(state) = writer.ledger.segments.get(&id).copied() else { return Ok(()) };
         let end = state.bytes.min(victim.segment.len_bytes()?);
+        let before = (victim.dropped.clone(), victim.dropped_bytes);
         let Some(Live { records, at }) = self.next_live(writer, &mut victim, end)? else {
             writer.leave_alone(id);
             return Ok(());
         };
-        if !records.is_empty() {
-            let bytes = records.iter().map(|(scanned, _)| scanned.record.len() as u64).sum();
-            self.make_room(writer, bytes)?;
-            self.commit(writer, |group| {
-                records.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content))
-            })?;
+        if let Err(error) = self.copy(writer, records) {
+            // To be gone on with from here: begun anew, the dead records before would pass for progress on a full disk.
+            (victim.dropped, victim.dropped_bytes) = before;
+            writer.victim = Some(victim);
+            return Err(error);
         }
         victim.at = at;
         if at < end {
@@ -244,6 +244,17 @@ impl Store {
         self.commit(writer, |_| Ok(()))?;
         writer.ledger.retire(&self.catalog, id, &victim.dropped)?;
         self.remove_retired(writer)
+    }
+
+    /// Writes records that lie elsewhere to the end of the log, as one group.
+    fn copy(&self, writer: &mut Writer, records: Vec<(Scanned, Content)>) -> Result<(), StoreError> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        self.make_room(writer, records.iter().map(|(scanned, _)| scanned.record.len() as u64).sum())?;
+        self.commit(writer, |group| {
+            records.into_iter().try_for_each(|(scanned, content)| group.copy(&scanned, content))
+        })
     }
 
     /// The next records of the victim that have to be copied. `None` if it holds something
