@@ -89,7 +89,9 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
 /// all their records, would be there again.
 fn has_fallen_back(handles: &Handles, ids: &[SegmentId], ledger: &Ledger) -> bool {
     let first = |id: &SegmentId| handles.get(*id).ok()?.header.map(|header| header.next_sequence);
-    ids.iter().filter_map(first).max().is_some_and(|first| ledger.totals.next_sequence < first)
+    // One that knows nothing was deleted, or is new.
+    !ledger.segments.is_empty()
+        && ids.iter().filter_map(first).max().is_some_and(|first| ledger.totals.next_sequence < first)
 }
 
 /// Creates the next segment, durable and with nothing but its header.
