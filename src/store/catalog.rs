@@ -62,8 +62,6 @@ pub(super) mod key {
     pub(in crate::store) const GARBAGE: &[u8] = b"G";
     pub(in crate::store) const TOTALS: &[u8] = b"Z";
     pub(super) const FORMAT: &[u8] = b"_";
-    /// Put and removed to see whether a catalog takes changes.
-    pub(in crate::store) const PROBE: &[u8] = b"?";
 
     pub(in crate::store) fn collection(id: CollectionId) -> Vec<u8> {
         key(b'C', &[&id.0.to_be_bytes()])

@@ -86,11 +86,13 @@ impl Catalog for MemoryCatalog {
 pub(super) struct CatalogSlot {
     current: RwLock<Arc<dyn Catalog>>,
     broken: AtomicBool,
+    /// A batch failed: some of it may be there, which nothing but a rebuild undoes.
+    is_torn: AtomicBool,
 }
 
 impl CatalogSlot {
     pub(super) fn new(catalog: Arc<dyn Catalog>) -> Self {
-        CatalogSlot { current: RwLock::new(catalog), broken: AtomicBool::new(false) }
+        CatalogSlot { current: RwLock::new(catalog), broken: AtomicBool::new(false), is_torn: AtomicBool::new(false) }
     }
 
     pub(super) fn current(&self) -> Arc<dyn Catalog> {
@@ -100,6 +102,7 @@ impl CatalogSlot {
     pub(super) fn replace(&self, catalog: Arc<dyn Catalog>) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = catalog;
         self.broken.store(false, Ordering::Release);
+        self.is_torn.store(false, Ordering::Release);
     }
 
     /// Whether a call on it has failed since it was last seen to work.
@@ -109,10 +112,8 @@ impl CatalogSlot {
 
     /// Whether it works now.
     pub(super) fn works(&self) -> bool {
-        // sled keeps its first error for ever, and shows it to writers.
-        let probe = |value| self.apply(vec![(key::PROBE.to_vec(), value)]);
-        let writes = probe(Some(Vec::new())).and_then(|()| probe(None));
-        let works = writes.is_ok() && self.get(key::TOTALS).is_ok() && self.flush().is_ok();
+        let is_whole = !self.is_torn.load(Ordering::Acquire);
+        let works = is_whole && self.get(key::TOTALS).is_ok() && self.flush().is_ok();
         if works {
             self.broken.store(false, Ordering::Release);
         }
@@ -134,7 +135,7 @@ impl Catalog for CatalogSlot {
     }
 
     fn apply(&self, batch: Batch) -> io::Result<()> {
-        self.watch(self.current().apply(batch))
+        self.watch(self.current().apply(batch)).inspect_err(|_| self.is_torn.store(true, Ordering::Release))
     }
 
     fn flush(&self) -> io::Result<()> {

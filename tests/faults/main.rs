@@ -195,7 +195,7 @@ fn system_calls_that_fail_lose_nothing() {
 }
 
 #[test]
-#[ignore = "the store refuses writes for ever after a passing fault, and sled may panic or wait for ever"]
+#[ignore = "where sled fails in a batch, 5 of 72 faults still refuse the call that is repeated"]
 fn a_store_goes_on_after_system_calls_that_failed() {
     fail_calls(true);
 }
@@ -242,7 +242,6 @@ fn fail_calls(goes_on: bool) {
 }
 
 #[test]
-#[ignore = "on a full disk nothing can be deleted, and nothing opens"]
 fn a_full_disk_is_read_and_deleted_from() {
     let folder = tempfile::tempdir().unwrap();
     let Some(shim) = shim(folder.path()) else { return };
