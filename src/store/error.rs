@@ -49,8 +49,8 @@ pub enum StoreError {
     /// The caller waits no longer.
     #[error("ended, because nobody waits for it any more")]
     GivenUp,
-    /// An earlier write or flush failed, so what is on disk is no longer known: reopen to find out.
-    #[error("writes are refused since an earlier one failed: reopen the store")]
+    /// A writer panicked, so what it left in memory is not known: reopening finds out from the disk.
+    #[error("writes are refused since one of them panicked: restart the process that has the store open")]
     Poisoned,
     #[error("could not {step}: {source}")]
     Io { step: &'static str, source: io::Error },
