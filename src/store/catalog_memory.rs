@@ -85,14 +85,14 @@ impl Catalog for MemoryCatalog {
 /// The catalog in use: whether it fails is noted, and another can take its place.
 pub(super) struct CatalogSlot {
     current: RwLock<Arc<dyn Catalog>>,
-    broken: AtomicBool,
+    broken: Arc<AtomicBool>,
     /// A batch failed: some of it may be there, which nothing but a rebuild undoes.
     is_torn: AtomicBool,
 }
 
 impl CatalogSlot {
     pub(super) fn new(catalog: Arc<dyn Catalog>) -> Self {
-        CatalogSlot { current: RwLock::new(catalog), broken: AtomicBool::new(false), is_torn: AtomicBool::new(false) }
+        CatalogSlot { current: RwLock::new(catalog), broken: Arc::default(), is_torn: AtomicBool::new(false) }
     }
 
     pub(super) fn current(&self) -> Arc<dyn Catalog> {
@@ -110,10 +110,14 @@ impl CatalogSlot {
         self.broken.load(Ordering::Acquire)
     }
 
+    /// Whether it may hold a part of a batch.
+    pub(super) fn is_torn(&self) -> bool {
+        self.is_torn.load(Ordering::Acquire)
+    }
+
     /// Whether it works now.
     pub(super) fn works(&self) -> bool {
-        let is_whole = !self.is_torn.load(Ordering::Acquire);
-        let works = is_whole && self.get(key::TOTALS).is_ok() && self.flush().is_ok();
+        let works = !self.is_torn() && self.get(key::TOTALS).is_ok() && self.flush().is_ok();
         if works {
             self.broken.store(false, Ordering::Release);
         }
@@ -131,7 +135,12 @@ impl Catalog for CatalogSlot {
     }
 
     fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
-        self.current().scan(prefix)
+        let broken = self.broken.clone();
+        Box::new(self.current().scan(prefix).inspect(move |pair| {
+            if pair.is_err() {
+                broken.store(true, Ordering::Release);
+            }
+        }))
     }
 
     fn apply(&self, batch: Batch) -> io::Result<()> {

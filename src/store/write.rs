@@ -105,8 +105,7 @@ impl Store {
                 return Err(error);
             }
         };
-        let catalog = self.catalog.current();
-        let entered = writer.ledger.enter(&*catalog, &group);
+        let entered = writer.ledger.enter(&self.catalog, &group);
         self.places.forget(&group);
         match entered {
             Ok(()) => {
@@ -115,9 +114,16 @@ impl Store {
                 Ok(())
             }
             Err(error) => {
+                let number = writer.ledger.totals.next_sequence;
+                // A catalog that is rebuilt from the log has the group.
+                if self.catalog.is_torn()
+                    && self.replace_catalog(writer).is_ok()
+                    && writer.ledger.totals.next_sequence > number
+                {
+                    return Ok(());
+                }
                 writer.log_end = End::NotEntered(group);
                 // Done, if the catalog has it after all.
-                let number = writer.ledger.totals.next_sequence;
                 match self.find_end(writer) {
                     Ok(()) if writer.ledger.totals.next_sequence > number => Ok(()),
                     _ => Err(error),
@@ -128,16 +134,11 @@ impl Store {
 
     /// Finds out where the log ends, if that is not known.
     pub(super) fn find_end(&self, writer: &mut Writer) -> Result<(), StoreError> {
-        if self.catalog.is_broken() && !self.catalog.works() {
-            self.replace_catalog(writer)?;
-        }
         match std::mem::replace(&mut writer.log_end, End::Unknown) {
             End::Known => {}
             End::Unknown => cut_back(writer)?,
             End::NotEntered(group) => {
-                let catalog = self.catalog.current();
-                let known = Ledger::load(&*catalog, self.handles.folder().directory());
-                match known {
+                match Ledger::load(&self.catalog, self.handles.folder().directory()) {
                     Ok(known) if known.totals.next_sequence > writer.ledger.totals.next_sequence => {
                         writer.adopt(known);
                         writer.end = group.end;
@@ -145,6 +146,8 @@ impl Store {
                     }
                     // The catalog does not have it, so nobody has seen it.
                     Ok(_) => cut_back(writer)?,
+                    // It is replaced by one that has it.
+                    Err(_) if self.replace_catalog(writer).is_ok() => {}
                     Err(error) => {
                         writer.log_end = End::NotEntered(group);
                         return Err(error);
@@ -153,6 +156,9 @@ impl Store {
             }
         }
         writer.log_end = End::Known;
+        if self.catalog.is_broken() && !self.catalog.works() {
+            self.replace_catalog(writer)?;
+        }
         if writer.ledger.is_stale {
             writer.adopt(Ledger::load(&self.catalog, self.handles.folder().directory())?);
         }
