@@ -4,8 +4,9 @@ use std::io;
 
 use super::catalog::{self, key};
 use super::error::{Entity, StoreError};
-use super::record::{CRC_BYTES, DocumentEntry, Locator, Part, Stamp, decode_meta};
-use super::segment::Segment;
+use super::log::Item;
+use super::record::{CRC_BYTES, Content, DocumentEntry, Locator, Part, Stamp, decode_meta};
+use super::segment::{Handles, Segment};
 use super::{BlockMeta, Store};
 use crate::types::{BlockId, DocumentId};
 
@@ -200,4 +201,21 @@ pub(super) fn mismatch(block: BlockId, part: Part) -> StoreError {
 
 fn damaged(block: BlockId, detail: &str) -> StoreError {
     StoreError::Damaged { block: Some(block), detail: detail.into() }
+}
+
+/// What a record other than a block says; `None` if it is damaged or its segment is not there.
+pub(super) fn read_small(handles: &Handles, locator: &Locator) -> Result<Option<Content>, StoreError> {
+    let segment = match handles.get(locator.segment) {
+        Err(StoreError::Foreign { .. }) => return Ok(None),
+        Err(error) if error.is_missing() => return Ok(None),
+        segment => segment?,
+    };
+    let end = locator.offset + locator.bytes();
+    if segment.len_bytes()? < end {
+        return Ok(None);
+    }
+    match segment.scan(locator.offset, end).next().transpose()? {
+        Some(Item::Record(scanned)) if scanned.locator(segment.id) == *locator => Ok(scanned.content()),
+        _ => Ok(None),
+    }
 }

@@ -15,6 +15,7 @@ use super::compaction::current;
 use super::error::StoreError;
 use super::ledger::Entry;
 use super::log::{GroupWriter, Item, Scanned};
+use super::read::read_small;
 use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
 use super::recovery::{begin_segment, recover};
 use super::salvage::{self, Leftover, LostCollection, MissingCollection, Piece, Salvaged};
@@ -323,22 +324,5 @@ impl Work<'_> {
         let entry = |&(id, locator): &(BlockId, Locator)| Entry { locator, content: Content::Block(id) };
         let entries: Vec<Entry> = blocks.iter().map(entry).collect();
         self.writer.ledger.enter_found(self.catalog, &entries)
-    }
-}
-
-/// What a record other than a block says; `None` if it is damaged or its segment is not there.
-fn read_small(handles: &Handles, locator: &Locator) -> Result<Option<Content>, StoreError> {
-    let segment = match handles.get(locator.segment) {
-        Err(StoreError::Foreign { .. }) => return Ok(None),
-        Err(error) if error.is_missing() => return Ok(None),
-        segment => segment?,
-    };
-    let end = locator.offset + locator.bytes();
-    if segment.len_bytes()? < end {
-        return Ok(None);
-    }
-    match segment.scan(locator.offset, end).next().transpose()? {
-        Some(Item::Record(scanned)) if scanned.locator(segment.id) == *locator => Ok(scanned.content()),
-        _ => Ok(None),
     }
 }

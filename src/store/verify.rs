@@ -6,9 +6,8 @@ use super::Store;
 use super::catalog::{self, key};
 use super::error::StoreError;
 use super::ledger::{Damage, Doubt};
-use super::log::{Item, Scanned};
 use super::piece::KeysLayout;
-use super::read::{mismatch, read_exact};
+use super::read::{mismatch, read_exact, read_small};
 use super::record::{
     CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, Tombstone,
@@ -120,7 +119,7 @@ impl Store {
     fn verify_manifest(&self, document: DocumentId) -> Result<u64, StoreError> {
         let look_up = || catalog::get::<(Locator, DocumentEntry)>(&self.catalog, &key::document(document));
         let Some((locator, entry)) = look_up()? else { return Ok(0) };
-        match self.read_small(&locator)? {
+        match read_small(&self.handles, &locator)? {
             Some(Content::Document(found)) if found == entry => Ok(locator.bytes()),
             // A later manifest may have made room for compaction meanwhile.
             _ if look_up()?.is_none_or(|(now, _)| now != locator) => Ok(0),
@@ -131,7 +130,7 @@ impl Store {
     fn verify_collections(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
         for pair in catalog::scan::<(Locator, CollectionEntry)>(&self.catalog, key::COLLECTIONS) {
             let (_, (locator, entry)) = pair?;
-            match self.read_small(&locator)? {
+            match read_small(&self.handles, &locator)? {
                 Some(Content::Collection(_, found)) if found == entry => {}
                 _ => {
                     report.fault(None, None, format!("the record of collection {:?} is not readable", entry.spec.name))
@@ -217,23 +216,6 @@ impl Store {
             report.fault(None, None, format!("the catalog refers to segment {id}, which it does not list"));
         }
         Ok(())
-    }
-
-    /// What a record other than a block says; `None` if it is damaged or its segment is gone.
-    fn read_small(&self, locator: &Locator) -> Result<Option<Content>, StoreError> {
-        let segment = match self.handles.get(locator.segment) {
-            Err(StoreError::Foreign { .. }) => return Ok(None),
-            Err(error) if error.is_missing() => return Ok(None),
-            segment => segment?,
-        };
-        let end = locator.offset + locator.bytes();
-        if segment.len_bytes()? < end {
-            return Ok(None);
-        }
-        match segment.scan(locator.offset, end).next().transpose()? {
-            Some(Item::Record(scanned)) => Ok(Scanned::content(&scanned)),
-            _ => Ok(None),
-        }
     }
 }
 
