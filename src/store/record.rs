@@ -192,7 +192,7 @@ impl Salt {
         hasher
     }
 
-    fn crc(self, bytes: &[u8]) -> u32 {
+    pub(super) fn crc(self, bytes: &[u8]) -> u32 {
         let mut hasher = self.hasher();
         hasher.update(bytes);
         hasher.finalize()

@@ -12,6 +12,8 @@ mod block;
 mod bounds;
 mod convert;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod lookup;
 mod spec;
 mod status;
