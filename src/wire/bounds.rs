@@ -113,7 +113,9 @@ fn count(cursor: &mut Cursor<'_>, end: usize, fields: &[Field], price: &mut u64)
                 });
             }
         };
-        let Some(length) = length.filter(|&length| length <= cursor.left.saturating_sub(end)) else { return Ok(None) };
+        // A number may have been read beyond the message that it is in.
+        let Some(left) = cursor.left.checked_sub(end) else { return Ok(None) };
+        let Some(length) = length.filter(|&length| length <= left) else { return Ok(None) };
         let after = cursor.left - length;
         let is_message = wire_type == WireType::LengthDelimited;
         for (i, field) in fields.iter().enumerate() {
@@ -245,6 +247,11 @@ mod tests {
             assert!((2 * 512..=3 * 512).contains(&price), "{price} for {rest:?}");
         }
         assert!(matches!(append.price(&chunks(&[1 << 3 | 3], 1)), Err(MemoryError::Invalid { .. })));
+        // A block of one byte, in which a number begins that ends behind it: counting went on at a place that wrapped around.
+        for inside in [0x80, 1 << 3] {
+            let message = [2 << 3 | 2, 1, inside, 1, 1];
+            assert_eq!(append.price(&chunks(&message, 2)), Ok(512), "{inside}");
+        }
         assert_eq!(append.price(&Chunks::new()), Ok(0));
     }
 }
