@@ -18,6 +18,7 @@ use super::error::{LoadError, reason};
 use super::gguf_header::Header;
 use super::tensors::table;
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite};
+use crate::limits::HEAD_DIM_MAX;
 use crate::numeric::BlockFormat;
 
 /// llama.cpp's own tool puts the parts of a split file together.
@@ -162,6 +163,10 @@ impl Gguf {
         if rotary_dims > head_dim || !rotary_dims.is_multiple_of(2) {
             let expected = format!("an even number of at most the head dim, {head_dim}");
             return Err(self.unsupported("llama.rope.dimension_count", &expected, &rotary_dims.to_string()));
+        }
+        if head_dim > HEAD_DIM_MAX {
+            let expected = format!("at most {HEAD_DIM_MAX}");
+            return Err(self.unsupported("llama.attention.key_length", &expected, &head_dim.to_string()));
         }
         self.check_attention_scale(head_dim)?;
         let Some(embedding) = self.header.tensors.get("token_embd.weight") else {
