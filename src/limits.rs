@@ -97,6 +97,9 @@ pub const GGUF_ENTRIES_MAX: u64 = 65_536;
 /// takes 32 bytes in memory.
 pub const GGUF_VALUES_MAX: u64 = 1 << 24;
 
+/// Ids of a tokenizer's vocabulary: the largest open ones have some 262,144. Their texts are kept by id.
+pub const TOKEN_IDS_MAX: u32 = 1 << 20;
+
 /// The header of a safetensors file: the format allows 100 MB.
 pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;
 

@@ -4,6 +4,7 @@
 //! token covers follow from the lengths alone. That holds for byte-level BPE and for SentencePiece with byte fallback,
 //! which are the two kinds that Llama-family models come with.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -12,6 +13,7 @@ use tokenizers::decoders::DecoderWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::error::{LoadError, SaveError, TokenizeError};
+use crate::limits::TOKEN_IDS_MAX;
 use crate::shape::Sha256Digest;
 
 /// The tokenizer of one model.
@@ -49,8 +51,11 @@ impl Tokenizer {
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let bytes = std::fs::read(path).map_err(|source| LoadError::Io { path: path.into(), source })?;
         let digest = Sha256Digest(Sha256::digest(&bytes).into());
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| LoadError::Damaged { path: path.into(), detail: error.to_string() })?;
+        let damaged = |detail: String| LoadError::Damaged { path: path.into(), detail };
+        // The library panics at what is no JSON.
+        serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let read = || tokenizers::Tokenizer::from_bytes(&bytes);
+        let inner = caught(read).and_then(|read| read.map_err(|error| error.to_string())).map_err(damaged)?;
         Self::new(path, inner, None, digest)
     }
 
@@ -69,8 +74,11 @@ impl Tokenizer {
         let prefix = match prefix {
             Some(prefix) => prefix,
             None => {
-                let (with, without) = (inner.encode_fast("a", true), inner.encode_fast("a", false));
-                let (with, without) = (with.map_err(damaged)?, without.map_err(damaged)?);
+                let encode = |special| {
+                    let encoding = caught(|| inner.encode_fast("a", special).map_err(|error| error.to_string()));
+                    encoding.flatten().map_err(|detail| damaged(detail.into()))
+                };
+                let (with, without) = (encode(true)?, encode(false)?);
                 let first = without.get_ids().first();
                 with.get_ids().iter().copied().take_while(|id| Some(id) != first).collect()
             }
@@ -82,7 +90,17 @@ impl Tokenizer {
             found: inner.get_decoder().map_or("none".into(), |decoder| format!("{decoder:?}")),
             way_out: None,
         })?;
-        let (bytes, starts) = token_bytes(&inner, spelling);
+        let last = inner.get_vocab(true).into_values().max().unwrap_or_default();
+        if last >= TOKEN_IDS_MAX {
+            return Err(LoadError::Unsupported {
+                path: path.into(),
+                key: "vocabulary of the tokenizer".into(),
+                expected: format!("ids below {TOKEN_IDS_MAX}"),
+                found: last.to_string(),
+                way_out: None,
+            });
+        }
+        let (bytes, starts) = token_bytes(&inner, last, spelling);
         Ok(Tokenizer { inner, prefix, bytes, starts, digest })
     }
 
@@ -136,10 +154,8 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok(Encoded::default());
         }
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|error| TokenizeError { text_bytes: text.len(), detail: error.to_string() })?;
+        let encoding = caught(|| self.inner.encode(text, false).map_err(|error| error.to_string()));
+        let encoding = encoding.flatten().map_err(|detail| TokenizeError { text_bytes: text.len(), detail })?;
         let ids = encoding.get_ids().to_vec();
         // Where a normalizer changed the text, the library knows where each character came from.
         let given = || encoding.get_offsets().iter().map(|&(start, _)| start);
@@ -240,12 +256,16 @@ fn never_back(offsets: impl Iterator<Item = usize>) -> Vec<usize> {
     raised.collect()
 }
 
-/// The bytes of every token and where each token's begin, by id.
-fn token_bytes(tokenizer: &tokenizers::Tokenizer, spelling: Spelling) -> (Vec<u8>, Vec<u32>) {
+/// What a call of the tokenizers library gives; it panics at some files and texts that are not what it expects.
+fn caught<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| "the tokenizers library could not read it".into())
+}
+
+/// The bytes of every token up to the `last` id, and where each token's begin.
+fn token_bytes(tokenizer: &tokenizers::Tokenizer, last: u32, spelling: Spelling) -> (Vec<u8>, Vec<u32>) {
     let added = tokenizer.get_added_tokens_decoder();
-    let last = tokenizer.get_vocab(true).into_values().max();
     let (mut bytes, mut starts) = (Vec::new(), vec![0]);
-    for id in 0..=last.unwrap_or_default() {
+    for id in 0..=last {
         let token = tokenizer.id_to_token(id).unwrap_or_default();
         match spelling {
             _ if added.contains_key(&id) => bytes.extend_from_slice(token.as_bytes()),
