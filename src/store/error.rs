@@ -82,6 +82,11 @@ impl StoreError {
     }
 }
 
+/// Of ids and numbers that are never reused, when all are.
+pub(super) fn used_up(field: &'static str) -> StoreError {
+    StoreError::Invalid { field, expected: "one that was never given out".into(), found: "all of them were".into() }
+}
+
 impl From<InvalidShape> for StoreError {
     fn from(error: InvalidShape) -> Self {
         StoreError::Invalid { field: error.field, expected: error.expected, found: error.found }

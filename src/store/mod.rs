@@ -264,6 +264,9 @@ impl Store {
                 return Err(StoreError::AlreadyExists { name: spec.name.clone() });
             }
             let id = writer.ledger.totals.next_collection;
+            if id.0 == u32::MAX {
+                return Err(error::used_up("id of a collection"));
+            }
             self.make_room(writer, 0)?;
             let entry = CollectionEntry { spec: spec.clone(), engine: Engine::default() };
             self.commit(writer, |group| group.collection(id, &entry))?;
@@ -307,6 +310,9 @@ impl Store {
             let of = of.ok_or(StoreError::NotFound { entity: Entity::Collection(collection) })?;
             if self.find_document(collection, name)?.is_some() {
                 return Err(StoreError::AlreadyExists { name: name.into() });
+            }
+            if writer.ledger.totals.next_document.0 == u64::MAX {
+                return Err(error::used_up("id of a document"));
             }
             self.make_room(writer, 0)?;
             let entry = writer.new_document(collection, name, of.spec.shape.block_tokens);

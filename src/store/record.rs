@@ -26,8 +26,9 @@ use sha2::{Digest, Sha256};
 
 use super::segment::{DirectoryId, SegmentId};
 use super::{BlockMeta, Manifest};
+use crate::limits;
 use crate::shape::CollectionSpec;
-use crate::types::{BlockId, CollectionId, DocumentId, Engine};
+use crate::types::{BlockId, CollectionId, DType, DocumentId, Engine};
 
 /// What this build writes. Raise it with every change of the format.
 pub(super) const FORMAT: u32 = 4;
@@ -38,6 +39,9 @@ const FORMAT_SALTED: u32 = 4;
 
 /// The first number of a group. Below are the places that stand for the sequences of records of formats 1 to 3.
 pub(super) const SEQUENCE_FIRST: u64 = 1 << 63;
+
+/// More than all blocks of a document can take: sums over documents stay far below 2^64.
+const STORED_BYTES_END: u64 = 1 << 56;
 
 pub(super) const CRC_BYTES: usize = 4;
 
@@ -147,13 +151,15 @@ impl SegmentHeader {
             return None;
         }
         let directory = || bytes[at::DIRECTORY].try_into().ok().map(DirectoryId);
-        Some(SegmentHeader {
+        let next_sequence = if salted { u64_at(bytes, at::NEXT_SEQUENCE.start) } else { 0 };
+        // Every number has one behind it.
+        (next_sequence < u64::MAX).then(|| SegmentHeader {
             format,
             oldest_reader: u32_at(bytes, at::OLDEST.start),
             segment: SegmentId(u32_at(bytes, at::SEGMENT.start)),
             next_collection: CollectionId(u32_at(bytes, at::NEXT_COLLECTION.start)),
             next_document: DocumentId(u64_at(bytes, at::NEXT_DOCUMENT.start)),
-            next_sequence: if salted { u64_at(bytes, at::NEXT_SEQUENCE.start) } else { 0 },
+            next_sequence,
             directory: if salted { directory() } else { None },
         })
     }
@@ -325,15 +331,15 @@ impl RecordHeader {
             pieces: u32_at(bytes, at::PIECES.start),
         };
         let unsalted = salt == Salt::NONE;
-        parts.add_up().then(|| RecordHeader {
+        let collection = CollectionId(u32_at(bytes, at::COLLECTION.start));
+        let document = DocumentId(u64_at(bytes, at::DOCUMENT.start));
+        let is_one_of_ours = collection.0 < u32::MAX && document.0 < u64::MAX;
+        (parts.add_up() && is_one_of_ours).then(|| RecordHeader {
             kind,
             commit: bytes[at::FLAGS] & FLAG_COMMIT != 0,
             sequence: if unsalted { sequence_of_place(segment, offset) } else { u64_at(bytes, at::SEQUENCE.start) },
-            collection: CollectionId(u32_at(bytes, at::COLLECTION.start)),
-            block: BlockId {
-                document: DocumentId(u64_at(bytes, at::DOCUMENT.start)),
-                index: u32_at(bytes, at::INDEX.start),
-            },
+            collection,
+            block: BlockId { document, index: u32_at(bytes, at::INDEX.start) },
             tokens: u32_at(bytes, at::TOKENS.start),
             parts,
         })
@@ -418,7 +424,10 @@ pub struct CollectionEntry {
 impl CollectionEntry {
     /// Format 1 had no engine.
     fn decode(meta: &[u8]) -> Option<Self> {
-        unpack(meta).or_else(|| Some(CollectionEntry { spec: unpack(meta)?, engine: Engine::default() }))
+        let entry: Self =
+            unpack(meta).or_else(|| Some(CollectionEntry { spec: unpack(meta)?, engine: Engine::default() }))?;
+        let spec = &entry.spec;
+        (spec.shape.check().is_ok() && matches!(spec.key_dtype, DType::F16 | DType::Int8)).then_some(entry)
     }
 }
 
@@ -446,10 +455,21 @@ struct UnnamedTailEntry {
 impl DocumentEntry {
     fn decode(salt: Salt, meta: &[u8]) -> Option<Self> {
         if salt != Salt::NONE {
-            return unpack(meta);
+            return unpack(meta).filter(Self::is_sound);
         }
         let UnnamedTailEntry { manifest, first_segment, block_tokens } = unpack(meta)?;
-        Some(DocumentEntry { manifest, first_segment, block_tokens, tail_sequence: 0 })
+        Some(DocumentEntry { manifest, first_segment, block_tokens, tail_sequence: 0 }).filter(Self::is_sound)
+    }
+
+    /// Whether its numbers are such as a document can have.
+    fn is_sound(&self) -> bool {
+        let Manifest { id, collection, blocks, tail_tokens, stored_bytes, .. } = self.manifest;
+        (1..u64::MAX).contains(&id.0)
+            && collection.0 < u32::MAX
+            && (2..=limits::BLOCK_TOKENS_MAX).contains(&self.block_tokens)
+            && blocks <= limits::DOCUMENT_BLOCKS_MAX
+            && tail_tokens < self.block_tokens
+            && stored_bytes < STORED_BYTES_END
     }
 
     /// Whether a record of `tokens` tokens is block `index` of the document as it is now: a full block is never
@@ -496,7 +516,17 @@ pub(super) struct GroupEntry {
     pub(super) named: Vec<Named>,
 }
 
+impl Tombstone {
+    fn decode(meta: &[u8]) -> Option<Self> {
+        unpack(meta).filter(|found: &Self| found.document.0 < u64::MAX && found.first_segment <= found.last_segment)
+    }
+}
+
 impl GroupEntry {
+    fn decode(meta: &[u8]) -> Option<Self> {
+        unpack(meta).filter(|found: &Self| (SEQUENCE_FIRST..u64::MAX).contains(&found.number))
+    }
+
     pub(super) fn record_bytes(&self) -> u64 {
         Parts { meta_bytes: pack(self).len() as u32, ..Parts::default() }.record_bytes()
     }
@@ -519,8 +549,8 @@ impl Content {
             Kind::Collection => Content::Collection(header.collection, CollectionEntry::decode(meta)?),
             Kind::Document => Content::Document(DocumentEntry::decode(salt, meta)?),
             Kind::Block => Content::Block(header.block),
-            Kind::Tombstone => Content::Tombstone(unpack(meta)?),
-            Kind::Group => Content::Group(unpack(meta)?),
+            Kind::Tombstone => Content::Tombstone(Tombstone::decode(meta)?),
+            Kind::Group => Content::Group(GroupEntry::decode(meta)?),
         })
     }
 

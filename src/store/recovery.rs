@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::catalog::{self, Catalog, key};
-use super::error::StoreError;
+use super::error::{StoreError, used_up};
 use super::ledger::{Damage, Entry, Ledger, SegmentState};
 use super::log::Item;
 use super::loss::{self, Loss};
@@ -98,7 +98,7 @@ fn has_fallen_back(handles: &Handles, ids: &[SegmentId], ledger: &Ledger) -> boo
 pub(super) fn begin_segment(handles: &Handles, ledger: &mut Ledger) -> Result<Arc<Segment>, StoreError> {
     let known = ledger.segments.last_key_value().map_or(0, |(id, _)| id.0);
     let newest = handles.list()?.last().map_or(0, |id| id.0).max(known);
-    let id = SegmentId(newest + 1);
+    let id = SegmentId(newest.checked_add(1).ok_or_else(|| used_up("number of a segment"))?);
     let totals = &ledger.totals;
     let (directory, next) = (handles.folder().directory(), totals.next_sequence);
     let segment =
