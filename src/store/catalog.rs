@@ -94,6 +94,12 @@ pub(super) mod key {
         key(b'B', &[&id.document.0.to_be_bytes(), &id.index.to_be_bytes()])
     }
 
+    /// The index in a key made by [`block`].
+    pub(in crate::store) fn index_of(key: &[u8]) -> Result<u32, StoreError> {
+        let digits = key.get(9..).and_then(|digits| digits.try_into().ok());
+        Ok(u32::from_be_bytes(digits.ok_or_else(malformed)?))
+    }
+
     pub(in crate::store) fn tombstone(document: DocumentId) -> Vec<u8> {
         key(b'T', &[&document.0.to_be_bytes()])
     }
