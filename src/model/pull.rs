@@ -185,7 +185,7 @@ pub(super) fn unpack(
         loop {
             let bytes = entry.read(&mut buffer).map_err(io(archive))?;
             if bytes == 0 {
-                return out.sync_all().map_err(io(target));
+                return if done_bytes == file_bytes { out.sync_all().map_err(io(target)) } else { Err(other_size()) };
             }
             done_bytes += bytes as u64;
             if done_bytes > file_bytes {
