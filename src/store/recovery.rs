@@ -72,10 +72,12 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         unmovable.insert(pair?.1.segment);
     }
     // A last segment shorter than the catalog knows lost acknowledged bytes, and one of an older format says that older
-    // builds can read it: leave both as they are.
+    // builds can read it: leave both as they are. Of one with damage the last group would pass for a torn end when the
+    // catalog is rebuilt, now that what followed it is cut off: with a segment behind it, it does not.
     let goes_on = |(segment, end): &(Arc<Segment>, u64)| {
         let whole = ledger.segments.get(&segment.id).is_some_and(|state| state.bytes == *end);
-        whole && segment.header.is_some_and(|header| header.format == FORMAT)
+        let is_broken = news.iter().any(|(id, _, found)| *id == segment.id && !found.broken.is_empty());
+        whole && !is_broken && segment.header.is_some_and(|header| header.format == FORMAT)
     };
     let (active, end) = match tail.filter(goes_on) {
         Some(tail) => tail,
@@ -334,6 +336,7 @@ impl Found {
     fn forget_from(&mut self, cut: u64) {
         self.entries.retain(|entry| entry.locator.offset < cut);
         self.damages.retain(|damage| damage.offset < cut);
+        self.broken.retain(|&offset| offset < cut);
     }
 
     fn frame_bytes(&self) -> u64 {
