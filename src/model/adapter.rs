@@ -277,28 +277,10 @@ mod tests {
 
     use super::*;
     use crate::attention::{AttentionError, SequenceAttention};
+    use crate::model::fuzz::base_config as config;
     use crate::model::{Llama, Logits, tensor_shapes, write_model};
-    use crate::shape::Rope;
 
     const RANK: usize = 2;
-
-    fn config() -> ModelConfig {
-        ModelConfig {
-            layers: 2,
-            query_heads: 2,
-            kv_heads: 1,
-            head_dim: 4,
-            hidden: 6,
-            ffn: 5,
-            vocab: 9,
-            context_tokens: 64,
-            norm_epsilon: 1e-5,
-            rope: Rope::from_base(100.0, 4),
-            tied_output: false,
-            eos_ids: vec![0],
-            landmark: None,
-        }
-    }
 
     /// Numbers that tell their tensor and their place.
     fn numbered((index, (name, shape)): (usize, (String, Vec<usize>))) -> NamedTensor {

@@ -149,8 +149,8 @@ fn cut(tokenizer: &Tokenizer) {
     let _ = tokenizer.to_json(Some("[MEM]"));
 }
 
-/// The base of every adapter.
-fn base_config() -> ModelConfig {
+/// The base of every adapter, in the adapter's own tests too.
+pub(super) fn base_config() -> ModelConfig {
     ModelConfig {
         layers: 2,
         query_heads: 2,
