@@ -221,8 +221,9 @@ impl Store {
             writer.leave_alone(id);
             return Ok(());
         };
+        // After an error it is gone on with from here: begun anew, the dead records before would pass for progress on a full
+        // disk, for ever.
         if let Err(error) = self.copy(writer, records) {
-            // To be gone on with from here: begun anew, the dead records before would pass for progress on a full disk.
             (victim.dropped, victim.dropped_bytes) = before;
             writer.victim = Some(victim);
             return Err(error);
@@ -240,8 +241,10 @@ impl Store {
         }
         // The last group may be taken for a torn write one day, and then the copies in it would be the only ones: so they
         // are not left in the last group.
-        self.make_room(writer, 0)?;
-        self.commit(writer, |_| Ok(()))?;
+        if let Err(error) = self.make_room(writer, 0).and_then(|()| self.commit(writer, |_| Ok(()))) {
+            writer.victim = Some(victim);
+            return Err(error);
+        }
         writer.ledger.retire(&self.catalog, id, &victim.dropped)?;
         self.remove_retired(writer)
     }
