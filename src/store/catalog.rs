@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -165,10 +166,13 @@ const CACHE_BYTES: u64 = 32 << 20;
 /// A closing process may hold sled's file lock for a moment after it dropped the database.
 const REOPEN_PATIENCE: Duration = Duration::from_secs(3);
 const REOPEN_PAUSE: Duration = Duration::from_millis(10);
+/// For sled to write what it holds: many times what 32 MiB take on a slow disk.
+const WRITE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The catalog in a sled database.
 pub struct SledCatalog {
-    tree: sled::Db,
+    /// There until it is dropped.
+    tree: Option<sled::Db>,
     path: PathBuf,
 }
 
@@ -196,7 +200,7 @@ impl SledCatalog {
             // No background flush: it holds the database open past its drop, and durability is the log's business.
             let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
             match config.open() {
-                Ok(tree) => return Ok(SledCatalog { tree, path: path.to_owned() }),
+                Ok(tree) => return Ok(SledCatalog { tree: Some(tree), path: path.to_owned() }),
                 // sled says no more precisely that its file is locked. We hold the data directory, so nobody stays.
                 Err(sled::Error::Io(error))
                     if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Other)
@@ -211,15 +215,41 @@ impl SledCatalog {
 
     /// Stamps an empty database with the current format.
     fn is_current(&self) -> io::Result<bool> {
-        match self.tree.get(key::FORMAT)? {
+        let tree = self.tree()?;
+        match tree.get(key::FORMAT)? {
             Some(format) => Ok(*format == FORMAT.to_be_bytes()),
-            None if self.tree.is_empty() => {
-                self.tree.insert(key::FORMAT, &FORMAT.to_be_bytes())?;
+            None if tree.is_empty() => {
+                tree.insert(key::FORMAT, &FORMAT.to_be_bytes())?;
                 Ok(true)
             }
             None => Ok(false),
         }
     }
+
+    fn tree(&self) -> io::Result<&sled::Db> {
+        self.tree.as_ref().ok_or_else(|| io::Error::other("the catalog is closed"))
+    }
+}
+
+impl Drop for SledCatalog {
+    /// sled panics where the disk refuses its last words, which loses nothing: the log has it all.
+    fn drop(&mut self) {
+        let tree = self.tree.take();
+        if in_time(move || Ok(drop(tree))).is_err() {
+            tracing::warn!(path = %self.path.display(), "the catalog was not closed well; the next opening reads more of the log");
+        }
+    }
+}
+
+/// Runs what makes sled write, on a thread of its own: after a write that failed it may wait for ever to be told of it.
+fn in_time(run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+    let (ended, result) = mpsc::channel();
+    // Nobody may be waiting any more.
+    std::thread::Builder::new().name("catalog".into()).spawn(move || drop(ended.send(run())))?;
+    result.recv_timeout(WRITE_PATIENCE).unwrap_or_else(|error| match error {
+        RecvTimeoutError::Timeout => Err(io::ErrorKind::TimedOut.into()),
+        RecvTimeoutError::Disconnected => Err(io::Error::other("sled panicked")),
+    })
 }
 
 /// Removes a catalog's folder, durably.
@@ -233,14 +263,17 @@ pub(super) fn discard_folder(path: &Path) -> io::Result<()> {
 
 impl Catalog for SledCatalog {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.tree.get(key)?.map(|value| value.to_vec()))
+        Ok(self.tree()?.get(key)?.map(|value| value.to_vec()))
     }
 
     fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
-        Box::new(self.tree.scan_prefix(prefix).map(|pair| {
-            let (key, value) = pair?;
-            Ok((key.to_vec(), value.to_vec()))
-        }))
+        match self.tree() {
+            Ok(tree) => Box::new(tree.scan_prefix(prefix).map(|pair| {
+                let (key, value) = pair?;
+                Ok((key.to_vec(), value.to_vec()))
+            })),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        }
     }
 
     fn apply(&self, batch: Batch) -> io::Result<()> {
@@ -251,11 +284,12 @@ impl Catalog for SledCatalog {
                 None => changes.remove(key),
             }
         }
-        Ok(self.tree.apply_batch(changes)?)
+        Ok(self.tree()?.apply_batch(changes)?)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.tree.flush()?;
+        let tree = self.tree()?.clone();
+        in_time(move || tree.flush().map(|_| ()).map_err(io::Error::from))?;
         // sled's own flush stops at `sync_file_range`, which neither empties the disk's cache nor covers file sizes.
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -272,7 +306,7 @@ impl Catalog for SledCatalog {
     }
 
     fn size_bytes(&self) -> io::Result<u64> {
-        Ok(self.tree.size_on_disk()?)
+        Ok(self.tree()?.size_on_disk()?)
     }
 
     fn discard(&self) -> io::Result<()> {

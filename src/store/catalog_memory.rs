@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use super::catalog::{Batch, Catalog, Pair, discard_folder, key};
 
@@ -84,39 +84,55 @@ impl Catalog for MemoryCatalog {
 
 /// The catalog in use: whether it fails is noted, and another can take its place.
 pub(super) struct CatalogSlot {
-    current: RwLock<Arc<dyn Catalog>>,
+    inside: Arc<RwLock<Inside>>,
+    /// Whether a call on it has failed since it was last seen to work.
     broken: Arc<AtomicBool>,
-    /// A batch failed: some of it may be there, which nothing but a rebuild undoes.
-    is_torn: AtomicBool,
+}
+
+struct Inside {
+    catalog: Arc<dyn Catalog>,
+    /// A batch failed: some of it may be there, which nothing but a rebuild undoes. Until then nothing is read from it.
+    is_torn: bool,
+    /// It is in memory and has taken the place of another: only the removal of that one can fail.
+    stands_in: bool,
+    /// Catalogs that were in use before this one.
+    before: usize,
 }
 
 impl CatalogSlot {
     pub(super) fn new(catalog: Arc<dyn Catalog>) -> Self {
-        CatalogSlot { current: RwLock::new(catalog), broken: Arc::default(), is_torn: AtomicBool::new(false) }
+        let inside = Inside { catalog, is_torn: false, stands_in: false, before: 0 };
+        CatalogSlot { inside: Arc::new(RwLock::new(inside)), broken: Arc::default() }
+    }
+
+    fn inside(&self) -> RwLockReadGuard<'_, Inside> {
+        self.inside.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn current(&self) -> Arc<dyn Catalog> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.inside().catalog.clone()
     }
 
     pub(super) fn replace(&self, catalog: Arc<dyn Catalog>) {
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = catalog;
+        let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+        *inside = Inside { catalog, is_torn: false, stands_in: true, before: inside.before + 1 };
         self.broken.store(false, Ordering::Release);
-        self.is_torn.store(false, Ordering::Release);
     }
 
-    /// Whether a call on it has failed since it was last seen to work.
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
     }
 
     /// Whether it may hold a part of a batch.
     pub(super) fn is_torn(&self) -> bool {
-        self.is_torn.load(Ordering::Acquire)
+        self.inside().is_torn
     }
 
-    /// Whether it works now.
+    /// Whether it works, as far as is known; asked again if a call has failed.
     pub(super) fn works(&self) -> bool {
+        if !self.is_broken() || self.inside().stands_in {
+            return true;
+        }
         let works = !self.is_torn() && self.get(key::TOTALS).is_ok() && self.flush().is_ok();
         if works {
             self.broken.store(false, Ordering::Release);
@@ -129,26 +145,61 @@ impl CatalogSlot {
     }
 }
 
+impl Inside {
+    fn whole(&self) -> io::Result<&dyn Catalog> {
+        if self.is_torn { Err(io::Error::other("a change of it failed midway")) } else { Ok(&*self.catalog) }
+    }
+}
+
 impl Catalog for CatalogSlot {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        self.watch(self.current().get(key))
+        self.watch(self.inside().whole().and_then(|catalog| catalog.get(key)))
     }
 
     fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
-        let broken = self.broken.clone();
-        Box::new(self.current().scan(prefix).inspect(move |pair| {
-            if pair.is_err() {
+        let (inside, broken) = (self.inside.clone(), self.broken.clone());
+        let (mut pairs, before) = {
+            let inside = self.inside();
+            (inside.catalog.scan(prefix), inside.before)
+        };
+        let mut next = move || {
+            let inside = inside.read().unwrap_or_else(PoisonError::into_inner);
+            inside.whole()?;
+            if inside.before != before {
+                return Err(io::Error::other("another has taken its place meanwhile: try again"));
+            }
+            pairs.next().transpose()
+        };
+        let mut is_over = false;
+        Box::new(std::iter::from_fn(move || {
+            if is_over {
+                return None;
+            }
+            let pair = next().transpose();
+            is_over = !matches!(pair, Some(Ok(_)));
+            if let Some(Err(_)) = &pair {
                 broken.store(true, Ordering::Release);
             }
+            pair
         }))
     }
 
+    /// Readers wait meanwhile: none sees a part of a batch.
     fn apply(&self, batch: Batch) -> io::Result<()> {
-        self.watch(self.current().apply(batch)).inspect_err(|_| self.is_torn.store(true, Ordering::Release))
+        let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+        inside.whole()?;
+        inside.is_torn = true;
+        let applied = self.watch(inside.catalog.apply(batch));
+        inside.is_torn = applied.is_err();
+        applied
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.watch(self.current().flush())
+        let catalog = {
+            let inside = self.inside();
+            inside.whole().map(|_| inside.catalog.clone())
+        };
+        self.watch(catalog.and_then(|catalog| catalog.flush()))
     }
 
     fn size_bytes(&self) -> io::Result<u64> {

@@ -31,13 +31,16 @@ pub(super) enum Call {
     Scan,
     Apply,
     Flush,
+    /// Of the catalog; as a removal it needs no space.
+    Discard,
 }
 
 /// What the call that fails has done by then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     Nothing,
-    /// Half of the bytes, for a write or a sync; nothing, for anything else.
+    /// Half of the bytes, for a write or a sync; half of the changes, for a batch that fails in a process that lives on;
+    /// nothing, for anything else.
     Half,
     Everything,
 }
@@ -117,6 +120,8 @@ struct State {
     flushed: Pairs,
     /// Applied since the last flush.
     unflushed: Vec<Batch>,
+    /// A batch failed: as sled does, the catalog gives that error to all later ones until it is opened anew.
+    refuses_batches: bool,
     calls: usize,
     /// Calls that change something, so far.
     operations: usize,
@@ -142,7 +147,7 @@ struct DiskFile {
 impl Call {
     fn changes(self) -> bool {
         use Call::*;
-        matches!(self, Create | Remove | Write | Sync | Truncate | SetAside | Apply | Flush)
+        matches!(self, Create | Remove | Write | Sync | Truncate | SetAside | Apply | Flush | Discard)
     }
 }
 
@@ -159,7 +164,7 @@ impl Reason {
             Reason::Full => matches!(call, Create | Write | Apply | Flush),
             Reason::Broken => true,
             // A removal opens the folder to sync it, a flush each file of the catalog.
-            Reason::OpenFiles => matches!(call, List | Open | Create | Remove | Flush),
+            Reason::OpenFiles => matches!(call, List | Open | Create | Remove | Flush | Discard),
         }
     }
 
@@ -282,6 +287,11 @@ impl Disk {
         let mut state = self.state();
         state.fault = None;
         std::mem::take(&mut state.struck)
+    }
+
+    /// The catalog is about to be opened anew, by the same process or another.
+    pub(super) fn reopen(&self) {
+        self.state().refuses_batches = false;
     }
 
     /// What is left when the machine comes up again.
@@ -587,10 +597,19 @@ impl Catalog for Disk {
 
     fn apply(&self, batch: Batch) -> io::Result<()> {
         self.call(Call::Apply, |state, effect| {
-            if effect == Effect::Everything {
-                apply(&mut state.pairs, batch.clone());
-                state.unflushed.push(batch);
+            if state.refuses_batches {
+                return Err(io::Error::other("an earlier batch failed"));
             }
+            let whole = batch.len();
+            let count = match effect {
+                Effect::Everything => whole,
+                Effect::Half if !state.dead => whole / 2,
+                Effect::Half | Effect::Nothing => 0,
+            };
+            state.refuses_batches = state.failing;
+            let done = batch[..count].to_vec();
+            apply(&mut state.pairs, done.clone());
+            state.unflushed.push(done);
             Ok(())
         })
     }
@@ -606,7 +625,7 @@ impl Catalog for Disk {
     }
 
     fn discard(&self) -> io::Result<()> {
-        self.call(Call::Flush, |state, effect| {
+        self.call(Call::Discard, |state, effect| {
             if effect == Effect::Everything {
                 state.pairs.clear();
                 state.flushed.clear();

@@ -101,8 +101,6 @@ impl Totals {
 pub(super) struct Ledger {
     pub(super) totals: Totals,
     pub(super) segments: BTreeMap<SegmentId, SegmentState>,
-    /// A change failed: the catalog may have it all the same, and then says other things than this.
-    pub(super) is_stale: bool,
 }
 
 impl Ledger {
@@ -122,14 +120,14 @@ impl Ledger {
         if totals.directory != directory {
             tracing::warn!(%totals.directory, "the catalog is one of another data directory; rebuilding it");
             catalog::clear(catalog)?;
-            return Ok(Ledger { totals: nothing, segments: BTreeMap::new(), is_stale: false });
+            return Ok(Ledger { totals: nothing, segments: BTreeMap::new() });
         }
         let mut segments = BTreeMap::new();
         for pair in catalog::scan::<(SegmentId, SegmentState)>(catalog, key::SEGMENTS) {
             let (_, (id, state)) = pair?;
             segments.insert(id, state);
         }
-        Ok(Ledger { totals, segments, is_stale: false })
+        Ok(Ledger { totals, segments })
     }
 
     /// Ids below these were given out, says a segment header.
@@ -241,9 +239,7 @@ impl Ledger {
     ) -> Result<(), StoreError> {
         batch.extend(segments.iter().map(|(&id, &state)| catalog::put(key::segment(id), &(id, state))));
         batch.push(catalog::put(key::TOTALS.to_vec(), &totals));
-        self.is_stale = true;
         catalog.apply(batch).map_err(StoreError::catalog("apply a batch"))?;
-        self.is_stale = false;
         self.segments.extend(segments);
         self.totals = totals;
         Ok(())

@@ -71,7 +71,6 @@ use ledger::{Doubt, Ledger};
 use places::Places;
 use record::{DocumentEntry, Locator, Tombstone};
 use segment::{Handles, Segment, private};
-use write::End;
 
 /// A document as of its last acknowledged change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,7 +170,8 @@ struct Writer {
     victim: Option<Victim>,
     /// Whether it is worth looking for another: a document was deleted, or a segment closed.
     may_have_much_dead: bool,
-    log_end: End,
+    /// Whether nothing lies behind `end` that a failed call may have left.
+    end_is_known: bool,
 }
 
 /// What a store is made of, and the lock that keeps others out.
@@ -290,7 +290,7 @@ impl Store {
     /// All collections, by id.
     pub fn collections(&self) -> Result<Vec<(CollectionId, CollectionEntry)>, StoreError> {
         let mut collections = Vec::new();
-        for pair in catalog::scan::<(Locator, CollectionEntry)>(&self.catalog, catalog::key::COLLECTIONS) {
+        for pair in catalog::scan::<(Locator, CollectionEntry)>(self.readable(), catalog::key::COLLECTIONS) {
             let (key, (_, entry)) = pair?;
             collections.push((catalog::key::collection_of(&key)?, entry));
         }
@@ -334,7 +334,7 @@ impl Store {
     /// All documents of a collection, by name.
     pub fn manifests(&self, collection: CollectionId) -> Result<Vec<Manifest>, StoreError> {
         let mut manifests = Vec::new();
-        for pair in catalog::scan::<DocumentId>(&self.catalog, &catalog::key::document_name(collection, "")) {
+        for pair in catalog::scan::<DocumentId>(self.readable(), &catalog::key::document_name(collection, "")) {
             match self.entry(pair?.1) {
                 Ok(entry) => manifests.push(entry.manifest),
                 // Deleted since the scan began.
@@ -347,7 +347,7 @@ impl Store {
 
     /// How many documents a collection has; reads none of them.
     pub fn document_count(&self, collection: CollectionId) -> Result<u64, StoreError> {
-        let names = catalog::scan::<DocumentId>(&self.catalog, &catalog::key::document_name(collection, ""));
+        let names = catalog::scan::<DocumentId>(self.readable(), &catalog::key::document_name(collection, ""));
         names.map(|name| name.map(|_| 1)).sum()
     }
 
@@ -412,7 +412,19 @@ impl Store {
     }
 
     fn catalog_get<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
-        catalog::get(&self.catalog, key)
+        catalog::get(self.readable(), key)
+    }
+
+    /// The catalog for readers. One that failed midway is not read from; unless a writer is about to, they replace it.
+    fn readable(&self) -> &CatalogSlot {
+        if self.catalog.is_broken()
+            && self.catalog.is_torn()
+            && let Ok(mut writer) = self.writer.try_lock()
+        {
+            // What stands in the way of it, readers are told by the catalog.
+            let _ = self.find_end(&mut writer);
+        }
+        &self.catalog
     }
 }
 
@@ -437,7 +449,9 @@ fn is_out_of_files(code: i32) -> bool {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if let Err(error) = self.catalog.flush() {
+        // A part of a batch must not be found by the next opening.
+        let closed = if self.catalog.is_torn() { self.catalog.discard() } else { self.catalog.flush() };
+        if let Err(error) = closed {
             tracing::warn!(%error, "the catalog was not flushed; the next opening reads more of the log");
         }
     }

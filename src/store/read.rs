@@ -116,7 +116,7 @@ impl Store {
         let look_up = || {
             self.places.find(block, || {
                 self.check_undoubted(block.document)?;
-                catalog::get(&self.catalog, &key::block(block))
+                catalog::get(self.readable(), &key::block(block))
             })
         };
         if let Some(locator) = look_up()? {
@@ -135,7 +135,7 @@ impl Store {
     }
 
     fn covers(&self, block: BlockId) -> Result<bool, StoreError> {
-        let entry = catalog::get::<(Locator, DocumentEntry)>(&self.catalog, &key::document(block.document))?;
+        let entry = catalog::get::<(Locator, DocumentEntry)>(self.readable(), &key::document(block.document))?;
         Ok(entry.is_some_and(|(_, entry)| entry.manifest.covers(block.index)))
     }
 

@@ -1,5 +1,5 @@
-//! Does the catalog say what the segments say? A second one is built in memory from what lies in the segments, and the two
-//! are compared. Nothing on the disk is changed by it, and writers go on meanwhile.
+//! A catalog built anew from what lies in the segments, which takes nothing but reading: to take the place of one that does
+//! not work any more, or to be compared with the one in use while writers go on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,7 +11,7 @@ use super::error::StoreError;
 use super::ledger::{Damage, Ledger, SegmentState, Totals};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
-use super::segment::SegmentId;
+use super::segment::{Handles, SegmentId};
 use super::verify::{Fault, VerifyReport};
 use crate::limits;
 use crate::types::{BlockId, DocumentId};
@@ -68,37 +68,12 @@ impl Store {
     /// them was removed meanwhile.
     fn rebuild(&self, snapshot: &Snapshot, until: &Until) -> Result<Option<(View, BTreeSet<SegmentId>)>, StoreError> {
         let catalog = MemoryCatalog::default();
-        let mut ledger = Ledger::load(&catalog, self.handles.folder().directory())?;
-        let mut news: Vec<(SegmentId, u64, Found)> = Vec::new();
-        let mut unread = BTreeSet::new();
-        for (at, &(id, end)) in snapshot.ends.iter().enumerate() {
-            if until.is_over() {
-                return Err(StoreError::GivenUp);
+        let (ledger, unread) = fill(&catalog, &self.handles, &snapshot.ends, until)?;
+        for &id in &unread {
+            if !self.is_listed(id)? {
+                return Ok(None);
             }
-            let segment = match self.handles.get(id) {
-                Err(error) if error.is_missing() && !self.is_listed(id)? => return Ok(None),
-                Err(error) if error.is_missing() || matches!(error, StoreError::Foreign { .. }) => {
-                    unread.insert(id);
-                    continue;
-                }
-                segment => segment?,
-            };
-            let first = segment.salt.first_record();
-            if let Some(header) = &segment.header {
-                ledger.raise_ids(header.next_collection, header.next_document, header.next_sequence);
-            }
-            ledger.segments.insert(id, SegmentState::empty(first));
-            let end = end.min(segment.len_bytes()?);
-            let mut found = read_records(&segment, first, end, false)?;
-            if segment.header.is_none() {
-                found.damages.push(Damage { segment: id, offset: 0, bytes: first, document: None });
-            }
-            let before = segment.header.and_then(|header| header.next_sequence.checked_sub(1));
-            let next = snapshot.ends.get(at + 1).and_then(|&(next, _)| following(&self.handles, id, next));
-            found.find_losses(segment.salt != Salt::NONE, before, next);
-            news.push((id, end, found));
         }
-        enter_all(&catalog, &mut ledger, &news)?;
         let pairs = catalog.scan(b"").collect::<io::Result<Vec<Pair>>>().map_err(StoreError::catalog("scan"))?;
         Ok(Some((View::new(pairs, ledger.segments, ledger.totals), unread)))
     }
@@ -107,6 +82,47 @@ impl Store {
         let Ok(writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
         Ok(writer.ledger.segments.get(&id).is_some_and(|state| !state.retired))
     }
+}
+
+/// Enters in an empty catalog what the segments say up to these ends. Gives also the segments that cannot be read, because
+/// they are missing or another directory's.
+pub(super) fn fill(
+    catalog: &MemoryCatalog,
+    handles: &Handles,
+    ends: &[(SegmentId, u64)],
+    until: &Until,
+) -> Result<(Ledger, BTreeSet<SegmentId>), StoreError> {
+    let mut ledger = Ledger::load(catalog, handles.folder().directory())?;
+    let mut news: Vec<(SegmentId, u64, Found)> = Vec::new();
+    let mut unread = BTreeSet::new();
+    for (at, &(id, end)) in ends.iter().enumerate() {
+        if until.is_over() {
+            return Err(StoreError::GivenUp);
+        }
+        let segment = match handles.get(id) {
+            Err(error) if error.is_missing() || matches!(error, StoreError::Foreign { .. }) => {
+                unread.insert(id);
+                continue;
+            }
+            segment => segment?,
+        };
+        let first = segment.salt.first_record();
+        if let Some(header) = &segment.header {
+            ledger.raise_ids(header.next_collection, header.next_document, header.next_sequence);
+        }
+        ledger.segments.insert(id, SegmentState::empty(first));
+        let end = end.min(segment.len_bytes()?);
+        let mut found = read_records(&segment, first, end, false)?;
+        if segment.header.is_none() {
+            found.damages.push(Damage { segment: id, offset: 0, bytes: first, document: None });
+        }
+        let before = segment.header.and_then(|header| header.next_sequence.checked_sub(1));
+        let next = ends.get(at + 1).and_then(|&(next, _)| following(handles, id, next));
+        found.find_losses(segment.salt != Salt::NONE, before, next);
+        news.push((id, end, found));
+    }
+    enter_all(catalog, &mut ledger, &news)?;
+    Ok((ledger, unread))
 }
 
 impl View {

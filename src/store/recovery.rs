@@ -15,7 +15,6 @@ use super::log::Item;
 use super::loss::{self, Loss};
 use super::record::{Content, FORMAT, Kind, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
 use super::segment::{Handles, Segment, SegmentId};
-use super::write::End;
 use super::{Sizes, Writer};
 
 /// Records that are entered in one batch.
@@ -40,12 +39,16 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
     ids = handles.list()?;
     report_missing(&ids, &ledger);
     refuse_unknown_old(handles, &mut ids, &ledger)?;
+    let knows_nothing = ledger.segments.is_empty();
     let mut news = Vec::new();
     let mut tail = None;
     for (at, &id) in ids.iter().enumerate() {
         let segment = match handles.get(id) {
             Err(error @ StoreError::Foreign { .. }) => {
                 tracing::error!(%error, "a segment is not read");
+                // The one in whose place it lies may have held anything.
+                let losses = vec![Loss::Any { before: u64::MAX }];
+                news.extend(knows_nothing.then_some((id, 0, Found { losses, ..Found::default() })));
                 continue;
             }
             segment => segment?,
@@ -67,10 +70,6 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         catalog.flush().map_err(StoreError::catalog("flush"))?;
     }
 
-    let mut unmovable = BTreeSet::new();
-    for pair in catalog::scan::<Damage>(catalog, key::DAMAGES) {
-        unmovable.insert(pair?.1.segment);
-    }
     // A last segment shorter than the catalog knows lost acknowledged bytes, and one of an older format says that older
     // builds can read it: leave both as they are. Of one with damage the last group would pass for a torn end when the
     // catalog is rebuilt, now that what followed it is cut off: with a segment behind it, it does not.
@@ -83,7 +82,12 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         Some(tail) => tail,
         None => (begin_segment(handles, &mut ledger)?, SEGMENT_HEADER_BYTES as u64),
     };
-    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: false, log_end: End::Known })
+    let unmovable = damaged_segments(catalog)?;
+    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: false, end_is_known: true })
+}
+
+pub(super) fn damaged_segments(catalog: &dyn Catalog) -> Result<BTreeSet<SegmentId>, StoreError> {
+    catalog::scan::<Damage>(catalog, key::DAMAGES).map(|pair| Ok(pair?.1.segment)).collect()
 }
 
 /// A catalog is flushed before a segment is begun, so it knows all groups below the first of any segment. sled, which takes a

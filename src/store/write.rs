@@ -3,14 +3,19 @@
 
 use std::sync::{Arc, PoisonError};
 
+use super::catalog::Catalog;
 use super::catalog_memory::MemoryCatalog;
 use super::compaction::Step;
 use super::error::StoreError;
-use super::ledger::{Group, Ledger, SegmentState};
+use super::ledger::{Ledger, Totals};
 use super::log::GroupWriter;
+use super::loss::{self, Loss};
+use super::rebuild;
 use super::record::SEGMENT_HEADER_BYTES;
-use super::recovery::{self, rewrite};
+use super::recovery::{damaged_segments, rewrite};
+use super::segment::SegmentId;
 use super::{Store, Writer};
+use crate::until::Until;
 
 /// Whether a store takes writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,15 +26,6 @@ pub enum Health {
     ReadOnly { reason: String },
     /// A write failed and could not be undone. Reads go on, and every write begins by trying again.
     Failed { reason: String },
-}
-
-/// How the log ends.
-pub(super) enum End {
-    Known,
-    /// A write or a flush failed: bytes behind the end may or may not be on the disk.
-    Unknown,
-    /// A durable group is behind it of which the catalog may or may not have heard.
-    NotEntered(Group),
 }
 
 impl Store {
@@ -71,12 +67,14 @@ impl Store {
 
     fn note_health(&self, writer: &Writer, error: Option<&StoreError>) {
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = match (error, &writer.log_end) {
-            (Some(error), End::Unknown | End::NotEntered(_)) => Health::Failed { reason: error.to_string() },
-            (Some(error), End::Known) if error.is_full() => Health::ReadOnly { reason: error.to_string() },
+        let now = match error {
+            None => Health::Serving,
+            Some(error) if error.is_full() && writer.end_is_known => Health::ReadOnly { reason: error.to_string() },
+            Some(error) if !writer.end_is_known || self.catalog.is_broken() => {
+                Health::Failed { reason: error.to_string() }
+            }
             // A refusal says nothing about the disk.
-            (Some(_), End::Known) => return,
-            (None, _) => Health::Serving,
+            Some(_) => return,
         };
         if *health != now {
             match &now {
@@ -99,7 +97,7 @@ impl Store {
         let group = match written {
             Ok(group) => group,
             Err(error) => {
-                writer.log_end = End::Unknown;
+                writer.end_is_known = false;
                 // If this fails too, the next write tries again.
                 let _ = self.find_end(writer);
                 return Err(error);
@@ -113,67 +111,48 @@ impl Store {
                 self.places.bury(&group);
                 Ok(())
             }
+            // A catalog that is rebuilt from the log has the group.
+            Err(_) if self.catalog.is_torn() && self.replace_catalog(writer, group.end).is_ok() => {
+                writer.end = group.end;
+                Ok(())
+            }
             Err(error) => {
-                let number = writer.ledger.totals.next_sequence;
-                // A catalog that is rebuilt from the log has the group.
-                if self.catalog.is_torn()
-                    && self.replace_catalog(writer).is_ok()
-                    && writer.ledger.totals.next_sequence > number
-                {
-                    return Ok(());
-                }
-                writer.log_end = End::NotEntered(group);
-                // Done, if the catalog has it after all.
-                match self.find_end(writer) {
-                    Ok(()) if writer.ledger.totals.next_sequence > number => Ok(()),
-                    _ => Err(error),
-                }
+                // What the caller is told has failed may not count later.
+                writer.end_is_known = false;
+                let _ = self.find_end(writer);
+                Err(error)
             }
         }
     }
 
-    /// Finds out where the log ends, if that is not known.
+    /// Puts a catalog that works in the place of one that does not, and finds out where the log ends, if that is not known.
     pub(super) fn find_end(&self, writer: &mut Writer) -> Result<(), StoreError> {
-        match std::mem::replace(&mut writer.log_end, End::Unknown) {
-            End::Known => {}
-            End::Unknown => cut_back(writer)?,
-            End::NotEntered(group) => {
-                match Ledger::load(&self.catalog, self.handles.folder().directory()) {
-                    Ok(known) if known.totals.next_sequence > writer.ledger.totals.next_sequence => {
-                        writer.adopt(known);
-                        writer.end = group.end;
-                        self.places.bury(&group);
-                    }
-                    // The catalog does not have it, so nobody has seen it.
-                    Ok(_) => cut_back(writer)?,
-                    // It is replaced by one that has it.
-                    Err(_) if self.replace_catalog(writer).is_ok() => {}
-                    Err(error) => {
-                        writer.log_end = End::NotEntered(group);
-                        return Err(error);
-                    }
-                }
-            }
+        if !self.catalog.works() {
+            self.replace_catalog(writer, writer.end)?;
         }
-        writer.log_end = End::Known;
-        if self.catalog.is_broken() && !self.catalog.works() {
-            self.replace_catalog(writer)?;
-        }
-        if writer.ledger.is_stale {
-            writer.adopt(Ledger::load(&self.catalog, self.handles.folder().directory())?);
+        if !writer.end_is_known {
+            cut_back(writer)?;
+            writer.end_is_known = true;
         }
         Ok(())
     }
 
     /// Puts a catalog in memory in the place of one that does not work any more, and removes that one: the next opening
-    /// rebuilds it.
-    fn replace_catalog(&self, writer: &mut Writer) -> Result<(), StoreError> {
+    /// rebuilds it. The log counts up to `end`.
+    fn replace_catalog(&self, writer: &mut Writer, end: u64) -> Result<(), StoreError> {
         tracing::error!("the catalog does not work any more: it is rebuilt in memory");
-        let memory = Arc::new(MemoryCatalog::in_place_of(self.catalog.current()));
-        let fresh = recovery::recover(&self.handles, &*memory, writer.sizes)?;
-        *writer = fresh;
-        self.catalog.replace(memory);
+        let memory = MemoryCatalog::in_place_of(self.catalog.current());
+        // A retired segment whose file is still there is as good as any: what was copied out of it counts where it is now.
+        let files = self.handles.list()?;
+        let known = writer.ledger.segments.iter().filter(|(id, state)| !state.retired || files.contains(id));
+        let ends: Vec<(SegmentId, u64)> =
+            known.map(|(&id, state)| (id, if id == writer.active.id { end } else { state.bytes })).collect();
+        let (ledger, unread) = rebuild::fill(&memory, &self.handles, &ends, &Until::FOREVER)?;
+        writer.take_over(ledger, &memory, !unread.is_empty())?;
+        self.catalog.replace(Arc::new(memory));
         self.places.forget_all();
+        // If the other cannot be removed yet, it is as soon as anything has to be durable.
+        let _ = self.catalog.flush();
         Ok(())
     }
 
@@ -205,12 +184,20 @@ fn cut_back(writer: &Writer) -> Result<(), StoreError> {
 }
 
 impl Writer {
-    /// Takes over what the catalog says.
-    fn adopt(&mut self, mut known: Ledger) {
-        // Of a segment in which nothing was entered yet the catalog has not heard.
-        known.segments.entry(self.active.id).or_insert(SegmentState::empty(SEGMENT_HEADER_BYTES as u64));
-        self.ledger = known;
+    /// Goes on with a catalog that was rebuilt.
+    fn take_over(&mut self, mut ledger: Ledger, catalog: &dyn Catalog, is_part_unread: bool) -> Result<(), StoreError> {
+        // Ids that were given out stay so, whatever is lost of what they were given to.
+        let Totals { next_collection, next_document, next_sequence, .. } = self.ledger.totals;
+        ledger.raise_ids(next_collection, next_document, next_sequence);
+        if is_part_unread {
+            let doubts = loss::doubts(catalog, &[Loss::Any { before: u64::MAX }], &[])?;
+            ledger.doubt(catalog, &doubts)?;
+        }
+        self.unmovable = damaged_segments(catalog)?;
+        self.ledger = ledger;
         self.victim = None;
+        self.may_have_much_dead = true;
+        Ok(())
     }
 
     /// Closes the active segment if `bytes` more would overfill it.

@@ -43,10 +43,10 @@ fn calls() -> (Vec<Call>, Vec<usize>) {
 /// What a failing call may have done by then.
 fn effects(reason: Reason, call: Call) -> &'static [Effect] {
     match (reason, call) {
-        (Reason::Full, Call::Write) => &[Effect::Nothing, Effect::Half],
+        (Reason::Full, Call::Write | Call::Apply) => &[Effect::Nothing, Effect::Half],
         (Reason::Full, _) => &[Effect::Nothing],
-        (_, Call::Write | Call::Sync) => &[Effect::Nothing, Effect::Half, Effect::Everything],
-        (_, Call::Create | Call::Remove | Call::Truncate | Call::Apply | Call::Flush) => {
+        (_, Call::Write | Call::Sync | Call::Apply) => &[Effect::Nothing, Effect::Half, Effect::Everything],
+        (_, Call::Create | Call::Remove | Call::Truncate | Call::Flush | Call::Discard) => {
             &[Effect::Nothing, Effect::Everything]
         }
         _ => &[Effect::Nothing],

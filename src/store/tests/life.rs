@@ -9,6 +9,7 @@ use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
 
 pub(super) fn open_with(disk: &Disk, sizes: Sizes) -> Result<Store, StoreError> {
     let sizes = super::Sizes { segment_bytes: sizes.segment_bytes, group_bytes: 600 };
+    disk.reopen();
     Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes)
 }
 

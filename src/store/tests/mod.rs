@@ -73,6 +73,7 @@ const SEGMENT_BYTES: u64 = 2000;
 const SIZES: Sizes = Sizes { segment_bytes: SEGMENT_BYTES, group_bytes: 600 };
 
 fn open(disk: &Disk) -> Result<Store, StoreError> {
+    disk.reopen();
     Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), SIZES)
 }
 
