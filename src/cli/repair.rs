@@ -204,7 +204,10 @@ impl From<RepairReport> for Repairs {
         let leftovers = report.leftovers.into_iter().map(|left| Gone {
             document: Some(left.document.0),
             block: None,
-            problem: format!("{} are not part of it: {}", plural(left.blocks, "block"), left.reason),
+            problem: match left.blocks {
+                0 => left.reason,
+                blocks => format!("{} are not part of it: {}", plural(blocks, "block"), left.reason),
+            },
         });
         let faults = report.faults.into_iter().map(|fault| Gone {
             document: fault.document.or(fault.block.map(|block| block.document)).map(|document| document.0),

@@ -235,7 +235,12 @@ impl Drop for SledCatalog {
     /// sled panics where the disk refuses its last words, which loses nothing: the log has it all.
     fn drop(&mut self) {
         let tree = self.tree.take();
-        if in_time(move || Ok(drop(tree))).is_err() {
+        if in_time(move || {
+            drop(tree);
+            Ok(())
+        })
+        .is_err()
+        {
             tracing::warn!(path = %self.path.display(), "the catalog was not closed well; the next opening reads more of the log");
         }
     }

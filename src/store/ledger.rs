@@ -41,6 +41,9 @@ pub(super) struct Damage {
     pub(super) document: Option<DocumentId>,
 }
 
+/// In place of a document: names that are not found, for the record that gave one to something may be lost.
+pub(super) const NAMES: DocumentId = DocumentId(0);
+
 /// Why a document is not read: a newer record of it than all that were found is lost, or may be.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Doubt {

@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
-use super::ledger::{Damage, Doubt, Entry};
-use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
-use crate::types::DocumentId;
+use super::ledger::{Damage, Doubt, Entry, NAMES};
+use super::record::{CollectionEntry, Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
+use crate::types::{CollectionId, DocumentId};
 
 /// Something that was written, acknowledged, and is not found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,56 +104,84 @@ impl Stretch<'_> {
     }
 }
 
-/// Which documents `losses` put in doubt, and which blocks do that are newer than the manifest of their document and not
-/// covered by it, given what the catalog knows when all that was found is entered.
-pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) -> Result<Vec<Doubt>, StoreError> {
-    let mut doubts = BTreeMap::new();
-    let mut doubt = |document: DocumentId, lost: &str| {
+/// Why things are in doubt.
+#[derive(Default)]
+struct Doubts(BTreeMap<DocumentId, Doubt>);
+
+impl Doubts {
+    fn document(&mut self, document: DocumentId, lost: &str) {
         let reason = format!(
             "{lost} of document {document} is lost to damage, so what is left of it may be outdated: run `landmarkdb repair`"
         );
-        doubts.entry(document).or_insert(Doubt { document, reason });
-    };
+        self.0.entry(document).or_insert(Doubt { document, reason });
+    }
+
+    fn names(&mut self, lost: &str) {
+        let reason = format!(
+            "{lost} is lost to damage, so a name that is not found may have been given out: run `landmarkdb repair`"
+        );
+        self.0.entry(NAMES).or_insert(Doubt { document: NAMES, reason });
+    }
+}
+
+/// Which documents `losses` put in doubt, and which blocks do that are newer than the manifest of their document and not
+/// covered by it, given what the catalog knows when all that was found is entered. And whether they put names in doubt: what
+/// had one of which no record is left.
+pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) -> Result<Vec<Doubt>, StoreError> {
+    let mut doubts = Doubts::default();
     let manifest = |document| catalog::get::<(Locator, DocumentEntry)>(catalog, &key::document(document));
+    let collection = |id: CollectionId| catalog::get::<(Locator, CollectionEntry)>(catalog, &key::collection(id));
     for loss in losses {
         match *loss {
             Loss::Record(Named::Document(document, sequence)) => {
-                let outdated = match manifest(document)? {
-                    Some((found, _)) => found.sequence < sequence,
-                    None => !is_deleted(catalog, document)?,
-                };
-                if outdated {
-                    doubt(document, "the newest manifest");
+                let found = manifest(document)?;
+                if found.is_none() && !is_deleted(catalog, document)? {
+                    doubts.document(document, "the manifest");
+                    doubts.names(&format!("the manifest of document {document}"));
+                } else if found.is_some_and(|(found, _)| found.sequence < sequence) {
+                    doubts.document(document, "the newest manifest");
                 }
             }
             Loss::Record(Named::Tombstone(document, sequence)) => {
                 // Repair gives a document that may have been deleted a newer manifest.
                 if manifest(document)?.is_some_and(|(found, _)| found.sequence < sequence) {
-                    doubt(document, "the deletion");
+                    doubts.document(document, "the deletion");
                 }
             }
             // An older record of a collection differs in the engine at most, which changes no answer.
-            Loss::Record(Named::Collection(..)) => {}
+            Loss::Record(Named::Collection(id, _)) => {
+                if collection(id)?.is_none() {
+                    doubts.names(&format!("the record of collection {id}"));
+                }
+            }
             Loss::Any { before } => {
+                doubts.names("perhaps the record of a document or a collection");
                 for pair in catalog::scan::<(Locator, DocumentEntry)>(catalog, key::DOCUMENTS) {
                     let (_, (found, entry)) = pair?;
                     if found.sequence < before {
-                        doubt(entry.manifest.id, "perhaps a newer manifest or the deletion");
+                        doubts.document(entry.manifest.id, "perhaps a newer manifest or the deletion");
                     }
                 }
             }
         }
     }
     for entry in blocks {
-        if let Content::Block(id) = entry.content
-            && let Some((found, document)) = manifest(id.document)?
-            && entry.locator.sequence > found.sequence
-            && !document.accepts(id.index, entry.locator.tokens, entry.locator.sequence)
-        {
-            doubt(id.document, "the newest manifest");
+        let Content::Block(id) = entry.content else { continue };
+        match manifest(id.document)? {
+            Some((found, document))
+                if entry.locator.sequence > found.sequence
+                    && !document.accepts(id.index, entry.locator.tokens, entry.locator.sequence) =>
+            {
+                doubts.document(id.document, "the newest manifest");
+            }
+            None if !is_deleted(catalog, id.document)? => {
+                doubts.document(id.document, "the manifest");
+                doubts.names(&format!("the manifest of document {}", id.document));
+            }
+            _ => {}
         }
     }
-    Ok(doubts.into_values().collect())
+    Ok(doubts.0.into_values().collect())
 }
 
 fn is_deleted(catalog: &dyn Catalog, document: DocumentId) -> Result<bool, StoreError> {

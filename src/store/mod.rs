@@ -10,7 +10,7 @@
 //! records), `ledger` (what records mean), `append` and `mend`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
 //! `verify` and `rebuild`, `repair` and `salvage`; `piece` stands apart.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -67,7 +67,7 @@ pub use write::Health;
 
 use catalog_memory::{CatalogSlot, MemoryCatalog};
 use compaction::Victim;
-use ledger::{Doubt, Ledger};
+use ledger::{Ledger, NAMES};
 use places::Places;
 use record::{DocumentEntry, Locator, Tombstone};
 use segment::{Handles, Segment, private};
@@ -146,8 +146,6 @@ pub struct Store {
     handles: Handles,
     catalog: CatalogSlot,
     places: Places,
-    /// Documents that are not read, and why: found when the store was opened.
-    doubts: BTreeMap<DocumentId, String>,
     writer: Mutex<Writer>,
     /// As of the last write; readers of it do not wait for one under way.
     stats: Mutex<StoreStats>,
@@ -238,16 +236,12 @@ impl Store {
         let handles = Handles::new(segments);
         let writer = recovery::recover(&handles, &*catalog, sizes)?;
         let stats = Mutex::new(writer.stats());
-        let doubts = catalog::scan::<Doubt>(&*catalog, catalog::key::DOUBTS);
-        let doubts =
-            doubts.map(|pair| pair.map(|(_, doubt)| (doubt.document, doubt.reason))).collect::<Result<_, _>>()?;
         let garbage = catalog::scan::<DocumentId>(&*catalog, catalog::key::GARBAGE);
         let places = Places::of_deleted(garbage.map(|pair| pair.map(|pair| pair.1)).collect::<Result<_, _>>()?);
         Ok(Store {
             handles,
             catalog: CatalogSlot::new(catalog),
             places,
-            doubts,
             writer: Mutex::new(writer),
             stats,
             health: Mutex::default(),
@@ -263,6 +257,7 @@ impl Store {
             if self.catalog_get::<CollectionId>(&catalog::key::collection_name(&spec.name))?.is_some() {
                 return Err(StoreError::AlreadyExists { name: spec.name.clone() });
             }
+            self.check_undoubted(NAMES)?;
             let id = writer.ledger.totals.next_collection;
             if id.0 == u32::MAX {
                 return Err(error::used_up("id of a collection"));
@@ -321,8 +316,13 @@ impl Store {
         })
     }
 
+    /// `Damaged` if none is found and names may be lost.
     pub fn find_document(&self, collection: CollectionId, name: &str) -> Result<Option<DocumentId>, StoreError> {
-        self.catalog_get(&catalog::key::document_name(collection, name))
+        let found = self.catalog_get(&catalog::key::document_name(collection, name))?;
+        if found.is_none() {
+            self.check_undoubted(NAMES)?;
+        }
+        Ok(found)
     }
 
     /// `Damaged` if a newer one is lost.

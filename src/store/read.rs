@@ -4,6 +4,7 @@ use std::io;
 
 use super::catalog::{self, key};
 use super::error::{Entity, StoreError};
+use super::ledger::Doubt;
 use super::log::Item;
 use super::record::{CRC_BYTES, Content, DocumentEntry, Locator, Part, Stamp, decode_meta};
 use super::segment::{Handles, Segment};
@@ -141,9 +142,9 @@ impl Store {
 
     /// `Damaged` if what is known of a document may be outdated.
     pub(super) fn check_undoubted(&self, document: DocumentId) -> Result<(), StoreError> {
-        match self.doubts.get(&document) {
+        match catalog::get::<Doubt>(self.readable(), &key::doubt(document))? {
             None => Ok(()),
-            Some(reason) => Err(StoreError::Damaged { block: None, detail: reason.clone() }),
+            Some(doubt) => Err(StoreError::Damaged { block: None, detail: doubt.reason }),
         }
     }
 }

@@ -8,7 +8,7 @@ use super::Store;
 use super::catalog::{Catalog, Pair};
 use super::catalog_memory::MemoryCatalog;
 use super::error::StoreError;
-use super::ledger::{Damage, Ledger, SegmentState, Totals};
+use super::ledger::{Damage, Ledger, NAMES, SegmentState, Totals};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
 use super::segment::{Handles, SegmentId};
@@ -223,6 +223,7 @@ fn name(key: &[u8]) -> String {
         b'd' => format!("the name {:?} of a document", text(5)),
         b'B' => format!("block {document}:{}", index(key)),
         b'T' => format!("the deletion of document {document}"),
+        _ if document == NAMES.0 => "that names are in doubt".into(),
         _ => format!("that document {document} is in doubt"),
     }
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Manifest;
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
-use super::ledger::Doubt;
+use super::ledger::{Doubt, NAMES};
 use super::log::Item;
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Part, Tombstone, decode_meta};
@@ -48,7 +48,7 @@ pub struct Salvaged {
     pub perhaps_deleted: bool,
 }
 
-/// Blocks that are there and belong to no readable part of a document.
+/// Blocks that are there and belong to no readable part of a document; none, and collection 0, if nothing is left of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
     pub document: DocumentId,
@@ -88,6 +88,7 @@ pub(super) fn salvage(
     for pair in catalog::scan::<Doubt>(work.catalog, key::DOUBTS) {
         wanted.insert(pair?.1.document);
     }
+    wanted.remove(&NAMES);
     for document in wanted {
         let doubt = catalog::get::<Doubt>(work.catalog, &key::doubt(document))?;
         let entry = catalog::get::<(Locator, DocumentEntry)>(work.catalog, &key::document(document))?;
@@ -116,7 +117,11 @@ impl<'a> Remains<'a> {
     ) -> Result<Option<Self>, StoreError> {
         let first = pieces.values().next().and_then(|pieces| pieces.first());
         let collection = entry.as_ref().map(|entry| entry.manifest.collection);
-        let Some(collection) = collection.or(first.map(|piece| piece.collection)) else { return Ok(None) };
+        let Some(collection) = collection.or(first.map(|piece| piece.collection)) else {
+            let reason = "its manifest is lost, and no block of it is left: it had none, or append it again".into();
+            leftovers.push(Leftover { document, collection: CollectionId(0), blocks: 0, reason });
+            return Ok(None);
+        };
         let spec = catalog::get::<(Locator, CollectionEntry)>(catalog, &key::collection(collection))?;
         let known = entry.as_ref().map(|entry| entry.block_tokens);
         let block_tokens = known.or(spec.map(|(_, collection)| collection.spec.shape.block_tokens));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Store;
 use super::catalog::{self, key};
 use super::error::StoreError;
-use super::ledger::{Damage, Doubt};
+use super::ledger::{Damage, Doubt, NAMES};
 use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact, read_small};
 use super::record::{
@@ -181,7 +181,7 @@ impl Store {
         }
         for pair in catalog::scan::<Doubt>(&self.catalog, key::DOUBTS) {
             let Doubt { document, reason } = pair?.1;
-            report.fault(Some(document), None, reason);
+            report.fault(Some(document).filter(|&document| document != NAMES), None, reason);
         }
         for pair in catalog::scan::<Damage>(&self.catalog, key::DAMAGES) {
             let damage = pair?.1;

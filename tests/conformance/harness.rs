@@ -12,21 +12,18 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// What it has to do to the service besides calling it.
     pub(crate) needs: &'static [Need],
-    /// Why it is not run for now.
-    pub(crate) until: Option<&'static str>,
     pub(crate) run: fn(&Suite),
 }
 
-/// `cases() -> Vec<Case>` of a module, by the names of its functions: `name;`, `name needs [Kill];`, `name until "why";`.
+/// `cases() -> Vec<Case>` of a module, by the names of its functions: `name;`, `name needs [Kill];`.
 macro_rules! cases {
-    ($($name:ident $(needs [$($need:ident),+])? $(until $why:literal)?;)+) => {
+    ($($name:ident $(needs [$($need:ident),+])?;)+) => {
         pub(crate) fn cases() -> Vec<$crate::harness::Case> {
             #[allow(unused_imports, reason = "most modules need nothing")]
             use $crate::suite::Need::*;
             vec![$($crate::harness::Case {
                 name: concat!(module_path!(), "::", stringify!($name)),
                 needs: &[$($($need),+)?],
-                until: None$(.or(Some($why)))?,
                 run: $name,
             }),+]
         }
@@ -43,10 +40,7 @@ impl Case {
     /// Why it is not run, if it is not.
     fn skipped(&self, suite: &Suite) -> Option<String> {
         let missing: Vec<&str> = self.needs.iter().filter_map(|&need| suite.missing(need)).collect();
-        if !missing.is_empty() {
-            return Some(format!("needs {}, not set", missing.join(" and ")));
-        }
-        self.until.map(|why| format!("until {why}"))
+        (!missing.is_empty()).then(|| format!("needs {}, not set", missing.join(" and ")))
     }
 }
 

@@ -158,6 +158,45 @@ fn compaction_destroys_nothing_that_a_lost_manifest_may_have_covered() {
     assert_eq!(kept.len(), records_before.iter().filter(|(.., content)| of_document(content)).count());
 }
 
+/// After a compaction there is one copy of a manifest. With that damaged, its name was given to a new, empty document.
+#[test]
+fn a_name_whose_record_is_lost_is_not_given_out_again() {
+    let (disk, [full, ..]) = with_history();
+    let records = records(&disk);
+    let manifest = |content: &Content| matches!(content, Content::Document(entry) if entry.manifest.id == full);
+    let collection = |content: &Content| matches!(content, Content::Collection(..));
+    for byte in [10, 70] {
+        let copy = disk.restart(Files::Synced, Table::Deleted);
+        for (segment, offset, ..) in records.iter().filter(|(.., content)| manifest(content)) {
+            copy.flip(*segment, offset + byte);
+        }
+        let store = open(&copy).unwrap();
+        assert!(is_damaged(store.manifest(full)), "by its id");
+        for name in ["full", "never seen"] {
+            assert!(is_damaged(store.find_document(CollectionId(1), name)), "{name}");
+            assert!(is_damaged(store.create_document(CollectionId(1), name)), "{name}");
+        }
+        assert!(is_damaged(store.create_collection(&spec("two"))));
+        assert!(store.find_document(CollectionId(1), "tail").unwrap().is_some(), "names that are found are");
+        assert!(!store.verify(None, &mut |_, _| {}).unwrap().faults.is_empty());
+        drop(store);
+        let handles = Handles::new(Box::new(copy.clone()));
+        crate::store::repair::repair(&handles, &copy, Default::default(), &Default::default()).unwrap();
+        let store = open(&copy).unwrap();
+        let recovered = store.find_document(CollectionId(1), &format!("recovered-{full}")).unwrap();
+        assert_eq!(recovered, Some(full));
+        assert_eq!(read(&store, id(full, 2)).unwrap(), block(2, 4, 8));
+        store.create_document(CollectionId(1), "full").expect("what is gone was told");
+
+        let copy = disk.restart(Files::Synced, Table::Deleted);
+        for (segment, offset, ..) in records.iter().filter(|(.., content)| collection(content)) {
+            copy.flip(*segment, offset + byte);
+        }
+        let store = open(&copy).unwrap();
+        assert!(is_damaged(store.create_collection(&spec("one"))));
+    }
+}
+
 /// One flipped bit in sled's file made it come up with older pages: documents that were deleted since, with their
 /// tombstones gone, were there again.
 #[test]
