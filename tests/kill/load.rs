@@ -13,6 +13,7 @@ use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, FetchRequest, Memor
 use landmarkdb::client::{ClientOptions, RemoteMemory};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::types::{CollectionId, DType, DocumentId};
+use landmarkdb::until::Until;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -319,7 +320,7 @@ fn nothing_acknowledged_is_lost_when_a_busy_service_is_killed() {
         let (service, address) = serve(&data);
         let memory = connect(&address).unwrap();
         compared += settle(&memory, collection, &mut slots, &context);
-        let faults = memory.verify(None, &mut |_, _| {}).unwrap().faults;
+        let faults = memory.verify_rebuild(&mut |_, _| {}, &Until::FOREVER).unwrap().faults;
         assert_eq!(faults, vec![], "{context}");
         let documents = slots.iter().filter_map(|slot| slot.document);
         let of = shape().block_tokens;
