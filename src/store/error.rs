@@ -66,6 +66,11 @@ impl StoreError {
         matches!(self, StoreError::Io { source, .. } | StoreError::Catalog { source, .. } if full(source))
     }
 
+    /// Of a call of the system.
+    pub(super) fn is_of_system(&self) -> bool {
+        matches!(self, StoreError::Io { .. } | StoreError::Catalog { .. })
+    }
+
     /// Of a segment file that is not there.
     pub(super) fn is_missing(&self) -> bool {
         matches!(self, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

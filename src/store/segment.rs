@@ -102,6 +102,11 @@ pub trait Segments: Send + Sync {
     fn release_reserve(&self) -> io::Result<()> {
         Ok(())
     }
+
+    /// Whether the disk has room for more than the next few small writes.
+    fn has_room(&self) -> bool {
+        true
+    }
 }
 
 /// One segment. All methods take `&self`: positions are arguments, so readers and the writer share a handle.
@@ -190,6 +195,10 @@ fn torn_name(id: SegmentId, offset: u64) -> String {
     format!("{:010}-{offset}.torn", id.0)
 }
 
+fn reserve_bytes(disk: &rustix::fs::StatVfs) -> u64 {
+    (disk.f_blocks * disk.f_frsize / RESERVE_SHARE).min(limits::RESERVE_BYTES_MAX)
+}
+
 impl Segments for SegmentFolder {
     fn directory(&self) -> DirectoryId {
         self.directory
@@ -255,8 +264,7 @@ impl Segments for SegmentFolder {
         if self.reserve.exists() {
             return;
         }
-        let bytes = rustix::fs::statvfs(&self.path).map_or(0, |disk| disk.f_blocks * disk.f_frsize / RESERVE_SHARE);
-        let bytes = bytes.min(limits::RESERVE_BYTES_MAX);
+        let bytes = rustix::fs::statvfs(&self.path).map_or(0, |disk| reserve_bytes(&disk));
         let reserved = private().create(true).open(&self.reserve).and_then(|file| {
             let flags = rustix::fs::FallocateFlags::empty();
             Ok(rustix::fs::fallocate(file, flags, 0, bytes.max(1))?)
@@ -272,6 +280,11 @@ impl Segments for SegmentFolder {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// As much as the reserve takes, beside it.
+    fn has_room(&self) -> bool {
+        rustix::fs::statvfs(&self.path).is_ok_and(|disk| disk.f_bavail * disk.f_frsize >= reserve_bytes(&disk))
     }
 
     fn discard_torn(&self) -> io::Result<()> {

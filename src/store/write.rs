@@ -68,9 +68,11 @@ impl Store {
     fn note_health(&self, writer: &Writer, error: Option<&StoreError>) {
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         let now = match error {
+            // A small write, or a step with nothing to write, finds no disk full.
+            None if matches!(*health, Health::ReadOnly { .. }) && !self.handles.folder().has_room() => return,
             None => Health::Serving,
             Some(error) if error.is_full() && writer.end_is_known => Health::ReadOnly { reason: error.to_string() },
-            Some(error) if !writer.end_is_known || self.catalog.is_broken() => {
+            Some(error) if error.is_of_system() && (!writer.end_is_known || self.catalog.is_broken()) => {
                 Health::Failed { reason: error.to_string() }
             }
             // A refusal says nothing about the disk.
