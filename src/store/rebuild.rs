@@ -140,6 +140,8 @@ impl View {
                         state.live_bytes = state.live_bytes.saturating_sub(locator.bytes());
                     }
                 }
+                // What gave a name and would be lost is a difference by itself.
+                b'U' if number(&key, 1) == Some(NAMES.0) => {}
                 b'C' | b'c' | b'D' | b'd' | b'B' | b'T' | b'U' => drop(things.insert(key, value)),
                 _ => {}
             }
@@ -223,7 +225,6 @@ fn name(key: &[u8]) -> String {
         b'd' => format!("the name {:?} of a document", text(5)),
         b'B' => format!("block {document}:{}", index(key)),
         b'T' => format!("the deletion of document {document}"),
-        _ if document == NAMES.0 => "that names are in doubt".into(),
         _ => format!("that document {document} is in doubt"),
     }
 }
