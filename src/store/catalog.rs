@@ -235,6 +235,11 @@ impl Drop for SledCatalog {
     /// sled panics where the disk refuses its last words, which loses nothing: the log has it all.
     fn drop(&mut self) {
         let tree = self.tree.take();
+        if !self.path.exists() {
+            // It was given up and removed: nobody waits for what it has left to write.
+            let _ = std::thread::Builder::new().name("catalog".into()).spawn(move || drop(tree));
+            return;
+        }
         if in_time(move || {
             drop(tree);
             Ok(())
@@ -246,7 +251,8 @@ impl Drop for SledCatalog {
     }
 }
 
-/// Runs what makes sled write, on a thread of its own: after a write that failed it may wait for ever to be told of it.
+/// Runs what makes sled write, on a thread of its own: after a write that failed it may wait for ever to be told of it, and it
+/// may panic.
 fn in_time(run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
     let (ended, result) = mpsc::channel();
     // Nobody may be waiting any more.
@@ -289,7 +295,8 @@ impl Catalog for SledCatalog {
                 None => changes.remove(key),
             }
         }
-        Ok(self.tree()?.apply_batch(changes)?)
+        let tree = self.tree()?.clone();
+        in_time(move || Ok(tree.apply_batch(changes)?))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -123,7 +123,7 @@ impl CatalogSlot {
         self.broken.load(Ordering::Acquire)
     }
 
-    /// Whether it may hold a part of a batch.
+    /// Whether it may hold a part of a batch, or hangs.
     pub(super) fn is_torn(&self) -> bool {
         self.inside().is_torn
     }
@@ -140,45 +140,70 @@ impl CatalogSlot {
         works
     }
 
+    /// Sees to it that the next opening does not find the catalog in whose place this one is: before anything is acknowledged.
+    pub(super) fn settle(&self) -> io::Result<()> {
+        if self.inside().stands_in {
+            self.flush()?;
+            self.broken.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
     fn watch<T>(&self, result: io::Result<T>) -> io::Result<T> {
         result.inspect_err(|_| self.broken.store(true, Ordering::Release))
     }
 }
 
 impl Inside {
-    fn whole(&self) -> io::Result<&dyn Catalog> {
-        if self.is_torn { Err(io::Error::other("a change of it failed midway")) } else { Ok(&*self.catalog) }
+    fn whole(&self) -> io::Result<&Arc<dyn Catalog>> {
+        if self.is_torn { Err(io::Error::other("a change of it failed midway")) } else { Ok(&self.catalog) }
+    }
+
+    /// Whether what was read of it meanwhile is whole: a batch that fails is known to have failed before anybody gets here.
+    fn is_still(&self, before: usize) -> bool {
+        !self.is_torn && self.before == before
     }
 }
 
 impl Catalog for CatalogSlot {
+    /// No lock is held over the call: sled may wait for ever.
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        self.watch(self.inside().whole().and_then(|catalog| catalog.get(key)))
+        loop {
+            let current = {
+                let inside = self.inside();
+                inside.whole().map(|catalog| (catalog.clone(), inside.before))
+            };
+            let (catalog, before) = self.watch(current)?;
+            let found = catalog.get(key);
+            if self.inside().is_still(before) {
+                return self.watch(found);
+            }
+        }
     }
 
     fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
         let (inside, broken) = (self.inside.clone(), self.broken.clone());
-        let (mut pairs, before) = {
+        let (current, before) = {
             let inside = self.inside();
-            (inside.catalog.scan(prefix), inside.before)
+            (inside.whole().cloned(), inside.before)
         };
-        let mut next = move || {
-            let inside = inside.read().unwrap_or_else(PoisonError::into_inner);
-            inside.whole()?;
-            if inside.before != before {
-                return Err(io::Error::other("another has taken its place meanwhile: try again"));
-            }
-            pairs.next().transpose()
+        let mut pairs = match self.watch(current) {
+            Ok(catalog) => catalog.scan(prefix),
+            Err(error) => return Box::new(std::iter::once(Err(error))),
         };
         let mut is_over = false;
         Box::new(std::iter::from_fn(move || {
             if is_over {
                 return None;
             }
-            let pair = next().transpose();
-            is_over = !matches!(pair, Some(Ok(_)));
-            if let Some(Err(_)) = &pair {
+            let pair = pairs.next();
+            if pair.as_ref().is_some_and(Result::is_err) {
                 broken.store(true, Ordering::Release);
+            }
+            is_over = !matches!(pair, Some(Ok(_)));
+            if !inside.read().unwrap_or_else(PoisonError::into_inner).is_still(before) {
+                is_over = true;
+                return Some(Err(io::Error::other("another has taken its place meanwhile: try again")));
             }
             pair
         }))
@@ -195,11 +220,18 @@ impl Catalog for CatalogSlot {
     }
 
     fn flush(&self) -> io::Result<()> {
-        let catalog = {
+        let current = {
             let inside = self.inside();
-            inside.whole().map(|_| inside.catalog.clone())
+            inside.whole().map(|catalog| (catalog.clone(), inside.before))
         };
-        self.watch(catalog.and_then(|catalog| catalog.flush()))
+        let (catalog, before) = self.watch(current)?;
+        let flushed = self.watch(catalog.flush());
+        if flushed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+            // It hangs, and would the next time.
+            let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+            inside.is_torn |= inside.before == before;
+        }
+        flushed
     }
 
     fn size_bytes(&self) -> io::Result<u64> {

@@ -217,7 +217,15 @@ impl Store {
         let Some(state) = writer.ledger.segments.get(&id).copied() else { return Ok(()) };
         let end = state.bytes.min(victim.segment.len_bytes()?);
         let before = (victim.dropped.clone(), victim.dropped_bytes);
-        let Some(Live { records, at }) = self.next_live(writer, &mut victim, end)? else {
+        let live = match self.next_live(writer, &mut victim, end) {
+            Ok(live) => live,
+            Err(error) => {
+                (victim.dropped, victim.dropped_bytes) = before;
+                writer.victim = Some(victim);
+                return Err(error);
+            }
+        };
+        let Some(Live { records, at }) = live else {
             writer.leave_alone(id);
             return Ok(());
         };

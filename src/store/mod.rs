@@ -15,6 +15,7 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -170,6 +171,8 @@ struct Writer {
     may_have_much_dead: bool,
     /// Whether nothing lies behind `end` that a failed call may have left.
     end_is_known: bool,
+    /// The catalog could not be replaced a moment ago.
+    readers_wait_until: Option<Instant>,
 }
 
 /// What a store is made of, and the lock that keeps others out.
@@ -420,6 +423,7 @@ impl Store {
         if self.catalog.is_broken()
             && self.catalog.is_torn()
             && let Ok(mut writer) = self.writer.try_lock()
+            && writer.readers_wait_until.is_none_or(|end| end <= Instant::now())
         {
             // What stands in the way of it, readers are told by the catalog.
             let _ = self.find_end(&mut writer);
@@ -449,9 +453,16 @@ fn is_out_of_files(code: i32) -> bool {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        // A part of a batch must not be found by the next opening.
-        let closed = if self.catalog.is_torn() { self.catalog.discard() } else { self.catalog.flush() };
-        if let Err(error) = closed {
+        // What a caller was told has failed must not be found by the next opening, in the log or, in part, in the catalog.
+        let cut = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner).cut_back();
+        if let Err(error) = cut {
+            tracing::error!(%error, "an append that failed may be there when the store is opened again");
+        }
+        if self.catalog.is_torn() {
+            if let Err(error) = self.catalog.discard() {
+                tracing::error!(%error, "a change that failed may be there in part when the store is opened again: run `landmarkdb repair`");
+            }
+        } else if let Err(error) = self.catalog.flush() {
             tracing::warn!(%error, "the catalog was not flushed; the next opening reads more of the log");
         }
     }

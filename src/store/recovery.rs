@@ -83,7 +83,17 @@ pub(super) fn recover(handles: &Handles, catalog: &dyn Catalog, sizes: Sizes) ->
         None => (begin_segment(handles, &mut ledger)?, SEGMENT_HEADER_BYTES as u64),
     };
     let unmovable = damaged_segments(catalog)?;
-    Ok(Writer { active, end, ledger, unmovable, sizes, victim: None, may_have_much_dead: false, end_is_known: true })
+    Ok(Writer {
+        active,
+        end,
+        ledger,
+        unmovable,
+        sizes,
+        victim: None,
+        may_have_much_dead: false,
+        end_is_known: true,
+        readers_wait_until: None,
+    })
 }
 
 pub(super) fn damaged_segments(catalog: &dyn Catalog) -> Result<BTreeSet<SegmentId>, StoreError> {
@@ -335,6 +345,10 @@ impl Found {
     /// Works out what is lost of the groups between number `before` and `following`, where these are known.
     pub(super) fn find_losses(&mut self, is_salted: bool, before: Option<u64>, following: Option<u64>) {
         self.losses = loss::of_segment(&self.entries, &self.damages, is_salted, before, following);
+    }
+
+    pub(super) fn has_losses(&self) -> bool {
+        !self.losses.is_empty()
     }
 
     fn forget_from(&mut self, cut: u64) {

@@ -1,13 +1,15 @@
 //! What happens when a write fails? Writes are refused for as long as it is not known where the log ends, and no longer:
 //! the next call finds out. Everything else is an ordinary error, after which the next call works.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::catalog::Catalog;
 use super::catalog_memory::MemoryCatalog;
 use super::compaction::Step;
 use super::error::StoreError;
-use super::ledger::{Ledger, Totals};
+use super::ledger::{Ledger, SegmentState, Totals};
 use super::log::GroupWriter;
 use super::loss::{self, Loss};
 use super::rebuild;
@@ -27,6 +29,9 @@ pub enum Health {
     /// A write failed and could not be undone. Reads go on, and every write begins by trying again.
     Failed { reason: String },
 }
+
+/// What a reader does in passing.
+const QUICK: Duration = Duration::from_millis(10);
 
 impl Store {
     /// Whether the store takes writes, as of the last one.
@@ -113,12 +118,13 @@ impl Store {
                 self.places.bury(&group);
                 Ok(())
             }
-            // A catalog that is rebuilt from the log has the group.
-            Err(_) if self.catalog.is_torn() && self.replace_catalog(writer, group.end).is_ok() => {
-                writer.end = group.end;
-                Ok(())
-            }
             Err(error) => {
+                // Once what it holds of the group is gone, one that is rebuilt from the log has the group.
+                let is_gone = self.catalog.is_torn() && self.catalog.discard().is_ok();
+                if is_gone && self.replace_catalog(writer, group.end).is_ok() {
+                    writer.end = group.end;
+                    return Ok(());
+                }
                 // What the caller is told has failed may not count later.
                 writer.end_is_known = false;
                 let _ = self.find_end(writer);
@@ -127,22 +133,28 @@ impl Store {
         }
     }
 
-    /// Puts a catalog that works in the place of one that does not, and finds out where the log ends, if that is not known.
+    /// Finds out where the log ends, if that is not known, and puts a catalog that works in the place of one that does not.
     pub(super) fn find_end(&self, writer: &mut Writer) -> Result<(), StoreError> {
-        if !self.catalog.works() {
-            self.replace_catalog(writer, writer.end)?;
-        }
-        if !writer.end_is_known {
-            cut_back(writer)?;
-            writer.end_is_known = true;
-        }
-        Ok(())
+        // Neither waits for the other.
+        let found = writer.cut_back();
+        let replaced = if self.catalog.works() { Ok(()) } else { self.replace_catalog(writer, writer.end) };
+        found.and(replaced)?;
+        self.catalog.settle().map_err(StoreError::catalog("be removed"))
     }
 
-    /// Puts a catalog in memory in the place of one that does not work any more, and removes that one: the next opening
-    /// rebuilds it. The log counts up to `end`.
+    /// Puts a catalog in memory in the place of one that does not work any more. The log counts up to `end`.
     fn replace_catalog(&self, writer: &mut Writer, end: u64) -> Result<(), StoreError> {
         tracing::error!("the catalog does not work any more: it is rebuilt in memory");
+        let begun = Instant::now();
+        let replaced = self.try_replacing(writer, end);
+        // Where it takes long, readers try it for a tenth of the time at most.
+        let took = begun.elapsed();
+        let waits = replaced.is_err() && took > QUICK;
+        writer.readers_wait_until = waits.then(|| Instant::now() + 10 * took);
+        replaced
+    }
+
+    fn try_replacing(&self, writer: &mut Writer, end: u64) -> Result<(), StoreError> {
         let memory = MemoryCatalog::in_place_of(self.catalog.current());
         // A retired segment whose file is still there is as good as any: what was copied out of it counts where it is now.
         let files = self.handles.list()?;
@@ -150,11 +162,9 @@ impl Store {
         let ends: Vec<(SegmentId, u64)> =
             known.map(|(&id, state)| (id, if id == writer.active.id { end } else { state.bytes })).collect();
         let (ledger, unread) = rebuild::fill(&memory, &self.handles, &ends, &Until::FOREVER)?;
-        writer.take_over(ledger, &memory, !unread.is_empty())?;
+        writer.take_over(ledger, &memory, &unread)?;
         self.catalog.replace(Arc::new(memory));
         self.places.forget_all();
-        // If the other cannot be removed yet, it is as soon as anything has to be durable.
-        let _ = self.catalog.flush();
         Ok(())
     }
 
@@ -174,28 +184,44 @@ impl Store {
     }
 }
 
-/// Takes whatever a failed write left behind the end off the disk. A flush that failed makes pages pass for written that
-/// are not, so the page that the end lies in is written again.
-fn cut_back(writer: &Writer) -> Result<(), StoreError> {
-    const PAGE_BYTES: u64 = 4096;
-    let file = &writer.active.file;
-    if file.len_bytes().map_err(StoreError::io("measure a segment"))? > writer.end {
-        file.truncate(writer.end).map_err(StoreError::io("cut a segment"))?;
-    }
-    rewrite(&writer.active, writer.end / PAGE_BYTES * PAGE_BYTES, writer.end)
-}
-
 impl Writer {
-    /// Goes on with a catalog that was rebuilt.
-    fn take_over(&mut self, mut ledger: Ledger, catalog: &dyn Catalog, is_part_unread: bool) -> Result<(), StoreError> {
+    /// Takes whatever a failed write left behind the end off the disk. A flush that failed makes pages pass for written that
+    /// are not, so the page that the end lies in is written again.
+    pub(super) fn cut_back(&mut self) -> Result<(), StoreError> {
+        const PAGE_BYTES: u64 = 4096;
+        if self.end_is_known {
+            return Ok(());
+        }
+        let file = &self.active.file;
+        if file.len_bytes().map_err(StoreError::io("measure a segment"))? > self.end {
+            file.truncate(self.end).map_err(StoreError::io("cut a segment"))?;
+        }
+        rewrite(&self.active, self.end / PAGE_BYTES * PAGE_BYTES, self.end)?;
+        self.end_is_known = true;
+        Ok(())
+    }
+
+    /// Goes on with a catalog that was rebuilt, but for segments that cannot be read.
+    fn take_over(
+        &mut self,
+        mut ledger: Ledger,
+        catalog: &dyn Catalog,
+        unread: &BTreeSet<SegmentId>,
+    ) -> Result<(), StoreError> {
         // Ids that were given out stay so, whatever is lost of what they were given to.
         let Totals { next_collection, next_document, next_sequence, .. } = self.ledger.totals;
         ledger.raise_ids(next_collection, next_document, next_sequence);
-        if is_part_unread {
+        if !unread.is_empty() {
             let doubts = loss::doubts(catalog, &[Loss::Any { before: u64::MAX }], &[])?;
             ledger.doubt(catalog, &doubts)?;
         }
+        for id in unread {
+            // As long as its file may come back, deletions of what is in it are kept.
+            let state = self.ledger.segments.get(id).map(|&state| SegmentState { live_bytes: 0, ..state });
+            ledger.segments.extend(state.map(|state| (*id, state)));
+        }
         self.unmovable = damaged_segments(catalog)?;
+        self.unmovable.extend(unread);
         self.ledger = ledger;
         self.victim = None;
         self.may_have_much_dead = true;

@@ -197,6 +197,41 @@ fn a_name_whose_record_is_lost_is_not_given_out_again() {
     }
 }
 
+/// A file cut at the border of a group has no broken byte: only the numbers say that groups are gone. Repair did not know which
+/// segment to take out, and names stayed in doubt for ever.
+#[test]
+fn a_loss_that_only_numbers_show_is_settled_by_repair() {
+    let (disk, [full, ..]) = with_history();
+    let records = records(&disk);
+    let last = *disk.segments().last().unwrap();
+    let ends: Vec<u64> = records
+        .iter()
+        .filter(|(segment, .., content)| *segment == last && matches!(content, Content::Group(_)))
+        .map(|(_, _, end, _)| *end)
+        .collect();
+    for &end in &ends[..ends.len() - 1] {
+        let copy = disk.restart(Files::Synced, Table::Applied);
+        let mut bytes = copy.bytes_of(last);
+        bytes.truncate(end as usize);
+        copy.place(last, Some(bytes));
+        // Opened once, so that a segment lies behind the cut, and then without the catalog.
+        drop(open(&copy).unwrap());
+        let copy = copy.restart(Files::Written, Table::Deleted);
+        assert!(is_damaged(open(&copy).unwrap().create_document(CollectionId(1), "new")));
+        let handles = Handles::new(Box::new(copy.clone()));
+        crate::store::repair::repair(&handles, &copy, Default::default(), &Default::default()).unwrap();
+        let store = open(&copy).unwrap();
+        store.create_document(CollectionId(1), "new").expect("what is gone was told");
+        match read(&store, id(full, 0)) {
+            Ok(found) => assert_eq!(found, block(0, 4, 1)),
+            lost => assert!(is_damaged(lost)),
+        }
+        drop(store);
+        let store = open(&copy.restart(Files::Synced, Table::Deleted)).unwrap();
+        store.create_document(CollectionId(1), "newer").expect("nor is it in doubt after a rebuild");
+    }
+}
+
 /// One flipped bit in sled's file made it come up with older pages: documents that were deleted since, with their
 /// tombstones gone, were there again.
 #[test]

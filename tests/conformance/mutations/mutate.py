@@ -47,11 +47,8 @@ MUTATIONS = [
         self.write_out()?;
         self.segment.file.sync()'''),
     ("old-tail", "keeps the tail that a later one replaces", "src/memory/ingest.rs",
-     "if is_tail && stored.token_ids != block.token_ids {",
-     '''if is_tail && MUTANT("old-tail") {
-                return Ok(blocks.len());
-            }
-            if is_tail && stored.token_ids != block.token_ids {'''),
+     "if damage.is_some() || token_ids.is_none_or(|held| !held.starts_with(&block.token_ids)) {",
+     '''if !MUTANT("old-tail") && (damage.is_some() || token_ids.is_none_or(|held| !held.starts_with(&block.token_ids))) {'''),
     ("any-model", "lets any model open a collection", "src/memory/mod.rs",
      "if stored_print != offered {", 'if stored_print != offered && !MUTANT("any-model") {'),
     ("slot-off-by-one", "places blocks one slot too far away", "src/memory/geometry.rs",
@@ -69,12 +66,12 @@ MUTATIONS = [
     let mut end = len;
     if next == Next::Last {'''),
     ("any-number", "stores NaN and infinity", "src/memory/ingest.rs",
-     ".find(|number| !number.is_finite() || number.abs() > limit)",
-     '.find(|number| !MUTANT("any-number") && (!number.is_finite() || number.abs() > limit))'),
+     "position(|number| number.is_nan() || number.abs() > limit)",
+     'position(|number| !MUTANT("any-number") && (number.is_nan() || number.abs() > limit))'),
     ("no-seal", "appends to sealed documents", "src/store/append.rs",
-     "if entry.manifest.sealed {", 'if entry.manifest.sealed && !MUTANT("no-seal") {'),
+     "if entry.manifest.sealed && !new.is_empty() {", 'if entry.manifest.sealed && !new.is_empty() && !MUTANT("no-seal") {'),
     ("no-seal", None, "src/memory/ingest.rs",
-     "        if manifest.sealed {\n            return Err(", '        if manifest.sealed && !MUTANT("no-seal") {\n            return Err('),
+     "if manifest.sealed && !is_mended {", 'if manifest.sealed && !is_mended && !MUTANT("no-seal") {'),
     ("name-taken", "gives a deleted document's name to the deleted document", "src/store/ledger.rs",
      "if self.get::<DocumentId>(&name)? == Some(document) {",
      'if self.get::<DocumentId>(&name)? == Some(document) && !MUTANT("name-taken") {'),
