@@ -89,16 +89,19 @@ MUTATIONS = [
                 .map(|&position| self.block((position as usize).saturating_sub(usize::from(MUTANT("provenance")))))
                 .collect(),'''),
     ("part-of-batch", "keeps the good blocks of a batch that it refuses", "src/memory/ingest.rs",
-     "            let records = self.encode_new(&collection, &manifest, &request.blocks, skipped)?;",
-     '''            let records = self.encode_new(&collection, &manifest, &request.blocks, skipped);
-            if records.is_err() && MUTANT("part-of-batch") && request.blocks.len() > skipped + 1 {
-                let good = &request.blocks[..request.blocks.len() - 1];
-                self.write(&collection, &manifest, &self.encode_new(&collection, &manifest, good, skipped)?)?;
+     "            let records = self.encode_wanted(&collection, &manifest, &request.blocks, &wanted)?;",
+     '''            let records = self.encode_wanted(&collection, &manifest, &request.blocks, &wanted);
+            if records.is_err() && MUTANT("part-of-batch") && wanted.len() > 1 {
+                let good = &wanted[..wanted.len() - 1];
+                self.write(&collection, &manifest, &self.encode_wanted(&collection, &manifest, &request.blocks, good)?)?;
             }
             let records = records?;'''),
     ("no-conflict", "takes other tokens for the ones that it has", "src/memory/ingest.rs",
-     "if !stored.token_ids.starts_with(&block.token_ids) {",
-     'if !stored.token_ids.starts_with(&block.token_ids) && !MUTANT("no-conflict") {'),
+     "if token_ids.is_some_and(|held| !held.starts_with(&block.token_ids)) {",
+     'if token_ids.is_some_and(|held| !held.starts_with(&block.token_ids)) && !MUTANT("no-conflict") {'),
+    ("no-conflict", None, "src/store/mend.rs",
+     "if held.token_ids.is_some_and(|held| held != block.meta.token_ids) {",
+     'if held.token_ids.is_some_and(|held| held != block.meta.token_ids) && !MUTANT("no-conflict") {'),
     ("foreign", "takes files of other directories for its own", "src/store/segment.rs",
      "if found.segment != id || found.directory.is_some_and(|found| found != directory) {",
      'if found.segment != id || (found.directory.is_some_and(|found| found != directory) && !MUTANT("foreign")) {'),
