@@ -81,6 +81,31 @@ fn a_text_is_encoded_once_and_asked_after_a_restart() {
     assert_eq!(in_process, ask(["--connect", &address]));
 }
 
+/// `verify` and `repair` say to encode a damaged document again: that it is "already encoded" would be the end of it.
+#[test]
+fn a_damaged_document_is_encoded_again_once_it_is_removed() {
+    let sandbox = sandbox();
+    sandbox.write_file("orchard.txt", ORCHARD);
+    let encode = ["encode", "orchard.txt", "--data", "d"];
+    sandbox.run(&encode).exits(0);
+    let segment = sandbox.path("d").join("segments/0000000001.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+
+    for command in [&["verify", "--data", "d"][..], &["repair", "--data", "d"]] {
+        let said = sandbox.run(command).exits(5);
+        assert!(said.stdout.contains("default/orchard"), "{}", said.stdout);
+        assert!(said.stderr.contains("encode"), "{}", said.stderr);
+    }
+    let refused = sandbox.run(&encode).exits(5).stderr;
+    assert!(refused.contains("landmarkdb rm default/orchard"), "{refused}");
+    sandbox.run(&["rm", "orchard", "--data", "d", "--yes"]).exits(0);
+    sandbox.run(&encode).exits(0);
+    sandbox.run(&["verify", "--data", "d"]).exits(0);
+}
+
 #[test]
 fn what_cannot_be_encoded_or_asked_says_why() {
     let sandbox = sandbox();

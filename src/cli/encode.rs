@@ -106,9 +106,15 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     })
 }
 
-/// Says under which name another text is, and what frees it: the memory knows its id only.
+/// Says under which name another text is, or a damaged one, and what frees it: the memory knows its id only.
 fn name_the_taken(error: RememberError, document: &DocumentName) -> CliError {
     let difference = match (&error, error.memory()) {
+        (RememberError::Damaged { problem, .. }, _) => {
+            return CliError::DamagedDocument { document: document.to_string(), problem: problem.clone() };
+        }
+        (_, Some(MemoryError::DataLoss { detail, .. })) => {
+            return CliError::DamagedDocument { document: document.to_string(), problem: detail.clone() };
+        }
         (RememberError::OtherText { difference, .. }, _) => *difference,
         (_, Some(MemoryError::Conflict { index, .. })) => Difference::Block(*index),
         _ => return error.into(),

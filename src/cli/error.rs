@@ -88,6 +88,8 @@ pub(super) enum CliError {
          --name NAME gives this text another"
     )]
     OtherText { document: String, difference: Difference },
+    #[error("{document} is damaged ({problem}): `landmarkdb rm {document}`, and encode it again")]
+    DamagedDocument { document: String, problem: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
     #[error("a text from standard input needs a name: give --name NAME")]
@@ -111,12 +113,12 @@ pub(super) enum CliError {
     ServeNeedsData { connect: String },
     #[error("{0}{hint}", hint = listen_hint(.0))]
     Listen(#[from] ListenError),
-    #[error("{faults} faults in stored data: restore the damaged documents, or delete them and encode them again")]
+    #[error("{faults} faults in stored data: `landmarkdb rm` the damaged documents and encode them again")]
     Faults { faults: usize },
     #[error("not deleting {document} without being asked on a terminal: give --yes")]
     NeedsYes { document: String },
     #[error(
-        "something that was stored is not readable any more: append what is named above again, or `landmarkdb rm` it"
+        "something that was stored is not readable any more: `landmarkdb rm` what is listed above, and encode it again"
     )]
     SomethingLost,
     #[error(
@@ -166,6 +168,7 @@ impl CliError {
             }
             CliError::Faults { .. }
             | CliError::SomethingLost
+            | CliError::DamagedDocument { .. }
             | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
             CliError::Train(
                 TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },

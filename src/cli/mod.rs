@@ -7,6 +7,7 @@
 mod args;
 mod config;
 mod error;
+mod faults;
 mod logging;
 mod output;
 mod report;
@@ -24,6 +25,7 @@ mod completions;
 mod demo;
 mod encode;
 mod eval;
+
 mod index;
 mod limits;
 mod ls;

@@ -12,6 +12,7 @@ use crate::types::CollectionId;
 
 use super::Context;
 use super::error::CliError;
+use super::faults::{FaultReport, fault_table};
 use super::output::{Report, plural, size, table, write_table};
 use super::target::Target;
 
@@ -50,7 +51,8 @@ struct Repairs {
     salvaged: Vec<Salvaged>,
     /// Damaged segments whose needed records were copied and whose files are in DIR/torn.
     moved_segments: Vec<u32>,
-    gone: Vec<Gone>,
+    /// What is not readable.
+    gone: Vec<FaultReport>,
     /// Bytes of DIR/torn that were let go.
     discarded_bytes: u64,
     /// Bytes in DIR/torn now.
@@ -73,21 +75,15 @@ struct Salvaged {
     document: u64,
     collection: u32,
     name: String,
+    /// COLLECTION/NAME
+    #[serde(skip)]
+    title: String,
     blocks: u32,
     tail_tokens: u32,
     /// What would say that it was deleted is lost.
     perhaps_deleted: bool,
     /// For people.
     reason: String,
-}
-
-/// What is not readable.
-#[derive(Debug, Serialize)]
-struct Gone {
-    document: Option<u64>,
-    block: Option<u32>,
-    /// For people.
-    problem: String,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
@@ -183,6 +179,7 @@ fn digest(field: &str, digits: &str) -> Result<Sha256Digest, String> {
 impl From<RepairReport> for Repairs {
     fn from(report: RepairReport) -> Self {
         let lost = report.is_something_lost();
+        let names = report.names;
         let missing = report.missing_collections.into_iter().map(|missing| MissingCollection {
             id: missing.id.0,
             documents: missing.documents,
@@ -195,25 +192,22 @@ impl From<RepairReport> for Repairs {
         let salvaged = report.salvaged.into_iter().map(|salvaged| Salvaged {
             document: salvaged.document.0,
             collection: salvaged.collection.0,
+            title: names.get(&salvaged.document).unwrap_or(&salvaged.name).clone(),
             name: salvaged.name,
             blocks: salvaged.blocks,
             tail_tokens: salvaged.tail_tokens,
             perhaps_deleted: salvaged.perhaps_deleted,
             reason: salvaged.reason,
         });
-        let leftovers = report.leftovers.into_iter().map(|left| Gone {
-            document: Some(left.document.0),
-            block: None,
-            problem: match left.blocks {
+        let leftovers = report.leftovers.into_iter().map(|left| {
+            let problem = match left.blocks {
                 0 => left.reason,
                 blocks => format!("{} are not part of it: {}", plural(blocks, "block"), left.reason),
-            },
+            };
+            FaultReport::new(Some(left.document), None, problem, &names)
         });
-        let faults = report.faults.into_iter().map(|fault| Gone {
-            document: fault.document.or(fault.block.map(|block| block.document)).map(|document| document.0),
-            block: fault.block.map(|block| block.index),
-            problem: fault.problem,
-        });
+        let faults = report.faults.into_iter();
+        let faults = faults.map(|fault| FaultReport::new(fault.document, fault.block, fault.problem, &names));
         Repairs {
             lost,
             rewritten: report.rewritten,
@@ -237,7 +231,7 @@ impl Report for Repairs {
                     if salvaged.perhaps_deleted { " (perhaps it was deleted: `landmarkdb rm` it then)" } else { "" };
                 rows.add_row([
                     salvaged.document.to_string(),
-                    salvaged.name.clone(),
+                    salvaged.title.clone(),
                     salvaged.blocks.to_string(),
                     salvaged.tail_tokens.to_string(),
                     format!("{}{note}", salvaged.reason),
@@ -246,16 +240,7 @@ impl Report for Repairs {
             write_table(to, &rows)?;
         }
         if !self.gone.is_empty() {
-            let known = |id: Option<String>| id.unwrap_or_else(|| "-".into());
-            let mut rows = table(["DOCUMENT>", "BLOCK>", "NOT READABLE"]);
-            for gone in &self.gone {
-                rows.add_row([
-                    known(gone.document.map(|id| id.to_string())),
-                    known(gone.block.map(|index| index.to_string())),
-                    gone.problem.clone(),
-                ]);
-            }
-            write_table(to, &rows)?;
+            write_table(to, &fault_table(&self.gone, "NOT READABLE"))?;
         }
         for missing in &self.missing_collections {
             writeln!(

@@ -9,7 +9,8 @@ use crate::until::Until;
 
 use super::Context;
 use super::error::CliError;
-use super::output::{Report, plural, size, table, write_table};
+use super::faults::{FaultReport, Names, fault_table, names};
+use super::output::{Report, plural, size, write_table};
 use super::target::DocumentName;
 
 /// Read every stored byte and check it against its checksums.
@@ -45,17 +46,6 @@ struct Findings {
     faults: Vec<FaultReport>,
 }
 
-/// One thing that is wrong.
-#[derive(Debug, Serialize)]
-struct FaultReport {
-    /// Id of the damaged document, where it is known.
-    document: Option<u64>,
-    /// Index of the damaged block in that document, where it is known.
-    block: Option<u32>,
-    /// For people.
-    problem: String,
-}
-
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let memory = context.memory()?;
     let document = match &args.doc {
@@ -70,7 +60,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let report =
         if args.rebuild { memory.verify_rebuild(told, &Until::FOREVER) } else { memory.verify(document, told) };
     bar.finish_and_clear();
-    let findings = Findings::from(report?);
+    let report = report?;
+    // Where they cannot be listed, ids have to do.
+    let names = if report.faults.is_empty() { Names::new() } else { names(memory.as_ref()).unwrap_or_default() };
+    let findings = Findings::new(report, &names);
     context.output.print(&findings)?;
     match findings.faults.len() {
         0 => Ok(()),
@@ -78,19 +71,15 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     }
 }
 
-impl From<VerifyReport> for Findings {
-    fn from(report: VerifyReport) -> Self {
-        let faults = report.faults.into_iter().map(|fault| FaultReport {
-            document: fault.document.or(fault.block.map(|block| block.document)).map(|document| document.0),
-            block: fault.block.map(|block| block.index),
-            problem: fault.problem,
-        });
+impl Findings {
+    fn new(report: VerifyReport, names: &Names) -> Self {
+        let faults = report.faults.into_iter();
         Findings {
             documents: report.documents,
             blocks: report.blocks,
             read_bytes: report.bytes,
             set_aside_bytes: report.set_aside_bytes,
-            faults: faults.collect(),
+            faults: faults.map(|fault| FaultReport::new(fault.document, fault.block, fault.problem, names)).collect(),
         }
     }
 }
@@ -98,16 +87,7 @@ impl From<VerifyReport> for Findings {
 impl Report for Findings {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
         if !self.faults.is_empty() {
-            let known = |id: Option<String>| id.unwrap_or_else(|| "-".into());
-            let mut rows = table(["DOCUMENT>", "BLOCK>", "PROBLEM"]);
-            for fault in &self.faults {
-                rows.add_row([
-                    known(fault.document.map(|id| id.to_string())),
-                    known(fault.block.map(|index| index.to_string())),
-                    fault.problem.clone(),
-                ]);
-            }
-            write_table(to, &rows)?;
+            write_table(to, &fault_table(&self.faults, "PROBLEM"))?;
         }
         if self.set_aside_bytes > 0 {
             let set_aside = size(self.set_aside_bytes);
@@ -136,19 +116,19 @@ mod tests {
     fn a_fault_names_its_document_and_block() {
         let block = BlockId { document: DocumentId(3), index: 7 };
         let fault = Fault { document: None, block: Some(block), problem: "checksum".into() };
-        let findings = Findings::from(VerifyReport {
-            documents: 1,
-            blocks: 8,
-            bytes: 2048,
-            set_aside_bytes: 0,
-            faults: vec![fault],
-        });
+        let findings = Findings::new(
+            VerifyReport { documents: 1, blocks: 8, bytes: 2048, set_aside_bytes: 0, faults: vec![fault] },
+            &Names::new(),
+        );
         let mut text = Vec::new();
         findings.people(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
-        assert_eq!(text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>(), ["3", "7", "checksum"]);
+        assert_eq!(text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>(), ["id", "3", "7", "checksum"]);
         assert!(text.ends_with("1 document, 8 blocks, 2.0 KiB read: 1 fault\n"), "{text}");
         let json = serde_json::to_value(&findings).unwrap();
-        assert_eq!(json["faults"][0], serde_json::json!({"document": 3, "block": 7, "problem": "checksum"}));
+        assert_eq!(
+            json["faults"][0],
+            serde_json::json!({"document": 3, "name": null, "block": 7, "problem": "checksum"})
+        );
     }
 }

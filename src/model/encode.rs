@@ -40,7 +40,8 @@ pub struct Encoding<'a> {
 /// durable block; one that is whole and sealed is left as it is.
 ///
 /// # Errors
-/// [`RememberError::OtherText`] when the document holds another text, and whatever the model or the memory report.
+/// [`RememberError::OtherText`] when the document holds another text, [`RememberError::Damaged`] when not all of what it
+/// holds can be read, and whatever the model or the memory report.
 /// What was acknowledged before an error stays durable.
 pub fn encode(
     model: &LoadedModel,
@@ -66,6 +67,12 @@ pub fn encode(
     let document = memory.open_document(collection.id, name)?;
     if let Some(difference) = difference(memory.as_ref(), &document, &ids)? {
         return Err(RememberError::OtherText { name: name.into(), difference });
+    }
+    if document.tokens > 0 {
+        let damage = memory.verify(Some(document.id), &mut |_, _| {})?.faults.into_iter().next();
+        if let Some(damage) = damage {
+            return Err(RememberError::Damaged { name: name.into(), problem: damage.problem });
+        }
     }
     let resumed_tokens = document.tokens;
     let mut tell = |done_tokens| {

@@ -182,6 +182,9 @@ pub enum RememberError {
     EmptyText,
     #[error("document {name:?} already holds another text: {difference}")]
     OtherText { name: String, difference: Difference },
+    /// What it holds is not a whole beginning of the text, and going on would leave it so.
+    #[error("document {name:?} is damaged ({problem}): delete it and encode it again")]
+    Damaged { name: String, problem: String },
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
     #[error(transparent)]

@@ -95,6 +95,13 @@ pub(super) mod key {
         key(b'B', &[&id.document.0.to_be_bytes(), &id.index.to_be_bytes()])
     }
 
+    /// What a key made by [`block`] names.
+    pub(in crate::store) fn block_of(key: &[u8]) -> Result<BlockId, StoreError> {
+        let digits = key.get(1..9).and_then(|digits| digits.try_into().ok());
+        let document = DocumentId(u64::from_be_bytes(digits.ok_or_else(malformed)?));
+        Ok(BlockId { document, index: index_of(key)? })
+    }
+
     /// The index in a key made by [`block`].
     pub(in crate::store) fn index_of(key: &[u8]) -> Result<u32, StoreError> {
         let digits = key.get(9..).and_then(|digits| digits.try_into().ok());

@@ -167,6 +167,24 @@ pub(super) struct Scanned {
 }
 
 impl Scanned {
+    /// A block whose header is damaged, as the catalog knows it; `None` if its bytes are not all there.
+    pub(super) fn of_known(
+        segment: &Segment,
+        id: BlockId,
+        collection: CollectionId,
+        locator: &Locator,
+    ) -> Result<Option<Self>, StoreError> {
+        if segment.len_bytes()? < locator.offset + locator.bytes() {
+            return Ok(None);
+        }
+        let mut record = vec![0; locator.bytes() as usize];
+        segment.file.read_at(locator.offset, &mut record).map_err(StoreError::io("read a record"))?;
+        let &Locator { offset, sequence, tokens, parts, .. } = locator;
+        let header = RecordHeader { kind: Kind::Block, commit: false, sequence, collection, block: id, tokens, parts };
+        let (whole, salt) = (header.damaged_part(segment.salt, &record).is_none(), segment.salt);
+        Ok(Some(Scanned { header, offset, record, whole, salt }))
+    }
+
     pub(super) fn end(&self) -> u64 {
         self.offset + self.header.parts.record_bytes()
     }
@@ -207,6 +225,15 @@ impl<'a> Scan<'a> {
     /// Reads of blocks only the headers: what is wrong behind them is found by whoever reads the block.
     pub(super) fn passing_over_blocks(self, passes_over_blocks: bool) -> Self {
         Scan { passes_over_blocks, ..self }
+    }
+
+    /// Whether a record with this header lies where it begins, whatever is behind the header.
+    pub(super) fn begins_with(mut self, locator: &Locator) -> Result<bool, StoreError> {
+        self.end = self.end.min(self.file.len_bytes().map_err(StoreError::io("measure a segment"))?);
+        let header = self.header_at(self.at)?;
+        Ok(header.is_some_and(|found| {
+            (found.sequence, found.tokens, found.parts) == (locator.sequence, locator.tokens, locator.parts)
+        }))
     }
 
     /// Whether any record lies there, as far as the file goes.

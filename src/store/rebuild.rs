@@ -183,17 +183,31 @@ fn differences(catalog: &View, rebuilt: &View, unread: &BTreeSet<SegmentId>) -> 
     for (id, state) in &catalog.segments {
         let found = rebuilt.segments.get(id);
         if let Some(found) = found.filter(|found| *found != state) {
-            fault(None, format!("segment {id}: on the books {state:?}, found {found:?}"));
+            let problem =
+                format!("segment {id}: {} by the catalog, {} by the segments", in_words(state), in_words(found));
+            fault(None, problem);
         }
     }
     if unread.is_empty() && catalog.totals != rebuilt.totals {
-        fault(None, format!("totals: on the books {:?}, found {:?}", catalog.totals, rebuilt.totals));
+        let in_words = |totals: &Totals| {
+            let Totals { documents, blocks, tokens, next_collection, next_document, next_sequence, .. } = totals;
+            format!(
+                "{documents} documents with {blocks} blocks and {tokens} tokens, next ids {next_collection}, {next_document} and {next_sequence}"
+            )
+        };
+        let problem =
+            format!("{} by the catalog, {} by the segments", in_words(&catalog.totals), in_words(&rebuilt.totals));
+        fault(None, problem);
     }
     if more > 0 {
         let problem = format!("{more} more differences between the catalog and the segments: run `landmarkdb repair`");
         faults.push(Fault { document: None, block: None, problem });
     }
     faults
+}
+
+fn in_words(state: &SegmentState) -> String {
+    format!("{} of {} bytes in use, {} of its frame", state.live_bytes, state.bytes, state.frame_bytes)
 }
 
 fn locator(key: &[u8], value: &[u8]) -> Option<Locator> {

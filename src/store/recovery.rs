@@ -347,6 +347,10 @@ impl Found {
         self.losses = loss::of_segment(&self.entries, &self.damages, is_salted, before, following);
     }
 
+    pub(super) fn is_whole(&self) -> bool {
+        self.broken.is_empty()
+    }
+
     pub(super) fn has_losses(&self) -> bool {
         !self.losses.is_empty()
     }

@@ -22,7 +22,7 @@ use super::salvage::{self, Leftover, LostCollection, MissingCollection, Piece, S
 use super::segment::{Handles, Segment, SegmentId, Torn};
 use super::verify::Fault;
 use super::{Sizes, Store, Writer};
-use crate::types::{BlockId, CollectionId};
+use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Records of one group at most: few enough for the record that ends it to name them all.
 const GROUP_RECORDS: usize = 1024;
@@ -59,6 +59,8 @@ pub struct RepairReport {
     pub kept: Vec<Torn>,
     /// What verification finds afterwards.
     pub faults: Vec<Fault>,
+    /// What the documents that are left are called: COLLECTION/NAME.
+    pub names: BTreeMap<DocumentId, String>,
 }
 
 /// The log and the catalog while they are repaired.
@@ -92,6 +94,10 @@ impl Store {
         let store = Store::open(dir)?;
         report.faults = store.verify_rebuild(&mut |_, _| {}, &crate::until::Until::FOREVER)?.faults;
         report.kept = store.torn()?;
+        for (id, entry) in store.collections()? {
+            let manifests = store.manifests(id)?.into_iter();
+            report.names.extend(manifests.map(|found| (found.id, format!("{}/{}", entry.spec.name, found.name))));
+        }
         Ok(report)
     }
 }
@@ -121,7 +127,11 @@ pub(super) fn repair(
         folder.discard_torn().map_err(StoreError::io("remove what was set aside"))?;
     }
     match recover(handles, catalog, sizes) {
-        Ok(writer) => report.rewritten = Work { handles, catalog, writer }.rewrite_known()?,
+        Ok(writer) => {
+            let mut work = Work { handles, catalog, writer };
+            work.close_damaged_end()?;
+            report.rewritten = work.rewrite_known()? + work.rewrite_known_blocks()?;
+        }
         // It is no help, and about to be rebuilt.
         Err(error @ (StoreError::Damaged { .. } | StoreError::Catalog { .. })) => tracing::warn!("{error}"),
         Err(error) => return Err(error),
@@ -211,6 +221,44 @@ impl Work<'_> {
             })?;
         }
         Ok(rewritten.len() as u64)
+    }
+
+    /// The same for blocks whose headers are damaged: without the catalog nobody would know that they are there.
+    fn rewrite_known_blocks(&mut self) -> Result<u64, StoreError> {
+        let (mut lost, mut bytes, mut rewritten) = (Vec::new(), 0, 0);
+        for pair in catalog::scan::<Locator>(self.catalog, key::BLOCKS) {
+            let (key, locator) = pair?;
+            let id = key::block_of(&key)?;
+            let segment = match self.handles.get(locator.segment) {
+                Err(StoreError::Foreign { .. }) => continue,
+                Err(error) if error.is_missing() => continue,
+                segment => segment?,
+            };
+            if segment.scan(locator.offset, locator.offset + locator.bytes()).begins_with(&locator)? {
+                continue;
+            }
+            let document = catalog::get::<(Locator, DocumentEntry)>(self.catalog, &key::document(id.document))?;
+            let Some((_, document)) = document else { continue };
+            let found = Scanned::of_known(&segment, id, document.manifest.collection, &locator)?;
+            let Some(found) = found.filter(|found| found.whole) else { continue };
+            bytes += locator.bytes();
+            rewritten += 1;
+            lost.push((found, Content::Block(id)));
+            if bytes >= self.writer.sizes.group_bytes || lost.len() == GROUP_RECORDS {
+                self.copy(std::mem::take(&mut lost), std::mem::take(&mut bytes))?;
+            }
+        }
+        self.copy(lost, bytes)?;
+        Ok(rewritten)
+    }
+
+    /// What the catalog knows was durable: a segment behind it keeps a damaged last group from passing for a torn end.
+    fn close_damaged_end(&mut self) -> Result<(), StoreError> {
+        let active = self.writer.active.clone();
+        if !read_records(&active, active.salt.first_record(), self.writer.end, true)?.is_whole() {
+            self.roll()?;
+        }
+        Ok(())
     }
 
     /// Reads all segments whole.
