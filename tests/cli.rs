@@ -371,6 +371,16 @@ fn a_report_runs_every_benchmark_and_writes_the_page() {
     assert!(reopened.iter().all(within), "{reopened:?}");
 }
 
+/// With nine files the runtime panicked; with seventeen the service listened and let nobody in.
+#[test]
+fn a_service_needs_some_open_files() {
+    let sandbox = Sandbox::new();
+    let serve = format!("ulimit -n 20; exec {} serve --data d --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_landmarkdb"));
+    let output = std::process::Command::new("sh").args(["-c", &serve]).current_dir(sandbox.path("")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("at most 20 files may be open"), "{said}");
+}
+
 #[test]
 fn a_damaged_document_is_reported_and_named() {
     let sandbox = Sandbox::new();
@@ -414,7 +424,7 @@ fn a_repair_says_what_is_gone() {
     }
     let answer = sandbox.run(&["--data", "data", "repair"]).exits(5);
     assert!(answer.stdout.contains("something is gone"), "{}", answer.stdout);
-    assert!(answer.stderr.contains("append what is named above again"), "{}", answer.stderr);
+    assert!(answer.stdout.contains("books/emma") && answer.stderr.contains("landmarkdb rm"), "{}", answer.stdout);
 }
 
 #[test]

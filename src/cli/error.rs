@@ -109,6 +109,11 @@ pub(super) enum CliError {
          --data names another"
     )]
     NoStore { path: PathBuf },
+    #[error(
+        "at most {files} files may be open, and a service needs {}: raise `ulimit -n`",
+        crate::server::OPEN_FILES_MIN
+    )]
+    TooFewFiles { files: u64 },
     #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
     #[error("{0}{hint}", hint = listen_hint(.0))]
@@ -184,6 +189,7 @@ impl CliError {
             | CliError::EmptyText { .. }
             | CliError::OtherText { .. }
             | CliError::Serve(_)
+            | CliError::TooFewFiles { .. }
             | CliError::Train(_)
             | CliError::NotConfirmed { .. }
             | CliError::GoldenDiffers { .. }

@@ -69,6 +69,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let limits = args.limits.clone().over(context.config.limits.clone());
     if let Some(files) = server::raise_open_files() {
         tracing::debug!(files, "files that may be open");
+        if files < server::OPEN_FILES_MIN {
+            return Err(CliError::TooFewFiles { files });
+        }
     }
     let memory = LocalMemory::open(data)?.with_compactor()?.with_gpu_cache(context.config.gpu_cache_bytes);
     let memory = memory.with_keys(context.config.keys_bytes).with_work_budget(limits.work_bytes());

@@ -202,8 +202,8 @@ impl LocalMemory {
     }
 
     fn find_collection(&self, spec: &CollectionSpec) -> Result<Option<CollectionInfo>> {
-        let found = self.store.collections()?.into_iter().find(|(_, stored)| stored.spec.name == spec.name);
-        let Some((id, stored)) = found else { return Ok(None) };
+        let Some(id) = self.store.find_collection(&spec.name)? else { return Ok(None) };
+        let Some(stored) = self.store.collection(id)? else { return Ok(None) };
         let (stored_print, offered) = (stored.spec.fingerprint(), spec.fingerprint());
         if stored_print != offered {
             let collection = stored.spec.name;
@@ -245,6 +245,9 @@ impl LocalMemory {
         Ok(self.info(&collection, manifest))
     }
 }
+
+/// How often others may delete a document while it is opened.
+const OPEN_ATTEMPTS: usize = 100;
 
 impl BlockMemory for LocalMemory {
     fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo> {
@@ -294,18 +297,22 @@ impl BlockMemory for LocalMemory {
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
         check_name("name", name)?;
         self.collection_of(collection)?;
-        if let Some(document) = self.store.find_document(collection, name)? {
-            return self.document(document);
+        for _ in 0..OPEN_ATTEMPTS {
+            if let Some(document) = self.store.find_document(collection, name)? {
+                match self.document(document) {
+                    // Deleted since it was found.
+                    Err(MemoryError::NotFound { entity: Entity::Document, .. }) => {}
+                    found => return found,
+                }
+            }
+            match self.store.create_document(collection, name) {
+                Ok(manifest) => return self.document_info(manifest),
+                // Another caller was faster.
+                Err(StoreError::AlreadyExists { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        match self.store.create_document(collection, name) {
-            Ok(manifest) => self.document_info(manifest),
-            // Another caller was faster.
-            Err(StoreError::AlreadyExists { name }) => match self.store.find_document(collection, &name)? {
-                Some(document) => self.document(document),
-                None => Err(MemoryError::NotFound { entity: Entity::Document, id: name }),
-            },
-            Err(error) => Err(error.into()),
-        }
+        Err(MemoryError::NotFound { entity: Entity::Document, id: name.into() })
     }
 
     fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>> {

@@ -16,6 +16,9 @@ const BACKLOG: u32 = 1024;
 /// Files that the store, the catalog and the program itself may have open.
 const STORE_FILES: u64 = 448;
 
+/// With fewer files that may be open a service does not start: the runtime and its first connections take as many.
+pub const OPEN_FILES_MIN: u64 = 64;
+
 /// Connections that are let in however few files may be open.
 const CONNECTIONS_MIN: usize = 16;
 

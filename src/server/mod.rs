@@ -28,5 +28,5 @@ mod replies;
 mod serve;
 mod work;
 
-pub use listen::{ListenError, ListenOptions, Listeners, raise_open_files};
+pub use listen::{ListenError, ListenOptions, Listeners, OPEN_FILES_MIN, raise_open_files};
 pub use serve::{ServeError, ServeOptions, serve};

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use super::catalog::{Batch, Catalog, Pair, discard_folder, key};
+use super::catalog::{Batch, Catalog, Pair, discard_folder, is_out_of_files, key};
 
 #[derive(Default)]
 pub(super) struct MemoryCatalog {
@@ -149,8 +149,12 @@ impl CatalogSlot {
         Ok(())
     }
 
+    /// That there is no descriptor left says nothing about the catalog.
     fn watch<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        result.inspect_err(|_| self.broken.store(true, Ordering::Release))
+        if result.as_ref().is_err_and(|error| !is_out_of_files(error)) {
+            self.broken.store(true, Ordering::Release);
+        }
+        result
     }
 }
 
@@ -197,7 +201,9 @@ impl Catalog for CatalogSlot {
                 return None;
             }
             let pair = pairs.next();
-            if pair.as_ref().is_some_and(Result::is_err) {
+            if let Some(Err(error)) = &pair
+                && !is_out_of_files(error)
+            {
                 broken.store(true, Ordering::Release);
             }
             is_over = !matches!(pair, Some(Ok(_)));
@@ -214,8 +220,11 @@ impl Catalog for CatalogSlot {
         let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
         inside.whole()?;
         inside.is_torn = true;
-        let applied = self.watch(inside.catalog.apply(batch));
+        let applied = inside.catalog.apply(batch);
         inside.is_torn = applied.is_err();
+        if inside.is_torn {
+            self.broken.store(true, Ordering::Release);
+        }
         applied
     }
 

@@ -257,10 +257,9 @@ impl Store {
     pub fn create_collection(&self, spec: &CollectionSpec) -> Result<CollectionId, StoreError> {
         spec.check()?;
         self.write(|writer| {
-            if self.catalog_get::<CollectionId>(&catalog::key::collection_name(&spec.name))?.is_some() {
+            if self.find_collection(&spec.name)?.is_some() {
                 return Err(StoreError::AlreadyExists { name: spec.name.clone() });
             }
-            self.check_undoubted(NAMES)?;
             let id = writer.ledger.totals.next_collection;
             if id.0 == u32::MAX {
                 return Err(error::used_up("id of a collection"));
@@ -270,6 +269,11 @@ impl Store {
             self.commit(writer, |group| group.collection(id, &entry))?;
             Ok(id)
         })
+    }
+
+    /// `Damaged` if none is found and names may be lost.
+    pub fn find_collection(&self, name: &str) -> Result<Option<CollectionId>, StoreError> {
+        self.undoubted_name(self.catalog_get(&catalog::key::collection_name(name))?)
     }
 
     /// Changes what answers lookups in a collection.
@@ -321,7 +325,10 @@ impl Store {
 
     /// `Damaged` if none is found and names may be lost.
     pub fn find_document(&self, collection: CollectionId, name: &str) -> Result<Option<DocumentId>, StoreError> {
-        let found = self.catalog_get(&catalog::key::document_name(collection, name))?;
+        self.undoubted_name(self.catalog_get(&catalog::key::document_name(collection, name))?)
+    }
+
+    fn undoubted_name<T>(&self, found: Option<T>) -> Result<Option<T>, StoreError> {
         if found.is_none() {
             self.check_undoubted(NAMES)?;
         }
@@ -437,18 +444,12 @@ fn open_catalog(path: &Path) -> Result<Arc<dyn Catalog>, StoreError> {
     match SledCatalog::open(path) {
         Ok(catalog) => Ok(Arc::new(catalog)),
         // It is there, and works as soon as files can be opened again.
-        Err(error) if matches!(error.raw_os_error(), Some(code) if is_out_of_files(code)) => {
-            Err(StoreError::Catalog { step: "open", source: error })
-        }
+        Err(error) if catalog::is_out_of_files(&error) => Err(StoreError::Catalog { step: "open", source: error }),
         Err(error) => {
             tracing::error!(%error, "the catalog cannot be opened: it is rebuilt in memory");
             Ok(Arc::new(MemoryCatalog::in_place_of_folder(path.to_owned())))
         }
     }
-}
-
-fn is_out_of_files(code: i32) -> bool {
-    [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].iter().any(|errno| errno.raw_os_error() == code)
 }
 
 impl Drop for Store {
