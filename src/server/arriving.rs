@@ -113,6 +113,7 @@ impl Body for Arriving {
             };
             match frame.into_data() {
                 Ok(data) => {
+                    this.call.moved();
                     if let Err(error) = this.unfinished.push(data) {
                         return Poll::Ready(Some(Err(to_status(&error))));
                     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tonic::Request;
 
+use super::connection::{Peer, Resting};
 use crate::api::{MemoryError, Result};
 use crate::budget::{Budget, Short, Taken};
 use crate::until::Until;
@@ -24,6 +25,14 @@ pub(super) struct Call {
     gone: Arc<AtomicBool>,
     /// Bytes of the messages that have arrived and were not asked for yet, in their order.
     messages: Arc<Mutex<VecDeque<Taken>>>,
+    /// Whose it is, where that matters.
+    peer: Option<Arc<Peer>>,
+}
+
+impl From<Arc<Peer>> for Call {
+    fn from(peer: Arc<Peer>) -> Self {
+        Call { peer: Some(peer), ..Call::default() }
+    }
 }
 
 /// Ends with a call's reply, however that ends.
@@ -57,6 +66,18 @@ impl Call {
     pub(super) fn until_ms(&self, timeout_ms: u64) -> Until {
         let until = if timeout_ms == 0 { Until::FOREVER } else { Until::after(Duration::from_millis(timeout_ms)) };
         until.or_given_up(self.gone.clone())
+    }
+
+    /// Its stream waits for the next request, and owes no answer, as long as this is held.
+    pub(super) fn rest(&self) -> Option<Resting> {
+        self.peer.as_ref().map(Peer::rest)
+    }
+
+    /// Bytes of a message have come.
+    pub(super) fn moved(&self) {
+        if let Some(peer) = &self.peer {
+            peer.moved();
+        }
     }
 
     /// Bytes of a message that is whole now.

@@ -58,7 +58,9 @@ pub(super) struct Peer {
     has_greeted: AtomicBool,
     calls: AtomicU64,
     open_streams: AtomicUsize,
-    /// Since when no stream is open.
+    /// Of those, how many have nothing to do: their last request is answered, and no other has come.
+    resting_streams: AtomicUsize,
+    /// When a stream was last closed or came to rest, or a byte of a message came.
     idle_since: Mutex<Instant>,
     /// Streams that were handed something to read which they have not read, since when.
     unread: Mutex<HashMap<u64, Instant>>,
@@ -86,6 +88,7 @@ impl Peer {
             has_greeted: AtomicBool::new(false),
             calls: AtomicU64::new(0),
             open_streams: AtomicUsize::new(0),
+            resting_streams: AtomicUsize::new(0),
             idle_since: Mutex::new(now),
             unread: Mutex::default(),
             stuck_since: Mutex::default(),
@@ -106,6 +109,31 @@ impl Peer {
     /// And has read it.
     pub(super) fn has_read(&self, stream: &OpenStream) {
         lock(&self.unread).remove(&stream.number);
+    }
+
+    /// An open stream has nothing to do.
+    pub(super) fn rest(self: &Arc<Self>) -> Resting {
+        self.moved();
+        self.resting_streams.fetch_add(1, Ordering::Relaxed);
+        Resting(self.clone())
+    }
+
+    /// Something happened.
+    pub(super) fn moved(&self) {
+        *lock(&self.idle_since) = Instant::now();
+    }
+
+    /// In which order connections make room, and since when: who never asked anything, who has no stream open, whose streams
+    /// have all had nothing to do for `patience`. `None` for one that works.
+    fn idleness(&self, patience: Duration) -> Option<(u8, Instant)> {
+        let since = *lock(&self.idle_since);
+        match self.open_streams.load(Ordering::Relaxed) {
+            0 => Some(((self.calls.load(Ordering::Relaxed) > 0) as u8, since)),
+            open => {
+                let rests = self.resting_streams.load(Ordering::Relaxed) >= open && since.elapsed() > patience;
+                rests.then_some((2, since))
+            }
+        }
     }
 
     fn is_idle(&self) -> bool {
@@ -137,10 +165,19 @@ impl Peer {
     }
 }
 
+/// A stream that rests, as long as it does.
+pub(super) struct Resting(Arc<Peer>);
+
+impl Drop for Resting {
+    fn drop(&mut self) {
+        self.0.resting_streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Drop for OpenStream {
     fn drop(&mut self) {
         lock(&self.peer.unread).remove(&self.number);
-        *lock(&self.peer.idle_since) = Instant::now();
+        self.peer.moved();
         self.peer.open_streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -170,13 +207,12 @@ impl Shared {
     }
 
     /// A place for one more. Where all are taken, who never asked anything goes first, then who has asked nothing for the
-    /// longest time; where all are busy there is none.
+    /// longest time, then whose streams have; where all are busy there is none.
     fn enter(&self) -> Option<(u64, Arc<Peer>)> {
         let mut peers = lock(&self.peers);
         if peers.len() >= self.options.connections {
-            let idle = peers.iter().filter(|(_, peer)| peer.is_idle());
-            let order = |peer: &Peer| (peer.calls.load(Ordering::Relaxed) > 0, *lock(&peer.idle_since));
-            let Some(leaving) = idle.min_by_key(|(_, peer)| order(peer)).map(|(&number, _)| number) else {
+            let idle = peers.iter().filter_map(|(&number, peer)| Some((peer.idleness(self.options.stall)?, number)));
+            let Some((_, leaving)) = idle.min() else {
                 tracing::warn!(connections = peers.len(), "all connections are busy: one more was refused");
                 return None;
             };
@@ -256,7 +292,7 @@ impl hyper::service::Service<http::Request<Incoming>> for Calls {
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
     fn call(&self, request: http::Request<Incoming>) -> Self::Future {
-        let (stream, call) = (self.peer.open(), Call::default());
+        let (stream, call) = (self.peer.open(), Call::from(self.peer.clone()));
         let open = call.open();
         let (mut parts, body) = request.into_parts();
         parts.extensions.insert(call.clone());
@@ -344,6 +380,25 @@ mod tests {
         assert!(!here(&asked) && here(&busy) && here(&fourth));
         let _open = fifth.open();
         assert!(shared.enter().is_none(), "all are busy");
+    }
+
+    /// 512 streams that had been answered once and asked nothing more shut everybody else out (found by an attack).
+    #[test]
+    fn a_stream_that_rests_makes_room_last() {
+        let (_, phase) = watch::channel(Phase::Serving);
+        let options = ServeOptions { connections: 2, stall: Duration::from_millis(20), ..ServeOptions::default() };
+        let shared = Shared::new(Routes::default(), Budget::new(1), options, phase);
+        let [(_, resting), (_, working)] = [(); 2].map(|()| shared.enter().unwrap());
+        let (_open, _too) = (resting.open(), working.open());
+        let _rest = resting.rest();
+        assert!(shared.enter().is_none(), "it may ask again in a moment");
+        std::thread::sleep(Duration::from_millis(30));
+        resting.moved();
+        assert!(shared.enter().is_none(), "a message is on its way");
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(shared.enter().is_some());
+        let here = |peer: &Arc<Peer>| lock(&shared.peers).values().any(|other| Arc::ptr_eq(peer, other));
+        assert!(!here(&resting) && here(&working));
     }
 
     #[test]

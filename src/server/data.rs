@@ -136,11 +136,13 @@ async fn append_all(
     replies: Replies<v1::AppendReply>,
 ) {
     loop {
+        let resting = call.rest();
         let batch = tokio::select! {
             biased;
             () = work.stopped() => return replies.fail(&stopping()),
             batch = call::within(&until, batches.message()) => batch,
         };
+        drop(resting);
         let batch = match batch {
             Ok(Ok(Some(batch))) => batch,
             Ok(Ok(None)) => return,

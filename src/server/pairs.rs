@@ -1,8 +1,11 @@
 //! Streams of paired requests and replies: many lookups, or many attends, over one call.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use tonic::Streaming;
 
 use super::call::Call;
+use super::connection::Resting;
 use super::replies::{ReplyStream, replies};
 use super::work::{Line, Turn, Work, stopping};
 use crate::api::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result};
@@ -33,6 +36,7 @@ pub(super) trait Paired: Sized + Send + 'static {
 /// Works on `requests` as they come and answers as they finish, until the caller or the service stops.
 pub(super) fn answer_all<P: Paired>(work: Work, call: Call, mut requests: Streaming<P>) -> ReplyStream<P::Message> {
     let (replies, stream) = replies(IN_FLIGHT_MAX);
+    let presence = Presence::new(&call);
     tokio::spawn(async move {
         loop {
             // A place among the replies is taken before a request is read, which is what bounds the work in flight.
@@ -53,7 +57,11 @@ pub(super) fn answer_all<P: Paired>(work: Work, call: Call, mut requests: Stream
             // Opened here and not in its task, so that time counts from when it came.
             let (id, timeout_ms, request) = request.open();
             let (until, message) = (call.until_ms(timeout_ms), call.take_message());
-            let answer = move |outcome| drop(place.send(P::close(id, outcome)));
+            let owed = presence.owe();
+            let answer = move |outcome| {
+                drop(place.send(P::close(id, outcome)));
+                drop(owed);
+            };
             match request {
                 Err(error) => answer(Err(error)),
                 Ok(request) => {
@@ -68,6 +76,37 @@ pub(super) fn answer_all<P: Paired>(work: Work, call: Call, mut requests: Stream
         }
     });
     stream
+}
+
+/// Whether a stream owes an answer; while it owes none, it rests.
+struct Presence {
+    call: Call,
+    owed: Mutex<(usize, Option<Resting>)>,
+}
+
+/// An answer that a stream owes.
+struct Owed(Arc<Presence>);
+
+impl Presence {
+    fn new(call: &Call) -> Arc<Presence> {
+        Arc::new(Presence { call: call.clone(), owed: Mutex::new((0, call.rest())) })
+    }
+
+    fn owe(self: &Arc<Self>) -> Owed {
+        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        *owed = (owed.0 + 1, None);
+        Owed(self.clone())
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let mut owed = self.0.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        owed.0 -= 1;
+        if owed.0 == 0 {
+            owed.1 = self.0.call.rest();
+        }
+    }
 }
 
 impl Paired for v1::LookupStreamRequest {
