@@ -157,8 +157,8 @@ fn write_json(to: &mut dyn Write, report: &impl Serialize) -> io::Result<()> {
             for part in fragment.split_inclusive(is_control) {
                 let control = part.chars().next_back().filter(|&last| is_control(last));
                 to.write_all(&part.as_bytes()[..part.len() - control.map_or(0, char::len_utf8)])?;
-                if let Some(control) = control {
-                    write!(to, "\\u{:04x}", control as u32)?;
+                for unit in control.iter().flat_map(|control| control.encode_utf16(&mut [0; 2]).to_vec()) {
+                    write!(to, "\\u{unit:04x}")?;
                 }
             }
             Ok(())
@@ -170,9 +170,15 @@ fn write_json(to: &mut dyn Write, report: &impl Serialize) -> io::Result<()> {
     to.write_all(&line)
 }
 
-/// What a terminal may obey instead of showing it: control characters, and those that turn the direction of what follows.
+/// What a terminal may obey instead of showing it: control characters, and those that turn the direction of what follows. And
+/// what it shows as nothing, by which two names may look alike; but for the joiners, without which some scripts are not written.
 fn is_control(letter: char) -> bool {
-    letter.is_control() || matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    let turns = matches!(letter, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let shows_nothing = matches!(
+        letter,
+        '\u{200b}' | '\u{2028}' | '\u{2029}' | '\u{2060}'..='\u{2064}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}'
+    );
+    letter.is_control() || turns || shows_nothing
 }
 
 /// A text with line ends and tabs, everything else that [`is_control`] as it is written in source code; our own bold letters
@@ -346,14 +352,17 @@ mod tests {
     #[test]
     fn no_control_character_reaches_a_terminal() {
         let text = "a\u{1b}[31mb\u{9b}2Jc\u{7f}\u{202e}d\ne\tf\r";
+        let invisible = format!("{text}\u{e0041}");
         assert_eq!(shown(text), "a\\u{1b}[31mb\\u{9b}2Jc\\u{7f}\\u{202e}d\ne\tf\\r");
         assert_eq!(shown_line("a\nb"), "a\\nb");
+        assert_eq!(shown_line("em\u{200b}ma\u{e0041}\u{feff}"), "em\\u{200b}ma\\u{e0041}\\u{feff}");
+        assert_eq!(shown_line("\u{1f469}\u{200d}\u{1f680}"), "\u{1f469}\u{200d}\u{1f680}");
         assert_eq!(shown("plain é"), "plain é");
         let mut json = Vec::new();
-        write_json(&mut json, &text).unwrap();
+        write_json(&mut json, &invisible).unwrap();
         let line = std::str::from_utf8(&json).unwrap().trim_end();
         assert!(!line.contains(is_control), "{line:?}");
-        assert_eq!(serde_json::from_str::<String>(line).unwrap(), text);
+        assert_eq!(serde_json::from_str::<String>(line).unwrap(), invisible);
 
         let mut table = table(["name"]);
         table.add_row(["\u{1b}]0;title\u{7}\nforged row"]);

@@ -13,7 +13,7 @@ use super::faults::{FaultReport, Names, fault_table, names};
 use super::output::{Report, plural, size, write_table};
 use super::target::DocumentName;
 
-/// Read every stored byte and check it against its checksums.
+/// Read everything that is stored and referred to, and check it against its checksums.
 ///
 /// Exits with code 5 if anything is wrong, after listing it.
 #[derive(clap::Args, Debug)]
