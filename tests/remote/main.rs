@@ -11,6 +11,7 @@ mod cache;
 mod double;
 mod lifecycle;
 mod patience;
+mod program;
 mod raw;
 mod refusals;
 mod requests;

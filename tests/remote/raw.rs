@@ -39,6 +39,8 @@ pub(crate) enum Frame {
     /// A stream's last frame, or its reset.
     End(u32),
     Data(u32, usize),
+    /// The answer to a ping.
+    Pong,
     Other,
     /// The connection is closed.
     Closed,
@@ -134,6 +136,7 @@ impl Raw {
                 self.frame(SETTINGS, ACK, 0, &[]);
             }
             PING if flags & ACK == 0 => self.frame(PING, ACK, 0, &body),
+            PING => return Frame::Pong,
             WINDOW_UPDATE => {
                 let more = u32::from_be_bytes([body[0], body[1], body[2], body[3]]) as i64;
                 self.windows[(stream != 0) as usize] += more;
@@ -145,6 +148,18 @@ impl Raw {
             _ => {}
         }
         Frame::Other
+    }
+
+    /// Waits until the other side has read what was sent.
+    pub(crate) fn settle(&mut self) {
+        self.frame(PING, 0, 0, &[0; 8]);
+        loop {
+            match self.next() {
+                Frame::Pong => return,
+                Frame::Closed => panic!("the connection was closed"),
+                _ => {}
+            }
+        }
     }
 
     /// Whether the call ends, and does not wait for ever.
