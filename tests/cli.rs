@@ -428,6 +428,31 @@ fn a_repair_says_what_is_gone() {
 }
 
 #[test]
+fn a_lost_collection_is_put_back_from_what_was_printed_of_it() {
+    let sandbox = Sandbox::new();
+    for (data, printer) in [("one", &["ls", "--json"][..]), ("other", &["show", "books/emma", "--json"][..])] {
+        sandbox.write_document(data, "books", "emma");
+        let run = |args: &[&str]| sandbox.run(&[&["--data", data], args].concat());
+        sandbox.write_file("spec.json", &run(printer).exits(0).stdout);
+        let listed = run(&["ls", "--json"]).exits(0).json();
+        sandbox.damage(data, b"test model");
+        std::fs::remove_dir_all(sandbox.path(data).join("catalog")).unwrap();
+        let lost = run(&["repair", "--json"]).exits(5).json();
+        assert_eq!(lost["missing_collections"][0]["blocks"], 3, "{lost}");
+        assert_eq!(run(&["ls", "--json"]).exits(0).json()["documents"], serde_json::json!([]));
+
+        let text = std::fs::read_to_string(sandbox.path("spec.json")).unwrap();
+        sandbox.write_file("changed.json", &text.replace("\"block_tokens\":4", "\"block_tokens\":8"));
+        let refused = run(&["repair", "--collection-spec", "changed.json"]).exits(2).stderr;
+        assert!(refused.contains("fingerprint"), "{refused}");
+        let repaired = run(&["repair", "--collection-spec", "spec.json", "--json"]).exits(0).json();
+        assert_eq!(repaired["collections"], serde_json::json!([listed["collections"][0]["id"]]));
+        assert_eq!(run(&["ls", "--json"]).exits(0).json(), listed);
+        run(&["verify", "--rebuild"]).exits(0);
+    }
+}
+
+#[test]
 fn settings_come_from_the_file_then_the_environment_then_flags() {
     let sandbox = Sandbox::new();
     for folder in ["from-file", "from-environment", "from-flag"] {

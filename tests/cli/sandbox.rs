@@ -98,11 +98,15 @@ impl Sandbox {
 
     /// Flips one bit of the first block's text in the segment file.
     pub(crate) fn damage_text(&self, data: &str) {
+        self.damage(data, &TEXT.as_bytes()[..BLOCK_TOKENS]);
+    }
+
+    /// Flips one bit where the segment file first holds `part`.
+    pub(crate) fn damage(&self, data: &str, part: &[u8]) {
         let folder = self.path(data).join("segments");
         let path = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
         let mut bytes = std::fs::read(&path).unwrap();
-        let text = &TEXT.as_bytes()[..BLOCK_TOKENS];
-        let at = bytes.windows(text.len()).position(|window| window == text).expect("the text lies in the segment");
+        let at = bytes.windows(part.len()).position(|window| window == part).expect("the segment holds it");
         bytes[at] ^= 1;
         std::fs::write(path, bytes).unwrap();
     }
