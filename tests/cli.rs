@@ -37,6 +37,8 @@ fn what_makes_no_sense_is_a_usage_error() {
     sandbox.run(&["ls", "--connect", "ftp://host"]).exits(2);
     let error = sandbox.run(&["serve", "--data", "d", "--listen", "0.0.0.0:0"]).exits(2).stderr;
     assert!(error.contains("--allow-remote"), "{error}");
+    let error = sandbox.run(&["ask", "--doc", "emma", "Who?", "--top-k", "0"]).exits(2).stderr;
+    assert!(error.contains("--top-k") && error.contains("1..=1024"), "{error}");
 }
 
 #[test]
@@ -118,6 +120,14 @@ fn a_name_is_collection_and_name_for_encode_too() {
     assert_eq!((&shown["document"]["name"], &shown["document"]["collection"]), (&"emma".into(), &"books".into()));
     run(&sandbox, 0, &["encode", "text.txt", "--name", "a/b", "--collection", "books"]);
     sandbox.run(&["show", "a/b", "--collection", "books", "--data", "d"]).exits(0);
+}
+
+/// The collection was made before the name of the document was found wanting.
+#[test]
+fn a_name_that_is_none_leaves_nothing_behind() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    run(&sandbox, 1, &["encode", "text.txt", "--name", &"x".repeat(300)]);
+    assert!(!sandbox.path("d").exists());
 }
 
 /// A byte order mark became the first tokens, which every later token attends to.

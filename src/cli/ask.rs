@@ -13,7 +13,7 @@ use crate::types::{BlockId, BlockRange};
 use super::Context;
 use super::error::CliError;
 use super::output::{Report, count, excerpt, table, write_table};
-use super::settings::{ModelArgs, RetrievalArgs, WindowArgs};
+use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, top_k};
 use super::target::DocumentName;
 
 /// Characters of a block's text that a table row shows.
@@ -46,8 +46,8 @@ pub(super) struct Args {
     #[arg(long)]
     raw: bool,
 
-    /// k, the blocks of every choice.
-    #[arg(long, value_name = "K", default_value_t = 4)]
+    /// k, the blocks of every choice, 1 to 1024.
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     /// Longest answer, in tokens.

@@ -19,7 +19,7 @@ use super::ask::{Answered, frame};
 use super::encode::token_bar;
 use super::error::CliError;
 use super::output::{Report, count, size};
-use super::settings::{ModelArgs, StorageArgs};
+use super::settings::{ModelArgs, StorageArgs, top_k};
 
 const SENTENCE: &str = "The pass key of the old lighthouse is 48213. Remember it. 48213 is the pass key.";
 const QUESTION: &str = "What is the pass key of the old lighthouse? The pass key is";
@@ -54,8 +54,8 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0.4)]
     depth: f64,
 
-    /// k, the blocks of every choice.
-    #[arg(long, value_name = "K", default_value_t = 4)]
+    /// k, the blocks of every choice, 1 to 1024.
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     #[command(flatten)]

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::api::MemoryError;
 use crate::model::{self, Difference, EncodeProgress, Encoding, RememberError};
+use crate::shape::check_name;
 
 use super::Context;
 use super::error::CliError;
@@ -78,6 +79,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     if text.trim().is_empty() {
         return Err(CliError::EmptyText { path: args.file.clone() });
     }
+    // Before the collection is made for it.
+    check_name("name", &document.name).map_err(MemoryError::from)?;
     let model = args.model.load(context)?;
     let memory = context.memory_or_new()?;
     let collection = args.storage.open(&document.collection, &model, &memory)?;

@@ -19,7 +19,7 @@ use super::Context;
 use super::bench::percentile;
 use super::error::CliError;
 use super::output::{Report, count, size, table, write_table};
-use super::settings::{faiss_index, word};
+use super::settings::{faiss_index, top_k, word};
 
 /// Choose what answers lookups in a collection.
 ///
@@ -67,8 +67,8 @@ Examples:
   landmarkdb index tune --json | jq -r .engine
 ")]
 pub(super) struct TuneArgs {
-    /// k, the blocks of every choice.
-    #[arg(long, value_name = "K", default_value_t = 4)]
+    /// k, the blocks of every choice, 1 to 1024.
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     /// An index of FAISS to measure, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::api::{BlockMemory, CollectionInfo, MemoryError};
 use crate::attention::{CountedFrom, Layers, Retrieval, Window};
+use crate::limits;
 use crate::model::{self, LoadedModel, ModelConfig};
 use crate::shape::CollectionSpec;
 use crate::types::{BlockScore, DType, Engine, Granularity, KeyRule};
@@ -248,6 +249,11 @@ pub(super) fn layers(typed: &str) -> Result<Layers, String> {
 /// A value by the word that people type for it.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
     typed.parse()
+}
+
+/// For `value_parser`: how many blocks a choice may have.
+pub(super) fn top_k() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=limits::TOP_K_MAX as i64)
 }
 
 /// For `value_parser`: FACTORY or FACTORY@EFFORT.
