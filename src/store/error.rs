@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::catalog::is_out_of_files;
 use crate::shape::InvalidShape;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -54,7 +55,7 @@ pub enum StoreError {
     Poisoned,
     #[error("could not {step}: {source}")]
     Io { step: &'static str, source: io::Error },
-    #[error("the catalog could not {step}: {source}; run `landmarkdb repair` if this goes on: it rebuilds the catalog")]
+    #[error("the catalog could not {step}: {source}; {}", advice(source))]
     Catalog { step: &'static str, source: io::Error },
 }
 
@@ -110,6 +111,15 @@ impl std::fmt::Display for Entity {
 
 fn in_block(block: &Option<BlockId>) -> String {
     block.map(|block| format!(" in block {block}")).unwrap_or_default()
+}
+
+/// What to do about a catalog that fails.
+fn advice(source: &io::Error) -> &'static str {
+    match source.kind() {
+        _ if is_out_of_files(source) => "raise the limit of open files (`ulimit -n`)",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
+        _ => "run `landmarkdb repair` if this goes on: it rebuilds the catalog",
+    }
 }
 
 fn holding(found: &str) -> String {
