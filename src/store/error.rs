@@ -67,6 +67,18 @@ impl StoreError {
         matches!(self, StoreError::Io { source, .. } | StoreError::Catalog { source, .. } if full(source))
     }
 
+    /// Of a catalog that contradicts the segments or itself, and not of the system under it: that may allow later what it
+    /// refuses now.
+    pub(super) fn is_of_senseless_catalog(&self) -> bool {
+        match self {
+            StoreError::Damaged { .. } => true,
+            StoreError::Catalog { source, .. } => {
+                source.raw_os_error().is_none() && source.kind() != io::ErrorKind::TimedOut
+            }
+            _ => false,
+        }
+    }
+
     /// Of a call of the system.
     pub(super) fn is_of_system(&self) -> bool {
         matches!(self, StoreError::Io { .. } | StoreError::Catalog { .. })
@@ -116,7 +128,7 @@ fn in_block(block: &Option<BlockId>) -> String {
 /// What to do about a catalog that fails.
 fn advice(source: &io::Error) -> &'static str {
     match source.kind() {
-        _ if is_out_of_files(source) => "raise the limit of open files (`ulimit -n`)",
+        _ if is_out_of_files(source) => "raise the limit of open files (`ulimit -n`, for all processes `fs.file-max`)",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
         _ => "run `landmarkdb repair` if this goes on: it rebuilds the catalog",
     }

@@ -75,9 +75,8 @@ impl<'a> GroupWriter<'a> {
         self.begin(header, content)?;
         for part in header.parts.iter() {
             let (at, len) = header.parts.span(part);
-            let stored = &scanned.record[at as usize..at as usize + len + CRC_BYTES];
-            self.part(&header, part, &stored[..len]);
-            if scanned.header.stamp(scanned.salt).checked(part, stored).is_none() {
+            self.part(&header, part, &scanned.record[at as usize..at as usize + len]);
+            if scanned.part(part).is_none() {
                 // What is damaged stays so: repair keeps what can still be read of a block.
                 self.spoil_part();
             }
@@ -167,22 +166,31 @@ pub(super) struct Scanned {
 }
 
 impl Scanned {
-    /// A block whose header is damaged, as the catalog knows it; `None` if its bytes are not all there.
+    /// A block whose header is damaged or whose end is cut off, as the catalog knows it; `None` if no part of it can be read.
     pub(super) fn of_known(
         segment: &Segment,
         id: BlockId,
         collection: CollectionId,
         locator: &Locator,
     ) -> Result<Option<Self>, StoreError> {
-        if segment.len_bytes()? < locator.offset + locator.bytes() {
-            return Ok(None);
-        }
+        let there = segment.len_bytes()?.saturating_sub(locator.offset).min(locator.bytes());
         let mut record = vec![0; locator.bytes() as usize];
-        segment.file.read_at(locator.offset, &mut record).map_err(StoreError::io("read a record"))?;
+        if there > 0 {
+            let read = segment.file.read_at(locator.offset, &mut record[..there as usize]);
+            read.map_err(StoreError::io("read a record"))?;
+        }
         let &Locator { offset, sequence, tokens, parts, .. } = locator;
         let header = RecordHeader { kind: Kind::Block, commit: false, sequence, collection, block: id, tokens, parts };
         let (whole, salt) = (header.damaged_part(segment.salt, &record).is_none(), segment.salt);
-        Ok(Some(Scanned { header, offset, record, whole, salt }))
+        let found = Scanned { header, offset, record, whole, salt };
+        Ok(parts.iter().any(|part| found.part(part).is_some()).then_some(found))
+    }
+
+    /// The bytes of a part, if its checksum agrees.
+    fn part(&self, part: Part) -> Option<&[u8]> {
+        let (at, len) = self.header.parts.span(part);
+        let stored = &self.record[at as usize..at as usize + len + CRC_BYTES];
+        self.header.stamp(self.salt).checked(part, stored)
     }
 
     pub(super) fn end(&self) -> u64 {
@@ -236,10 +244,11 @@ impl<'a> Scan<'a> {
         }))
     }
 
-    /// Whether any record lies there, as far as the file goes.
-    pub(super) fn any_record(mut self) -> Result<bool, StoreError> {
+    /// Whether a record begins in the first `bytes`. It may end behind them, but not behind the file.
+    pub(super) fn any_record(mut self, bytes: u64) -> Result<bool, StoreError> {
         self.end = self.end.min(self.file.len_bytes().map_err(StoreError::io("measure a segment"))?);
-        Ok(self.next_header(self.at)? < self.end)
+        let until = self.end.min(self.at.saturating_add(bytes));
+        Ok(self.next_header(self.at, until)? < until)
     }
 
     fn header_at(&self, at: u64) -> Result<Option<RecordHeader>, StoreError> {
@@ -252,27 +261,28 @@ impl<'a> Scan<'a> {
         Ok(header.filter(|header| header.parts.record_bytes() <= self.end - at))
     }
 
-    /// The first intact record header at or after `at`, or the end.
-    fn next_header(&self, mut at: u64) -> Result<u64, StoreError> {
+    /// The first intact record header at or after `at` and before `until`, or that.
+    fn next_header(&self, mut at: u64, until: u64) -> Result<u64, StoreError> {
         const WINDOW_BYTES: u64 = 1 << 16;
         let mut window = Vec::new();
-        while at + RECORD_HEADER_BYTES as u64 <= self.end {
+        while at < until && at + RECORD_HEADER_BYTES as u64 <= self.end {
             window.resize(WINDOW_BYTES.min(self.end - at) as usize, 0);
             self.file.read_at(at, &mut window).map_err(StoreError::io("read a segment"))?;
             for (step, bytes) in window.windows(RECORD_MAGIC.len()).enumerate() {
-                if bytes == RECORD_MAGIC && self.header_at(at + step as u64)?.is_some() {
-                    return Ok(at + step as u64);
+                let here = at + step as u64;
+                if bytes == RECORD_MAGIC && here < until && self.header_at(here)?.is_some() {
+                    return Ok(here);
                 }
             }
             at += (window.len() - (RECORD_MAGIC.len() - 1)) as u64;
         }
-        Ok(self.end)
+        Ok(until)
     }
 
     fn step(&mut self) -> Result<Item, StoreError> {
         let from = self.at;
         let Some(header) = self.header_at(from)? else {
-            self.at = self.next_header(from + 1)?;
+            self.at = self.next_header(from + 1, self.end)?;
             return Ok(Item::Gap { from, to: self.at });
         };
         self.at = from + header.parts.record_bytes();

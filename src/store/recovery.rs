@@ -173,7 +173,7 @@ fn remove_unborn(handles: &Handles, segment: &Segment, next: Next, ledger: &Ledg
     if next != Next::Last && len > SEGMENT_HEADER_BYTES as u64 {
         return Ok(false);
     }
-    if segment.header.is_some() || ledger.segments.contains_key(&segment.id) || segment.scan(0, len).any_record()? {
+    if segment.header.is_some() || ledger.segments.contains_key(&segment.id) || segment.scan(0, len).any_record(len)? {
         return Ok(false);
     }
     set_aside(handles, segment, 0, len)?;

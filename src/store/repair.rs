@@ -10,13 +10,15 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
+
 use super::catalog::{self, Catalog, SledCatalog, key};
 use super::compaction::current;
 use super::error::StoreError;
 use super::ledger::Entry;
 use super::log::{GroupWriter, Item, Scanned};
 use super::read::read_small;
-use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Salt, Tombstone};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Salt, Tombstone, unpack};
 use super::recovery::{begin_segment, following, read_records, recover};
 use super::salvage::{self, Leftover, LostCollection, MissingCollection, Piece, Salvaged};
 use super::segment::{Handles, Segment, SegmentId, Torn};
@@ -126,14 +128,15 @@ pub(super) fn repair(
         report.discarded = folder.torn().map_err(StoreError::io("list what was set aside"))?;
         folder.discard_torn().map_err(StoreError::io("remove what was set aside"))?;
     }
-    match recover(handles, catalog, sizes) {
-        Ok(writer) => {
-            let mut work = Work { handles, catalog, writer };
-            work.close_damaged_end()?;
-            report.rewritten = work.rewrite_known()? + work.rewrite_known_blocks()?;
-        }
+    let rewritten = recover(handles, catalog, sizes).and_then(|writer| {
+        let mut work = Work { handles, catalog, writer };
+        work.close_damaged_end()?;
+        Ok(work.rewrite_known()? + work.rewrite_known_blocks()?)
+    });
+    match rewritten {
+        Ok(rewritten) => report.rewritten = rewritten,
         // It is no help, and about to be rebuilt.
-        Err(error @ (StoreError::Damaged { .. } | StoreError::Catalog { .. })) => tracing::warn!("{error}"),
+        Err(error) if error.is_of_senseless_catalog() => tracing::warn!("{error}"),
         Err(error) => return Err(error),
     }
     empty(catalog)?;
@@ -179,26 +182,46 @@ impl Work<'_> {
     }
 
     fn roll(&mut self) -> Result<(), StoreError> {
+        // One that knows less than the new segment's header says passes for one that has fallen back, and what only it
+        // knows would be lost if repair were stopped here.
+        self.catalog.flush().map_err(StoreError::catalog("flush"))?;
         self.writer.active = begin_segment(self.handles, &mut self.writer.ledger)?;
         self.writer.end = SEGMENT_HEADER_BYTES as u64;
         Ok(())
     }
 
+    /// What the catalog holds under a prefix, but for values that make no sense.
+    fn known<T: DeserializeOwned>(
+        &self,
+        prefix: &[u8],
+    ) -> impl Iterator<Item = Result<(Vec<u8>, T), StoreError>> + use<T> {
+        self.catalog.scan(prefix).filter_map(|pair| match pair {
+            Ok((key, value)) => {
+                let value = unpack(&value);
+                if value.is_none() {
+                    tracing::warn!(?key, "the catalog holds something that makes no sense");
+                }
+                value.map(|value| Ok((key, value)))
+            }
+            Err(source) => Some(Err(StoreError::Catalog { step: "scan", source })),
+        })
+    }
+
     /// Writes what the catalog knows and the log has lost to the log again: collections, manifests, deletions.
     fn rewrite_known(&mut self) -> Result<u64, StoreError> {
         let mut lost = Vec::new();
-        for pair in catalog::scan::<(Locator, CollectionEntry)>(self.catalog, key::COLLECTIONS) {
+        for pair in self.known::<(Locator, CollectionEntry)>(key::COLLECTIONS) {
             let (key, (locator, entry)) = pair?;
             lost.push((locator, Content::Collection(key::collection_of(&key)?, entry)));
         }
-        for pair in catalog::scan::<(Locator, DocumentEntry)>(self.catalog, key::DOCUMENTS) {
+        for pair in self.known::<(Locator, DocumentEntry)>(key::DOCUMENTS) {
             let (_, (locator, entry)) = pair?;
             let doubt = key::doubt(entry.manifest.id);
             if self.catalog.get(&doubt).map_err(StoreError::catalog("read"))?.is_none() {
                 lost.push((locator, Content::Document(entry)));
             }
         }
-        for pair in catalog::scan::<(Locator, Tombstone)>(self.catalog, key::TOMBSTONES) {
+        for pair in self.known::<(Locator, Tombstone)>(key::TOMBSTONES) {
             let (_, (locator, tombstone)) = pair?;
             lost.push((locator, Content::Tombstone(tombstone)));
         }
@@ -223,10 +246,11 @@ impl Work<'_> {
         Ok(rewritten.len() as u64)
     }
 
-    /// The same for blocks whose headers are damaged: without the catalog nobody would know that they are there.
+    /// The same for blocks whose headers are damaged, or whose ends are cut off, as far as they can be read: without the catalog
+    /// nobody would know that they are there.
     fn rewrite_known_blocks(&mut self) -> Result<u64, StoreError> {
-        let (mut lost, mut bytes, mut rewritten) = (Vec::new(), 0, 0);
-        for pair in catalog::scan::<Locator>(self.catalog, key::BLOCKS) {
+        let (mut lost, mut bytes, mut rewritten, mut all_whole) = (Vec::new(), 0, 0, true);
+        for pair in self.known::<Locator>(key::BLOCKS) {
             let (key, locator) = pair?;
             let id = key::block_of(&key)?;
             let segment = match self.handles.get(locator.segment) {
@@ -240,15 +264,20 @@ impl Work<'_> {
             let document = catalog::get::<(Locator, DocumentEntry)>(self.catalog, &key::document(id.document))?;
             let Some((_, document)) = document else { continue };
             let found = Scanned::of_known(&segment, id, document.manifest.collection, &locator)?;
-            let Some(found) = found.filter(|found| found.whole) else { continue };
+            let Some(found) = found else { continue };
             bytes += locator.bytes();
             rewritten += 1;
+            all_whole &= found.whole;
             lost.push((found, Content::Block(id)));
             if bytes >= self.writer.sizes.group_bytes || lost.len() == GROUP_RECORDS {
                 self.copy(std::mem::take(&mut lost), std::mem::take(&mut bytes))?;
             }
         }
         self.copy(lost, bytes)?;
+        if !all_whole {
+            // Of the last segment a group with damage would be taken for a torn end.
+            self.roll()?;
+        }
         Ok(rewritten)
     }
 

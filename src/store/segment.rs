@@ -352,7 +352,7 @@ impl Segment {
         let header = SegmentHeader::check(&bytes[..len]);
         let own = Salt::of(directory, id);
         let Some(found) = header else {
-            let salted = Scan::new(&*file, id, own, 0, own.first_record() + HEADERLESS_SEARCH_BYTES).any_record()?;
+            let salted = Scan::new(&*file, id, own, 0, u64::MAX).any_record(HEADERLESS_SEARCH_BYTES)?;
             let salt = if salted { own } else { Salt::NONE };
             return Ok(Segment { id, file, salt, header: None });
         };

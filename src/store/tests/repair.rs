@@ -3,7 +3,7 @@
 use super::*;
 use crate::store::double::{Effect, Files, Table};
 use crate::store::log::Item;
-use crate::store::record::Content;
+use crate::store::record::{Content, SEGMENT_HEADER_BYTES};
 use crate::store::repair::repair;
 use crate::store::segment::Handles;
 
@@ -68,8 +68,22 @@ fn filled() -> (Disk, [DocumentId; 3]) {
     (disk, [grown, other, secret])
 }
 
+/// The parts of the blocks of a document that can be read: the meta, the keys, each piece.
+fn readable(disk: &Disk, document: DocumentId, count: u32) -> Vec<(u32, usize)> {
+    let store = open(disk).unwrap();
+    let mut parts = Vec::new();
+    for index in 0..count {
+        let (block, mut piece) = (id(document, index), Vec::new());
+        let found = [store.read_meta(block).is_ok(), store.read_keys(block).is_ok()];
+        let pieces = [0, 1].map(|number| store.read_piece(block, number, &mut piece).is_ok());
+        let found = found.into_iter().chain(pieces).enumerate().filter(|(_, is_there)| *is_there);
+        parts.extend(found.map(|(part, _)| (index, part)));
+    }
+    parts
+}
+
 /// While the catalog is kept, repair leaves nothing less readable than it was: a block whose header is damaged used to be lost,
-/// and a last group with a damaged end passed for a torn write (found by an attack on the service).
+/// all of it if anything else of it was damaged too, and a last group with a damaged end passed for a torn write.
 #[test]
 fn what_could_be_read_before_a_repair_can_be_read_after_it() {
     let disk = Disk::default();
@@ -80,21 +94,32 @@ fn what_could_be_read_before_a_repair_can_be_read_after_it() {
     store.append(document, &[block(4, 2, 1)]).unwrap();
     drop(store);
     let last = *disk.segments().last().unwrap();
+    let whole = readable(&disk, document, 5).len();
+    let check = |segment, context: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let copy = disk.restart(Files::Synced, Table::Applied);
+        let mut bytes = copy.bytes_of(segment);
+        change(&mut bytes);
+        copy.place(segment, Some(bytes));
+        let before = readable(&copy, document, 5);
+        run(&copy, &RepairOptions::default()).unwrap();
+        assert_eq!(readable(&copy, document, 5), before, "{context} of segment {segment}");
+        let rebuilt = copy.restart(Files::Synced, Table::Deleted);
+        assert_eq!(readable(&rebuilt, document, 5), before, "{context} of segment {segment}, rebuilt");
+        before.len()
+    };
     for segment in disk.segments() {
-        for byte in (0..disk.bytes_of(segment).len() as u64).step_by(if segment == last { 3 } else { 11 }) {
-            let copy = disk.restart(Files::Synced, Table::Applied);
-            copy.flip(segment, byte);
-            copy.place(segment, Some(copy.bytes_of(segment)));
-            let readable = |disk: &Disk| -> Vec<u32> {
-                let store = open(disk).unwrap();
-                (0..5).filter(|&index| read(&store, id(document, index)).is_ok()).collect()
-            };
-            let before = readable(&copy);
-            assert!(before.len() >= 4, "byte {byte} of segment {segment}");
-            run(&copy, &RepairOptions::default()).unwrap();
-            assert_eq!(readable(&copy), before, "byte {byte} of segment {segment}");
-            let rebuilt = copy.restart(Files::Synced, Table::Deleted);
-            assert_eq!(readable(&rebuilt), before, "byte {byte} of segment {segment}, rebuilt");
+        let len = disk.bytes_of(segment).len();
+        for at in (0..len).step_by(if segment == last { 3 } else { 11 }) {
+            let parts = check(segment, &format!("byte {at}"), &|bytes| bytes[at] ^= 1);
+            assert!(parts >= whole - 1, "byte {at} of segment {segment}: {parts} parts");
+        }
+        for at in (0..len).step_by(29) {
+            check(segment, &format!("128 bytes at {at}"), &|bytes| {
+                bytes.iter_mut().skip(at).take(128).for_each(|byte| *byte = 0);
+            });
+        }
+        for end in (SEGMENT_HEADER_BYTES..len).step_by(13) {
+            check(segment, &format!("the end at {end}"), &|bytes| bytes.truncate(end));
         }
     }
 }
@@ -286,6 +311,65 @@ fn a_crash_at_any_step_of_repair_loses_nothing() {
             assert!(faults.iter().all(|fault| fault.block == Some(id(grown, 1))), "{context}: {faults:?}");
         }
     }
+}
+
+/// A new segment said that groups lie before it which the catalog on disk did not know yet. After a crash that catalog passed
+/// for an outdated one, and with it went what only it knew.
+#[test]
+fn a_crash_at_any_step_of_repair_keeps_what_only_the_catalog_knew() {
+    let (disk, [grown, other, _]) = filled();
+    let damaged = disk.restart(Files::Synced, Table::Applied);
+    for index in [0, 2, 4] {
+        assert!(damage(&damaged, 10, |content| *content == Content::Block(id(grown, index))));
+    }
+    assert!(damage(&damaged, 10, |content| *content == Content::Block(id(other, 1))));
+    let before = readable(&damaged, grown, 6);
+    let whole = damaged.restart(Files::Synced, Table::Applied);
+    let rewritten = run(&whole, &RepairOptions::default()).unwrap().rewritten;
+    let (operations, segments) = (whole.operations(), whole.segments().len());
+    assert!(rewritten >= 4 && segments > damaged.segments().len() + 1, "{rewritten} rewritten, {segments} segments");
+    for operation in 0..operations {
+        for (effect, table) in [(Effect::Nothing, Table::Flushed), (Effect::Everything, Table::Applied)] {
+            let copy = damaged.restart(Files::Synced, Table::Applied);
+            copy.die_at(operation, effect);
+            let died = run(&copy, &RepairOptions::default());
+            let context = format!("operation {operation}, {effect:?}, {table:?}: {:?}", died.err());
+            let copy = copy.restart(Files::Cut(operation as u64), table);
+            run(&copy, &RepairOptions::default()).expect(&context);
+            assert_eq!(readable(&copy, grown, 6), before, "{context}");
+            let store = open(&copy).unwrap();
+            assert_eq!(read(&store, id(other, 1)).expect(&context), block(1, 4, 2), "{context}");
+            assert_eq!(faults(&store).unwrap(), [], "{context}");
+        }
+    }
+}
+
+/// Of a segment with a damaged header whose first block is larger than what is searched for a record, nothing was found.
+#[test]
+fn a_segment_without_a_header_is_read_whatever_its_blocks_weigh() {
+    let disk = Disk::default();
+    let store = open(&disk).unwrap();
+    let mut spec = spec("one");
+    (spec.shape.layers, spec.shape.head_dim) = (256, 1024);
+    spec.shape.rope = crate::shape::Rope::from_base(100.0, 1024);
+    let collection = store.create_collection(&spec).unwrap();
+    let document = store.create_document(collection, "a").unwrap().id;
+    let piece_bytes = PieceLayout { dtype: DType::F16, tokens: 4, head_dim: 1024 }.bytes();
+    let pieces = 512 * piece_bytes;
+    let keys = vec![2; KeysLayout::of(&spec).bytes(false)];
+    let large = BlockRecord { keys, pieces: vec![3; pieces], ..block(0, 4, 1) };
+    store.append(document, std::slice::from_ref(&large)).unwrap();
+    drop(store);
+    let segment = *disk.segments().last().unwrap();
+    assert!(disk.bytes_of(segment).len() > 8 << 20, "{piece_bytes}");
+    let copy = disk.restart(Files::Synced, Table::Deleted);
+    copy.flip(segment, 10);
+    copy.place(segment, Some(copy.bytes_of(segment)));
+    let (report, store) = repaired(&copy);
+    assert!(!report.is_something_lost(), "{report:?}");
+    let mut found = Vec::new();
+    store.read_pieces(id(document, 0), &mut found).unwrap();
+    assert_eq!((found, store.read_keys(id(document, 0)).unwrap()), (large.pieces, large.keys));
 }
 
 #[test]
