@@ -31,7 +31,8 @@ pub(super) struct Arriving {
     unfinished: Unfinished,
     /// Of whole messages.
     ready: Chunks,
-    /// How long the next byte of a message may take; the first message of a call is due at once.
+    /// How long the next byte of a message may take; the first message of a call is due at once, and the end behind the only
+    /// one.
     patience: Duration,
     due: Option<Pin<Box<Sleep>>>,
     has_begun: bool,
@@ -76,7 +77,7 @@ impl Arriving {
 
     /// What a body fails with that lets its reader wait inside of a message.
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
-        if self.has_begun && self.unfinished.bytes == 0 {
+        if self.has_begun && self.unfinished.bytes == 0 && self.bounds.is_of_stream {
             self.due = None;
             return Poll::Pending;
         }

@@ -295,13 +295,15 @@ impl hyper::service::Service<http::Request<Incoming>> for Calls {
         let (stream, call) = (self.peer.open(), Call::from(self.peer.clone()));
         let open = call.open();
         let (mut parts, body) = request.into_parts();
+        // Health and reflection owe nobody an answer that takes time.
+        let resting = (!parts.uri.path().starts_with("/landmark.")).then(|| self.peer.rest());
         parts.extensions.insert(call.clone());
         let (messages, peer) = (self.shared.messages.clone(), self.peer.clone());
         let body = Arriving::new(body, bounds(parts.uri.path()), call, messages.clone(), self.shared.options.stall);
         let reply = self.shared.routes.clone().call(http::Request::from_parts(parts, body));
         Box::pin(async move {
             let reply = reply.await?;
-            Ok(reply.map(|body| Leaving::new(body, messages, peer, stream, open)))
+            Ok(reply.map(|body| Leaving::new(body, messages, peer, stream, (open, resting))))
         })
     }
 }

@@ -9,7 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use tonic::Status;
 
 use super::call::Open;
-use super::connection::{OpenStream, Peer};
+use super::connection::{OpenStream, Peer, Resting};
 use crate::budget::{Budget, Taken};
 
 /// Bytes that are handed to the transport at once. It asks for more when these have found room in the reader's window.
@@ -24,7 +24,7 @@ pub(super) struct Leaving {
     budget: Arc<Budget>,
     peer: Arc<Peer>,
     stream: OpenStream,
-    _open: Open,
+    _held: (Open, Option<Resting>),
 }
 
 impl Leaving {
@@ -33,9 +33,9 @@ impl Leaving {
         budget: Arc<Budget>,
         peer: Arc<Peer>,
         stream: OpenStream,
-        open: Open,
+        held: (Open, Option<Resting>),
     ) -> Self {
-        Leaving { body, rest: Bytes::new(), taken: None, budget, peer, stream, _open: open }
+        Leaving { body, rest: Bytes::new(), taken: None, budget, peer, stream, _held: held }
     }
 }
 

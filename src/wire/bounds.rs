@@ -22,6 +22,8 @@ const NUMBER_BYTES: u64 = 8;
 pub struct Bounds {
     /// Bytes of one message.
     pub bytes_max: usize,
+    /// Whether there may be any number of them in one call.
+    pub is_of_stream: bool,
     fields: &'static [Field],
 }
 
@@ -45,12 +47,16 @@ const ATTEND: &[Field] = &[Field::Message(1, LOOKUP)];
 
 const APPEND_BOUNDS: Bounds = Bounds {
     bytes_max: limits::MESSAGE_BYTES_MAX,
+    is_of_stream: true,
     fields: &[Field::Messages { number: 2, what: "blocks", max: limits::APPEND_BLOCKS_MAX, bytes: 512, inside: BLOCK }],
 };
-const LOOKUP_BOUNDS: Bounds = Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, fields: LOOKUP };
-const ATTEND_BOUNDS: Bounds = Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, fields: ATTEND };
+const LOOKUP_BOUNDS: Bounds =
+    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: false, fields: LOOKUP };
+const ATTEND_BOUNDS: Bounds =
+    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: false, fields: ATTEND };
 const ATTEND_ALL_BOUNDS: Bounds = Bounds {
     bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX,
+    is_of_stream: false,
     fields: &[Field::Messages {
         number: 1,
         what: "requests",
@@ -60,11 +66,12 @@ const ATTEND_ALL_BOUNDS: Bounds = Bounds {
     }],
 };
 const LOOKUP_STREAM_BOUNDS: Bounds =
-    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, fields: &[Field::Message(2, LOOKUP)] };
+    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: true, fields: &[Field::Message(2, LOOKUP)] };
 const ATTEND_STREAM_BOUNDS: Bounds =
-    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, fields: &[Field::Message(2, ATTEND)] };
-const FETCH_BOUNDS: Bounds = Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, fields: &[Field::Numbers(2)] };
-const OTHER_BOUNDS: Bounds = Bounds { bytes_max: limits::ADMIN_MESSAGE_BYTES_MAX, fields: &[] };
+    Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: true, fields: &[Field::Message(2, ATTEND)] };
+const FETCH_BOUNDS: Bounds =
+    Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[Field::Numbers(2)] };
+const OTHER_BOUNDS: Bounds = Bounds { bytes_max: limits::ADMIN_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[] };
 
 /// Of the requests of a method, by its path.
 pub fn bounds(path: &str) -> &'static Bounds {

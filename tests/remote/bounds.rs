@@ -150,6 +150,11 @@ fn half_a_message_silence_and_idleness_time_out() {
             assert!(raw.ends(stream), "{} bytes of {path}", sent.len());
         }
     }
+    for path in [LOOKUP, FETCH, "/landmark.v1.Admin/GetStats"] {
+        let stream = raw.open(path);
+        raw.send(stream, &header(0));
+        assert!(raw.ends(stream), "a whole message of {path}, and no end behind it");
+    }
     let stream = raw.open(LOOKUP);
     raw.send(stream, &header(100));
     raw.finish(stream);
@@ -181,6 +186,29 @@ fn idle_connections_make_room_and_busy_ones_stay() {
     let once = ClientOptions { attempts: 1, ..hasty() };
     assert!(service.connect_with(once).stats().is_ok());
     assert!(busy.attend(&requests::attend(1)).is_ok());
+}
+
+/// Streams of health and reflection, which any client may open and leave open, shut everybody else out.
+#[test]
+fn streams_that_owe_nothing_make_room() {
+    let stall = Duration::from_millis(100);
+    let (_, service) = serve(ServeOptions { connections: 2, stall, ..ServeOptions::default() });
+    let watching: Vec<Raw> =
+        ["/grpc.health.v1.Health/Watch", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"]
+            .map(|path| {
+                let mut raw = Raw::greeting(&service.target);
+                let stream = raw.open(path);
+                raw.send(stream, &header(0));
+                if path.ends_with("Watch") {
+                    raw.finish(stream);
+                }
+                raw.settle();
+                raw
+            })
+            .into();
+    std::thread::sleep(4 * stall);
+    assert!(service.connect().stats().is_ok(), "a new caller is let in");
+    drop(watching);
 }
 
 /// Four legal lookups held all workers for more than a minute, also after their callers had hung up (c04, c14, c15); and

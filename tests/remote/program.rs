@@ -6,8 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use landmarkdb::api::*;
-use landmarkdb::client::RemoteMemory;
+use landmarkdb::client::{ClientOptions, RemoteMemory};
 use landmarkdb::types::BlockRange;
+use rustix::process::{Resource, Rlimit};
 
 use crate::raw::{Raw, header};
 use crate::requests;
@@ -21,11 +22,9 @@ struct Program {
 }
 
 impl Program {
-    /// Starts it in a shell, after `before`.
-    fn start(data: &Path, before: &str, stderr: Stdio) -> Program {
-        let serve = format!("{before}; exec \"$0\" serve --json --listen 127.0.0.1:0 --data \"$1\"");
-        let mut command = Command::new("sh");
-        command.args(["-c", &serve, env!("CARGO_BIN_EXE_landmarkdb")]).arg(data);
+    fn start(data: &Path, stderr: Stdio) -> Program {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_landmarkdb"));
+        command.args(["serve", "--json", "--listen", "127.0.0.1:0", "--data"]).arg(data);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -37,6 +36,18 @@ impl Program {
 
     fn signal(&self, name: &str) {
         assert!(Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    fn open_files(&self) -> u64 {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count() as u64
+    }
+
+    /// Lets it open at most so many files from now on; gives what it was.
+    fn limit_files(&self, count: u64) -> u64 {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+        let limit = Rlimit { current: Some(count), maximum };
+        rustix::process::prlimit(Some(pid), Resource::Nofile, limit).unwrap().current.unwrap()
     }
 
     /// Reads what it logs until that says `word`.
@@ -64,7 +75,7 @@ impl Drop for Program {
 fn a_second_signal_ends_it_whatever_it_waits_for() {
     let folder = tempfile::tempdir().unwrap();
     for names in [["TERM", "INT"], ["INT", "TERM"]] {
-        let mut program = Program::start(folder.path(), "true", Stdio::piped());
+        let mut program = Program::start(folder.path(), Stdio::piped());
         let mut raw = Raw::greeting(&program.target);
         let append = raw.open("/landmark.v1.BlockMemory/Append");
         assert_eq!(raw.send(append, &header(1000)), 5);
@@ -82,9 +93,9 @@ fn a_second_signal_ends_it_whatever_it_waits_for() {
 
 /// Connections that say nothing took the last descriptors, and the next append ended all writing (c05).
 #[test]
-fn a_service_that_runs_out_of_open_files_serves_whom_it_has_and_recovers() {
+fn a_service_without_open_files_to_spare_serves_whom_it_has_and_recovers() {
     let folder = tempfile::tempdir().unwrap();
-    let program = Program::start(folder.path(), "ulimit -n 64", Stdio::null());
+    let program = Program::start(folder.path(), Stdio::null());
     let remote = RemoteMemory::connect(&program.target, hasty()).unwrap();
     let collection = remote.open_collection(&requests::spec()).unwrap();
     let document = remote.open_document(collection.id, "text").unwrap();
@@ -93,22 +104,26 @@ fn a_service_that_runs_out_of_open_files_serves_whom_it_has_and_recovers() {
         let block = NewBlock { v: block.k.clone(), ..block };
         remote.append(AppendRequest { document: document.id, blocks: vec![block], expected_tokens: None }).unwrap()
     };
+    let attend = |blocks: u32| {
+        let request = requests::attend(1);
+        let scope = vec![BlockRange { document: document.id, blocks: 0..blocks }];
+        let lookup = LookupRequest { collection: collection.id, scope, ..request.lookup };
+        remote.attend(&AttendRequest { lookup, ..request })
+    };
     append(&remote, 0);
+    assert_eq!(attend(1).unwrap().hits.k, 1);
 
-    let idle: Vec<Raw> = (0..100).map(|_| Raw::greeting(&program.target)).collect();
+    let before = program.limit_files(program.open_files());
+    let idle: Vec<Raw> = (0..20).map(|_| Raw::greeting(&program.target)).collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let once = ClientOptions { attempts: 1, connect_timeout: Duration::from_millis(500), ..hasty() };
+    assert!(RemoteMemory::connect(&program.target, once).is_err(), "nobody else is let in");
     for at in 1..4 {
         append(&remote, at);
-        let request = AttendRequest {
-            lookup: LookupRequest {
-                collection: collection.id,
-                scope: vec![BlockRange { document: document.id, blocks: 0..at + 1 }],
-                ..requests::attend(1).lookup
-            },
-            ..requests::attend(1)
-        };
-        assert_eq!(remote.attend(&request).unwrap().hits.k, 3.min(at + 1));
+        assert_eq!(attend(at + 1).unwrap().hits.k, 3.min(at + 1));
     }
     drop(idle);
+    program.limit_files(before);
 
     let later = Instant::now() + Duration::from_secs(20);
     let another = loop {
