@@ -115,7 +115,7 @@ fn name_the_taken(error: RememberError, document: &DocumentName) -> CliError {
         (RememberError::Damaged { problem, .. }, _) => {
             return CliError::DamagedDocument { document: document.to_string(), problem: problem.clone() };
         }
-        (_, Some(MemoryError::DataLoss { detail, .. })) => {
+        (_, Some(MemoryError::DataLoss { block: Some(_), detail })) => {
             return CliError::DamagedDocument { document: document.to_string(), problem: detail.clone() };
         }
         (RememberError::OtherText { difference, .. }, _) => *difference,

@@ -88,7 +88,9 @@ pub(super) enum CliError {
          --name NAME gives this text another"
     )]
     OtherText { document: String, difference: Difference },
-    #[error("{document} is damaged ({problem}): `landmarkdb rm {document}`, and encode it again")]
+    #[error(
+        "{document} is damaged ({problem}): `landmarkdb repair` makes whole what it can; `landmarkdb rm {document}` otherwise, and encode it again"
+    )]
     DamagedDocument { document: String, problem: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
@@ -118,12 +120,15 @@ pub(super) enum CliError {
     ServeNeedsData { connect: String },
     #[error("{0}{hint}", hint = listen_hint(.0))]
     Listen(#[from] ListenError),
-    #[error("{faults} faults in stored data: `landmarkdb rm` the damaged documents and encode them again")]
+    #[error(
+        "{faults} faults in stored data: run `landmarkdb repair`; what it still lists, `landmarkdb rm` and encode again"
+    )]
     Faults { faults: usize },
     #[error("not deleting {document} without being asked on a terminal: give --yes")]
     NeedsYes { document: String },
     #[error(
-        "something that was stored is not readable any more: `landmarkdb rm` what is listed above, and encode it again"
+        "something that was stored is not readable any more: `landmarkdb rm` the documents that are listed above, and encode \
+         them again"
     )]
     SomethingLost,
     #[error(

@@ -69,7 +69,7 @@ pub(super) struct RetrievalArgs {
 pub(super) struct EncodeArgs {
     /// Blocks that are retrieved while a text is encoded; 0: the model keeps to its window [default: 0; for a model
     /// trained with landmarks 4].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(..=limits::TOP_K_MAX as i64))]
     encode_top_k: Option<u32>,
 }
 
