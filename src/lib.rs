@@ -18,7 +18,6 @@
 // Values that every layer speaks.
 pub mod budget;
 pub mod limits;
-pub mod numeric;
 pub mod passkey;
 mod recent;
 pub mod shape;

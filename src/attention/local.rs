@@ -8,8 +8,8 @@
 
 use std::cell::RefCell;
 
-use crate::numeric::{self, Matrix, Write};
 use crate::types::Normalisation;
+use linalg::{Matrix, Write};
 
 /// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
 #[derive(Clone, Copy)]
@@ -105,14 +105,14 @@ impl Rule {
             own
         };
         let landmarks = before.iter().skip(self.block_tokens - 1).step_by(self.block_tokens);
-        let top = landmarks.fold(numeric::max(own), |top, &landmark| top.max(landmark));
-        let mut sum = numeric::exp_sum(own, top);
+        let top = landmarks.fold(linalg::max(own), |top, &landmark| top.max(landmark));
+        let mut sum = linalg::exp_sum(own, top);
         for block in before.chunks_exact_mut(self.block_tokens) {
             let Some((landmark, tokens)) = block.split_last_mut() else { continue };
             let weight = (*landmark - top).exp();
             sum += weight;
             *landmark = 0.0;
-            let factor = weight / numeric::exp_sum(tokens, numeric::max(tokens));
+            let factor = weight / linalg::exp_sum(tokens, linalg::max(tokens));
             tokens.iter_mut().for_each(|token| *token *= factor);
         }
         (top + sum.ln(), sum)
@@ -121,8 +121,8 @@ impl Rule {
 
 /// One softmax, not yet divided by its sum. Returns `(log-sum-exp, sum)`.
 fn compete(scores: &mut [f32]) -> (f32, f32) {
-    let top = numeric::max(scores);
-    let sum = numeric::exp_sum(scores, top);
+    let top = linalg::max(scores);
+    let sum = linalg::exp_sum(scores, top);
     (top + sum.ln(), sum)
 }
 
@@ -161,7 +161,7 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
         let scores = &mut scores[..rows * columns];
         let score = |queries, keys: Matrix, scores: &mut [f32]| {
             let keys = keys.transposed();
-            numeric::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace);
+            linalg::multiply(matrix(queries, rows), keys, scores, columns, Write::Replace);
         };
         if lead_rows > 0 {
             score(queries.window, matrix(lead.k, lead_rows), scores);
@@ -184,7 +184,7 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
         let mut out = vec![0.0; rows * head_dim];
         let mut mix = |weights, seen_rows, values| {
             let weights = Matrix::with_stride(weights, rows, seen_rows, columns);
-            numeric::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add);
+            linalg::multiply(weights, matrix(values, seen_rows), &mut out, head_dim, Write::Add);
         };
         if lead_rows > 0 {
             mix(&*scores, lead_rows, lead.v);

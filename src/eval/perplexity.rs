@@ -8,7 +8,6 @@ use super::{invalid, unused_name};
 use crate::api::{BlockMemory, CollectionInfo};
 use crate::attention::{BlockAttention, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window};
 use crate::model::{LoadedModel, Logits, Reading, RememberError};
-use crate::numeric;
 
 /// Tokens whose logits are held at once: `(128, vocab)` stays near 25 MB for a vocabulary of 49,152.
 const LOGIT_TOKENS: usize = 128;
@@ -147,7 +146,7 @@ fn negative_log_likelihood(
                 }
                 let next = text_tokens[read] + 1;
                 let id = *text.get(next).filter(|_| next >= settings.skip_tokens.max(1))?;
-                Some((numeric::log_sum_exp(logits) - logits[id as usize]) as f64)
+                Some((linalg::log_sum_exp(logits) - logits[id as usize]) as f64)
             })
             .sum::<f64>();
         progress(text_tokens[from + ids_here.len() - 1]);

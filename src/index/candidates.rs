@@ -13,7 +13,7 @@ use super::kernel::{Form, Rows};
 use super::select::{Best, Candidate};
 use super::snapshot::PANEL;
 use super::{Found, Query};
-use crate::numeric;
+
 use crate::types::Granularity;
 
 /// Keys that are asked of an index, at least: sums over heads are better guessed from more.
@@ -129,11 +129,11 @@ impl Search<'_> {
         for of_head in members.chunk_by(|a, b| a.head == b.head) {
             self.score(of_head, &positions, &mut scores);
             for scores in scores.chunks_exact(positions.len()) {
-                let total = numeric::log_sum_exp_below(scores, numeric::max(scores));
+                let total = linalg::log_sum_exp_below(scores, linalg::max(scores));
                 for (share, score) in shares.iter_mut().zip(scores) {
                     *share = match self.query.granularity {
                         Granularity::KvGroup => add_logs(*share, score - total),
-                        _ => numeric::larger(*share, score - total),
+                        _ => linalg::larger(*share, score - total),
                     };
                 }
             }

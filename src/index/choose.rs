@@ -12,8 +12,8 @@ use super::Query;
 use super::compress::Compressed;
 use super::fast::{STRIDE, Scores, Search, Tile, reduce};
 use super::select::{Best, Candidate};
-use crate::numeric::{self, exp, fma, larger, simd};
 use crate::types::Granularity;
+use linalg::{exp, fma, larger, simd};
 
 /// Members of a row above which its tiles are shared out: one row that gathers from many would keep all threads waiting.
 const MEMBERS_MAX: usize = 64;
@@ -168,7 +168,7 @@ impl Choice<'_> {
         // Of one head and one key: with more of them there is other work to wait in, and the hardware reads on.
         let Some(member) = self.members.first() else { return };
         let keys = compressed.halves(self.search.piece(member.head), part.tile.blocks.start + part.first + block);
-        numeric::ask_for(&keys[..self.search.query.layout.head_dim]);
+        linalg::ask_for(&keys[..self.search.query.layout.head_dim]);
     }
 
     /// Sets `rough.shares` to what the aggregates of the blocks of a stride are at most.
@@ -231,7 +231,7 @@ impl Choice<'_> {
         let per_block = search.query.layout.keys_per_block;
         let keys = compressed.halves(search.piece(member.head), tile.blocks.start + block);
         scores.clear();
-        scores.extend(keys.chunks_exact(query.len()).map(|key| numeric::dot_f16(query, key)));
+        scores.extend(keys.chunks_exact(query.len()).map(|key| linalg::dot_f16(query, key)));
         let mut score = [0.0];
         reduce(search.query.block_score, scores, per_block, &mut score);
         score[0]

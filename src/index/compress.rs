@@ -13,7 +13,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::snapshot::{OCTET, PANEL, QUAD};
-use crate::numeric::{self, larger, nearest, simd};
+use linalg::{larger, nearest, simd};
 
 /// What f16 keys are compressed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,10 +106,10 @@ impl Compressed {
             dim,
             keys_per_block,
             blocks,
-            numbers: numeric::zeroed(lanes * compression.key_bytes(dim)),
-            scales: numeric::zeroed(lanes),
+            numbers: linalg::zeroed(lanes * compression.key_bytes(dim)),
+            scales: linalg::zeroed(lanes),
             channels: vec![1.0; pieces * dim],
-            halves: numeric::zeroed(pieces * blocks * keys_per_block * dim),
+            halves: linalg::zeroed(pieces * blocks * keys_per_block * dim),
             errors: vec![0.0; pieces * blocks],
             largest_errors: vec![0.0; pieces],
         }
@@ -215,7 +215,7 @@ simd! {
         channels.fill(0.0);
         let mut wide = vec![0.0; channels.len()];
         for key in halves.chunks_exact(channels.len()) {
-            numeric::widen_f16(key, &mut wide);
+            linalg::widen_f16(key, &mut wide);
             for (top, number) in channels.iter_mut().zip(&wide) {
                 *top = larger(*top, number.abs());
             }
@@ -231,7 +231,7 @@ simd! {
     /// `into` are as long as D, filled up to a multiple of [`LANES`] with zeros. Returns the scale, and the squared
     /// lengths of what was lost and kept.
     fn quantise(key: &[f16], inverses: &[f32], largest: f32, divided: &mut [f32], into: &mut [i8]) -> (f32, f32, f32) {
-        numeric::widen_f16(key, &mut divided[..key.len()]);
+        linalg::widen_f16(key, &mut divided[..key.len()]);
         for (number, inverse) in divided.iter_mut().zip(inverses) {
             *number *= inverse;
         }
@@ -241,7 +241,7 @@ simd! {
                 *top = larger(*top, number.abs());
             }
         }
-        let scale = numeric::fold(tops, larger) / largest;
+        let scale = linalg::fold(tops, larger) / largest;
         let inverse = if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 };
         let (mut missed, mut kept) = ([0f32; LANES], [0f32; LANES]);
         for (part, into) in divided.as_chunks::<LANES>().0.iter().zip(into.as_chunks_mut::<LANES>().0) {
@@ -252,7 +252,7 @@ simd! {
                 kept[lane] += compressed * compressed;
             }
         }
-        (scale, numeric::fold(missed, |a, b| a + b), numeric::fold(kept, |a, b| a + b))
+        (scale, linalg::fold(missed, |a, b| a + b), linalg::fold(kept, |a, b| a + b))
     }
 }
 
@@ -298,10 +298,10 @@ mod tests {
                     let query: Vec<f32> = (0..dim).map(|_| rng.random_range(-1.0..1.0)).collect();
                     let meeting: Vec<f32> =
                         query.iter().zip(keys.channels(0)).map(|(q, channel)| q * channel).collect();
-                    let length = numeric::dot(&meeting, &meeting).sqrt();
+                    let length = linalg::dot(&meeting, &meeting).sqrt();
                     for (key, &scale) in scales[..blocks * count].iter().enumerate() {
                         let block = key / count;
-                        let right = numeric::dot_f16(&query, &keys.halves(0, block)[key % count * dim..][..dim]);
+                        let right = linalg::dot_f16(&query, &keys.halves(0, block)[key % count * dim..][..dim]);
                         let product: f32 = (0..dim).map(|d| number(&keys, panels, key, d) * meeting[d]).sum();
                         let error = keys.errors(0, block..block + 1)[0];
                         assert!(error <= keys.largest_error(0));

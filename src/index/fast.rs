@@ -13,8 +13,8 @@ use super::kernel::{self, Form, Rows};
 use super::scratch::{self, Scratch};
 use super::snapshot::{CHUNK_KEYS_MAX, Chunk, PANEL};
 use super::{DocumentKeys, Found, Query};
-use crate::numeric::{self, exp, larger, simd};
 use crate::types::{BlockScore, Granularity};
+use linalg::{exp, larger, simd};
 
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
 const PARALLEL_WORK_MIN: usize = 1 << 18;
@@ -371,14 +371,14 @@ impl<'a> Search<'a> {
             let rows = scores.chunks_exact(blocks).zip(peaks.chunks_exact_mut(strides));
             for ((scores, peaks), total) in rows.zip(totals) {
                 maxima(scores, STRIDE, peaks);
-                *total = numeric::log_sum_exp_below(scores, numeric::max(peaks));
+                *total = linalg::log_sum_exp_below(scores, linalg::max(peaks));
             }
         }
     }
 }
 
 fn length(numbers: &[f32]) -> f32 {
-    numeric::dot(numbers, numbers).sqrt()
+    linalg::dot(numbers, numbers).sqrt()
 }
 
 /// `keys (blocks * m)` to `scores (blocks)`.
@@ -409,7 +409,7 @@ fn largest(numbers: &[f32]) -> f32 {
     for (top, &number) in tops.iter_mut().zip(rest) {
         *top = larger(*top, number);
     }
-    numeric::fold(tops, larger)
+    linalg::fold(tops, larger)
 }
 
 simd! {
@@ -440,10 +440,10 @@ simd! {
                 for (sum, &number) in sums.iter_mut().zip(rest) {
                     *sum += exp::<FMA>(number - *top);
                 }
-                *total = numeric::fold(sums, |a, b| a + b);
+                *total = linalg::fold(sums, |a, b| a + b);
             }
             for (top, total) in tops.iter_mut().zip(totals) {
-                *top += numeric::ln::<FMA>(total);
+                *top += linalg::ln::<FMA>(total);
             }
             results.copy_from_slice(&tops[..results.len()]);
         }

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use half::f16;
 
 use super::compress::{Compressed, Compression, NIBBLE_OFFSET};
-use crate::numeric::{self, ChannelCode, simd};
 use crate::types::DType;
+use linalg::{ChannelCode, simd};
 
 /// Keys of one panel: four AVX-512 registers of sums for each of the kernel's rows.
 pub(super) const PANEL: usize = 64;
@@ -176,8 +176,8 @@ impl Chunk {
                 let KeyLayout { head_dim, keys_per_block, .. } = layout;
                 Numbers::Compressed(Compressed::zeroed(compression, head_dim, keys_per_block, layout.pieces(), blocks))
             }
-            (None, DType::Int8) => Numbers::Int8 { numbers: numeric::zeroed(count), scales: numeric::zeroed(keys) },
-            (None, _) => Numbers::F16(numeric::zeroed(count)),
+            (None, DType::Int8) => Numbers::Int8 { numbers: linalg::zeroed(count), scales: linalg::zeroed(keys) },
+            (None, _) => Numbers::F16(linalg::zeroed(count)),
         };
         Chunk { layout, blocks, codes, numbers, copy: Mutex::default() }
     }
@@ -480,7 +480,7 @@ impl Panels<'_> {
     /// The same panels as single-precision numbers `(panels, D, PANEL)`, scales not yet applied.
     pub(super) fn widen(self, dim: usize, into: &mut [f32]) {
         match self {
-            Panels::F16(numbers) => numeric::widen_f16(numbers, into),
+            Panels::F16(numbers) => linalg::widen_f16(numbers, into),
             Panels::Int8 { numbers, .. } => {
                 let panels = numbers.chunks_exact(dim.next_multiple_of(QUAD) * PANEL);
                 for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {

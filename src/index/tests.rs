@@ -7,9 +7,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::numeric::ChannelCode;
 use crate::types::DType;
 use crate::until::Until;
+use linalg::ChannelCode;
 
 /// Both searches read the same stored numbers. Against f16 keys only the order of f32 sums differs: the error of a score
 /// grows with its size (here up to about 20). Against int8 keys queries may be integers of 15 bits.

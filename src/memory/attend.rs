@@ -15,10 +15,10 @@ use super::work::{self, Need, Then};
 use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
 use crate::cuda::{PageLayout, Part};
 use crate::index::Found;
-use crate::numeric::{self, FEW_ROWS, Matrix, Number, Write};
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::types::Normalisation;
 use crate::until::Until;
+use linalg::{FEW_ROWS, Matrix, Number, Write};
 
 /// (row, block) pairs that a task should have at least; below, one task per KV head.
 const SHARD_USES_MIN: usize = 512;
@@ -274,7 +274,7 @@ impl Attention<'_> {
             mixed.resize(uses.len() * dim, 0.0);
             stored.mix(&mut scores, &mut mixed, &mut wide);
             for (block_use, mixed) in uses.iter().zip(mixed.chunks_exact(dim)) {
-                numeric::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
+                linalg::add_scaled(partial.row(block_use.row as usize, dim), 1.0, mixed);
             }
         }
         Ok(partial)
@@ -310,7 +310,7 @@ impl Attention<'_> {
                 let (token, g) = (row / self.group, row % self.group);
                 let to = (token * kv_heads + head) * self.group + g;
                 let share = 1.0 / partial.sums[row];
-                numeric::add_scaled(&mut out[to * self.dim..][..self.dim], share, values);
+                linalg::add_scaled(&mut out[to * self.dim..][..self.dim], share, values);
                 lse[to] = partial.tops[row] + partial.sums[row].ln();
             }
         }
@@ -338,7 +338,7 @@ fn multiply_stored(a: &[f32], numbers: &Numbers, shape: (usize, usize), transpos
     ) {
         let b = Matrix::new(numbers, rows, columns);
         let (b, from, to) = if transposed { (b.transposed(), columns, rows) } else { (b, rows, columns) };
-        numeric::multiply_few(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
+        linalg::multiply_few(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
     }
     match numbers {
         Numbers::F32(numbers) => multiply(a, numbers, shape, transposed, out),
@@ -360,7 +360,7 @@ impl Stored<'_> {
             wide.resize(tokens * head_dim, 0.0);
             self.layout.decode_k(self.bytes, wide);
             let keys = Matrix::new(wide, tokens, head_dim).transposed();
-            numeric::multiply(Matrix::new(queries, rows, head_dim), keys, scores, tokens, Write::Replace);
+            linalg::multiply(Matrix::new(queries, rows, head_dim), keys, scores, tokens, Write::Replace);
         }
     }
 
@@ -375,7 +375,7 @@ impl Stored<'_> {
             wide.resize(tokens * head_dim, 0.0);
             self.layout.decode_v(self.bytes, wide);
             let values = Matrix::new(wide, tokens, head_dim);
-            numeric::multiply(Matrix::new(weights, rows, tokens), values, mixed, head_dim, Write::Replace);
+            linalg::multiply(Matrix::new(weights, rows, tokens), values, mixed, head_dim, Write::Replace);
         }
     }
 }
@@ -395,23 +395,23 @@ impl Partial {
     fn weigh(&mut self, row: usize, normalisation: Normalisation, scores: &mut [f32]) {
         match normalisation {
             Normalisation::Plain => {
-                self.raise_top(row, numeric::max(scores));
-                self.sums[row] += numeric::exp_sum(scores, self.tops[row]);
+                self.raise_top(row, linalg::max(scores));
+                self.sums[row] += linalg::exp_sum(scores, self.tops[row]);
             }
             Normalisation::Grouped => {
                 let Some((landmark, inner)) = scores.split_last_mut() else { return };
                 self.raise_top(row, *landmark);
                 let weight = (*landmark - self.tops[row]).exp();
                 self.sums[row] += weight;
-                let factor = weight / numeric::exp_sum(inner, numeric::max(inner));
+                let factor = weight / linalg::exp_sum(inner, linalg::max(inner));
                 inner.iter_mut().for_each(|number| *number *= factor);
                 *landmark = 0.0;
             }
             Normalisation::Hidden => {
                 let Some((landmark, tokens)) = scores.split_last_mut() else { return };
                 *landmark = 0.0;
-                self.raise_top(row, numeric::max(tokens));
-                self.sums[row] += numeric::exp_sum(tokens, self.tops[row]);
+                self.raise_top(row, linalg::max(tokens));
+                self.sums[row] += linalg::exp_sum(tokens, self.tops[row]);
             }
         }
     }
@@ -436,7 +436,7 @@ impl Partial {
             self.raise_top(row, other.tops[row]);
             let factor = (other.tops[row] - self.tops[row]).exp();
             self.sums[row] += factor * other.sums[row];
-            numeric::add_scaled(self.row(row, dim), factor, values);
+            linalg::add_scaled(self.row(row, dim), factor, values);
         }
     }
 }

@@ -8,12 +8,12 @@ use super::error::{at_most, invalid, writing};
 use super::{Collection, LocalMemory};
 use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, Tensor};
 use crate::limits;
-use crate::numeric::{self, ChannelCode};
 use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{BlockMeta, BlockRecord, Held, Manifest};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 use crate::until::Until;
+use linalg::ChannelCode;
 
 impl LocalMemory {
     pub(super) fn append_blocks(&self, request: AppendRequest) -> Result<DocumentInfo> {
@@ -321,7 +321,7 @@ fn landmark_keys(rule: KeyRule, k: &[f32], dim: usize) -> Vec<f32> {
         KeyRule::Mean => {
             let mut mean = vec![0.0; dim];
             let share = dim as f32 / k.len() as f32;
-            k.chunks_exact(dim).for_each(|key| numeric::add_scaled(&mut mean, share, key));
+            k.chunks_exact(dim).for_each(|key| linalg::add_scaled(&mut mean, share, key));
             mean
         }
     }

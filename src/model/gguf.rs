@@ -19,7 +19,7 @@ use super::gguf_header::Header;
 use super::tensors::table;
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite};
 use crate::limits::HEAD_DIM_MAX;
-use crate::numeric::BlockFormat;
+use linalg::BlockFormat;
 
 /// llama.cpp's own tool puts the parts of a split file together.
 const MERGE_PARTS: &str = "put the parts together with llama.cpp: llama-gguf-split --merge FIRST_PART OUT";

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::numeric::{dot, exp, simd};
+use linalg::{dot, exp, simd};
 
 /// Tokens that one task normalises or gates.
 const ROW_TASK_TOKENS: usize = 8;

@@ -14,7 +14,7 @@ use super::safetensors::SafeTensorsFolder;
 use super::tensors::{Opened, open_weights};
 use super::weights::{LayerTensor, TensorName, TensorSource, numbers, read_packed};
 use crate::attention::SequenceAttention;
-use crate::numeric::{Packed, Write};
+use linalg::{Packed, Write};
 
 /// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
 pub struct Llama {

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::weights::pack;
-use crate::numeric::{Packed, Write};
+use linalg::{Packed, Write};
 
 /// `y += scale B A x` (Hu et al. 2021).
 pub(super) struct LowRank {

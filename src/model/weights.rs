@@ -5,7 +5,7 @@ use half::f16;
 
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
-use crate::numeric::{BLOCK, BlockFormat, Matrix, Packed};
+use linalg::{BLOCK, BlockFormat, Matrix, Packed};
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,9 +21,9 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 
 use super::error::StoreError;
-use crate::numeric::{ChannelCode, int8_scale, simd, to_int8, widen_f16, widen_int8};
 use crate::shape::CollectionSpec;
 use crate::types::DType;
+use linalg::{ChannelCode, int8_scale, simd, to_int8, widen_f16, widen_int8};
 
 /// The form of one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

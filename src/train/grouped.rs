@@ -28,7 +28,7 @@
 //!
 //! The cost of a row is one `exp` per column and about 20 bytes moved inside the first-level cache, both ways.
 
-use crate::numeric::{exp, fma, fold, larger, simd};
+use linalg::{exp, fma, fold, larger, simd};
 
 /// Numbers that one step of a loop takes: one AVX-512 register. The tokens of a block are few, so loops that the
 /// compiler unrolls further would spend their time in the remainder.

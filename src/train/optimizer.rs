@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::error::TrainError;
 use super::model::Parameter;
 use super::numbers::numbers;
-use crate::numeric::simd;
+use linalg::simd;
 
 const BETA1: f64 = 0.9;
 const EPSILON: f64 = 1e-8;

@@ -19,8 +19,8 @@ use crate::cli::output::{Report, count, plain_table, size, write_table};
 use crate::cli::settings::{faiss_index, word};
 use crate::cuda::{CudaError, Device, Session};
 use crate::memory::LocalMemory;
-use crate::numeric::{self, ChannelCode, simd};
 use crate::types::{BlockScore, DType, Engine, Granularity, Normalisation};
+use linalg::{ChannelCode, simd};
 
 /// Bytes that the read bandwidth is measured on: far more than any cache.
 const BANDWIDTH_BYTES: usize = 512 << 20;
@@ -220,7 +220,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<LookupReport, Cl
         ),
         seed: args.seed,
         threads: rayon::current_num_threads(),
-        instructions: format!("{:?}", numeric::level()),
+        instructions: format!("{:?}", linalg::level()),
         query_tokens: args.query_tokens,
         granularity: asking.granularity.to_string(),
         block_score: asking.block_score.to_string(),
@@ -400,7 +400,7 @@ pub(super) struct Bandwidth(Vec<u64>);
 impl Bandwidth {
     pub(super) fn new() -> Self {
         // In large pages, as keys are.
-        let mut words = numeric::zeroed(BANDWIDTH_BYTES / 8);
+        let mut words = linalg::zeroed(BANDWIDTH_BYTES / 8);
         words.fill(1);
         Bandwidth(words)
     }
@@ -421,7 +421,7 @@ simd! {
         let (parts, rest) = words.as_chunks::<LINES>();
         let mut sums = [0u64; LINES];
         for part in parts {
-            numeric::prefetch::<{ size_of::<[u64; LINES]>() }>(part.as_ptr().cast());
+            linalg::prefetch::<{ size_of::<[u64; LINES]>() }>(part.as_ptr().cast());
             for (sum, word) in sums.iter_mut().zip(part) {
                 *sum += word;
             }

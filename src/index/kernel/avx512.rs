@@ -9,7 +9,7 @@ use super::integers::{Integers, KEY_OFFSET, LOW_STEPS};
 use super::nibbles::Bytes;
 use crate::index::compress::NIBBLE_OFFSET;
 use crate::index::snapshot::{PANEL, QUAD};
-use crate::numeric::prefetch;
+use linalg::prefetch;
 
 /// Numbers in a register.
 const LANES: usize = 16;

@@ -4,7 +4,7 @@
 //! below what the keys lost when they became int8.
 
 use crate::index::snapshot::QUAD;
-use crate::numeric::{self, larger, simd};
+use linalg::{larger, simd};
 
 /// What the instruction adds to keys, which it takes unsigned.
 pub(super) const KEY_OFFSET: i32 = 128;
@@ -35,7 +35,7 @@ pub(super) struct Row {
 /// Whether this machine has the instruction.
 pub(super) fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
-    if crate::numeric::level() == crate::numeric::Level::Avx512 {
+    if linalg::level() == linalg::Level::Avx512 {
         return std::arch::is_x86_feature_detected!("avx512vnni");
     }
     false
@@ -64,7 +64,7 @@ simd! {
                 *top = larger(*top, number.abs());
             }
         }
-        numeric::fold(tops, larger)
+        linalg::fold(tops, larger)
     }
 }
 

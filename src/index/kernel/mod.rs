@@ -9,7 +9,7 @@
 use half::f16;
 
 use super::snapshot::{PANEL, Panels, Scanned};
-use crate::numeric::{HALVES, Level, fma, level, simd, widen};
+use linalg::{HALVES, Level, fma, level, simd, widen};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;

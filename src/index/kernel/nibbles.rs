@@ -6,7 +6,7 @@
 
 use super::integers::{Row, largest, sum};
 use crate::index::snapshot::{OCTET, QUAD};
-use crate::numeric::{nearest, simd};
+use linalg::{nearest, simd};
 
 /// Some query rows.
 #[derive(Clone, Debug, Default)]

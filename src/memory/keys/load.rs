@@ -8,12 +8,12 @@ use rayon::prelude::*;
 use super::super::Collection;
 use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
-use crate::numeric::ChannelCode;
 use crate::recent::Recent;
 use crate::store::piece::{KeyNumbers, KeysLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
+use linalg::ChannelCode;
 
 /// Bytes of codes that are kept: those of some hundred documents that are appended to in turn. A code that is not here is read
 /// with the keys of the document's first block.

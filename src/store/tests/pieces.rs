@@ -4,8 +4,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::numeric::ChannelCode;
 use crate::store::piece::KeyNumbers;
+use linalg::ChannelCode;
 
 /// Standard normal numbers, times a factor per channel so that some channels are outliers, as keys have them.
 fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng: &mut ChaCha8Rng) -> Vec<f32> {

@@ -8,10 +8,10 @@ use rayon::prelude::*;
 use super::FIRST_BLOCK;
 use crate::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
 use crate::model::{Llama, Logits, ModelConfig};
-use crate::numeric::{self, Matrix, Write};
 use crate::shape::ModelShape;
 use crate::train::error::TrainError;
 use crate::train::numbers::numbers;
+use linalg::{Matrix, Write};
 
 /// Of a query and a block that it cannot choose.
 const NEVER: f32 = -1e9;
@@ -175,15 +175,15 @@ impl Teacher {
             }
             let queries = Matrix::new(&queries[head * count * d..][..count * d], count, d);
             let keys = Matrix::new(&keys, blocks * inner, d).transposed();
-            numeric::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace);
+            linalg::multiply(queries, keys, &mut scores, blocks * inner, Write::Replace);
             let p = p[head * count * blocks..][..count * blocks].chunks_exact_mut(blocks);
             for (row, (p, scores)) in p.zip(scores.chunks_exact(blocks * inner)).enumerate() {
                 let (eligible, share) = (rows.eligible[row / group].clone(), rows.shares[row / group]);
                 let (p, scores) = (&mut p[eligible.clone()], &scores[eligible.start * inner..]);
                 for (p, scores) in p.iter_mut().zip(scores.chunks_exact(inner)) {
-                    *p = numeric::log_sum_exp(scores);
+                    *p = linalg::log_sum_exp(scores);
                 }
-                let total = numeric::log_sum_exp(p);
+                let total = linalg::log_sum_exp(p);
                 for p in p.iter_mut() {
                     let log = *p - total;
                     *p = log.exp();

@@ -1,8 +1,8 @@
 //! Attention of one sequence and one KV head, tile by tile.
 
 use super::{Attention, Sizes, Softmax};
-use crate::numeric::{self, Matrix, Write};
 use crate::train::grouped;
+use linalg::{Matrix, Write};
 
 /// R at most, unless one token alone has more query heads: two tiles of it over 1,000 keys fill a second-level cache of
 /// 1 MiB. At 510 tokens 64 is as fast, 32 takes 15 % longer, 256 half as long again.
@@ -171,20 +171,20 @@ fn landmarks(x: &mut [f32], head_dim: usize, block_tokens: usize) -> impl Iterat
 }
 
 fn product(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write) {
-    numeric::multiply(a, b, out, out_stride, write);
+    linalg::multiply(a, b, out, out_stride, write);
 }
 
 /// Softmax over the first `visible` scores of a row, in place; the others become 0.
 fn weigh_plain(scores: &mut [f32], visible: usize) {
     let (seen, hidden) = scores.split_at_mut(visible);
     hidden.fill(0.0);
-    let total = numeric::exp_sum(seen, numeric::max(seen));
+    let total = linalg::exp_sum(seen, linalg::max(seen));
     seen.iter_mut().for_each(|weight| *weight /= total);
 }
 
 /// The gradient of a row's scores from that of its weights, in place: `w (g - sum(w g))`. What is not seen has weight
 /// 0.
 fn pull_back_plain(weights: &[f32], gradient: &mut [f32]) {
-    let mean = numeric::dot(weights, gradient);
+    let mean = linalg::dot(weights, gradient);
     gradient.iter_mut().zip(weights).for_each(|(gradient, weight)| *gradient = weight * (*gradient - mean));
 }

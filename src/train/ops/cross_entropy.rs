@@ -8,8 +8,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::numeric::{exp_sum, log_sum_exp, max};
 use crate::train::numbers::{argument, gradient, numbers, width};
+use linalg::{exp_sum, log_sum_exp, max};
 
 /// What the rows of a batch should predict.
 #[derive(Clone)]

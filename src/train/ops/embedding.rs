@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::numeric::add_scaled;
 use crate::train::numbers::{argument, gradient, numbers};
+use linalg::add_scaled;
 
 struct Embedding {
     /// `(N, T)`

@@ -10,8 +10,8 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::numeric::{Matrix, Write, multiply};
 use crate::train::numbers::{argument, numbers, wanted, width, with_width};
+use linalg::{Matrix, Write, multiply};
 
 /// Tasks of one product at most. Each packs the other operand anew, so there should not be many more.
 const TASKS_MAX: usize = 16;

@@ -6,8 +6,8 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::numeric::{LANES, add_scaled, dot, fma, simd};
 use crate::train::numbers::{argument, numbers, wanted, width};
+use linalg::{LANES, add_scaled, dot, fma, simd};
 
 struct RmsNorm {
     epsilon: f32,

@@ -5,8 +5,8 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::numeric::{exp, simd};
 use crate::train::numbers::{argument, gradient, numbers};
+use linalg::{exp, simd};
 
 /// Numbers of one task.
 const TASK_NUMBERS: usize = 16 * 1024;

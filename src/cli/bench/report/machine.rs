@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::numeric::{Matrix, Packed, Write};
+use linalg::{Matrix, Packed, Write};
 
 /// Instruction sets that matter to figures here, as Linux names them.
 const INSTRUCTIONS: [&str; 8] = ["avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd"];

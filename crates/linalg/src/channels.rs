@@ -97,7 +97,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::numeric::dot;
+    use crate::dot;
 
     fn rows(count: usize, dim: usize, large: f32) -> Vec<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(dim as u64);

@@ -5,6 +5,8 @@
 //! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
 //! than left to right, and may differ in the last bits between machines.
 
+#![warn(unreachable_pub)]
+
 mod channels;
 mod few;
 mod matrix;
@@ -16,7 +18,7 @@ pub use channels::ChannelCode;
 pub use few::{FEW_ROWS, Number, multiply_few};
 pub use matrix::{Matrix, Write, multiply};
 pub use memory::zeroed;
-pub use packed::Packed;
+pub use packed::{PANEL, Packed};
 pub use panels::{BLOCK, BlockFormat};
 
 use half::f16;
@@ -26,9 +28,11 @@ pub const LANES: usize = 32;
 
 /// Compiles a function for several instruction sets. Inside the body, `fma::<FMA>(a, b, c)` is `a * b + c`, fused
 /// where the machine can.
+#[macro_export]
 macro_rules! simd {
     ($(#[$meta:meta])* $vis:vis fn $name:ident$(<$generic:ident: $bound:ident>)?($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
+        #[inline]
         $vis fn $name$(<$generic: $bound>)?($($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
             fn body<$($generic: $bound,)? const FMA: bool>($($arg: $type),*) $(-> $ret)? $body
@@ -43,19 +47,18 @@ macro_rules! simd {
                 fn avx2$(<$generic: $bound>)?($($arg: $type),*) $(-> $ret)? {
                     body::<$($generic,)? true>($($arg),*)
                 }
-                match $crate::numeric::level() {
+                match $crate::level() {
                     // SAFETY: `level` found these instruction sets on this machine.
-                    $crate::numeric::Level::Avx512 => return unsafe { avx512$(::<$generic>)?($($arg),*) },
+                    $crate::Level::Avx512 => return unsafe { avx512$(::<$generic>)?($($arg),*) },
                     // SAFETY: as above.
-                    $crate::numeric::Level::Avx2 => return unsafe { avx2$(::<$generic>)?($($arg),*) },
-                    $crate::numeric::Level::Portable => {}
+                    $crate::Level::Avx2 => return unsafe { avx2$(::<$generic>)?($($arg),*) },
+                    $crate::Level::Portable => {}
                 }
             }
             body::<$($generic,)? false>($($arg),*)
         }
     };
 }
-pub(crate) use simd;
 
 /// The widest instruction set that `simd!` functions use here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +86,7 @@ pub fn level() -> Level {
 
 /// `a * b + c`.
 #[inline(always)]
-pub(crate) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     // Without the instruction `mul_add` is a slow library call.
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
@@ -95,7 +98,7 @@ const LN2_LOW: f32 = -2.121_944_4e-4;
 /// `e^x` within 2 units in the last place for `x` in -87 to 88; 0 below (there the true value is under 1.7e-38),
 /// clamped above. A polynomial that vectorises, after Cephes `expf`.
 #[inline(always)]
-pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
+pub fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const SMALLEST: f32 = -87.0;
     const LARGEST: f32 = 88.0;
@@ -123,7 +126,7 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
 
 /// `ln(x)` within 2 units in the last place (absolute 1e-7 near 1) for normal `x`. Vectorises, after Cephes `logf`.
 #[inline(always)]
-pub(crate) fn ln<const FMA: bool>(x: f32) -> f32 {
+pub fn ln<const FMA: bool>(x: f32) -> f32 {
     // x = m 2^e with m from sqrt(1/2) to sqrt(2): subtracting the bits of sqrt(1/2) carries into the exponent where m is above.
     const HALF_ROOT: u32 = 0x3f35_04f3;
     let shifted = x.to_bits().wrapping_sub(HALF_ROOT) as i32;
@@ -145,7 +148,7 @@ pub(crate) fn ln<const FMA: bool>(x: f32) -> f32 {
 
 /// Joins accumulators at shrinking distance: for 16 of them four dependent steps, in registers, and not sixteen.
 #[inline(always)]
-pub(crate) fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -> f32) -> f32 {
+pub fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = N / 2;
     while width > 0 {
         for lane in 0..width {
@@ -158,7 +161,7 @@ pub(crate) fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -
 
 /// The larger one; the first if the second is no number.
 #[inline(always)]
-pub(crate) fn larger(a: f32, b: f32) -> f32 {
+pub fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 
@@ -170,7 +173,7 @@ const CACHE_LINE: usize = 64;
 
 /// Asks for the `BYTES` that lie [`AHEAD`] of a pointer. Past the end of an allocation this does nothing.
 #[inline(always)]
-pub(crate) fn prefetch<const BYTES: usize>(from: *const i8) {
+pub fn prefetch<const BYTES: usize>(from: *const i8) {
     for line in (0..BYTES).step_by(CACHE_LINE) {
         prefetch_line(from.wrapping_add(AHEAD + line));
     }
@@ -178,7 +181,7 @@ pub(crate) fn prefetch<const BYTES: usize>(from: *const i8) {
 
 /// Asks for numbers that will be read soon, in no order that the hardware could guess.
 #[inline(always)]
-pub(crate) fn ask_for<N>(numbers: &[N]) {
+pub fn ask_for<N>(numbers: &[N]) {
     for line in (0..size_of_val(numbers)).step_by(CACHE_LINE) {
         prefetch_line(numbers.as_ptr().cast::<i8>().wrapping_add(line));
     }
@@ -196,12 +199,12 @@ fn prefetch_line(address: *const i8) {
 }
 
 /// Half floats that [`widen`] takes at once: one AVX-512 register of single ones.
-pub(crate) const HALVES: usize = 16;
+pub const HALVES: usize = 16;
 
 /// Widens half floats, by the instruction for it where the machine has one. What infinities become differs between
 /// machines; callers check for them where numbers come in.
 #[inline(always)]
-pub(crate) fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
+pub fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
     #[cfg(target_arch = "x86_64")]
     if FMA {
         use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
@@ -270,6 +273,7 @@ pub fn int8_scale(numbers: impl Iterator<Item = f32>) -> f32 {
 }
 
 /// A number in steps of `scale`, nearest. A scale of zero means that all numbers are (or are so small that they round to it).
+#[inline]
 pub fn to_int8(number: f32, scale: f32) -> i8 {
     if scale == 0.0 {
         return 0;
@@ -279,7 +283,7 @@ pub fn to_int8(number: f32, scale: f32) -> i8 {
 
 /// The whole number nearest to one between -128 and 127.
 #[inline(always)]
-pub(crate) fn nearest(number: f32) -> i8 {
+pub fn nearest(number: f32) -> i8 {
     // Added to a number, it leaves the nearest whole one in the lowest bits.
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
     (number + ROUND).to_bits() as i8

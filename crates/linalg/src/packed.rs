@@ -17,7 +17,7 @@ use super::panels::{BLOCK, BlockFormat, Panels, Slabs};
 use super::{Level, fma, level, simd};
 
 /// Columns of a panel.
-pub(crate) const PANEL: usize = 64;
+pub const PANEL: usize = 64;
 
 /// Rows that pass over a panel together: times four registers of a panel's row, 24 of AVX-512's 32 are sums.
 const ROWS: usize = 6;
