@@ -18,8 +18,8 @@
 // Values that every layer speaks.
 pub mod budget;
 pub mod limits;
-pub mod passkey;
-mod recent;
+#[doc(hidden)]
+pub mod lru;
 pub mod shape;
 pub mod types;
 pub mod until;
@@ -35,21 +35,5 @@ pub mod store;
 // What makes it faster where there is a GPU.
 pub mod cuda;
 
-// The same product over a network.
-pub mod client;
-pub mod server;
-pub mod wire;
-
 // Models that remember.
 pub mod attention;
-pub mod eval;
-pub mod model;
-pub mod train;
-
-// What a person types.
-pub mod cli;
-
-// What judges all that reads bytes from outside; no part of the product.
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod fuzz;

@@ -230,6 +230,8 @@ impl fmt::Display for BlockId {
 }
 
 /// The word a person types and reads for each variant; `FromStr` takes it back.
+#[doc(hidden)]
+#[macro_export]
 macro_rules! words {
     ($type:ident, $($word:literal => $variant:ident),+ $(,)?) => {
         impl $type {
@@ -254,7 +256,6 @@ macro_rules! words {
         }
     };
 }
-pub(crate) use words;
 
 words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);

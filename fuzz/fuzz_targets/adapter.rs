@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| landmarkdb_fuzz::bounded(bytes, landmarkdb::fuzz::adapter));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| landmarkdb_fuzz::bounded(bytes, landmarkdb_fuzz::targets::adapter));

@@ -1,6 +1,8 @@
 //! What do bytes from outside cost in memory? An allocator that counts, so that a length which is only claimed is found out
 //! by whatever allocates for it.
 
+pub mod targets;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};

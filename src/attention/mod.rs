@@ -9,14 +9,12 @@
 mod local;
 mod session;
 mod settings;
-mod tensors;
 mod trace;
 mod window;
 mod writer;
 
 pub use session::{AtHandBlock, BlockAttention, Place};
 pub use settings::{CHUNK_TOKENS, CountedFrom, Layers, Retrieval, Window};
-pub use tensors::attend_tensors;
 pub use trace::{BlockReads, HeadReads};
 pub use writer::NewTokens;
 

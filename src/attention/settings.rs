@@ -1,6 +1,7 @@
 //! What a sequence keeps at hand and what it asks the memory for.
 
-use crate::types::{BlockScore, Granularity, Normalisation, words};
+use crate::types::{BlockScore, Granularity, Normalisation};
+use crate::words;
 
 /// What a query sees without retrieval, and how attention is normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +119,7 @@ impl Retrieval {
 }
 
 impl Layers {
-    pub(crate) fn include(&self, layer: usize) -> bool {
+    pub fn include(&self, layer: usize) -> bool {
         match self {
             Layers::All => true,
             Layers::These(layers) => layers.get(layer).copied().unwrap_or(false),

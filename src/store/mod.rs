@@ -46,11 +46,11 @@ mod segment;
 mod verify;
 mod write;
 
-#[cfg(any(test, fuzzing))]
-#[cfg_attr(fuzzing, allow(dead_code))]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code))]
 mod double;
-#[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;
 

@@ -171,7 +171,7 @@ const AHEAD: usize = 8192;
 
 const CACHE_LINE: usize = 64;
 
-/// Asks for the `BYTES` that lie [`AHEAD`] of a pointer. Past the end of an allocation this does nothing.
+/// Asks for the `BYTES` that lie some way ahead of a pointer. Past the end of an allocation this does nothing.
 #[inline(always)]
 pub fn prefetch<const BYTES: usize>(from: *const i8) {
     for line in (0..BYTES).step_by(CACHE_LINE) {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::Failure;
 use crate::cuda::{Page, PageLayout, Piece, Runner};
-use crate::recent::Recent;
+use crate::lru::LruCache;
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
@@ -21,13 +21,13 @@ const ONCE_BYTES_MAX: u64 = 256 << 20;
 /// The pages that were read last. A page in use whose turn to go comes is freed after its use.
 pub(super) struct Pages<M> {
     bytes_max: u64,
-    kept: Mutex<Recent<PieceId, Arc<Page<M>>>>,
+    kept: Mutex<LruCache<PieceId, Arc<Page<M>>>>,
 }
 
 impl<M> Pages<M> {
     /// Keeps at most so many bytes.
     pub(super) fn new(bytes_max: u64) -> Self {
-        Pages { bytes_max, kept: Mutex::new(Recent::new(bytes_max)) }
+        Pages { bytes_max, kept: Mutex::new(LruCache::new(bytes_max)) }
     }
 
     /// How many pages should be asked for at once: no more than are kept.
@@ -67,7 +67,7 @@ impl<M> Pages<M> {
         self.kept().retain(|(block, _)| !documents.contains(&block.document));
     }
 
-    fn kept(&self) -> MutexGuard<'_, Recent<PieceId, Arc<Page<M>>>> {
+    fn kept(&self) -> MutexGuard<'_, LruCache<PieceId, Arc<Page<M>>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::super::Collection;
 use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
-use crate::recent::Recent;
+use crate::lru::LruCache;
 use crate::store::piece::{KeyNumbers, KeysLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
@@ -20,11 +20,11 @@ use linalg::ChannelCode;
 const CODES_BYTES: u64 = 16 << 20;
 
 /// By which the keys of documents are int8, of those that were asked for last.
-pub(in crate::memory) struct Codes(Mutex<Recent<DocumentId, Arc<[ChannelCode]>>>);
+pub(in crate::memory) struct Codes(Mutex<LruCache<DocumentId, Arc<[ChannelCode]>>>);
 
 impl Default for Codes {
     fn default() -> Codes {
-        Codes(Mutex::new(Recent::new(CODES_BYTES)))
+        Codes(Mutex::new(LruCache::new(CODES_BYTES)))
     }
 }
 

@@ -25,8 +25,7 @@ use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::{BlockId, CollectionId, DType, DocumentId, KeyRule};
 use crate::until::Until;
 
-#[cfg(test)]
-pub(crate) mod seeds;
+pub mod seeds;
 
 /// Segments so small that a few appends fill one.
 const SIZES: Sizes = Sizes { segment_bytes: 4000, group_bytes: 1000 };
@@ -44,7 +43,7 @@ const PIECES: u32 = 2;
 
 /// A segment file. It is judged as it is, and with all checksums made to agree: behind them lies what flipped bytes alone
 /// do not reach.
-pub(crate) fn segment(bytes: &[u8], visit: fn(Store)) -> bool {
+pub fn segment(bytes: &[u8], visit: fn(Store)) -> bool {
     let as_it_is = judge(bytes, visit);
     let mended = mend(bytes);
     let with_checksums = mended != bytes && judge(&mended, visit);
@@ -324,7 +323,7 @@ fn put_crc(bytes: &mut [u8], crc: impl Fn(&[u8]) -> u32) {
 }
 
 /// One packed record, or a header, of the kind that the first byte says: what can be read at all is written back the same.
-pub(crate) fn record(bytes: &[u8]) -> bool {
+pub fn record(bytes: &[u8]) -> bool {
     let Some((&kind, bytes)) = bytes.split_first() else { return false };
     match kind {
         0 => segment_header(bytes),
@@ -390,16 +389,16 @@ fn content(kind: u8, bytes: &[u8]) -> bool {
 }
 
 /// A disk with a store on it, of which every input gets a copy.
-pub(crate) struct Original(Disk);
+pub struct Original(Disk);
 
 impl Original {
-    pub(crate) fn new(fill: impl FnOnce(Store)) -> Self {
+    pub fn new(fill: impl FnOnce(Store)) -> Self {
         let disk = Disk::default();
         check(open(&disk)).map(fill);
         Original(disk)
     }
 
-    pub(crate) fn copy(&self) -> Option<Store> {
+    pub fn copy(&self) -> Option<Store> {
         check(open(&self.0.restart(Files::Written, Table::Applied)))
     }
 }

@@ -9,7 +9,7 @@ use crate::store::record::{Named, Parts};
 use crate::types::Engine;
 
 /// Segments of all formats, small ones and one with everything in it.
-pub(crate) fn segments() -> Vec<Vec<u8>> {
+pub fn segments() -> Vec<Vec<u8>> {
     let mut segments = Vec::new();
     for segment_bytes in [1500, 1 << 20] {
         let disk = Disk::default();
@@ -54,7 +54,7 @@ fn tail(index: u32, tokens: u32) -> BlockRecord {
 }
 
 /// A record of each kind, behind the byte that says which.
-pub(crate) fn records() -> Vec<Vec<u8>> {
+pub fn records() -> Vec<Vec<u8>> {
     let segment = SegmentId(7);
     let parts = Parts { meta_bytes: 40, keys_bytes: 16, piece_bytes: 64, pieces: 2 };
     let locator = Locator { segment, offset: 60, sequence: 1 << 63, tokens: 4, parts };

@@ -1,0 +1,342 @@
+//! `landmarkdb ask`: questions about documents.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
+use landmarkdb::attention::{AtHandBlock, BlockReads, Place};
+use landmarkdb::types::{BlockId, BlockRange};
+use landmarkdb_llm::{self as model, Answer, Finish, GenerateOptions, Question, Sampling};
+
+use super::Context;
+use super::error::CliError;
+use super::output::{Report, count, excerpt, table, write_table};
+use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, top_k};
+use super::target::DocumentName;
+
+/// Characters of a block's text that a table row shows.
+const EXCERPT_CHARS: usize = 72;
+
+/// Blocks at hand that the table shows: a window of usual size.
+const AT_HAND_ROWS_MAX: usize = 16;
+
+/// Ask a question about documents, answered from their blocks.
+///
+/// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
+/// blocks it attends to from all documents. Under the answer stand the blocks that were read: those that were retrieved,
+/// then those at hand: the first block of the first document, the ends of all, and the window.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  landmarkdb ask 'Who is Anne Elliot?' --doc persuasion
+  landmarkdb ask 'What is the pass key? The pass key is' --doc notes --doc letters --raw
+  landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --json | jq '.blocks[0]'
+")]
+pub(super) struct Args {
+    /// The question.
+    question: String,
+
+    /// A document: NAME, or COLLECTION/NAME; repeat for several. All must be of one collection.
+    #[arg(long = "doc", value_name = "DOC", required = true)]
+    docs: Vec<String>,
+
+    /// Take the question as the words that the model continues, without a frame around it.
+    #[arg(long)]
+    raw: bool,
+
+    /// k, the blocks of every choice, 1 to 1024.
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
+    top_k: u32,
+
+    /// Longest answer, in tokens.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    max_tokens: usize,
+
+    /// Sample with this temperature; 0 is greedy.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
+    /// Sample from the likeliest tokens that make up this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+
+    /// Retrieved blocks that the table shows.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
+    show: usize,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    window: WindowArgs,
+
+    #[command(flatten)]
+    retrieval: RetrievalArgs,
+}
+
+/// An answer and the blocks it was read from.
+#[derive(Debug, Serialize)]
+pub(super) struct Answered {
+    question: String,
+    pub(super) answer: String,
+    prompt_tokens: usize,
+    answer_tokens: usize,
+    /// Why the answer ends where it does: end_of_text, stop (the line ended) or max_tokens.
+    finish: &'static str,
+    /// Documents that are not whole: their encoding was interrupted, or goes on.
+    incomplete: Vec<Incomplete>,
+    /// From the question to the first piece of the answer, with the model loaded.
+    pub(super) first_token_s: f64,
+    total_s: f64,
+    /// What was read: retrieved blocks, heaviest first, then those at hand, in the order of the documents.
+    pub(super) blocks: Vec<BlockRead>,
+    /// How many of them the table shows.
+    #[serde(skip)]
+    shown: usize,
+    /// Layers times KV heads of the model.
+    #[serde(skip)]
+    heads_count: usize,
+}
+
+/// One block that was read.
+#[derive(Debug, Serialize)]
+pub(super) struct BlockRead {
+    pub(super) document: String,
+    pub(super) block: u32,
+    /// retrieved; or at hand for every layer and head: sink (the first block of the first document), tail (an earlier
+    /// document's tokens after its last full block) or window (the end of the last document).
+    from: &'static str,
+    /// Estimated share of the attention that went to retrieved blocks; none for blocks at hand.
+    share: Option<f64>,
+    /// Which layers and KV heads chose the block, and for how many query tokens times query heads; none for blocks at hand.
+    heads: Vec<HeadRead>,
+    text_start_bytes: u64,
+    pub(super) text: String,
+}
+
+/// A document that is not whole.
+#[derive(Debug, Serialize)]
+struct Incomplete {
+    document: String,
+    /// That were there to be asked.
+    tokens: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct HeadRead {
+    layer: u32,
+    kv_head: u32,
+    choices: u64,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
+    if args.question.trim().is_empty() {
+        return Err(CliError::EmptyQuestion);
+    }
+    let memory = context.memory()?;
+    let mut found: Vec<(CollectionInfo, DocumentInfo)> = Vec::new();
+    for doc in &args.docs {
+        let (collection, document) = DocumentName::new(doc, &context.config).find(memory.as_ref())?;
+        // Named twice, it would be read as two texts.
+        if found.iter().all(|(_, other)| other.id != document.id) {
+            found.push((collection, document));
+        }
+    }
+    let (collection, _) = found[0].clone();
+    if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
+        let (first, second) = (collection.spec.name, other.spec.name.clone());
+        return Err(CliError::SeveralCollections { first, second });
+    }
+    let documents: Vec<DocumentInfo> = found.into_iter().map(|(_, document)| document).collect();
+    let model = args.model.load(context)?;
+    model::check_model(&model, &collection)?;
+
+    let prompt = if args.raw { args.question.clone() } else { frame(&args.question) };
+    let options = GenerateOptions {
+        max_tokens: args.max_tokens,
+        stop: vec!["\n".into()],
+        may_be_empty: false,
+        sampling: match args.temperature {
+            0.0 => Sampling::Greedy,
+            temperature => Sampling::Nucleus { temperature, top_p: args.top_p, seed: args.seed },
+        },
+        ..GenerateOptions::default()
+    };
+    let question = Question {
+        documents: &documents,
+        prompt: &prompt,
+        window: args.window.window(model.config()),
+        retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
+        options,
+    };
+    let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
+    context.output.stream_end();
+    let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
+    context.output.print(&answered)
+}
+
+/// What the model continues to answer a question.
+pub(super) fn frame(question: &str) -> String {
+    format!("\n\nQuestion: {}\nAnswer:", question.trim())
+}
+
+impl Answered {
+    /// Looks up the text of every block that was read.
+    pub(super) fn new(
+        question: &str,
+        answer: &Answer,
+        memory: &dyn BlockMemory,
+        collection: &CollectionInfo,
+        documents: &[DocumentInfo],
+        shown: usize,
+    ) -> Result<Self, CliError> {
+        let shape = &collection.spec.shape;
+        let mass: f64 = answer.reads.iter().map(|read| read.mass).sum();
+        let retrieved = answer.reads.iter().map(|read| BlockRead::retrieved(read, mass, memory, documents));
+        let at_hand = answer.at_hand.iter().map(|at_hand| BlockRead::at_hand(at_hand, memory, documents));
+        let incomplete = documents.iter().filter(|document| !document.sealed);
+        Ok(Answered {
+            question: question.into(),
+            answer: answer.generated.text.trim().into(),
+            prompt_tokens: answer.prompt_tokens,
+            answer_tokens: answer.generated.ids.len(),
+            finish: match answer.generated.finish {
+                Finish::EndOfText => "end_of_text",
+                Finish::Stop => "stop",
+                Finish::MaxTokens => "max_tokens",
+            },
+            incomplete: incomplete
+                .map(|document| Incomplete {
+                    document: format!("{}/{}", collection.spec.name, document.name),
+                    tokens: document.tokens,
+                })
+                .collect(),
+            first_token_s: answer.first_token.as_secs_f64(),
+            total_s: answer.total.as_secs_f64(),
+            blocks: retrieved.chain(at_hand).collect::<Result<_, _>>()?,
+            shown,
+            heads_count: shape.pieces(),
+        })
+    }
+}
+
+impl BlockRead {
+    fn retrieved(
+        read: &BlockReads,
+        mass: f64,
+        memory: &dyn BlockMemory,
+        documents: &[DocumentInfo],
+    ) -> Result<Self, CliError> {
+        let heads =
+            read.heads.iter().map(|head| HeadRead { layer: head.layer, kv_head: head.kv_head, choices: head.choices });
+        let share = read.mass / mass.max(f64::MIN_POSITIVE);
+        let block = BlockRead::look_up(read.block, "retrieved", memory, documents)?;
+        Ok(BlockRead { share: Some(share), heads: heads.collect(), ..block })
+    }
+
+    fn at_hand(read: &AtHandBlock, memory: &dyn BlockMemory, documents: &[DocumentInfo]) -> Result<Self, CliError> {
+        let from = match read.place {
+            Place::Sink => "sink",
+            Place::Tail => "tail",
+            Place::Window => "window",
+        };
+        BlockRead::look_up(read.block, from, memory, documents)
+    }
+
+    /// A block with its text.
+    fn look_up(
+        block: BlockId,
+        from: &'static str,
+        memory: &dyn BlockMemory,
+        documents: &[DocumentInfo],
+    ) -> Result<Self, CliError> {
+        let range = BlockRange { document: block.document, blocks: block.index..block.index + 1 };
+        let name = documents.iter().find(|document| document.id == block.document);
+        let info = memory.blocks(&range)?.into_iter().next();
+        Ok(BlockRead {
+            document: name.map(|document| document.name.clone()).unwrap_or_default(),
+            block: block.index,
+            from,
+            share: None,
+            heads: Vec::new(),
+            text_start_bytes: info.as_ref().map_or(0, |info| info.text.start),
+            text: info.map(|info| String::from_utf8_lossy(&info.text.bytes).into_owned()).unwrap_or_default(),
+        })
+    }
+
+    /// `12 of 90 heads, layers 3-29`
+    fn choosers(&self, heads_count: usize) -> String {
+        if self.share.is_none() {
+            return format!("all ({})", self.from);
+        }
+        let layers: BTreeSet<u32> = self.heads.iter().map(|head| head.layer).collect();
+        let span = match (layers.first(), layers.last()) {
+            (Some(first), Some(last)) if first < last => format!("layers {first}-{last}"),
+            (Some(only), _) => format!("layer {only}"),
+            _ => "no layer".into(),
+        };
+        format!("{} of {heads_count} heads, {span}", self.heads.len())
+    }
+}
+
+impl Report for Answered {
+    /// The answer itself was streamed.
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        if self.answer.is_empty() {
+            writeln!(to, "no answer: {}", self.why_empty())?;
+        }
+        writeln!(to)?;
+        let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.share.is_some());
+        if retrieved.is_empty() {
+            writeln!(to, "nothing was retrieved: the documents are at hand as a whole")?;
+        }
+        let mut rows = table(["DOCUMENT", "BLOCK>", "SHARE>", "CHOSEN BY", "TEXT"]);
+        for block in retrieved.iter().take(self.shown).chain(at_hand.iter().take(AT_HAND_ROWS_MAX)) {
+            rows.add_row([
+                block.document.clone(),
+                block.block.to_string(),
+                block.share.map(|share| format!("{:.1} %", 100.0 * share)).unwrap_or_default(),
+                block.choosers(self.heads_count),
+                excerpt(block.text.as_bytes(), EXCERPT_CHARS),
+            ]);
+        }
+        write_table(to, &rows)?;
+        let rest = retrieved.len().saturating_sub(self.shown);
+        if rest > 0 {
+            writeln!(to, "and {rest} blocks that weighed less")?;
+        }
+        let rest = at_hand.len().saturating_sub(AT_HAND_ROWS_MAX);
+        if rest > 0 {
+            writeln!(to, "and {rest} blocks of the window")?;
+        }
+        writeln!(to)?;
+        for Incomplete { document, tokens } in &self.incomplete {
+            let tokens = count(*tokens);
+            writeln!(
+                to,
+                "{document} is not whole: only its first {tokens} tokens were read; its `landmarkdb encode`, run again, goes on"
+            )?;
+        }
+        writeln!(
+            to,
+            "first token after {:.2} s, {} tokens in {:.2} s",
+            self.first_token_s, self.answer_tokens, self.total_s
+        )
+    }
+}
+
+impl Answered {
+    fn why_empty(&self) -> &'static str {
+        match self.finish {
+            "max_tokens" => "the model wrote nothing but white space; --max-tokens gives it more room",
+            "stop" => "the model ended the line before it wrote a word; another wording, or --raw, may do better",
+            _ => "the model ended its text at once; another wording, or --raw, may do better",
+        }
+    }
+}

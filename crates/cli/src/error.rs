@@ -1,0 +1,284 @@
+//! Why a command failed, and the exit code that tells a script.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use landmarkdb::api::MemoryError;
+use landmarkdb::cuda::CudaError;
+use landmarkdb_grpc::server::{ListenError, ServeError};
+use landmarkdb_lab::eval::{CaptureError, GoldenError};
+use landmarkdb_lab::train::TrainError;
+use landmarkdb_llm::{Difference, LoadError, PullError, RememberError};
+
+use super::config::ConfigError;
+
+/// How a command ended. The numbers are part of the interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Exit {
+    Ok = 0,
+    Failure = 1,
+    Usage = 2,
+    NotFound = 3,
+    Unavailable = 4,
+    Damaged = 5,
+    FingerprintMismatch = 6,
+    Interrupted = 130,
+}
+
+/// Every exit code, the word that `--json` errors give for it, and its meaning.
+const EXITS: [(Exit, &str, &str); 8] = [
+    (Exit::Ok, "ok", "success"),
+    (Exit::Failure, "failure", "the command failed: the message says why"),
+    (Exit::Usage, "usage", "the command line or the configuration makes no sense"),
+    (Exit::NotFound, "not_found", "no such data directory, collection, document or model"),
+    (
+        Exit::Unavailable,
+        "unavailable",
+        "the service cannot be reached or is busy, or another process holds the directory",
+    ),
+    (Exit::Damaged, "damaged", "stored data is damaged"),
+    (Exit::FingerprintMismatch, "fingerprint_mismatch", "the collection belongs to another model"),
+    (Exit::Interrupted, "interrupted", "interrupted by a signal"),
+];
+
+impl Exit {
+    /// The stable word of this exit in `--json` errors.
+    pub(super) fn word(self) -> &'static str {
+        EXITS.iter().find(|(exit, ..)| *exit == self).map_or("failure", |(_, word, _)| word)
+    }
+
+    /// The section of `--help` that lists all exit codes.
+    pub(super) fn help() -> String {
+        let lines = EXITS.iter().map(|(exit, _, meaning)| format!("  {:>3}  {meaning}\n", *exit as u8));
+        format!("Exit codes:\n{}", lines.collect::<String>())
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Model(#[from] PullError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Remember(#[from] RememberError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error("{}: {source}", .path.display())]
+    ReadText { path: PathBuf, source: io::Error },
+    #[error("{} is not UTF-8 text: byte {at} begins no character; convert it first", .path.display())]
+    NotUtf8 { path: PathBuf, at: usize },
+    #[error("{}: expected a text, found nothing but white space: nothing was encoded, and no name is taken", .path.display())]
+    EmptyText { path: PathBuf },
+    #[error(
+        "{document} already holds another text: {difference}; `landmarkdb rm {document}` frees the name, \
+         --name NAME gives this text another"
+    )]
+    OtherText { document: String, difference: Difference },
+    #[error(
+        "{document} is damaged ({problem}): `landmarkdb repair` makes whole what it can; `landmarkdb rm {document}` otherwise, and encode it again"
+    )]
+    DamagedDocument { document: String, problem: String },
+    #[error("an empty question: give the words to ask")]
+    EmptyQuestion,
+    #[error("a text from standard input needs a name: give --name NAME")]
+    NameNeeded,
+    #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
+    SeveralCollections { first: String, second: String },
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error("stopped after {done} of {steps} steps: the same command goes on from there")]
+    TrainingStopped { done: u64, steps: u64 },
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
+    NoDataDirectory { path: PathBuf },
+    #[error(
+        "{path} is no data directory: it has no folder segments; `landmarkdb encode` makes one of an empty folder, \
+         --data names another"
+    )]
+    NoStore { path: PathBuf },
+    #[error(
+        "at most {files} files may be open, and a service needs {}: raise `ulimit -n`",
+        landmarkdb_grpc::server::OPEN_FILES_MIN
+    )]
+    TooFewFiles { files: u64 },
+    #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
+    ServeNeedsData { connect: String },
+    #[error("{0}{hint}", hint = listen_hint(.0))]
+    Listen(#[from] ListenError),
+    #[error(
+        "{faults} faults in stored data: run `landmarkdb repair`; what it still lists, `landmarkdb rm` and encode again"
+    )]
+    Faults { faults: usize },
+    #[error("not deleting {document} without being asked on a terminal: give --yes")]
+    NeedsYes { document: String },
+    #[error(
+        "something that was stored is not readable any more: `landmarkdb rm` the documents that are listed above, and encode \
+         them again"
+    )]
+    SomethingLost,
+    #[error(
+        "`landmarkdb repair` needs a data directory that no process has open, found --connect {connect}: give --data DIR"
+    )]
+    RepairNeedsData { connect: String },
+    #[error("{}: {problem}", .path.display())]
+    CollectionSpec { path: PathBuf, problem: String },
+    #[error("{document} was not deleted")]
+    NotConfirmed { document: String },
+    #[error(
+        "{outputs} outputs differ from what was recorded by more than rounding: this build computes something else"
+    )]
+    GoldenDiffers { outputs: usize },
+    #[error(transparent)]
+    Golden(#[from] GoldenError),
+    #[error("the GPU's bandwidth cannot be measured: {0}")]
+    Bandwidth(#[from] CudaError),
+    #[error("{}: the report cannot be written: {source}", .path.display())]
+    WriteReport { path: PathBuf, source: io::Error },
+    #[error("{what}: {source}")]
+    Io { what: &'static str, source: io::Error },
+}
+
+impl CliError {
+    /// The exit code for this failure.
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            CliError::Memory(error) => memory_exit(error),
+            CliError::Remember(error) | CliError::Capture(CaptureError::Remember(error)) => {
+                error.memory().map_or(Exit::Failure, memory_exit)
+            }
+            CliError::Capture(CaptureError::Memory(error)) => memory_exit(error),
+            CliError::Capture(_) => Exit::Failure,
+            CliError::Config(_)
+            | CliError::ServeNeedsData { .. }
+            | CliError::NameNeeded
+            | CliError::EmptyQuestion
+            | CliError::SeveralCollections { .. }
+            | CliError::RepairNeedsData { .. }
+            | CliError::CollectionSpec { .. }
+            | CliError::NeedsYes { .. } => Exit::Usage,
+            CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
+            CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
+            CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } | CliError::NoStore { .. } => {
+                Exit::NotFound
+            }
+            CliError::Faults { .. }
+            | CliError::SomethingLost
+            | CliError::DamagedDocument { .. }
+            | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
+            CliError::Train(
+                TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },
+            ) => Exit::Usage,
+            CliError::Train(TrainError::InUse { .. }) => Exit::Unavailable,
+            CliError::TrainingStopped { .. } => Exit::Interrupted,
+            CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
+            CliError::Listen(_) => Exit::Unavailable,
+            CliError::Model(_)
+            | CliError::Load(_)
+            | CliError::ReadText { .. }
+            | CliError::NotUtf8 { .. }
+            | CliError::EmptyText { .. }
+            | CliError::OtherText { .. }
+            | CliError::Serve(_)
+            | CliError::TooFewFiles { .. }
+            | CliError::Train(_)
+            | CliError::NotConfirmed { .. }
+            | CliError::GoldenDiffers { .. }
+            | CliError::Golden(_)
+            | CliError::Bandwidth(_)
+            | CliError::WriteReport { .. }
+            | CliError::Io { .. } => Exit::Failure,
+        }
+    }
+
+    /// Whether the reader of our output went away, as `| head` does: it has what it wanted.
+    pub(super) fn is_broken_pipe(&self) -> bool {
+        matches!(self, CliError::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// What to type, where the server can only say what to do.
+fn listen_hint(error: &ListenError) -> &'static str {
+    match error {
+        ListenError::NotLoopback { .. } => " (--allow-remote allows it)",
+        _ => "",
+    }
+}
+
+fn memory_exit(error: &MemoryError) -> Exit {
+    match error {
+        MemoryError::NotFound { .. } => Exit::NotFound,
+        // The client's name for what `--connect` was given.
+        MemoryError::Invalid { field, .. } if field == "target" => Exit::Usage,
+        MemoryError::Locked { .. }
+        | MemoryError::Unavailable { .. }
+        | MemoryError::Busy { .. }
+        | MemoryError::DeadlineExceeded { .. } => Exit::Unavailable,
+        MemoryError::DataLoss { .. } => Exit::Damaged,
+        MemoryError::FingerprintMismatch { .. } => Exit::FingerprintMismatch,
+        MemoryError::Missing { .. }
+        | MemoryError::Invalid { .. }
+        | MemoryError::Conflict { .. }
+        | MemoryError::Sealed { .. }
+        | MemoryError::OutOfOrder { .. }
+        | MemoryError::UnexpectedLength { .. }
+        | MemoryError::LimitExceeded { .. }
+        | MemoryError::Storage { .. }
+        | MemoryError::Internal { .. } => Exit::Failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use landmarkdb::shape::Fingerprint;
+
+    #[test]
+    fn each_failure_a_script_can_react_to_has_its_own_code() {
+        let fingerprint = Fingerprint([0; 32]);
+        let cases = [
+            (MemoryError::Locked { path: "d".into() }, 4, "unavailable"),
+            (MemoryError::Unavailable { target: "t".into(), detail: "refused".into() }, 4, "unavailable"),
+            (MemoryError::DataLoss { block: None, detail: "checksum".into() }, 5, "damaged"),
+            (
+                MemoryError::FingerprintMismatch { collection: "c".into(), stored: fingerprint, offered: fingerprint },
+                6,
+                "fingerprint_mismatch",
+            ),
+            (MemoryError::Internal { detail: "bug".into() }, 1, "failure"),
+        ];
+        for (error, code, word) in cases {
+            let exit = CliError::from(error.clone()).exit();
+            assert_eq!((exit as u8, exit.word()), (code, word), "{error}");
+        }
+    }
+
+    #[test]
+    fn help_lists_every_code() {
+        let help = Exit::help();
+        for code in ["0", "1", "2", "3", "4", "5", "6", "130"] {
+            assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{code}  "))), "{code} in {help}");
+        }
+    }
+
+    #[test]
+    fn a_reader_that_left_is_no_failure() {
+        let pipe = CliError::Io { what: "standard output", source: io::ErrorKind::BrokenPipe.into() };
+        let disk = CliError::Io { what: "standard output", source: io::ErrorKind::StorageFull.into() };
+        assert!(pipe.is_broken_pipe() && !disk.is_broken_pipe());
+    }
+}

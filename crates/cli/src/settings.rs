@@ -1,0 +1,277 @@
+//! Arguments that the commands with a model share, and what they mean.
+
+use std::sync::Arc;
+
+use landmarkdb::api::{BlockMemory, CollectionInfo, MemoryError};
+use landmarkdb::attention::{CountedFrom, Layers, Retrieval, Window};
+use landmarkdb::limits;
+use landmarkdb::shape::CollectionSpec;
+use landmarkdb::types::{BlockScore, DType, Engine, Granularity, KeyRule};
+use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
+
+use super::Context;
+use super::error::CliError;
+
+/// The model.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct ModelArgs {
+    /// The model: smollm2, hf:ORG/REPO[/FILE], a .gguf file or a safetensors folder.
+    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
+    pub(super) model: String,
+}
+
+/// The local window.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(super) struct WindowArgs {
+    /// Tokens that are seen without retrieval, in blocks before the one that --window-from names [default: 512; for a
+    /// model trained with landmarks 0].
+    #[arg(long, value_name = "TOKENS")]
+    window: Option<usize>,
+
+    /// The block that the window is counted back from: query (each token's own) or chunk (that of the first token of its
+    /// chunk) [default: query; for a model trained with landmarks chunk].
+    #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
+    window_from: Option<CountedFrom>,
+
+    /// Most tokens that go through the model at once [default: 512; for a model trained with landmarks 8 blocks].
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
+
+    /// Do not keep the first block of the text visible.
+    #[arg(long)]
+    no_sink: bool,
+}
+
+/// What is retrieved.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct RetrievalArgs {
+    /// How the scores of a block's keys become one: max or log-sum-exp [default: log-sum-exp].
+    #[arg(long, value_name = "SCORE", value_parser = word::<BlockScore>)]
+    block_score: Option<BlockScore>,
+
+    /// For whom one choice of blocks is made: token-head, head, token, kv-group or shared [default: kv-group; for a
+    /// model trained with landmarks token-head].
+    #[arg(long, value_name = "GRANULARITY", value_parser = word::<Granularity>)]
+    granularity: Option<Granularity>,
+
+    /// The layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
+    /// first].
+    #[arg(long, value_name = "LAYERS", value_parser = layers)]
+    retrieve_layers: Option<Layers>,
+
+    /// Retrieve from this many of a document's newest blocks only [default: all].
+    #[arg(long, value_name = "BLOCKS")]
+    newest_blocks: Option<u32>,
+}
+
+/// What is retrieved while a text is encoded.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(super) struct EncodeArgs {
+    /// Blocks that are retrieved while a text is encoded; 0: the model keeps to its window [default: 0; for a model
+    /// trained with landmarks 4].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(..=limits::TOP_K_MAX as i64))]
+    encode_top_k: Option<u32>,
+}
+
+/// How a collection keeps its blocks. What is not typed is taken from the collection where it exists.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct StorageArgs {
+    /// Tokens per block [default: 64, or the model's own if it has landmarks].
+    #[arg(long, value_name = "TOKENS")]
+    block_tokens: Option<u32>,
+
+    /// What stands for a block in the index: tokens, mean or landmark [default: tokens, or landmark if the
+    /// model has them].
+    #[arg(long, value_name = "RULE", value_parser = word::<KeyRule>)]
+    key_rule: Option<KeyRule>,
+
+    /// How K and V are stored: f32, f16, bf16 or int8 [default: f16].
+    #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
+    payload: Option<DType>,
+
+    /// How index keys are stored: f16 or int8 [default: int8 for token keys, else f16].
+    #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
+    keys: Option<DType>,
+}
+
+/// A model and the memory that it works with.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct SetupArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(super) window: WindowArgs,
+
+    #[command(flatten)]
+    pub(super) retrieval: RetrievalArgs,
+
+    #[command(flatten)]
+    pub(super) encode: EncodeArgs,
+
+    #[command(flatten)]
+    pub(super) storage: StorageArgs,
+}
+
+impl ModelArgs {
+    /// Loads the model, which must be on this machine.
+    pub(super) fn load(&self, context: &Context) -> Result<LoadedModel, CliError> {
+        let path = model::resolve(&self.model)?;
+        let spinner = context.output.spinner(&format!("loading {}", self.model));
+        let loaded = LoadedModel::open(&path);
+        spinner.finish_and_clear();
+        Ok(loaded?)
+    }
+}
+
+impl WindowArgs {
+    pub(super) fn window(&self, model: &ModelConfig) -> Window {
+        let best = model.window();
+        Window {
+            tokens: self.window.unwrap_or(best.tokens),
+            counted_from: self.window_from.unwrap_or(best.counted_from),
+            sink: best.sink && !self.no_sink,
+            chunk_tokens: self.chunk.unwrap_or(best.chunk_tokens).max(1),
+            normalisation: best.normalisation,
+        }
+    }
+}
+
+impl RetrievalArgs {
+    pub(super) fn retrieval(&self, model: &ModelConfig, top_k: u32) -> Result<Retrieval, CliError> {
+        if let Some(Layers::These(layers)) = &self.retrieve_layers
+            && layers.len() > model.layers as usize
+        {
+            let expected = format!("0 to {}, the model's layers", model.layers.saturating_sub(1));
+            return Err(invalid("retrieve layers", expected, layers.len() - 1));
+        }
+        let best = model.retrieval();
+        Ok(Retrieval {
+            top_k,
+            block_score: self.block_score.unwrap_or(best.block_score),
+            granularity: self.granularity.unwrap_or(best.granularity),
+            layers: self.retrieve_layers.clone().unwrap_or(best.layers),
+            newest_blocks: self.newest_blocks.or(best.newest_blocks),
+        })
+    }
+}
+
+impl EncodeArgs {
+    /// `as_asked` is what is retrieved otherwise.
+    pub(super) fn retrieval(&self, model: &ModelConfig, as_asked: &Retrieval) -> Option<Retrieval> {
+        let top_k = self.encode_top_k.or(model.encode_retrieval().map(|best| best.top_k)).filter(|&k| k > 0)?;
+        Some(Retrieval { top_k, ..as_asked.clone() })
+    }
+}
+
+impl SetupArgs {
+    pub(super) fn encode_retrieval(&self, model: &ModelConfig) -> Result<Option<Retrieval>, CliError> {
+        Ok(self.encode.retrieval(model, &self.retrieval.retrieval(model, 1)?))
+    }
+}
+
+impl StorageArgs {
+    /// The collection `name` for `model`, created if it is not there.
+    pub(super) fn open(
+        &self,
+        name: &str,
+        model: &LoadedModel,
+        memory: &Arc<dyn BlockMemory>,
+    ) -> Result<CollectionInfo, CliError> {
+        let existing = memory.collections()?.into_iter().find(|collection| collection.spec.name == name);
+        let spec = self.spec(name, model, existing.map(|collection| collection.spec).as_ref(), None)?;
+        Ok(memory.open_collection(&spec)?)
+    }
+
+    /// The same with one payload dtype or another, for collections that are made for a comparison.
+    pub(super) fn spec(
+        &self,
+        name: &str,
+        model: &LoadedModel,
+        existing: Option<&CollectionSpec>,
+        payload: Option<DType>,
+    ) -> Result<CollectionSpec, CliError> {
+        let of_existing = |pick: fn(&CollectionSpec) -> DType| existing.map(pick);
+        let config = model.config();
+        let block_tokens = self.block_tokens.or(existing.map(|spec| spec.shape.block_tokens));
+        let block_tokens = block_tokens.unwrap_or(config.block_tokens());
+        if config.landmark.is_some() && block_tokens != config.block_tokens() {
+            let expected = format!("{}, where the model's landmarks are", config.block_tokens());
+            return Err(invalid("block tokens", expected, block_tokens));
+        }
+        let key_rule = self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(config.key_rule());
+        if config.landmark.is_some_and(|landmark| landmark.hidden) && key_rule != KeyRule::Landmark {
+            let expected = "landmark, as the adapter's landmarks are no text; for other rules take its base";
+            return Err(invalid("key rule", expected, key_rule));
+        }
+        if config.landmark.is_none() && key_rule == KeyRule::Landmark {
+            let expected = "tokens or mean, as the model has no landmarks (`landmarkdb train --adapter` gives it some)";
+            return Err(invalid("key rule", expected, key_rule));
+        }
+        let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
+        Ok(CollectionSpec {
+            name: name.into(),
+            shape: model.shape(block_tokens).map_err(landmarkdb::api::MemoryError::from)?,
+            key_rule,
+            payload_dtype: payload.or(self.payload).or(of_existing(|s| s.payload_dtype)).unwrap_or(DType::F16),
+            key_dtype: self.keys.or(of_existing(|s| s.key_dtype)).unwrap_or(key_dtype),
+            model_digest: model.model_digest,
+            tokenizer_digest: model.tokenizer_digest(),
+            model_name: model.name.clone(),
+        })
+    }
+}
+
+fn invalid(field: &str, expected: impl ToString, found: impl ToString) -> CliError {
+    let (expected, found) = (expected.to_string(), found.to_string());
+    CliError::Memory(MemoryError::Invalid { field: field.into(), expected, found })
+}
+
+/// Numbers and ranges of layers.
+pub(super) fn layers(typed: &str) -> Result<Layers, String> {
+    let mut layers = Vec::new();
+    for item in typed.split(',') {
+        let (first, last) = item.split_once('-').unwrap_or((item, item));
+        let number = |text: &str| match text.trim().parse::<usize>() {
+            Ok(layer) if layer < landmarkdb::limits::LAYERS_MAX as usize => Ok(layer),
+            _ => Err(format!("expected numbers and ranges of layers like 1-2,5, found {item:?}")),
+        };
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("expected the lower layer of a range first, found {item:?}"));
+        }
+        layers.resize(layers.len().max(last + 1), false);
+        layers[first..=last].fill(true);
+    }
+    Ok(Layers::These(layers))
+}
+
+/// A value by the word that people type for it.
+pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
+    typed.parse()
+}
+
+/// For `value_parser`: how many blocks a choice may have.
+pub(super) fn top_k() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=limits::TOP_K_MAX as i64)
+}
+
+/// For `value_parser`: FACTORY or FACTORY@EFFORT.
+pub(super) fn faiss_index(typed: &str) -> Result<Engine, String> {
+    format!("faiss:{typed}").parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_numbers_and_ranges() {
+        assert_eq!(layers("1"), Ok(Layers::These(vec![false, true])));
+        assert_eq!(layers("0, 2-3"), Ok(Layers::These(vec![true, false, true, true])));
+        for bad in ["", "a", "1-", "99999999", "1;2"] {
+            assert!(layers(bad).unwrap_err().contains("1-2,5"), "{bad:?}");
+        }
+        assert!(layers("5-2").unwrap_err().contains("lower layer"));
+    }
+}

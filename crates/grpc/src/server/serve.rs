@@ -1,0 +1,252 @@
+//! Runs both services on every listener until told to stop.
+
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::server::NamedService;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use super::admin::AdminService;
+use super::connection::Shared;
+use super::data::DataService;
+use super::listen::{self, Listeners};
+use super::work::Work;
+use crate::wire::v1;
+use crate::wire::v1::admin_server::AdminServer;
+use crate::wire::v1::block_memory_server::BlockMemoryServer;
+use landmarkdb::api::{BlockMemory, Health};
+use landmarkdb::budget::Budget;
+use landmarkdb::limits;
+
+/// How long accepting rests after it failed: where descriptors have run out, it fails at once and again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often the memory is asked how it is.
+const HEALTH_PERIOD: Duration = Duration::from_millis(500);
+
+/// How long work that nobody waits for may take to notice.
+const LAST_STEP: Duration = Duration::from_secs(2);
+
+/// The name in health checks for what writes; reads are the services'.
+const WRITES: &str = "landmark.v1.BlockMemory.Append";
+
+/// How the service uses its machine, and how patient it is. docs/cli.md names the settings.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// Light calls that work on the memory at once, at most 128, half as many heavy ones, and as many writers; others wait in
+    /// line, within their deadline.
+    pub workers: usize,
+    /// Bytes of all messages that have arrived and are not answered yet; the largest may have three quarters of it.
+    pub message_bytes: u64,
+    /// Connections at once. Where there are more, idle ones are closed.
+    pub connections: usize,
+    /// Calls of one connection at once.
+    pub streams: u32,
+    /// How long a new connection may say nothing.
+    pub handshake: Duration,
+    /// How long a connection may have no call.
+    pub idle: Duration,
+    /// How long the next byte of a message that was begun may take, and reading the next part of a reply.
+    pub stall: Duration,
+    /// How often a silent peer is asked whether it is still there, and how long it may take to say so.
+    pub keepalive: Duration,
+    /// How long calls in flight may go on after the shutdown signal.
+    pub grace: Duration,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        // Lookups are bound by the processor, fetches by the disk: twice the cores keeps both busy.
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        ServeOptions {
+            workers: (2 * cores).max(4),
+            // The largest block fits into three quarters of it.
+            message_bytes: limits::MESSAGE_BYTES_MAX as u64 / 2 * 3,
+            connections: 512,
+            streams: 128,
+            handshake: Duration::from_secs(10),
+            idle: Duration::from_secs(600),
+            stall: Duration::from_secs(30),
+            keepalive: Duration::from_secs(20),
+            grace: Duration::from_secs(30),
+        }
+    }
+}
+
+impl ServeOptions {
+    /// How often connections are looked at.
+    pub(super) fn look(&self) -> Duration {
+        let least = self.handshake.min(self.idle).min(self.stall);
+        (least / 4).clamp(Duration::from_millis(5), Duration::from_millis(500))
+    }
+}
+
+/// Why the service stopped before it was told to, or could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("the descriptors cannot be served: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    #[error("a listener panicked: {0}")]
+    Listener(#[from] tokio::task::JoinError),
+}
+
+/// Where the service is on its way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Phase {
+    Serving,
+    /// Takes no more calls, finishes those in flight.
+    Draining,
+    /// Ends what is left.
+    Over,
+}
+
+/// Serves `memory` on `listeners` until `shutdown` completes. Then takes no more calls, finishes those in flight within
+/// `options.grace`, ends long streams after the message they are at, tells work that is left to end, and returns.
+pub async fn serve(
+    memory: Arc<dyn BlockMemory>,
+    listeners: Listeners,
+    mut options: ServeOptions,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    options.connections = options.connections.min(listen::connections_max());
+    let grace = options.grace;
+    let (phase, phases) = watch::channel(Phase::Serving);
+    let messages = Budget::new(options.message_bytes);
+    let work = Work::new(memory.clone(), options.workers, messages.clone(), phases.clone());
+    let (health, health_service) = tonic_health::server::health_reporter();
+    announce(&health, Some(&Health::Serving)).await;
+    let following = tokio::spawn(follow(memory, health.clone(), phases.clone()));
+
+    let data = BlockMemoryServer::new(DataService::new(work.clone()))
+        .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
+    let admin = AdminServer::new(AdminService::new(work.clone()))
+        .max_decoding_message_size(limits::ADMIN_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let routes = Routes::new(data).add_service(admin).add_service(health_service).add_service(reflection).prepare();
+
+    let shared = Shared::new(routes, messages, options, phases);
+    let (alive, mut all_gone) = mpsc::channel(1);
+    let mut accepting = accept_all(listeners, &shared, alive);
+    tokio::select! {
+        () = shutdown => {}
+        // Listeners end only when stopped, so this one failed.
+        Some(ended) = accepting.join_next() => ended?,
+    }
+    phase.send_replace(Phase::Draining);
+    following.await?;
+    announce(&health, None).await;
+    let drained = tokio::time::timeout(grace, async {
+        accepting.join_all().await;
+        // Ends with the last connection, none of which sends anything here.
+        let _ = all_gone.recv().await;
+        // Work whose caller gave up has no connection any more, and ends all the same.
+        work.finished().await;
+    });
+    if drained.await.is_err() {
+        tracing::warn!(grace_ms = grace.as_millis() as u64, "stopped with calls still in flight");
+    }
+    phase.send_replace(Phase::Over);
+    work.give_up();
+    // What does not notice in time ends with the process.
+    let _ = tokio::time::timeout(LAST_STEP, work.finished()).await;
+    Ok(())
+}
+
+/// Tells in health checks how the memory is.
+async fn follow(memory: Arc<dyn BlockMemory>, health: HealthReporter, mut phase: watch::Receiver<Phase>) {
+    let mut told = Health::Serving;
+    loop {
+        let memory = memory.clone();
+        // A panic in there is the memory's, and its calls tell of it.
+        let now = tokio::task::spawn_blocking(move || memory.health()).await.unwrap_or_default();
+        if told != now {
+            match &now {
+                Health::Serving => tracing::info!("the memory serves again"),
+                Health::ReadOnly { reason } => tracing::error!(%reason, "the memory refuses writes"),
+                Health::Failed { reason } => tracing::error!(%reason, "the memory has failed"),
+            }
+            announce(&health, Some(&now)).await;
+            told = now;
+        }
+        tokio::select! {
+            _ = phase.changed() => return,
+            () = tokio::time::sleep(HEALTH_PERIOD) => {}
+        }
+    }
+}
+
+/// `None`: it stops.
+async fn announce(health: &HealthReporter, memory: Option<&Health>) {
+    let of = |serves| if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
+    let reads = of(matches!(memory, Some(Health::Serving | Health::ReadOnly { .. })));
+    for name in ["", BlockMemoryServer::<DataService>::NAME, AdminServer::<AdminService>::NAME] {
+        health.set_service_status(name, reads).await;
+    }
+    health.set_service_status(WRITES, of(matches!(memory, Some(Health::Serving)))).await;
+}
+
+/// One task per listener, each holding `alive`, as their connections do.
+fn accept_all(listeners: Listeners, shared: &Arc<Shared>, alive: mpsc::Sender<()>) -> JoinSet<()> {
+    let mut accepting = JoinSet::new();
+    if let Some(tcp) = listeners.tcp {
+        if let Ok(address) = tcp.local_addr() {
+            tracing::info!(%address, "listening");
+        }
+        let incoming = TcpIncoming::from(tcp).with_nodelay(Some(true)).with_keepalive(Some(shared.options.keepalive));
+        accepting.spawn(accept(incoming, shared.clone(), alive.clone()));
+    }
+    if let Some((unix, file)) = listeners.unix {
+        tracing::info!(?file, "listening");
+        let accept = accept(UnixListenerStream::new(unix), shared.clone(), alive);
+        accepting.spawn(async move {
+            let _removed_at_the_end = file;
+            accept.await;
+        });
+    }
+    accepting
+}
+
+async fn accept<S>(incoming: impl Stream<Item = io::Result<S>>, shared: Arc<Shared>, alive: mpsc::Sender<()>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut incoming = pin!(incoming);
+    let mut phase = shared.phase.clone();
+    let mut fails = false;
+    loop {
+        let next = tokio::select! {
+            biased;
+            _ = phase.changed() => return,
+            next = incoming.next() => next,
+        };
+        match next {
+            Some(Ok(socket)) => {
+                fails = false;
+                shared.admit(socket, alive.clone());
+            }
+            Some(Err(error)) => {
+                // Once is enough to act on.
+                if !std::mem::replace(&mut fails, true) {
+                    tracing::warn!(%error, "no connection can be accepted now");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            None => return,
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Collections and documents.
+
+use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, invalid, missing, required};
+use super::v1;
+use landmarkdb::api::{CollectionInfo, DocumentInfo, MemoryError, Result};
+use landmarkdb::shape::{CollectionSpec, Fingerprint, ModelShape, Rope, Sha256Digest};
+use landmarkdb::types::{CollectionId, DType, DocumentId, Engine, FaissIndex, KeyRule};
+
+impl From<ModelShape> for v1::ModelShape {
+    fn from(shape: ModelShape) -> Self {
+        v1::ModelShape {
+            layers: shape.layers,
+            query_heads: shape.query_heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            block_tokens: shape.block_tokens,
+            rope_frequencies: bytes_of_f32(&shape.rope.frequencies),
+            softmax_scale: shape.softmax_scale,
+        }
+    }
+}
+
+impl TryFrom<v1::ModelShape> for ModelShape {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::ModelShape) -> Result<Self> {
+        Ok(ModelShape {
+            layers: wire.layers,
+            query_heads: wire.query_heads,
+            kv_heads: wire.kv_heads,
+            head_dim: wire.head_dim,
+            block_tokens: wire.block_tokens,
+            rope: Rope { frequencies: f32_of_bytes("rope_frequencies", &wire.rope_frequencies)? },
+            softmax_scale: wire.softmax_scale,
+        })
+    }
+}
+
+impl From<CollectionSpec> for v1::CollectionSpec {
+    fn from(spec: CollectionSpec) -> Self {
+        v1::CollectionSpec {
+            name: spec.name,
+            shape: Some(spec.shape.into()),
+            key_rule: v1::KeyRule::from(spec.key_rule).into(),
+            payload_dtype: v1::Dtype::from(spec.payload_dtype).into(),
+            key_dtype: v1::Dtype::from(spec.key_dtype).into(),
+            model_digest: spec.model_digest.0.to_vec().into(),
+            tokenizer_digest: spec.tokenizer_digest.0.to_vec().into(),
+            model_name: spec.model_name,
+        }
+    }
+}
+
+impl TryFrom<v1::CollectionSpec> for CollectionSpec {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::CollectionSpec) -> Result<Self> {
+        Ok(CollectionSpec {
+            name: wire.name,
+            shape: required("shape", wire.shape)?.try_into()?,
+            key_rule: KeyRule::from_number("key_rule", wire.key_rule)?,
+            payload_dtype: DType::from_number("payload_dtype", wire.payload_dtype)?,
+            key_dtype: DType::from_number("key_dtype", wire.key_dtype)?,
+            model_digest: Sha256Digest(digest("model_digest", &wire.model_digest)?),
+            tokenizer_digest: Sha256Digest(digest("tokenizer_digest", &wire.tokenizer_digest)?),
+            model_name: wire.model_name,
+        })
+    }
+}
+
+impl From<CollectionInfo> for v1::CollectionInfo {
+    fn from(info: CollectionInfo) -> Self {
+        v1::CollectionInfo {
+            id: info.id.0,
+            spec: Some(info.spec.into()),
+            fingerprint: info.fingerprint.0.to_vec().into(),
+            documents: info.documents,
+            engine: engine_number(&info.engine),
+            faiss: faiss_index(info.engine),
+        }
+    }
+}
+
+impl TryFrom<v1::CollectionInfo> for CollectionInfo {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::CollectionInfo) -> Result<Self> {
+        Ok(CollectionInfo {
+            id: CollectionId(wire.id),
+            spec: required("spec", wire.spec)?.try_into()?,
+            fingerprint: Fingerprint(digest("fingerprint", &wire.fingerprint)?),
+            documents: wire.documents,
+            engine: engine(wire.engine, wire.faiss)?,
+        })
+    }
+}
+
+fn engine_number(engine: &Engine) -> i32 {
+    let wire = match engine {
+        Engine::Flat => v1::Engine::Flat,
+        Engine::Sq8 => v1::Engine::Sq8,
+        Engine::Sq4 => v1::Engine::Sq4,
+        Engine::Cuda => v1::Engine::Cuda,
+        Engine::Faiss(_) => v1::Engine::Faiss,
+    };
+    wire.into()
+}
+
+fn faiss_index(engine: Engine) -> Option<v1::FaissIndex> {
+    match engine {
+        Engine::Faiss(FaissIndex { factory, effort }) => Some(v1::FaissIndex { factory, effort }),
+        Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => None,
+    }
+}
+
+fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
+    match v1::Engine::try_from(number) {
+        Ok(v1::Engine::Flat) => Ok(Engine::Flat),
+        Ok(v1::Engine::Sq8) => Ok(Engine::Sq8),
+        Ok(v1::Engine::Sq4) => Ok(Engine::Sq4),
+        Ok(v1::Engine::Cuda) => Ok(Engine::Cuda),
+        Ok(v1::Engine::Faiss) => {
+            let v1::FaissIndex { factory, effort } = required("faiss", faiss)?;
+            Ok(Engine::Faiss(FaissIndex { factory, effort }))
+        }
+        Ok(v1::Engine::Unspecified) => Err(missing("engine")),
+        Err(_) => Err(invalid("engine", "a number of Engine", number)),
+    }
+}
+
+impl From<(CollectionId, Engine)> for v1::SetEngineRequest {
+    fn from((collection, engine): (CollectionId, Engine)) -> Self {
+        v1::SetEngineRequest { collection: collection.0, engine: engine_number(&engine), faiss: faiss_index(engine) }
+    }
+}
+
+/// What a change of engine says.
+impl TryFrom<v1::SetEngineRequest> for (CollectionId, Engine) {
+    type Error = MemoryError;
+
+    fn try_from(wire: v1::SetEngineRequest) -> Result<Self> {
+        Ok((CollectionId(wire.collection), engine(wire.engine, wire.faiss)?))
+    }
+}
+
+impl From<DocumentInfo> for v1::DocumentInfo {
+    fn from(info: DocumentInfo) -> Self {
+        v1::DocumentInfo {
+            id: info.id.0,
+            collection: info.collection.0,
+            name: info.name,
+            sealed: info.sealed,
+            blocks: info.blocks,
+            tail_tokens: info.tail_tokens,
+            tokens: info.tokens,
+            text_bytes: info.text_bytes,
+            stored_bytes: info.stored_bytes,
+        }
+    }
+}
+
+impl From<v1::DocumentInfo> for DocumentInfo {
+    fn from(wire: v1::DocumentInfo) -> Self {
+        DocumentInfo {
+            id: DocumentId(wire.id),
+            collection: CollectionId(wire.collection),
+            name: wire.name,
+            sealed: wire.sealed,
+            blocks: wire.blocks,
+            tail_tokens: wire.tail_tokens,
+            tokens: wire.tokens,
+            text_bytes: wire.text_bytes,
+            stored_bytes: wire.stored_bytes,
+        }
+    }
+}

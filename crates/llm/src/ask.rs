@@ -1,0 +1,72 @@
+//! Questions about documents in a memory.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::LoadedModel;
+use super::error::RememberError;
+use super::generate::{GenerateOptions, Generated, generate};
+use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
+use landmarkdb::attention::{AtHandBlock, BlockAttention, BlockReads, Retrieval, Window};
+
+/// An answer, and what it rests on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    pub generated: Generated,
+    /// Which blocks were retrieved for the prompt and the answer, heaviest first.
+    pub reads: Vec<BlockReads>,
+    /// Which blocks all layers and heads read besides, without choosing them.
+    pub at_hand: Vec<AtHandBlock>,
+    pub prompt_tokens: usize,
+    /// From the call to the first piece of the answer: window and sink read back, prompt through the model, blocks
+    /// retrieved.
+    pub first_token: Duration,
+    /// From the call to the end of the answer.
+    pub total: Duration,
+}
+
+/// What is asked, of which documents, and how they are read.
+#[derive(Clone, Debug)]
+pub struct Question<'a> {
+    /// All of one collection; the prompt continues the last one.
+    pub documents: &'a [DocumentInfo],
+    /// The words that the model continues.
+    pub prompt: &'a str,
+    pub window: Window,
+    pub retrieval: Retrieval,
+    /// Chunks are those of the window.
+    pub options: GenerateOptions,
+}
+
+/// Continues after the documents with the prompt, retrieving from all of them. Nothing is written. `on_text` gets the
+/// answer's pieces as they become certain.
+///
+/// # Errors
+/// Whatever the model or the memory report; an empty prompt; no document.
+pub fn ask(
+    model: &LoadedModel,
+    memory: &Arc<dyn BlockMemory>,
+    collection: &CollectionInfo,
+    question: &Question,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Answer, RememberError> {
+    let begin = Instant::now();
+    let prompt = model.tokenizer.encode(question.prompt)?.ids;
+    let Question { documents, window, ref retrieval, ref options, .. } = *question;
+    let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval.clone())?;
+    let mut first_token = None;
+    let options = GenerateOptions { chunk_tokens: window.chunk_tokens, ..options.clone() };
+    let generated = generate(model, &mut session, &prompt, &options, &mut |piece| {
+        first_token.get_or_insert_with(|| begin.elapsed());
+        on_text(piece);
+    })?;
+    let total = begin.elapsed();
+    Ok(Answer {
+        generated,
+        reads: session.take_reads(),
+        at_hand: session.at_hand().to_vec(),
+        prompt_tokens: prompt.len(),
+        first_token: first_token.unwrap_or(total),
+        total,
+    })
+}

@@ -1,0 +1,175 @@
+//! From a text to a sealed document in a memory: prefill once, keep the blocks, read them back in any later session.
+
+use std::sync::Arc;
+
+use super::error::{Difference, RememberError};
+use super::llama::Logits;
+use super::{LoadedModel, Reading};
+use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo, MemoryError};
+use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
+use landmarkdb::types::BlockRange;
+
+/// Blocks that are compared in one call when a document is resumed.
+const COMPARED_BLOCKS: u32 = 256;
+
+/// How far an encoding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodeProgress {
+    /// Tokens that were in the memory before: an interrupted encoding is resumed.
+    pub resumed_tokens: u64,
+    /// Tokens that the memory has, those included.
+    pub done_tokens: u64,
+    pub total_tokens: u64,
+}
+
+/// What is encoded, and how.
+#[derive(Clone, Debug)]
+pub struct Encoding<'a> {
+    /// Of the document.
+    pub name: &'a str,
+    pub text: &'a str,
+    pub window: Window,
+    /// What the model retrieves of the text before its window while it reads on. `None`: nothing, so that the cost per
+    /// token does not grow with the text.
+    pub retrieval: Option<Retrieval>,
+}
+
+/// Encodes a text into a document and seals it.
+///
+/// A document that holds the beginning of the same text, from an interrupted encoding, is continued after its last
+/// durable block; one that is whole and sealed is left as it is.
+///
+/// # Errors
+/// [`RememberError::OtherText`] when the document holds another text, [`RememberError::Damaged`] when not all of what it
+/// holds can be read, and whatever the model or the memory report.
+/// What was acknowledged before an error stays durable.
+pub fn encode(
+    model: &LoadedModel,
+    memory: &Arc<dyn BlockMemory>,
+    collection: &CollectionInfo,
+    encoding: &Encoding,
+    progress: &mut dyn FnMut(EncodeProgress),
+) -> Result<DocumentInfo, RememberError> {
+    let &Encoding { name, text, window, ref retrieval } = encoding;
+    if text.is_empty() {
+        // Before the document is made: a name that holds nothing would be taken all the same.
+        return Err(RememberError::EmptyText);
+    }
+    let encoded = model.tokenizer.encode(text)?;
+    let prefix = model.tokenizer.prefix();
+    let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
+    let offset = |&token: &usize| match token.checked_sub(prefix.len()) {
+        None => 0,
+        Some(token) => encoded.offsets.get(token).copied().unwrap_or(text.len()),
+    };
+    let offsets: Vec<usize> = text_tokens.iter().map(offset).collect();
+
+    let document = memory.open_document(collection.id, name)?;
+    if let Some(difference) = difference(memory.as_ref(), &document, &ids)? {
+        return Err(RememberError::OtherText { name: name.into(), difference });
+    }
+    if document.tokens > 0 {
+        let damage = memory.verify(Some(document.id), &mut |_, _| {})?.faults.into_iter().next();
+        if let Some(damage) = damage {
+            return Err(RememberError::Damaged { name: name.into(), problem: damage.problem });
+        }
+    }
+    let resumed_tokens = document.tokens;
+    let mut tell = |done_tokens| {
+        progress(EncodeProgress { resumed_tokens, done_tokens, total_tokens: ids.len() as u64 });
+    };
+    tell(resumed_tokens);
+    if document.sealed {
+        return Ok(document);
+    }
+    let mut session = BlockAttention::write(memory.clone(), collection, &document, window, retrieval.clone())?;
+    let mut from = session.position();
+    while from < ids.len() {
+        let to = (from + window.written_chunk_tokens()).min(ids.len());
+        model.llama.forward(&ids[from..to], &mut session, Logits::None)?;
+        let end = offsets.get(to).copied().unwrap_or(text.len());
+        let text_from = offsets[from];
+        let in_text: Vec<u32> = offsets[from..to].iter().map(|offset| (offset - text_from) as u32).collect();
+        session.commit(NewTokens { ids: &ids[from..to], text: &text.as_bytes()[text_from..end], offsets: &in_text })?;
+        from = to;
+        tell(from as u64);
+    }
+    session.flush()?;
+    Ok(memory.seal(document.id)?)
+}
+
+/// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.
+fn difference(
+    memory: &dyn BlockMemory,
+    document: &DocumentInfo,
+    ids: &[u32],
+) -> Result<Option<Difference>, MemoryError> {
+    let mut expected = ids;
+    let end = document.blocks + (document.tail_tokens > 0) as u32;
+    let mut next = 0;
+    while next < end {
+        let page = next..end.min(next + COMPARED_BLOCKS);
+        next = page.end;
+        for block in memory.blocks(&BlockRange { document: document.id, blocks: page })? {
+            match expected.strip_prefix(&block.token_ids[..]) {
+                Some(rest) => expected = rest,
+                None => return Ok(Some(Difference::Block(block.id.index))),
+            }
+        }
+    }
+    Ok((document.sealed && !expected.is_empty()).then_some(Difference::Longer))
+}
+
+/// Copies a sealed document into another collection of the same model, as `name`: other dtypes without encoding again.
+///
+/// # Errors
+/// Those of the memory.
+pub fn copy_document(
+    memory: &dyn BlockMemory,
+    from: &DocumentInfo,
+    to: &CollectionInfo,
+    name: &str,
+) -> Result<DocumentInfo, MemoryError> {
+    let copy = memory.open_document(to.id, name)?;
+    let end = from.blocks + (from.tail_tokens > 0) as u32;
+    for index in copy.blocks..end {
+        let request = landmarkdb::api::FetchRequest {
+            document: from.id,
+            blocks: vec![index],
+            dtype: landmarkdb::types::DType::F32,
+        };
+        let blocks = memory.fetch(&request)?.into_iter().map(|block| landmarkdb::api::NewBlock {
+            index,
+            token_ids: block.token_ids,
+            text: block.text,
+            k: block.k,
+            v: block.v,
+        });
+        memory.append(landmarkdb::api::AppendRequest {
+            document: copy.id,
+            blocks: blocks.collect(),
+            expected_tokens: None,
+        })?;
+    }
+    memory.seal(copy.id)
+}
+
+/// Whether `model` is the one that a collection was made with.
+///
+/// # Errors
+/// [`MemoryError::FingerprintMismatch`] with both fingerprints.
+pub fn check_model(model: &LoadedModel, collection: &CollectionInfo) -> Result<(), RememberError> {
+    let mut offered = collection.spec.clone();
+    offered.shape = model.shape(offered.shape.block_tokens).map_err(MemoryError::from)?;
+    offered.model_digest = model.model_digest;
+    offered.tokenizer_digest = model.tokenizer_digest();
+    if offered.fingerprint() != collection.fingerprint {
+        return Err(MemoryError::FingerprintMismatch {
+            collection: collection.spec.name.clone(),
+            stored: collection.fingerprint,
+            offered: offered.fingerprint(),
+        }
+        .into());
+    }
+    Ok(())
+}

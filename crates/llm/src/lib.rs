@@ -1,0 +1,165 @@
+//! Language models of the Llama family: where they come from, what they are, and how text goes in and out.
+//!
+//! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
+//! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
+//! `ask` know that there is a memory behind it.
+//!
+//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
+//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank` and `kernels`
+//! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
+
+#![warn(unreachable_pub)]
+
+mod adapter;
+mod ask;
+mod attend_tensors;
+mod cache;
+mod config;
+mod encode;
+mod error;
+mod fields;
+mod files;
+mod generate;
+mod gguf;
+mod gguf_header;
+mod huggingface;
+mod kernels;
+mod landmarks;
+mod llama;
+mod low_rank;
+mod pull;
+mod pulled;
+mod safetensors;
+mod sample;
+mod tensors;
+mod tokenizer;
+mod tokenizer_gguf;
+mod weights;
+
+#[cfg(test)]
+mod foreign_files;
+#[cfg(any(test, feature = "fuzzing"))]
+mod full_attention;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+#[cfg(test)]
+mod tests;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+pub use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
+pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
+pub use ask::{Answer, Question, ask};
+pub use attend_tensors::attend_tensors;
+pub use cache::{file_digest, models_folder};
+pub use config::{Landmark, ModelConfig};
+pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
+pub use error::{
+    Difference, ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
+    reason as tensor_reason,
+};
+pub use files::replace_file;
+pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
+pub use landmarks::Reading;
+pub use llama::{Llama, Logits};
+pub use pull::{PullStep, pull, resolve};
+pub use pulled::{PulledModel, pulled};
+pub use sample::Sampling;
+pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
+pub use tokenizer::{Encoded, TextStream, Tokenizer};
+
+use self::tensors::{Opened, open_weights};
+use landmarkdb::shape::{InvalidShape, ModelShape, Sha256Digest};
+
+/// A model ready to run, and what a collection is bound to.
+pub struct LoadedModel {
+    /// For people: the file's own name for the model, or the folder's.
+    pub name: String,
+    pub tokenizer: Tokenizer,
+    pub llama: Llama,
+    /// Of the weight file, or of the digests of several; of an adapter, of both models' and the scale.
+    pub model_digest: Sha256Digest,
+}
+
+impl LoadedModel {
+    /// Loads a GGUF file, whatever it is called, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
+    /// whose base must be on this machine. All weights become f32 in memory.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        if path.is_dir() {
+            Self::open_folder(path)
+        } else if is_gguf(path)? {
+            Self::open_gguf(path)
+        } else {
+            Err(LoadError::NotAModel { path: path.into() })
+        }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, LoadError> {
+        let (gguf, config) = gguf::Gguf::open(path)?;
+        Ok(LoadedModel {
+            name: gguf.name().map_or_else(|| file_name(path), str::to_string),
+            tokenizer: tokenizer_gguf::from_gguf(&gguf)?,
+            llama: Llama::load(config, &gguf)?,
+            model_digest: cache::weights_digest(std::iter::once(path))?,
+        })
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, LoadError> {
+        let (config, weights, model_digest) = if adapter::is_adapter(folder) {
+            adapter::open(folder)?
+        } else if folder.join("config.json").exists() {
+            let Opened { config, weights, paths } = open_weights(folder)?;
+            (config, weights, cache::weights_digest(paths.iter().map(PathBuf::as_path))?)
+        } else {
+            return Err(LoadError::NotAModel { path: folder.into() });
+        };
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            return Err(LoadError::NoTokenizer { path });
+        }
+        let tokenizer = Tokenizer::open(&path)?;
+        if let Some(text) = config.landmark.and_then(|landmark| tokenizer.text_of(landmark.id)) {
+            return Err(LoadError::Unsupported {
+                path,
+                key: "landmark token (mem_id)".into(),
+                expected: "a control token, or an id that the tokenizer does not use".into(),
+                found: format!("{text:?}, which texts are made of"),
+                way_out: None,
+            });
+        }
+        let llama = Llama::load(config, &*weights)?;
+        Ok(LoadedModel { name: file_name(folder), tokenizer, llama, model_digest })
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &ModelConfig {
+        self.llama.config()
+    }
+
+    /// The shape that a memory with blocks of `block_tokens` sees.
+    pub fn shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
+        self.config().shape(block_tokens)
+    }
+
+    /// Of the tokenizer file, or of what a GGUF file says of its tokenizer.
+    pub fn tokenizer_digest(&self) -> Sha256Digest {
+        self.tokenizer.digest()
+    }
+}
+
+/// Whether a file is meant to be GGUF: by how it begins, as Ollama's files have no such name, or else by its name.
+fn is_gguf(path: &Path) -> Result<bool, LoadError> {
+    let io = |source| LoadError::Io { path: path.into(), source };
+    let mut begin = Vec::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    file.take(gguf_header::MAGIC.len() as u64).read_to_end(&mut begin).map_err(io)?;
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    Ok(named || begin == gguf_header::MAGIC)
+}
+
+fn file_name(path: &Path) -> String {
+    let absolute = path.canonicalize();
+    let path = absolute.as_deref().unwrap_or(path);
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

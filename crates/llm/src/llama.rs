@@ -1,0 +1,285 @@
+//! The forward pass of a Llama-family decoder in f32. Attention is somebody else's: this hands over `q`, `k`, `v`
+//! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::config::ModelConfig;
+use super::error::{ForwardError, LoadError};
+use super::kernels::{rms_norm, swiglu, take_columns};
+use super::low_rank::LandmarkUpdates;
+use super::safetensors::SafeTensorsFolder;
+use super::tensors::{Opened, open_weights};
+use super::weights::{LayerTensor, TensorName, TensorSource, numbers, read_packed};
+use landmarkdb::attention::SequenceAttention;
+use linalg::{Packed, Write};
+
+/// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
+pub struct Llama {
+    config: ModelConfig,
+    /// `(vocab, hidden)`
+    embedding: Packed,
+    layers: Vec<Layer>,
+    /// `(hidden)`
+    norm: Vec<f32>,
+    /// `(vocab, hidden)`; none when it is the embedding.
+    output: Option<Packed>,
+}
+
+struct Layer {
+    /// `(hidden)`
+    attention_norm: Vec<f32>,
+    /// `(Hq * D + 2 * Hkv * D, hidden)`: q, k and v in one product.
+    qkv: Packed,
+    /// `(hidden, Hq * D)`
+    attention_output: Packed,
+    /// `(hidden)`
+    ffn_norm: Vec<f32>,
+    /// `(2 * ffn, hidden)`: gate and up in one product.
+    gate_up: Packed,
+    /// `(hidden, ffn)`
+    down: Packed,
+    /// Of a model whose landmarks were given to it by an adapter.
+    landmark: Option<LandmarkUpdates>,
+}
+
+/// Of which tokens the logits are wanted. The output matrix is the largest of a small model: ask for no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// Only what attention keeps of the tokens.
+    None,
+    Last,
+    All,
+}
+
+/// Memory of one forward pass, taken once for all layers.
+struct Scratch {
+    /// `(T, hidden)`
+    normed: Vec<f32>,
+    /// `(T, Hq * D + 2 * Hkv * D)`
+    qkv: Vec<f32>,
+    /// `(T, Hq, D)`
+    q: Vec<f32>,
+    /// `(T, Hkv, D)`
+    k: Vec<f32>,
+    /// `(T, Hkv, D)`
+    v: Vec<f32>,
+    /// `(T, 2 * ffn)`
+    gate_up: Vec<f32>,
+    /// `(T, ffn)`
+    gated: Vec<f32>,
+}
+
+impl Llama {
+    /// Loads a folder with `config.json` and safetensors weights, for callers that bring token ids or embeddings of
+    /// their own. [`LoadedModel::open`](super::LoadedModel::open) loads the tokenizer too.
+    pub fn open(folder: &Path) -> Result<Self, LoadError> {
+        let Opened { config, weights, .. } = open_weights(folder)?;
+        Self::load(config, &*weights)
+    }
+
+    /// Loads one safetensors file with Hugging Face names as the model that `config` describes.
+    pub fn open_weights(config: ModelConfig, weights: &Path) -> Result<Self, LoadError> {
+        config.check().map_err(|source| LoadError::Shape { path: weights.into(), source })?;
+        Self::load(config, &SafeTensorsFolder::file(weights)?)
+    }
+
+    /// Reads all weights, layers in parallel.
+    pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
+        let read = |name, shape: &[usize]| source.read(name, shape);
+        let table = |name| read_packed(source, &[(name, [config.vocab, config.hidden])]);
+        let embedding = table(TensorName::Embedding)?;
+        let norm = read(TensorName::OutputNorm, &[config.hidden])?;
+        let output = match config.tied_output {
+            true => None,
+            false => Some(table(TensorName::Output)?),
+        };
+        let layers = (0..config.layers)
+            .into_par_iter()
+            .map(|layer| Layer::load(&config, layer, source))
+            .collect::<Result<_, _>>()?;
+        Ok(Llama { embedding, norm: vector(&norm), output, layers, config })
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Runs the next tokens of a sequence through all layers. Returns the logits asked for: `(0)`, `(1, vocab)` or
+    /// `(T, vocab)`. Chunks of a few hundred tokens are near full speed; memory grows with T.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        attention: &mut dyn SequenceAttention,
+        logits: Logits,
+    ) -> Result<Vec<f32>, ForwardError> {
+        self.forward_embedded(self.embed(ids)?, attention, logits)
+    }
+
+    /// The embeddings `(T, hidden)` of tokens.
+    pub fn embed(&self, ids: &[u32]) -> Result<Vec<f32>, ForwardError> {
+        let (vocab, hidden) = (self.config.vocab, self.config.hidden);
+        let mut x = Vec::with_capacity(ids.len() * hidden);
+        for &id in ids {
+            if id as usize >= vocab {
+                return Err(ForwardError::UnknownToken { id, vocab });
+            }
+            self.embedding.push_column(id as usize, &mut x);
+        }
+        Ok(x)
+    }
+
+    /// [`Llama::forward`] from embeddings `x (T, hidden)`.
+    pub fn forward_embedded(
+        &self,
+        mut x: Vec<f32>,
+        attention: &mut dyn SequenceAttention,
+        logits: Logits,
+    ) -> Result<Vec<f32>, ForwardError> {
+        let hidden = self.config.hidden;
+        if !x.len().is_multiple_of(hidden) {
+            return Err(ForwardError::EmbeddingLength { hidden, found: x.len() });
+        }
+        let tokens = x.len() / hidden;
+        let wanted = match logits {
+            Logits::None => 0,
+            Logits::Last => tokens.min(1),
+            Logits::All => tokens,
+        };
+        if tokens == 0 {
+            return Ok(Vec::new());
+        }
+        let landmarks = self.landmark_rows(attention.position(), tokens);
+        let mut scratch = Scratch::new(&self.config, tokens);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut attended = self.attend(index, &x, &landmarks, attention, &mut scratch)?;
+            if index + 1 == self.layers.len() {
+                // Past the last attention a token serves its own logits only.
+                x.drain(..(tokens - wanted) * hidden);
+                attended.drain(..(tokens - wanted) * self.config.query_width());
+            }
+            layer.attention_output.multiply(&attended, &mut x, Write::Add);
+            if let Some(output) = layer.landmark.as_ref().and_then(|updates| updates.output.as_ref()) {
+                let width = self.config.query_width();
+                for &row in &landmarks {
+                    output.add(&attended[row * width..][..width], &mut x[row * hidden..][..hidden]);
+                }
+            }
+            self.feed_forward(layer, &mut x, &mut scratch);
+        }
+        let normed = &mut scratch.normed[..x.len()];
+        rms_norm(&x, &self.norm, self.config.norm_epsilon, normed);
+        let mut out = vec![0.0; wanted * self.config.vocab];
+        self.output.as_ref().unwrap_or(&self.embedding).multiply(normed, &mut out, Write::Replace);
+        if let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) {
+            // The model that it was given to does not know the token.
+            out.chunks_exact_mut(self.config.vocab).for_each(|row| row[landmark.id as usize] = f32::NEG_INFINITY);
+        }
+        Ok(out)
+    }
+
+    /// Which of the tokens after `position` are landmarks that have updates of their own.
+    fn landmark_rows(&self, position: usize, tokens: usize) -> Vec<usize> {
+        let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) else { return Vec::new() };
+        let block_tokens = landmark.block_tokens as usize;
+        (0..tokens).filter(|row| (position + row + 1).is_multiple_of(block_tokens)).collect()
+    }
+
+    /// Attention of one layer for `x (T, hidden)`, of which `landmarks` are rows: `(T, Hq, D)`, before the output matrix.
+    fn attend(
+        &self,
+        index: usize,
+        x: &[f32],
+        landmarks: &[usize],
+        attention: &mut dyn SequenceAttention,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>, ForwardError> {
+        let (layer, config) = (&self.layers[index], &self.config);
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        let columns = query_width + 2 * kv_width;
+        let Scratch { normed, qkv, q, k, v, .. } = scratch;
+        rms_norm(x, &layer.attention_norm, config.norm_epsilon, normed);
+        layer.qkv.multiply(normed, qkv, Write::Replace);
+        if let Some(updates) = &layer.landmark {
+            for &row in landmarks {
+                let normed = &normed[row * config.hidden..][..config.hidden];
+                let (query, rest) = qkv[row * columns..].split_at_mut(query_width);
+                if let Some(update) = &updates.query {
+                    update.add(normed, query);
+                }
+                if let Some(key) = &updates.key {
+                    key.add(normed, &mut rest[..kv_width]);
+                }
+            }
+        }
+        take_columns(qkv, columns, 0, q);
+        take_columns(qkv, columns, query_width, k);
+        take_columns(qkv, columns, query_width + kv_width, v);
+        let attended = attention
+            .attend(index, x.len() / config.hidden, q, k, v)
+            .map_err(|source| ForwardError::Attention { layer: index, source })?;
+        if attended.len() != q.len() {
+            return Err(ForwardError::AttendedLength { layer: index, expected: q.len(), found: attended.len() });
+        }
+        Ok(attended)
+    }
+
+    /// Adds the feed-forward network's output to `x (T, hidden)`.
+    fn feed_forward(&self, layer: &Layer, x: &mut [f32], scratch: &mut Scratch) {
+        let (hidden, ffn) = (self.config.hidden, self.config.ffn);
+        let tokens = x.len() / hidden;
+        let normed = &mut scratch.normed[..tokens * hidden];
+        let gate_up = &mut scratch.gate_up[..tokens * 2 * ffn];
+        let gated = &mut scratch.gated[..tokens * ffn];
+        rms_norm(x, &layer.ffn_norm, self.config.norm_epsilon, normed);
+        layer.gate_up.multiply(normed, gate_up, Write::Replace);
+        swiglu(gate_up, ffn, gated);
+        layer.down.multiply(gated, x, Write::Add);
+    }
+}
+
+impl Layer {
+    fn load(config: &ModelConfig, layer: u32, source: &dyn TensorSource) -> Result<Self, LoadError> {
+        use LayerTensor::*;
+        let (hidden, ffn) = (config.hidden, config.ffn);
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        let read = |tensor, shape: &[usize]| source.read(TensorName::Layer(layer, tensor), shape);
+        let packed = |parts: &[(LayerTensor, [usize; 2])]| {
+            let parts: Vec<_> =
+                parts.iter().map(|&(tensor, shape)| (TensorName::Layer(layer, tensor), shape)).collect();
+            read_packed(source, &parts)
+        };
+        Ok(Layer {
+            attention_norm: vector(&read(AttentionNorm, &[hidden])?),
+            qkv: packed(&[(Query, [query_width, hidden]), (Key, [kv_width, hidden]), (Value, [kv_width, hidden])])?,
+            attention_output: packed(&[(AttentionOutput, [hidden, query_width])])?,
+            ffn_norm: vector(&read(FfnNorm, &[hidden])?),
+            gate_up: packed(&[(Gate, [ffn, hidden]), (Up, [ffn, hidden])])?,
+            down: packed(&[(Down, [hidden, ffn])])?,
+            landmark: source.landmark_updates(layer)?,
+        })
+    }
+}
+
+fn vector(tensor: &Tensor) -> Vec<f32> {
+    numbers(tensor).expect("a source gives f32 tensors")
+}
+
+impl Scratch {
+    fn new(config: &ModelConfig, tokens: usize) -> Self {
+        let numbers = |width: usize| vec![0.0; tokens * width];
+        let (query_width, kv_width) = (config.query_width(), config.kv_width());
+        Scratch {
+            normed: numbers(config.hidden),
+            qkv: numbers(query_width + 2 * kv_width),
+            q: numbers(query_width),
+            k: numbers(kv_width),
+            v: numbers(kv_width),
+            gate_up: numbers(2 * config.ffn),
+            gated: numbers(config.ffn),
+        }
+    }
+}

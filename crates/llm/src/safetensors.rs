@@ -1,0 +1,206 @@
+//! Weights of a Hugging Face model folder: one `.safetensors` file, or several with an index.
+//!
+//! Files are read, not mapped: a file that another program cuts short must give an error, not a signal.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+
+use super::config::ModelConfig;
+use super::error::LoadError;
+use super::huggingface::read_json;
+use super::tensors::table;
+use super::weights::{LayerTensor, TensorName, TensorSource, is_finite};
+use landmarkdb::limits::SAFETENSORS_HEADER_BYTES_MAX;
+
+/// The weight files of one folder, headers read.
+pub(super) struct SafeTensorsFolder {
+    files: Vec<WeightFile>,
+    /// Where each tensor lies: an index into `files`.
+    places: BTreeMap<String, usize>,
+    folder: PathBuf,
+}
+
+struct WeightFile {
+    path: PathBuf,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data_offset_bytes: u64,
+}
+
+#[derive(Deserialize)]
+struct IndexJson {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl SafeTensorsFolder {
+    /// Opens the weights of a folder: the files its index names, or `model.safetensors`.
+    pub(super) fn open(folder: &Path) -> Result<Self, LoadError> {
+        let index = folder.join("model.safetensors.index.json");
+        let names = if index.exists() {
+            let names = read_json::<IndexJson>(&index)?.weight_map.into_values().collect::<BTreeSet<_>>();
+            // A folder from elsewhere may not say which files of this machine are read.
+            let plain = |name: &str| matches!(Path::new(name).components().next(), Some(Component::Normal(only)) if only == name);
+            let outside = |name: &&String| !plain(name);
+            if let Some(name) = names.iter().find(outside) {
+                return Err(LoadError::OutsideFolder { path: index, name: name.clone() });
+            }
+            names
+        } else {
+            BTreeSet::from(["model.safetensors".to_string()])
+        };
+        let files = names.iter().map(|name| WeightFile::open(&folder.join(name))).collect::<Result<Vec<_>, _>>()?;
+        let mut places = BTreeMap::new();
+        for (number, file) in files.iter().enumerate() {
+            places.extend(file.header.offset_keys().into_iter().map(|name| (name, number)));
+        }
+        Ok(SafeTensorsFolder { files, places, folder: folder.into() })
+    }
+
+    /// Refuses tensors that `config` has no place for: left out of the sum without a word, they would make answers wrong.
+    pub(super) fn refuse_unknown(&self, config: &ModelConfig) -> Result<(), LoadError> {
+        let mut known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| huggingface_name(name)).collect();
+        // Of a tied output some files hold a copy, which is not read.
+        known.insert(huggingface_name(TensorName::Output));
+        // Older checkpoints hold the frequencies that the configuration tells.
+        let unknown =
+            self.places.iter().find(|(name, _)| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
+        match unknown {
+            Some((name, &file)) => {
+                Err(LoadError::UnknownTensor { path: self.files[file].path.clone(), name: name.clone() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// One weight file, whatever its name.
+    pub(super) fn file(path: &Path) -> Result<Self, LoadError> {
+        let file = WeightFile::open(path)?;
+        let places = file.header.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Ok(SafeTensorsFolder { files: vec![file], places, folder: path.into() })
+    }
+
+    /// Reads one tensor by the name that it has in the files, like [`TensorSource::read`].
+    pub(super) fn read_named(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        match self.places.get(name) {
+            Some(&number) => self.files[number].read(name, shape),
+            None => Err(missing(&self.folder, name)),
+        }
+    }
+
+    /// The weight files, sorted by name.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+}
+
+impl WeightFile {
+    fn open(path: &Path) -> Result<Self, LoadError> {
+        let io = |source| LoadError::Io { path: path.into(), source };
+        let damaged = |detail: String| LoadError::Damaged { path: path.into(), detail };
+        let mut file = File::open(path).map_err(io)?;
+        let file_bytes = file.metadata().map_err(io)?.len();
+        let mut length = [0; 8];
+        if file_bytes < length.len() as u64 {
+            return Err(damaged(format!("expected a header, found {file_bytes} bytes")));
+        }
+        file.read_exact(&mut length).map_err(io)?;
+        let header_bytes = u64::from_le_bytes(length);
+        let data_offset_bytes = header_bytes.saturating_add(length.len() as u64);
+        if data_offset_bytes > file_bytes {
+            return Err(damaged(format!("expected a header of {header_bytes} bytes, found a file of {file_bytes}")));
+        }
+        if header_bytes > SAFETENSORS_HEADER_BYTES_MAX {
+            return Err(damaged(format!(
+                "expected a header of at most {SAFETENSORS_HEADER_BYTES_MAX} bytes, found {header_bytes}"
+            )));
+        }
+        let mut header = vec![0; header_bytes as usize];
+        file.read_exact(&mut header).map_err(io)?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(|error| damaged(error.to_string()))?;
+        let expected_bytes = data_offset_bytes + header.data_len() as u64;
+        if file_bytes != expected_bytes {
+            return Err(damaged(format!("expected {expected_bytes} bytes, found {file_bytes}")));
+        }
+        Ok(WeightFile { path: path.into(), header, data_offset_bytes })
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        let path = || self.path.clone();
+        let info = self.header.info(name).ok_or_else(|| missing(&self.path, name))?;
+        if info.shape != shape {
+            return Err(LoadError::TensorShape {
+                path: path(),
+                name: name.into(),
+                expected: shape.into(),
+                found: info.shape.clone(),
+            });
+        }
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(LoadError::Unsupported {
+                    path: path(),
+                    key: name.into(),
+                    expected: "F32, F16 or BF16".into(),
+                    found: format!("{other:?}"),
+                    way_out: Some("take the model in one of these, or as GGUF in Q4_0, Q4_1 or Q8_0"),
+                });
+            }
+        };
+        // The header was checked against the file's length, so this allocates no more than the file holds.
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        let mut file = File::open(&self.path).map_err(|source| LoadError::Io { path: path(), source })?;
+        file.seek(SeekFrom::Start(self.data_offset_bytes + start as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(|source| LoadError::Io { path: path(), source })?;
+        let failed = |error| LoadError::damaged_tensor(&self.path, name, error);
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu);
+        let tensor = tensor.and_then(|tensor| tensor.to_dtype(DType::F32)).map_err(failed)?;
+        match is_finite(&tensor).map_err(failed)? {
+            true => Ok(tensor),
+            false => Err(LoadError::NotFinite { path: path(), name: name.into() }),
+        }
+    }
+}
+
+impl TensorSource for SafeTensorsFolder {
+    fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
+        self.read_named(&huggingface_name(name), shape)
+    }
+}
+
+fn missing(path: &Path, name: &str) -> LoadError {
+    LoadError::MissingTensor { path: path.into(), name: name.into() }
+}
+
+/// What Hugging Face calls a tensor.
+pub(super) fn huggingface_name(name: TensorName) -> String {
+    let (layer, tensor) = match name {
+        TensorName::Embedding => return "model.embed_tokens.weight".into(),
+        TensorName::OutputNorm => return "model.norm.weight".into(),
+        TensorName::Output => return "lm_head.weight".into(),
+        TensorName::Layer(layer, tensor) => (layer, tensor),
+    };
+    let part = match tensor {
+        LayerTensor::AttentionNorm => "input_layernorm",
+        LayerTensor::Query => "self_attn.q_proj",
+        LayerTensor::Key => "self_attn.k_proj",
+        LayerTensor::Value => "self_attn.v_proj",
+        LayerTensor::AttentionOutput => "self_attn.o_proj",
+        LayerTensor::FfnNorm => "post_attention_layernorm",
+        LayerTensor::Gate => "mlp.gate_proj",
+        LayerTensor::Up => "mlp.up_proj",
+        LayerTensor::Down => "mlp.down_proj",
+    };
+    format!("model.layers.{layer}.{part}.weight")
+}
