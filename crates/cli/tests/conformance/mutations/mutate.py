@@ -123,9 +123,9 @@ def copy_source():
     shutil.rmtree(source, ignore_errors=True)
     tracked = subprocess.run(["git", "ls-files", "-z"], capture_output=True, check=True).stdout.decode().split("\0")
     for path in filter(None, tracked):
-        if (ROOT / path).is_file():
+        if (ROOT / path).is_file() or (ROOT / path).is_symlink():
             (source / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / path, source / path)
+            shutil.copyfile(ROOT / path, source / path, follow_symlinks=False)
     return source
 
 
@@ -158,7 +158,7 @@ def judge(program, broken, name):
     wrapper = PLACE / f"program-{name}"
     wrapper.write_text(f'#!/bin/sh\nMUTANT={name} exec {broken} "$@"\n')
     wrapper.chmod(0o755)
-    environment = {**os.environ, "LANDMARK_PROGRAM": str(wrapper), "CARGO_MANIFEST_DIR": str(ROOT)}
+    environment = {**os.environ, "LANDMARK_PROGRAM": str(wrapper), "CARGO_MANIFEST_DIR": str(ROOT / "crates/cli")}
     begun = time.monotonic()
     try:
         run = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=SECONDS_MAX)
