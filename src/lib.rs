@@ -2,10 +2,10 @@
 //!
 //! A model cuts its past into blocks. Each block has landmark keys per layer and KV head; every query scores them,
 //! takes the top-k blocks, and attends to the tokens inside those together with its local window. landmarkdb keeps
-//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process or over gRPC.
+//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process; landmarkdb-grpc does so over a network.
 //!
 //! Invariants
-//! - Nothing is acknowledged before it is durable. After a failed flush the store is poisoned until reopened.
+//! - Nothing is acknowledged before it is durable. An append that failed is cut off before the next one is written.
 //! - Every payload and record carries a checksum; a mismatch is an error that names the block, never a wrong answer.
 //! - A collection is bound to a model fingerprint; another model is refused with both fingerprints in the message.
 //! - Readers hold a snapshot; a writer publishes the next one. No lock is held across I/O on the lookup path.
