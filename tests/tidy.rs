@@ -88,9 +88,14 @@ impl File {
         self.path.ends_with(".rs")
     }
 
+    /// The row of the package that it belongs to.
+    fn package(&self) -> Option<(&'static str, &'static [&'static str])> {
+        PACKAGES.iter().find(|(sources, _)| self.path.starts_with(sources)).copied()
+    }
+
     /// The top-level module that a file of a package in the table belongs to, as the table names it.
     fn module(&self) -> Option<&str> {
-        let (sources, _) = PACKAGES.iter().find(|(sources, _)| self.path.starts_with(sources))?;
+        let (sources, _) = self.package()?;
         let first = self.path[sources.len()..].split('/').next()?;
         Some(&self.path[..sources.len() + first.trim_end_matches(".rs").len()])
     }
@@ -157,31 +162,29 @@ fn modules_import_only_what_the_table_allows() {
     hold(rule, |file| file.is_rust() && file.module().is_some(), check_imports);
 }
 
+fn is_module(sources: &str, name: &str) -> bool {
+    IMPORTS.iter().any(|(known, _)| known.strip_prefix(sources) == Some(name))
+}
+
 /// The modules of a file's own package that it names, and where.
 fn imports(file: &File) -> Vec<(usize, &str)> {
-    let Some((sources, _)) = PACKAGES.iter().find(|(sources, _)| file.path.starts_with(sources)) else {
-        return Vec::new();
-    };
-    let is_module = |name: &str| IMPORTS.iter().any(|(known, _)| known.strip_prefix(sources) == Some(name));
+    let Some((sources, _)) = file.package() else { return Vec::new() };
     let mut imports = code::paths_from(&file.code, "crate");
     // `super` leads out of a folder only to another top-level module.
-    imports.extend(code::paths_from(&file.code, "super").into_iter().filter(|(_, name)| is_module(name)));
+    imports.extend(code::paths_from(&file.code, "super").into_iter().filter(|(_, name)| is_module(sources, name)));
     imports
 }
 
 fn check_imports(file: &File) -> Vec<Finding> {
-    let Some((sources, open)) = PACKAGES.iter().find(|(sources, _)| file.path.starts_with(sources)) else {
-        return Vec::new();
-    };
+    let Some((sources, open)) = file.package() else { return Vec::new() };
     let module = file.module().unwrap_or_default();
     let Some((_, allowed)) = IMPORTS.iter().find(|(name, _)| *name == module) else {
         return vec![Finding { line: 1, what: format!("module `{module}` is not in the table") }];
     };
     let own = &module[sources.len()..];
-    let is_module = |name: &str| IMPORTS.iter().any(|(known, _)| known.strip_prefix(sources) == Some(name));
     let forbidden = |name: &str| name != own && !open.contains(&name) && !allowed.contains(&name) && !is_macro(name);
     let finding = |(line, name): (usize, &str)| {
-        let what = if is_module(name) {
+        let what = if is_module(sources, name) {
             format!("`{own}` imports `{name}`")
         } else {
             format!("`{own}` imports `{name}` from the package's root: name the module that defines it")
