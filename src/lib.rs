@@ -2,7 +2,8 @@
 //!
 //! A model cuts its past into blocks. Each block has landmark keys per layer and KV head; every query scores them,
 //! takes the top-k blocks, and attends to the tokens inside those together with its local window. landmarkdb keeps
-//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process; landmarkdb-grpc does so over a network.
+//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process; landmarkdb-grpc
+//! does so over a network.
 //!
 //! Invariants
 //! - Nothing is acknowledged before it is durable. An append that failed is cut off before the next one is written.
