@@ -29,11 +29,15 @@ pub mod until;
 pub mod api;
 
 // Ground state, derived state, and the memory that owns both.
+#[cfg(feature = "local")]
 pub mod index;
+#[cfg(feature = "local")]
 pub mod memory;
+#[cfg(feature = "local")]
 pub mod store;
 
 // What makes it faster where there is a GPU.
+#[cfg(feature = "local")]
 pub mod cuda;
 
 // Models that remember.

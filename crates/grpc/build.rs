@@ -18,6 +18,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out_dir.join("landmark.bin"), descriptors.encode_to_vec())?;
     // `Bytes` shares the received buffer, so a tensor is not copied on its way in.
-    tonic_prost_build::configure().bytes(".landmark.v1").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".landmark.v1")
+        .client_mod_attribute("landmark.v1", "#[cfg(feature = \"client\")]")
+        .server_mod_attribute("landmark.v1", "#[cfg(feature = \"server\")]")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -9,7 +9,7 @@ use landmarkdb::cuda::CudaError;
 use landmarkdb_grpc::server::{ListenError, ServeError};
 use landmarkdb_lab::eval::{CaptureError, GoldenError};
 use landmarkdb_lab::train::TrainError;
-use landmarkdb_llm::{Difference, LoadError, PullError, RememberError};
+use landmarkdb_llm::{Difference, FindError, LoadError, PullError, RememberError};
 
 use super::config::ConfigError;
 
@@ -70,7 +70,9 @@ pub(super) enum CliError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Model(#[from] PullError),
+    Model(#[from] FindError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -171,8 +173,8 @@ impl CliError {
             | CliError::RepairNeedsData { .. }
             | CliError::CollectionSpec { .. }
             | CliError::NeedsYes { .. } => Exit::Usage,
-            CliError::Model(PullError::UnknownSpec { .. }) => Exit::Usage,
-            CliError::Model(PullError::NotFound { .. } | PullError::NotPulled { .. }) => Exit::NotFound,
+            CliError::Pull(PullError::UnknownSpec { .. }) => Exit::Usage,
+            CliError::Model(FindError::NotFound { .. } | FindError::NotPulled { .. }) => Exit::NotFound,
             CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } | CliError::NoStore { .. } => {
                 Exit::NotFound
             }
@@ -188,6 +190,7 @@ impl CliError {
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
             CliError::Model(_)
+            | CliError::Pull(_)
             | CliError::Load(_)
             | CliError::ReadText { .. }
             | CliError::NotUtf8 { .. }

@@ -2,6 +2,8 @@
 
 #![warn(unreachable_pub)]
 
+#[cfg(feature = "client")]
 pub mod client;
+#[cfg(feature = "server")]
 pub mod server;
 pub mod wire;

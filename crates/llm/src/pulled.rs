@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::cache::models_folder;
-use super::error::PullError;
-use super::pull::{SMOLLM2, hub_folder, resolve};
+use super::error::FindError;
+use super::resolve::{SMOLLM2, hub_folder, resolve};
 
 /// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,14 +19,14 @@ pub struct PulledModel {
 
 impl PulledModel {
     /// Measures the model called `name` at `path`.
-    pub fn at(name: &str, path: PathBuf) -> Result<Self, PullError> {
+    pub fn at(name: &str, path: PathBuf) -> Result<Self, FindError> {
         let size_bytes = size_of(&path)?;
         Ok(PulledModel { name: name.into(), path, size_bytes })
     }
 }
 
-/// All models that [`pull`](super::pull()) fetched, by name.
-pub fn pulled() -> Result<Vec<PulledModel>, PullError> {
+/// All models that `pull` fetched, by name.
+pub fn pulled() -> Result<Vec<PulledModel>, FindError> {
     let mut names = vec![SMOLLM2.name.to_string()];
     let hub = hub_folder(&models_folder()?);
     for folder in entries(&hub)? {
@@ -53,8 +53,8 @@ fn repository(folder: &Path) -> Option<(&str, &str)> {
 }
 
 /// What a folder holds; nothing where it does not exist.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, PullError> {
-    let failed = |source| PullError::Io { path: folder.into(), source };
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, FindError> {
+    let failed = |source| FindError::Io { path: folder.into(), source };
     match std::fs::read_dir(folder) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(failed(error)),
@@ -62,8 +62,8 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, PullError> {
     }
 }
 
-fn size_of(path: &Path) -> Result<u64, PullError> {
-    let failed = |source| PullError::Io { path: path.into(), source };
+fn size_of(path: &Path) -> Result<u64, FindError> {
+    let failed = |source| FindError::Io { path: path.into(), source };
     let metadata = path.metadata().map_err(failed)?;
     if metadata.is_dir() {
         return entries(path)?.iter().map(|entry| size_of(entry)).sum();
