@@ -4,7 +4,7 @@
 //! remote    RemoteMemory: BlockMemory over gRPC
 //! connect   targets, options, the connection and its small runtime
 //! retry     what is tried again, how often, how long apart
-//! pairs     small lookups and attends over one long stream
+//! multiplex small lookups and attends over one long stream
 //! append    batches over a stream, resumed where it broke
 //! cache     blocks that were fetched before, bounded in bytes
 //! ```
@@ -12,7 +12,7 @@
 mod append;
 mod cache;
 mod connect;
-mod pairs;
+mod multiplex;
 mod remote;
 mod retry;
 

@@ -5,7 +5,7 @@ use tonic::{Response, Status, Streaming};
 
 use super::append::append;
 use super::connect::{ClientOptions, Connection};
-use super::pairs::Pairs;
+use super::multiplex::Multiplex;
 use super::retry::{Patience, Repeat};
 use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
@@ -21,7 +21,7 @@ use landmarkdb::until::Until;
 
 /// Queries up to this size go over the long stream. A decode step of 32 heads of 128 (16 KiB) takes 115 us there and
 /// 180 us as a call of its own; a megabyte is no faster there, and would hold up what comes behind it.
-const PAIRED_QUERIES_BYTES_MAX: usize = 64 << 10;
+const MULTIPLEXED_QUERIES_BYTES_MAX: usize = 64 << 10;
 
 /// Queries of one message that attends to many: what a stream's window takes without waiting for the reader.
 const BATCH_QUERIES_BYTES_MAX: usize = 16 << 20;
@@ -36,8 +36,8 @@ pub struct RemoteMemory {
     connection: Connection,
     data: BlockMemoryClient<Channel>,
     admin: AdminClient<Channel>,
-    lookups: Pairs<v1::LookupRequest>,
-    attends: Pairs<v1::AttendRequest>,
+    lookups: Multiplex<v1::LookupRequest>,
+    attends: Multiplex<v1::AttendRequest>,
     options: ClientOptions,
 }
 
@@ -52,7 +52,7 @@ impl RemoteMemory {
             .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
         let admin = AdminClient::new(connection.channel.clone()).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
-        let (lookups, attends) = (Pairs::new(data.clone()), Pairs::new(data.clone()));
+        let (lookups, attends) = (Multiplex::new(data.clone()), Multiplex::new(data.clone()));
         Ok(RemoteMemory { connection, data, admin, lookups, attends, options })
     }
 
@@ -157,7 +157,7 @@ impl BlockMemory for RemoteMemory {
     fn lookup(&self, request: &LookupRequest) -> Result<Hits> {
         let patience = self.patience();
         let message = v1::LookupRequest::from(request);
-        let answer = if message.queries.len() <= PAIRED_QUERIES_BYTES_MAX {
+        let answer = if message.queries.len() <= MULTIPLEXED_QUERIES_BYTES_MAX {
             let ask = async |left| self.lookups.ask(patience, message.clone(), left).await;
             self.connection.wait(patience.within(Repeat::Yes, ask))
         } else {
@@ -170,7 +170,7 @@ impl BlockMemory for RemoteMemory {
     fn attend(&self, request: &AttendRequest) -> Result<Attended> {
         let patience = self.patience();
         let message = v1::AttendRequest::from(request);
-        let answer = if request.lookup.queries.len() * 4 <= PAIRED_QUERIES_BYTES_MAX {
+        let answer = if request.lookup.queries.len() * 4 <= MULTIPLEXED_QUERIES_BYTES_MAX {
             let ask = async |left| self.attends.ask(patience, message.clone(), left).await;
             self.connection.wait(patience.within(Repeat::Yes, ask))
         } else {

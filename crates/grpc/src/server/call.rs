@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tonic::Request;
 
-use super::connection::{Peer, Resting};
+use super::peer::{Peer, Resting};
 use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::budget::{Budget, Short, Taken};
 use landmarkdb::until::Until;

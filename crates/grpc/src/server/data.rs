@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status, Streaming};
 
 use super::call::{self, Call};
-use super::pairs;
+use super::multiplex;
 use super::replies::{Replies, ReplyStream, replies};
 use super::work::{Line, Turn, Work, log, stopping};
 use crate::wire::v1::block_memory_server::BlockMemory;
@@ -76,7 +76,7 @@ impl BlockMemory for DataService {
         &self,
         request: Request<Streaming<v1::LookupStreamRequest>>,
     ) -> Result<Response<Self::LookupStreamStream>, Status> {
-        Ok(Response::new(pairs::answer_all(self.work.clone(), Call::of(&request), request.into_inner())))
+        Ok(Response::new(multiplex::answer_all(self.work.clone(), Call::of(&request), request.into_inner())))
     }
 
     type AttendStreamStream = ReplyStream<v1::AttendStreamReply>;
@@ -85,7 +85,7 @@ impl BlockMemory for DataService {
         &self,
         request: Request<Streaming<v1::AttendStreamRequest>>,
     ) -> Result<Response<Self::AttendStreamStream>, Status> {
-        Ok(Response::new(pairs::answer_all(self.work.clone(), Call::of(&request), request.into_inner())))
+        Ok(Response::new(multiplex::answer_all(self.work.clone(), Call::of(&request), request.into_inner())))
     }
 
     type FetchStream = ReplyStream<v1::FetchReply>;

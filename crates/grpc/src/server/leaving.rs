@@ -9,7 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use tonic::Status;
 
 use super::call::Open;
-use super::connection::{OpenStream, Peer, Resting};
+use super::peer::{OpenStream, Peer, Resting};
 use landmarkdb::budget::{Budget, Taken};
 
 /// Bytes that are handed to the transport at once. It asks for more when these have found room in the reader's window.

@@ -20,6 +20,8 @@ use super::admin::AdminService;
 use super::connection::Shared;
 use super::data::DataService;
 use super::listen::{self, Listeners};
+use super::options::ServeOptions;
+use super::phase::Phase;
 use super::work::Work;
 use crate::wire::v1;
 use crate::wire::v1::admin_server::AdminServer;
@@ -40,57 +42,6 @@ const LAST_STEP: Duration = Duration::from_secs(2);
 /// The name in health checks for what writes; reads are the services'.
 const WRITES: &str = "landmark.v1.BlockMemory.Append";
 
-/// How the service uses its machine, and how patient it is. docs/cli.md names the settings.
-#[derive(Clone, Debug)]
-pub struct ServeOptions {
-    /// Light calls that work on the memory at once, at most 128, half as many heavy ones, and as many writers; others wait in
-    /// line, within their deadline.
-    pub workers: usize,
-    /// Bytes of all messages that have arrived and are not answered yet; the largest may have three quarters of it.
-    pub message_bytes: u64,
-    /// Connections at once. Where there are more, idle ones are closed.
-    pub connections: usize,
-    /// Calls of one connection at once.
-    pub streams: u32,
-    /// How long a new connection may say nothing.
-    pub handshake: Duration,
-    /// How long a connection may have no call.
-    pub idle: Duration,
-    /// How long the next byte of a message that was begun may take, and reading the next part of a reply.
-    pub stall: Duration,
-    /// How often a silent peer is asked whether it is still there, and how long it may take to say so.
-    pub keepalive: Duration,
-    /// How long calls in flight may go on after the shutdown signal.
-    pub grace: Duration,
-}
-
-impl Default for ServeOptions {
-    fn default() -> Self {
-        // Lookups are bound by the processor, fetches by the disk: twice the cores keeps both busy.
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        ServeOptions {
-            workers: (2 * cores).max(4),
-            // The largest block fits into three quarters of it.
-            message_bytes: limits::MESSAGE_BYTES_MAX as u64 / 2 * 3,
-            connections: 512,
-            streams: 128,
-            handshake: Duration::from_secs(10),
-            idle: Duration::from_secs(600),
-            stall: Duration::from_secs(30),
-            keepalive: Duration::from_secs(20),
-            grace: Duration::from_secs(30),
-        }
-    }
-}
-
-impl ServeOptions {
-    /// How often connections are looked at.
-    pub(super) fn look(&self) -> Duration {
-        let least = self.handshake.min(self.idle).min(self.stall);
-        (least / 4).clamp(Duration::from_millis(5), Duration::from_millis(500))
-    }
-}
-
 /// Why the service stopped before it was told to, or could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -98,16 +49,6 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
     #[error("a listener panicked: {0}")]
     Listener(#[from] tokio::task::JoinError),
-}
-
-/// Where the service is on its way.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Phase {
-    Serving,
-    /// Takes no more calls, finishes those in flight.
-    Draining,
-    /// Ends what is left.
-    Over,
 }
 
 /// Serves `memory` on `listeners` until `shutdown` completes. Then takes no more calls, finishes those in flight within

@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tonic::{Request, Response, Status};
 
 use super::call::{self, Call};
-use super::serve::Phase;
+use super::phase::Phase;
 use crate::wire::to_status;
 use landmarkdb::api::{BlockMemory, LookupRequest, MemoryError, Result};
 use landmarkdb::budget::{Budget, Taken};

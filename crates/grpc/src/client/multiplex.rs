@@ -40,7 +40,7 @@ pub(super) trait Question: Sized + Send + 'static {
 }
 
 /// Asks questions of one kind from any number of threads, over a stream that is opened when needed.
-pub(super) struct Pairs<Q: Question> {
+pub(super) struct Multiplex<Q: Question> {
     client: BlockMemoryClient<Channel>,
     open: AsyncMutex<Option<OpenStream<Q>>>,
 }
@@ -69,9 +69,9 @@ struct Waiting<A> {
     callers: Option<HashMap<u64, oneshot::Sender<Result<A>>>>,
 }
 
-impl<Q: Question> Pairs<Q> {
+impl<Q: Question> Multiplex<Q> {
     pub(super) fn new(client: BlockMemoryClient<Channel>) -> Self {
-        Pairs { client, open: AsyncMutex::new(None) }
+        Multiplex { client, open: AsyncMutex::new(None) }
     }
 
     /// The answer to `question`, which the service drops if its turn does not come within `left`. A broken stream is

@@ -1,11 +1,11 @@
-//! Streams of paired requests and replies: many lookups, or many attends, over one call.
+//! Multiplexed streams: many lookups, or many attends, over one call.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tonic::Streaming;
 
 use super::call::Call;
-use super::connection::Resting;
+use super::peer::Resting;
 use super::replies::{ReplyStream, replies};
 use super::work::{Line, Turn, Work, stopping};
 use crate::wire::v1;
@@ -17,7 +17,7 @@ use landmarkdb::until::Until;
 const IN_FLIGHT_MAX: usize = 64;
 
 /// One request of a stream and how it is answered.
-pub(super) trait Paired: Sized + Send + 'static {
+pub(super) trait Multiplexed: Sized + Send + 'static {
     type Request: Send + 'static;
     type Reply: Send + 'static;
 
@@ -34,7 +34,11 @@ pub(super) trait Paired: Sized + Send + 'static {
 }
 
 /// Works on `requests` as they come and answers as they finish, until the caller or the service stops.
-pub(super) fn answer_all<P: Paired>(work: Work, call: Call, mut requests: Streaming<P>) -> ReplyStream<P::Message> {
+pub(super) fn answer_all<P: Multiplexed>(
+    work: Work,
+    call: Call,
+    mut requests: Streaming<P>,
+) -> ReplyStream<P::Message> {
     let (replies, stream) = replies(IN_FLIGHT_MAX);
     let presence = Presence::new(&call);
     tokio::spawn(async move {
@@ -109,7 +113,7 @@ impl Drop for Owed {
     }
 }
 
-impl Paired for v1::LookupStreamRequest {
+impl Multiplexed for v1::LookupStreamRequest {
     type Request = LookupRequest;
     type Reply = v1::LookupReply;
     type Message = v1::LookupStreamReply;
@@ -133,7 +137,7 @@ impl Paired for v1::LookupStreamRequest {
     }
 }
 
-impl Paired for v1::AttendStreamRequest {
+impl Multiplexed for v1::AttendStreamRequest {
     type Request = AttendRequest;
     type Reply = v1::AttendReply;
     type Message = v1::AttendStreamReply;
