@@ -11,7 +11,10 @@ use cudarc::nvrtc;
 use thiserror::Error;
 
 use super::launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
-use super::module;
+
+mod compile;
+
+use compile::compile;
 
 /// Bytes of freed memory that the driver keeps for whoever asks next. Unless it is told, it keeps none when a stream has been
 /// waited for, and every operation would wait for memory anew.
@@ -84,7 +87,7 @@ impl Device {
         unsafe { context.disable_event_tracking() };
         keep_freed(&context).map_err(|error| failed("keep freed memory", error))?;
         let (major, minor) = context.compute_capability().map_err(|error| failed("describe a GPU", error))?;
-        let code = module::compile(&format!("sm_{major}{minor}"))?;
+        let code = compile(&format!("sm_{major}{minor}"))?;
         let module =
             context.load_module(nvrtc::Ptx::from_binary(code)).map_err(|error| failed("load the kernels", error))?;
         let kernels = Kernel::ALL
@@ -240,7 +243,7 @@ mod tests {
             std::io::stderr().write_all(format!("skipped: {}\n", CudaError::NoCompiler).as_bytes()).unwrap();
             return;
         }
-        assert!(module::compile("sm_90").unwrap().starts_with(b"\x7fELF"));
-        assert!(matches!(module::compile("sm_1"), Err(CudaError::Compile { log, .. }) if !log.is_empty()));
+        assert!(compile("sm_90").unwrap().starts_with(b"\x7fELF"));
+        assert!(matches!(compile("sm_1"), Err(CudaError::Compile { log, .. }) if !log.is_empty()));
     }
 }

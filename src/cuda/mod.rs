@@ -18,8 +18,6 @@ mod device;
 #[path = "absent.rs"]
 mod device;
 mod launch;
-#[cfg(feature = "cuda")]
-mod module;
 
 pub use attend::{Attention, Page, PageLayout, Part, Piece, attend};
 pub use choose::{Choice, Chosen, Keys, Panels, Span, choose};

@@ -1,10 +1,9 @@
 //! What was typed. What it means, together with the configuration file and the environment, is said by `config`.
 
-use std::path::PathBuf;
-
-use clap::{Args, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
+use super::global::Global;
 use super::{
     Context, ask, bench, blocks, capture, completions, demo, encode, eval, index, ls, model, repair, rm, serve, show,
     stats, train, verify,
@@ -30,47 +29,6 @@ pub(super) struct Cli {
     pub(super) global: Global,
     #[command(subcommand)]
     pub(super) command: Command,
-}
-
-/// Flags that every command takes.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Global options")]
-pub(super) struct Global {
-    /// Work on this data directory [default: landmarkdb in the user's data folder].
-    #[arg(long, global = true, value_name = "DIR")]
-    pub(super) data: Option<PathBuf>,
-
-    /// Work on a running service: http://HOST:PORT or unix:/PATH. Excludes --data.
-    #[arg(long, global = true, value_name = "TARGET")]
-    pub(super) connect: Option<String>,
-
-    /// The collection that documents are looked for in [default: default].
-    #[arg(long, global = true, value_name = "NAME")]
-    pub(super) collection: Option<String>,
-
-    /// Read settings from this file [default: landmarkdb.toml here, else in the user's configuration folder].
-    #[arg(long, global = true, value_name = "PATH")]
-    pub(super) config: Option<PathBuf>,
-
-    /// Most MiB of landmark keys that are held in memory [default: a quarter of the machine's].
-    #[arg(long, global = true, value_name = "MIB")]
-    pub(super) key_memory: Option<u64>,
-
-    /// Most MiB of blocks that are kept in a GPU's memory, for collections of the engine cuda [default: 2048].
-    #[arg(long, global = true, value_name = "MIB")]
-    pub(super) gpu_cache: Option<u64>,
-
-    /// Answer with JSON on standard output, and report errors as JSON on standard error.
-    #[arg(long, global = true)]
-    pub(super) json: bool,
-
-    /// No progress bars.
-    #[arg(short, long, global = true)]
-    pub(super) quiet: bool,
-
-    /// Log more to standard error; twice for everything. RUST_LOG overrides.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
-    pub(super) verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
@@ -119,7 +77,7 @@ impl Command {
             Command::Verify(args) => verify::run(&args, context),
             Command::Repair(args) => repair::run(&args, context),
             Command::Rm(args) => rm::run(&args, context),
-            Command::Completions(args) => completions::run(&args, context),
+            Command::Completions(args) => completions::run(&args, &mut Cli::command()),
         }
     }
 }
@@ -127,7 +85,6 @@ impl Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_table_is_sound() {

@@ -12,9 +12,9 @@ use landmarkdb_llm::{self as model, Answer, Finish, GenerateOptions, Question, S
 
 use super::Context;
 use super::error::CliError;
+use super::open::DocumentName;
 use super::output::{Report, count, excerpt, table, write_table};
 use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, top_k};
-use super::target::DocumentName;
 
 /// Characters of a block's text that a table row shows.
 const EXCERPT_CHARS: usize = 72;

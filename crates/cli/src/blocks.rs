@@ -9,8 +9,8 @@ use landmarkdb::types::BlockRange;
 
 use super::Context;
 use super::error::CliError;
+use super::open::DocumentName;
 use super::output::{Report, count, excerpt, size, table, write_table};
-use super::target::DocumentName;
 
 /// Blocks asked for in one call, so that a reply stays small whatever the document's length.
 const PAGE_BLOCKS: u32 = 512;

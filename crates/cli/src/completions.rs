@@ -2,11 +2,8 @@
 
 use std::io::{self, Write};
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
-use super::Context;
-use super::args::Cli;
 use super::error::CliError;
 
 /// Print a completion script for a shell.
@@ -22,9 +19,10 @@ pub(super) struct Args {
     shell: Shell,
 }
 
-pub(super) fn run(args: &Args, _: &Context) -> Result<(), CliError> {
+/// Prints the script for a command and all below it.
+pub(super) fn run(args: &Args, command: &mut clap::Command) -> Result<(), CliError> {
     // Into memory first: the generator panics where it cannot write.
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "landmarkdb", &mut script);
+    clap_complete::generate(args.shell, command, "landmarkdb", &mut script);
     io::stdout().write_all(&script).map_err(|source| CliError::Io { what: "standard output", source })
 }

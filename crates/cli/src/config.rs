@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use landmarkdb::memory::{GPU_CACHE_BYTES, keys_bytes};
 
-use super::args::Global;
+use super::global::Global;
 use super::limits::ServiceLimits;
 use super::target::Target;
 

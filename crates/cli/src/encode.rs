@@ -13,10 +13,10 @@ use landmarkdb_llm::{self as model, Difference, EncodeProgress, Encoding, Rememb
 
 use super::Context;
 use super::error::CliError;
+use super::open::DocumentName;
 use super::output::{Report, count, shown_line, size};
 use super::report::DocumentReport;
 use super::settings::{EncodeArgs, ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
-use super::target::DocumentName;
 
 /// U+FEFF in UTF-8: no part of the text, and as a sink it would be read with every token.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();

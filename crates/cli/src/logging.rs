@@ -4,16 +4,15 @@ use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 
-use super::args::{Command, Global};
 use super::config::ConfigError;
 use super::error::CliError;
 
 const FILTER_VARIABLE: &str = "RUST_LOG";
 
 /// Starts logging: RUST_LOG where set, else a service tells more than a command, and `-v` more than nothing.
-pub(super) fn start(global: &Global, command: &Command) -> Result<(), CliError> {
-    let level = match (global.verbose, command) {
-        (0, Command::Serve(_)) => "warn,landmarkdb=info",
+pub(super) fn start(verbose: u8, is_service: bool) -> Result<(), CliError> {
+    let level = match (verbose, is_service) {
+        (0, true) => "warn,landmarkdb=info",
         (0, _) => "warn",
         (1, _) => "warn,landmarkdb=debug",
         _ => "debug,landmarkdb=trace",

@@ -8,7 +8,9 @@ mod args;
 mod config;
 mod error;
 mod faults;
+mod global;
 mod logging;
+mod open;
 mod output;
 mod report;
 mod scratch;
@@ -44,7 +46,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 
-use args::Cli;
+use args::{Cli, Command};
 use config::Config;
 use error::{CliError, Exit};
 use output::Output;
@@ -89,7 +91,7 @@ fn run_line(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: Cli, output: Output) -> Result<(), CliError> {
-    logging::start(&cli.global, &cli.command)?;
+    logging::start(cli.global.verbose, matches!(cli.command, Command::Serve(_)))?;
     let config = Config::load(&cli.global)?;
     if let (true, Ok(Target::Data(data))) = (config.target_found_here, config.target()) {
         output

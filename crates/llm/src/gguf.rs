@@ -16,8 +16,7 @@ use candle_core::{Device, Tensor};
 use super::config::{ModelConfig, RopeScaling};
 use super::error::{LoadError, reason};
 use super::gguf_header::Header;
-use super::tensors::table;
-use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite};
+use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite, table};
 use landmarkdb::limits::HEAD_DIM_MAX;
 use linalg::BlockFormat;
 

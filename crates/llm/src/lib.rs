@@ -5,7 +5,7 @@
 //! `ask` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
-//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank` and `kernels`
+//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
 
 #![warn(unreachable_pub)]
@@ -27,6 +27,7 @@ mod kernels;
 mod landmarks;
 mod llama;
 mod low_rank;
+mod packing;
 #[cfg(feature = "pull")]
 mod pull;
 mod pulled;
@@ -61,14 +62,12 @@ pub use error::{
     Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, TokenizeError,
     reason as tensor_reason,
 };
-#[cfg(feature = "pull")]
-pub use error::{PipAttempt, PullError};
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
 #[cfg(feature = "pull")]
-pub use pull::{PullStep, pull};
+pub use pull::{PipAttempt, PullError, PullStep, pull};
 pub use pulled::{PulledModel, pulled};
 pub use resolve::resolve;
 pub use sample::Sampling;

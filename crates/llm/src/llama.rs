@@ -10,9 +10,10 @@ use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
 use super::kernels::{rms_norm, swiglu, take_columns};
 use super::low_rank::LandmarkUpdates;
+use super::packing::values;
 use super::safetensors::SafeTensorsFolder;
 use super::tensors::{Opened, open_weights};
-use super::weights::{LayerTensor, TensorName, TensorSource, numbers, read_packed};
+use super::weights::{LayerTensor, TensorName, TensorSource, read_packed};
 use landmarkdb::attention::SequenceAttention;
 use linalg::{Packed, Write};
 
@@ -265,7 +266,7 @@ impl Layer {
 }
 
 fn vector(tensor: &Tensor) -> Vec<f32> {
-    numbers(tensor).expect("a source gives f32 tensors")
+    values(tensor).expect("a source gives f32 tensors")
 }
 
 impl Scratch {

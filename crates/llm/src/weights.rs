@@ -3,9 +3,11 @@
 use candle_core::{Storage, Tensor};
 use half::f16;
 
+use super::config::ModelConfig;
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
-use linalg::{BLOCK, BlockFormat, Matrix, Packed};
+use super::packing::{pack, values};
+use linalg::{BLOCK, BlockFormat, Packed};
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,33 @@ pub(super) enum LayerTensor {
     Up,
     /// `(hidden, ffn)`
     Down,
+}
+
+/// Every tensor of a model with its shape, from the embedding to the output.
+pub(super) fn table(config: &ModelConfig) -> Vec<(TensorName, Vec<usize>)> {
+    use LayerTensor::*;
+    let (hidden, ffn) = (config.hidden, config.ffn);
+    let (query_width, kv_width) = (config.query_width(), config.kv_width());
+    let mut table = vec![(TensorName::Embedding, vec![config.vocab, hidden])];
+    for layer in 0..config.layers {
+        let tensors = [
+            (AttentionNorm, vec![hidden]),
+            (Query, vec![query_width, hidden]),
+            (Key, vec![kv_width, hidden]),
+            (Value, vec![kv_width, hidden]),
+            (AttentionOutput, vec![hidden, query_width]),
+            (FfnNorm, vec![hidden]),
+            (Gate, vec![ffn, hidden]),
+            (Up, vec![ffn, hidden]),
+            (Down, vec![hidden, ffn]),
+        ];
+        table.extend(tensors.map(|(tensor, shape)| (TensorName::Layer(layer, tensor), shape)));
+    }
+    table.push((TensorName::OutputNorm, vec![hidden]));
+    if !config.tied_output {
+        table.push((TensorName::Output, vec![config.vocab, hidden]));
+    }
+    table
 }
 
 /// A model file. Reads from several threads at once.
@@ -81,16 +110,6 @@ pub(super) fn read_packed(source: &dyn TensorSource, parts: &[(TensorName, [usiz
     Ok(pack(&tensors).expect("a source gives f32 tensors of the shapes it was asked for"))
 }
 
-/// Tensors `(out, in)` of equal width, on top of each other, as the right factor of products: `x (T, in)` to `(T, out)`.
-pub(super) fn pack(parts: &[Tensor]) -> candle_core::Result<Packed> {
-    let tensor = match parts {
-        [only] => only.clone(),
-        _ => Tensor::cat(parts, 0)?,
-    };
-    let (rows, columns) = tensor.dims2()?;
-    Ok(Packed::new(Matrix::new(&numbers(&tensor)?, rows, columns).transposed()))
-}
-
 /// Whether a contiguous f32 tensor on the CPU, as a [`TensorSource`] gives it, holds neither NaN nor infinity.
 pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
     let (storage, layout) = tensor.storage_and_layout();
@@ -98,7 +117,7 @@ pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
         (Storage::Cpu(storage), Some((start, end))) => {
             Ok(storage.as_slice::<f32>()?[start..end].iter().all(|number| number.is_finite()))
         }
-        _ => Ok(numbers(tensor)?.iter().all(|number| number.is_finite())),
+        _ => Ok(values(tensor)?.iter().all(|number| number.is_finite())),
     }
 }
 
@@ -113,9 +132,4 @@ impl Blocks {
         let mut blocks = self.bytes.chunks_exact(self.format.bytes());
         blocks.all(|block| block[..2 * factors].chunks_exact(2).all(finite))
     }
-}
-
-/// All numbers of a tensor, row-major.
-pub(super) fn numbers(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()
 }

@@ -13,9 +13,10 @@ use candle_core::{Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::error::{Difference, TrainError};
-use super::model::{Parameter, Past};
+use super::model::Past;
 use super::numbers::numbers;
 use super::optimizer::{AdamW, Moments};
+use super::weights::Parameter;
 use landmarkdb_llm::replace_file;
 
 /// The only version there is.

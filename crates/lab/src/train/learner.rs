@@ -8,8 +8,9 @@ use super::adapter::AdapterModel;
 use super::batch::Batch;
 use super::error::TrainError;
 use super::grouped::GroupDropout;
-use super::model::{Parameter, Past, TrainingModel};
+use super::model::{Past, TrainingModel};
 use super::recipe::{Kind, Recipe};
+use super::weights::Parameter;
 use landmarkdb::types::DType;
 use landmarkdb_llm::{Adapter, ModelConfig};
 

@@ -11,18 +11,9 @@ use super::batch::Batch;
 use super::error::TrainError;
 use super::grouped::GroupDropout;
 use super::ops::{Targets, Turns, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
-use super::weights;
+use super::weights::{self, Parameter};
 use landmarkdb::types::DType;
 use landmarkdb_llm::{Landmark, ModelConfig, NamedTensor, read_tensors, write_model};
-
-/// One tensor that training changes.
-pub struct Parameter {
-    /// Its Hugging Face name; of an adapter, its name in the adapter's file.
-    pub name: String,
-    pub var: Var,
-    /// Whether weight decay applies: false for norms and embeddings.
-    pub decay: bool,
-}
 
 /// A model whose loss can be differentiated in every parameter.
 pub struct TrainingModel {

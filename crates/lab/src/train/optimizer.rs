@@ -7,8 +7,8 @@ use candle_core::backprop::GradStore;
 use rayon::prelude::*;
 
 use super::error::TrainError;
-use super::model::Parameter;
 use super::numbers::numbers;
+use super::weights::Parameter;
 use linalg::simd;
 
 const BETA1: f64 = 0.9;

@@ -5,7 +5,6 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
-use super::model::Parameter;
 use landmarkdb_llm::{Landmark, ModelConfig, NamedTensor, put_row, tensor_shapes};
 
 /// Standard deviation of random weights.
@@ -13,6 +12,15 @@ const DEVIATION: f32 = 0.02;
 
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 const OUTPUT: &str = "lm_head.weight";
+
+/// One tensor that training changes.
+pub struct Parameter {
+    /// Its Hugging Face name; of an adapter, its name in the adapter's file.
+    pub name: String,
+    pub var: Var,
+    /// Whether weight decay applies: false for norms and embeddings.
+    pub decay: bool,
+}
 
 /// Random weights: normal, those that write to the residual stream smaller by `sqrt(2 L)` so that its variance does not
 /// grow with depth (Radford et al. 2019); norms are 1.

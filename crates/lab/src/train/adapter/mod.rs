@@ -33,7 +33,8 @@ use self::student::Student;
 use self::teacher::{Lesson, Teacher};
 use super::batch::Batch;
 use super::error::TrainError;
-use super::model::{Parameter, float};
+use super::model::float;
+use super::weights::Parameter;
 use super::weights::{EMBEDDING, normal};
 use landmarkdb::types::DType;
 use landmarkdb_llm::{

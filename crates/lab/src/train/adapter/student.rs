@@ -8,9 +8,9 @@ use candle_core::{D, Result, Tensor, Var};
 
 use super::Choices;
 use super::teacher::{BlockText, Lesson};
-use crate::train::model::Parameter;
 use crate::train::numbers::numbers;
 use crate::train::ops::{Turns, linear, rms_norm, rotate, swiglu};
+use crate::train::weights::Parameter;
 use landmarkdb::shape::Rope;
 use landmarkdb_llm::{Adapter, LANDMARK_EMBEDDING, ModelConfig, update_names};
 

@@ -5,7 +5,8 @@ use std::ffi::{CStr, CString};
 
 use cudarc::nvrtc::{result, sys};
 
-use super::{CudaError, SOURCE};
+use super::CudaError;
+use crate::cuda::SOURCE;
 
 /// The machine code of [`SOURCE`] for an architecture such as `sm_90`. NVRTC must be present.
 pub(super) fn compile(architecture: &str) -> Result<Vec<u8>, CudaError> {
