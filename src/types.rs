@@ -68,30 +68,99 @@ pub enum BlockScore {
     LogSumExp,
 }
 
-/// What answers lookups in a collection. All but `Faiss` choose the blocks that the keys, as they are stored, say, but
-/// for what is said of each where heads choose together: then a head's weight comes from its softmax over all blocks,
-/// as they were scanned. `Faiss` finds most of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Engine {
-    /// Every key is scanned as it is stored.
-    #[default]
-    Flat,
-    /// f16 keys are scanned as int8 (scalar quantization), and blocks that could be among the best are compared as f16:
-    /// half the bytes read, half as much memory again. int8 keys are scanned as they are. Where heads choose together,
-    /// blocks within a hundredth of each other may change places.
-    Sq8,
-    /// The same with int4: a quarter of the bytes read, a quarter as much memory again. The bound by which blocks are
-    /// compared is a statistical one: one choice in 30,000 may lack the last of its best blocks. Where heads choose
-    /// together, their weights are off by a tenth, and by more where few blocks have all of the weight.
-    Sq4,
-    /// Every key is scanned as it is stored, by an NVIDIA GPU that holds a copy of the keys, and attention is computed
-    /// there over a cache of blocks. Scores differ from those of the CPU by rounding. What the GPU cannot do the CPU does.
-    Cuda,
-    /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are compared; needs
-    /// the feature `faiss`.
-    Faiss(FaissIndex),
+/// Every engine, once: its documentation, variant and setting, its number on the wire (`landmark.v1.Engine`), the word a person
+/// types, and the file of `index::engine` where the type of its name implements it. The type, parsing, printing, the wire and the choice of an implementation are
+/// made from this table. `if` names what a row is compiled for.
+macro_rules! engines {
+    ($make:ident) => {
+        $make! {
+            /// Scans every key as it is stored.
+            #[default]
+            Flat = 1, "flat" in flat;
+            /// Scans f16 keys as int8 (scalar quantization), and compares blocks that could be among the best as f16: half
+            /// the bytes read, half as much memory again. int8 keys are scanned as they are. Where heads choose together,
+            /// blocks within a hundredth of each other may change places.
+            Sq8 = 2, "sq8" in sq;
+            /// The same with int4: a quarter of the bytes read, a quarter as much memory again. The bound by which blocks
+            /// are compared is a statistical one: one choice in 30,000 may lack the last of its best blocks. Where heads
+            /// choose together, their weights are off by a tenth, and by more where few blocks have all of the weight.
+            Sq4 = 3, "sq4" in sq;
+            /// Scans every key as it is stored, on an NVIDIA GPU that holds a copy of the keys, and computes attention
+            /// there over a cache of blocks. Scores differ from those of the CPU by rounding. The CPU does what the GPU
+            /// cannot.
+            Cuda = 4, "cuda" in cuda;
+            /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are
+            /// compared; needs the feature `faiss`.
+            Faiss(FaissIndex) = 5, "faiss" in faiss;
+            /// Chooses the last blocks, whatever is asked: for tests.
+            Last = 1000, "last" in last if test;
+        }
+    };
 }
+
+/// Makes [`Engine`] of the table.
+macro_rules! engine_type {
+    ($(
+        $(#[$about:meta])*
+        $name:ident $(($setting:ident))? = $number:literal, $word:literal in $file:ident $(if $cfg:meta)?;
+    )+) => {
+        /// What answers lookups in a collection. Every engine except [`Faiss`](Engine::Faiss) is exact with respect to the
+        /// stored keys, apart from the rounding noted per variant: where heads choose together, a head's weight comes from
+        /// its softmax over all blocks as they were scanned. `Faiss` finds most of the best blocks.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        #[non_exhaustive]
+        pub enum Engine {
+            $( $(#[cfg($cfg)])? $(#[$about])* $name $(($setting))?, )+
+        }
+
+        impl Engine {
+            /// What a person types for each, by example where there is something to set.
+            const FORMS: &[&str] = &[$( $(#[cfg($cfg)])? engine_type!(@form $word $($setting)?), )+];
+
+            /// The word that a person types and reads.
+            pub fn word(&self) -> &'static str {
+                match self { $( $(#[cfg($cfg)])? Engine::$name { .. } => $word, )+ }
+            }
+
+            /// The number on the wire.
+            pub fn number(&self) -> i32 {
+                match self { $( $(#[cfg($cfg)])? Engine::$name { .. } => $number, )+ }
+            }
+
+            /// The engine of a number on the wire, with what is set, if it has something to set. `None` for a number that no
+            /// engine has, and where `setting` gives nothing.
+            pub fn from_number(number: i32, setting: impl FnOnce() -> Option<FaissIndex>) -> Option<Engine> {
+                match number {
+                    $( $(#[cfg($cfg)])? $number => Some(Engine::$name $(({ let set: $setting = setting()?; set }))?), )+
+                    _ => None,
+                }
+            }
+
+            /// The engine of a word, and of what stands behind its colon.
+            fn of(word: &str, setting: Option<&str>) -> Option<Result<Engine, String>> {
+                match (word, setting) {
+                    $( $(#[cfg($cfg)])? engine_type!(@given $word $($setting)?) => {
+                        Some(engine_type!(@parsed $name $($setting)?; setting))
+                    } )+
+                    _ => None,
+                }
+            }
+        }
+    };
+    (@form $word:literal) => { $word };
+    (@form $word:literal $setting:ident) => { $setting::FORM };
+    (@given $word:literal) => { ($word, None) };
+    (@given $word:literal $setting:ident) => { ($word, Some(_)) };
+    (@parsed $name:ident; $given:ident) => { Ok(Engine::$name) };
+    (@parsed $name:ident $setting:ident; $given:ident) => {
+        $given.unwrap_or_default().parse::<$setting>().map(Engine::$name)
+    };
+}
+
+engines!(engine_type);
+#[allow(unused_imports, reason = "implemented with the feature `local`")]
+pub(crate) use engines;
 
 /// How FAISS indexes keys. Written as people type it: `faiss:FACTORY` or `faiss:FACTORY@EFFORT`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -138,41 +207,57 @@ impl FaissIndex {
     /// Where no effort is given.
     pub const EFFORT: u32 = 64;
 
-    const PREFIX: &str = "faiss:";
+    const FORM: &str = "faiss:FACTORY or faiss:FACTORY@EFFORT";
+}
+
+impl fmt::Display for FaissIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.factory, self.effort)
+    }
+}
+
+impl FromStr for FaissIndex {
+    type Err = String;
+
+    fn from_str(setting: &str) -> Result<Self, String> {
+        let Some((factory, effort)) = setting.split_once('@') else {
+            return Ok(FaissIndex { factory: setting.into(), effort: FaissIndex::EFFORT });
+        };
+        let effort =
+            effort.parse().map_err(|_| format!("expected a number behind @ in {setting:?}, found {effort:?}"))?;
+        Ok(FaissIndex { factory: factory.into(), effort })
+    }
 }
 
 impl Engine {
-    /// Those with nothing to set, by the word for each.
-    const PLAIN: &[(&str, Engine)] =
-        &[("flat", Engine::Flat), ("sq8", Engine::Sq8), ("sq4", Engine::Sq4), ("cuda", Engine::Cuda)];
+    /// What is set of it, where there is something to set.
+    pub fn setting(&self) -> Option<&FaissIndex> {
+        match self {
+            Engine::Faiss(setting) => Some(setting),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Engine::Faiss(FaissIndex { factory, effort }) = self {
-            return f.pad(&format!("{}{factory}@{effort}", FaissIndex::PREFIX));
+        match self.setting() {
+            Some(setting) => f.pad(&format!("{}:{setting}", self.word())),
+            None => f.pad(self.word()),
         }
-        let plain = Engine::PLAIN.iter().find(|(_, engine)| engine == self);
-        f.pad(plain.map_or("", |(word, _)| word))
     }
 }
 
 impl FromStr for Engine {
     type Err = String;
 
-    fn from_str(word: &str) -> Result<Self, String> {
-        if let Some((_, engine)) = Engine::PLAIN.iter().find(|(plain, _)| *plain == word) {
-            return Ok(engine.clone());
-        }
-        let index = word.strip_prefix(FaissIndex::PREFIX).ok_or_else(|| {
-            let plain: Vec<&str> = Engine::PLAIN.iter().map(|(word, _)| *word).collect();
-            format!("expected {}, faiss:FACTORY or faiss:FACTORY@EFFORT, found {word:?}", plain.join(", "))
-        })?;
-        let Some((factory, effort)) = index.split_once('@') else {
-            return Ok(Engine::Faiss(FaissIndex { factory: index.into(), effort: FaissIndex::EFFORT }));
+    fn from_str(typed: &str) -> Result<Self, String> {
+        let (word, setting) = match typed.split_once(':') {
+            Some((word, setting)) => (word, Some(setting)),
+            None => (typed, None),
         };
-        let effort = effort.parse().map_err(|_| format!("expected a number behind @ in {word:?}, found {effort:?}"))?;
-        Ok(Engine::Faiss(FaissIndex { factory: factory.into(), effort }))
+        let unknown = || Err(format!("expected {}, found {typed:?}", Engine::FORMS.join(", ")));
+        Engine::of(word, setting).unwrap_or_else(unknown)
     }
 }
 
@@ -262,3 +347,24 @@ words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
 words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);
 words!(Granularity, "token-head" => TokenHead, "head" => Head, "token" => Token, "kv-group" => KvGroup, "shared" => Shared);
 words!(Normalisation, "plain" => Plain, "grouped" => Grouped, "hidden" => Hidden);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_typed_as_they_are_shown() {
+        let faiss = |factory: &str, effort| Engine::Faiss(FaissIndex { factory: factory.into(), effort });
+        let cases = [("flat", Engine::Flat), ("sq4", Engine::Sq4), ("faiss:IVF256,Flat@8", faiss("IVF256,Flat", 8))];
+        for (word, engine) in cases {
+            assert_eq!((word.parse(), engine.to_string()), (Ok(engine.clone()), word.into()));
+            assert_eq!(Engine::from_number(engine.number(), || engine.setting().cloned()), Some(engine.clone()));
+        }
+        assert_eq!("faiss:HNSW32".parse(), Ok(faiss("HNSW32", FaissIndex::EFFORT)));
+        for wrong in ["", "flat:x", "faiss", "faiss:HNSW32@much", "FLAT"] {
+            assert!(wrong.parse::<Engine>().unwrap_err().contains(wrong), "{wrong}");
+        }
+        assert_eq!(Engine::from_number(0, || None), None);
+        assert_eq!(Engine::from_number(faiss("x", 1).number(), || None), None, "nothing is set");
+    }
+}

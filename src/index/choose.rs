@@ -10,7 +10,8 @@ use rayon::prelude::*;
 
 use super::Query;
 use super::compress::Compressed;
-use super::fast::{STRIDE, Scores, Search, Tile, reduce};
+use super::reduce::{add_logs, reduce};
+use super::scan::{STRIDE, Scan, Scores, Tile};
 use super::select::{Best, Candidate};
 use crate::types::Granularity;
 use linalg::{exp, fma, larger, simd};
@@ -51,7 +52,7 @@ struct Part<'a> {
 
 /// One row of choices.
 struct Choice<'a> {
-    search: &'a Search<'a>,
+    scan: &'a Scan<'a>,
     scores: &'a Scores,
     members: Vec<Member>,
     /// Whether shares add up, or the largest counts.
@@ -60,14 +61,14 @@ struct Choice<'a> {
 
 impl Scores {
     /// Chooses for one row.
-    pub(super) fn choose(&self, search: &Search<'_>, row: usize, k: usize, rough: &mut Rough) -> Best {
-        let sums = search.query.granularity == Granularity::KvGroup;
-        let choice = Choice { search, scores: self, members: search.query.members(row, search.tokens.len()), sums };
-        if !search.parallel || choice.members.len() <= MEMBERS_MAX {
-            return choice.among(search.tiles, k, rough);
+    pub(super) fn choose(&self, scan: &Scan<'_>, row: usize, k: usize, rough: &mut Rough) -> Best {
+        let sums = scan.query.granularity == Granularity::KvGroup;
+        let choice = Choice { scan, scores: self, members: scan.query.members(row, scan.tokens.len()), sums };
+        if !scan.parallel || choice.members.len() <= MEMBERS_MAX {
+            return choice.among(scan.tiles, k, rough);
         }
         let of_tile = |rough: &mut Rough, tile| choice.among(std::slice::from_ref(tile), k, rough).into_positions();
-        let tiles: Vec<_> = search.tiles.par_iter().map_init(Rough::default, of_tile).collect();
+        let tiles: Vec<_> = scan.tiles.par_iter().map_init(Rough::default, of_tile).collect();
         let mut best = Best::new(k);
         tiles.into_iter().flatten().for_each(|candidate| best.offer(candidate));
         best
@@ -167,8 +168,8 @@ impl Choice<'_> {
     fn ask_for(&self, part: &Part<'_>, compressed: &Compressed, block: usize) {
         // Of one head and one key: with more of them there is other work to wait in, and the hardware reads on.
         let Some(member) = self.members.first() else { return };
-        let keys = compressed.halves(self.search.piece(member.head), part.tile.blocks.start + part.first + block);
-        linalg::ask_for(&keys[..self.search.query.layout.head_dim]);
+        let keys = compressed.halves(self.scan.piece(member.head), part.tile.blocks.start + part.first + block);
+        linalg::ask_for(&keys[..self.scan.query.layout.head_dim]);
     }
 
     /// Sets `rough.shares` to what the aggregates of the blocks of a stride are at most.
@@ -185,7 +186,7 @@ impl Choice<'_> {
             errors.resize(range.len(), 0.0);
             let blocks = tile.blocks.start + range.start..tile.blocks.start + range.end;
             for &member in &self.members {
-                let of_keys = compressed.errors(self.search.piece(member.head), blocks.clone());
+                let of_keys = compressed.errors(self.scan.piece(member.head), blocks.clone());
                 widen_errors(errors, of_keys, self.norm(tile, member));
             }
             shares.iter_mut().zip(errors.iter()).for_each(|(share, error)| *share += error + slack);
@@ -226,45 +227,45 @@ impl Choice<'_> {
         member: Member,
         scores: &mut Vec<f32>,
     ) -> f32 {
-        let search = self.search;
-        let query = search.row(tile.set, member.head, member.row);
-        let per_block = search.query.layout.keys_per_block;
-        let keys = compressed.halves(search.piece(member.head), tile.blocks.start + block);
+        let scan = self.scan;
+        let query = scan.row(tile.set, member.head, member.row);
+        let per_block = scan.query.layout.keys_per_block;
+        let keys = compressed.halves(scan.piece(member.head), tile.blocks.start + block);
         scores.clear();
         scores.extend(keys.chunks_exact(query.len()).map(|key| linalg::dot_f16(query, key)));
         let mut score = [0.0];
-        reduce(search.query.block_score, scores, per_block, &mut score);
+        reduce(scan.query.block_score, scores, per_block, &mut score);
         score[0]
     }
 
     /// Scores of one query row against one tile.
     fn numbers(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
-        let (search, blocks) = (self.search, tile.blocks.len());
-        let start = (member.head * search.eligible + tile.start) * search.head_rows + member.row * blocks;
+        let (scan, blocks) = (self.scan, tile.blocks.len());
+        let start = (member.head * scan.eligible + tile.start) * scan.head_rows + member.row * blocks;
         &self.scores.numbers[start..][..blocks]
     }
 
     /// The largest of them, by stride.
     fn peaks(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
-        let (search, strides) = (self.search, tile.strides());
-        let start = (member.head * search.strides + tile.first_stride) * search.head_rows + member.row * strides;
+        let (scan, strides) = (self.scan, tile.strides());
+        let start = (member.head * scan.strides + tile.first_stride) * scan.head_rows + member.row * strides;
         &self.scores.peaks[start..][..strides]
     }
 
     /// The length of a query as it meets a tile's compressed keys.
     fn norm(&self, tile: &Tile<'_>, member: Member) -> f32 {
-        let search = self.search;
-        self.scores.norms[(member.head * search.tiles.len() + tile.number) * search.head_rows + member.row]
+        let scan = self.scan;
+        self.scores.norms[(member.head * scan.tiles.len() + tile.number) * scan.head_rows + member.row]
     }
 
     fn total(&self, member: Member) -> f32 {
-        self.scores.totals[member.head * self.search.head_rows + member.row]
+        self.scores.totals[member.head * self.scan.head_rows + member.row]
     }
 
     /// How far the score of any block of a tile may be off.
     fn error(&self, tile: &Tile<'_>) -> f32 {
         let Some(compressed) = tile.chunk.compressed() else { return 0.0 };
-        let largest = |member: Member| compressed.largest_error(self.search.piece(member.head));
+        let largest = |member: Member| compressed.largest_error(self.scan.piece(member.head));
         self.members.iter().map(|&member| largest(member) * self.norm(tile, member)).fold(0.0, larger)
     }
 
@@ -287,12 +288,6 @@ impl Choice<'_> {
 /// Where the largest of some numbers is.
 fn largest_of(numbers: &[f32]) -> usize {
     (0..numbers.len()).fold(0, |top, i| if numbers[i] > numbers[top] { i } else { top })
-}
-
-/// `log(e^a + e^b)`.
-pub(super) fn add_logs(a: f32, b: f32) -> f32 {
-    let (low, high) = if a < b { (a, b) } else { (b, a) };
-    if low == f32::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
 }
 
 /// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.

@@ -12,20 +12,8 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::snapshot::{OCTET, PANEL, QUAD};
+use super::layout::{Compression, NIBBLE_OFFSET, OCTET, PANEL, QUAD};
 use linalg::{larger, nearest, simd};
-
-/// What f16 keys are compressed to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    /// -127 to 127, a byte each.
-    Int8,
-    /// -7 to 7, half a byte each.
-    Int4,
-}
-
-/// What is added to an int4 number, so that four bits hold it without a sign.
-pub(super) const NIBBLE_OFFSET: i32 = 8;
 
 /// Steps from zero to the largest number of a query that meets int8 keys, and one that meets int4 keys, at least.
 const QUERY_STEPS_INT8: f32 = 127.0 * 508.0;
@@ -62,14 +50,6 @@ pub(super) struct Compressed {
 }
 
 impl Compression {
-    /// Bytes of a key of D numbers in a panel, filling included.
-    pub(super) fn key_bytes(self, dim: usize) -> usize {
-        match self {
-            Compression::Int8 => dim.next_multiple_of(QUAD),
-            Compression::Int4 => dim.next_multiple_of(OCTET) / 2,
-        }
-    }
-
     /// The largest number.
     fn largest(self) -> f32 {
         match self {

@@ -1,9 +1,9 @@
 //! Which blocks does this query want? Landmark keys in memory, derived from the store and rebuildable from it.
 //!
-//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it, [`cuda`] the same on a GPU,
-//! over copies of the keys. Where documents have indexes ([`DocumentIndexes`]), only the blocks that those name are compared. Keys
-//! lie in immutable snapshots ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or
-//! documents' names; the only bytes on disk are a cache of indexes.
+//! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it. What collections may have
+//! in their place is an [`engine`]: keys in fewer bits, a GPU, indexes that name the blocks to compare. Keys lie in immutable
+//! snapshots ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or documents' names;
+//! the only bytes on disk are a cache of indexes.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,24 +11,23 @@ use std::sync::Arc;
 use crate::types::{BlockScore, Granularity};
 use crate::until::Until;
 
-mod candidates;
 mod choose;
 mod compress;
-pub mod cuda;
+pub mod engine;
 pub mod exact;
-#[cfg_attr(not(feature = "faiss"), path = "faiss_absent.rs")]
-mod faiss;
 pub mod fast;
-mod indexes;
 mod kernel;
+mod layout;
+mod reduce;
+mod scan;
 mod scratch;
 mod select;
 mod snapshot;
 
-pub use compress::Compression;
-pub use faiss::check as check_factory;
-pub use indexes::DocumentIndexes;
-pub use snapshot::{Chunk, DocumentKeys, KeyLayout, Keys};
+pub use engine::faiss::DocumentIndexes;
+pub use engine::{SearchEngine, cuda, engine};
+pub use layout::{Compression, KeyLayout};
+pub use snapshot::{Chunk, DocumentKeys, Keys};
 
 /// Consecutive blocks of one document that may be chosen.
 #[derive(Clone, Debug)]
@@ -76,14 +75,6 @@ pub struct Found {
     pub positions: Vec<u32>,
     /// `(rows, k)`: log of the block's share in the softmax over the eligible blocks, after aggregation.
     pub scores: Vec<f32>,
-}
-
-/// Chooses the blocks of every row: the best of those that indexes name where there are any, and else the best of all.
-pub fn search(query: &Query<'_>) -> Found {
-    match query.scope.iter().any(|scoped| scoped.indexes.is_some()) {
-        true => candidates::search(query),
-        false => fast::search(query),
-    }
 }
 
 impl Query<'_> {

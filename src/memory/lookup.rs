@@ -11,9 +11,9 @@ use super::keys::{self, Held, Loader, Pass};
 use super::work::{PART_BYTES, PART_SHARE};
 use super::{Collection, LocalMemory};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
-use crate::index::{self, DocumentIndexes, DocumentKeys, Found, KeyLayout, Query, Scoped};
+use crate::index::{DocumentIndexes, DocumentKeys, Found, KeyLayout, Query, Scoped};
 use crate::limits;
-use crate::types::{BlockId, BlockRange, DocumentId, Engine, FaissIndex, Granularity};
+use crate::types::{BlockId, BlockRange, DocumentId, FaissIndex, Granularity};
 use crate::until::Until;
 
 /// A checked request, before anything is read or allocated for it.
@@ -177,10 +177,7 @@ impl<'a> Plan<'a> {
     }
 
     fn faiss(&self) -> Option<&FaissIndex> {
-        match &self.collection.engine {
-            Engine::Faiss(setting) => Some(setting),
-            Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => None,
-        }
+        self.collection.search.indexes()
     }
 
     fn prepared(self, layout: KeyLayout, layer: usize, scope: Vec<Scoped>, read: Read) -> Prepared<'a> {
@@ -301,7 +298,7 @@ impl Prepared<'_> {
             until: self.until,
         };
         let of_gpu = gpu.map(|gpu| gpu.search(&query)).transpose()?.flatten();
-        let found = of_gpu.unwrap_or_else(|| index::search(&query));
+        let found = of_gpu.unwrap_or_else(|| self.collection.search.search(&query));
         // What was found after nobody waited any more is not whole.
         self.until.check()?;
         Ok(found)

@@ -14,11 +14,11 @@ use crate::api::{
 };
 use crate::budget::Budget;
 use crate::cuda::Runner;
-use crate::index::{self, Compression, KeyLayout};
+use crate::index::{self, KeyLayout, SearchEngine};
 use crate::limits;
 use crate::shape::{CollectionSpec, check_name};
 use crate::store::{self, CollectionEntry, Compactor, Manifest, Store, StoreError};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId, Engine, FaissIndex};
+use crate::types::{BlockRange, CollectionId, DocumentId, Engine, FaissIndex};
 use crate::until::Until;
 
 mod attend;
@@ -62,7 +62,8 @@ pub struct LocalMemory {
 /// A collection's spec with what follows from it.
 struct Collection {
     spec: CollectionSpec,
-    engine: Engine,
+    /// What answers lookups here: `flat` where this program does not have the engine that was set.
+    search: Arc<dyn SearchEngine>,
     layout: KeyLayout,
     turns: geometry::LastTurns,
 }
@@ -154,7 +155,7 @@ impl LocalMemory {
 
     /// The GPU that answers for a collection, where one should.
     fn gpu_of(&self, collection: &Collection) -> Option<&gpu::Gpu> {
-        (collection.engine == Engine::Cuda).then_some(&self.gpu)
+        collection.search.asks_gpu().then_some(&self.gpu)
     }
 
     fn collection_of(&self, id: CollectionId) -> Result<Arc<Collection>> {
@@ -163,42 +164,44 @@ impl LocalMemory {
         }
         // Locked before it is read, so that nothing that was read before a change is kept after it.
         let mut collections = self.collections.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(CollectionEntry { spec, mut engine }) = self.store.collection(id)? else {
+        let Some(CollectionEntry { spec, engine }) = self.store.collection(id)? else {
             return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
         };
+        let mut search = index::engine(&engine);
+        if let Err(problem) = search.check(spec.shape.head_dim as usize) {
+            tracing::warn!("keys of collection {} are scanned: {problem}", spec.name);
+            search = index::engine(&Engine::Flat);
+        }
         let layout = KeyLayout {
             layers: spec.shape.layers as usize,
             kv_heads: spec.shape.kv_heads as usize,
             head_dim: spec.shape.head_dim as usize,
             keys_per_block: spec.shape.keys_per_block(spec.key_rule),
             dtype: spec.key_dtype,
-            compressed: match engine {
-                Engine::Sq8 if spec.key_dtype == DType::F16 => Some(Compression::Int8),
-                Engine::Sq4 if spec.key_dtype == DType::F16 => Some(Compression::Int4),
-                _ => None,
-            },
+            compressed: search.compression(spec.key_dtype),
         };
-        if let Engine::Faiss(FaissIndex { factory, .. }) = &engine
-            && let Err(problem) = index::check_factory(factory, layout.head_dim)
-        {
-            tracing::warn!("keys of collection {} are scanned: {problem}", spec.name);
-            engine = Engine::Flat;
-        }
-        let collection = Arc::new(Collection { spec, engine, layout, turns: geometry::LastTurns::default() });
+        let collection = Arc::new(Collection { spec, search, layout, turns: geometry::LastTurns::default() });
         collections.insert(id, collection.clone());
         Ok(collection)
     }
 
-    /// That FAISS can index the keys of a collection so.
-    fn check_faiss(&self, collection: CollectionId, setting: &FaissIndex) -> Result<()> {
-        let layout = self.collection_of(collection)?.layout;
-        let FaissIndex { factory, effort } = setting;
-        error::at_most("bytes of faiss.factory", limits::FAISS_FACTORY_BYTES_MAX as u64, factory.len() as u64)?;
-        if *effort == 0 || *effort > limits::FAISS_EFFORT_MAX {
-            return Err(error::invalid("faiss.effort", format!("1 to {}", limits::FAISS_EFFORT_MAX), effort));
+    /// That an engine can answer for a collection, here and now.
+    fn check_engine(&self, collection: &Collection, engine: &Engine) -> Result<()> {
+        if let Some(FaissIndex { factory, effort }) = engine.setting() {
+            error::at_most("bytes of faiss.factory", limits::FAISS_FACTORY_BYTES_MAX as u64, factory.len() as u64)?;
+            if *effort == 0 || *effort > limits::FAISS_EFFORT_MAX {
+                return Err(error::invalid("faiss.effort", format!("1 to {}", limits::FAISS_EFFORT_MAX), effort));
+            }
         }
-        let refused = |problem| error::invalid("engine", format!("one that this program has ({problem})"), factory);
-        index::check_factory(factory, layout.head_dim).map_err(refused)
+        let search = index::engine(engine);
+        search
+            .check(collection.layout.head_dim)
+            .map_err(|problem| error::invalid("engine", format!("one that this program has ({problem})"), engine))?;
+        if search.asks_gpu() {
+            let found = |why| error::invalid("engine", "one that works here, such as flat", format!("{engine}: {why}"));
+            self.gpu.check().map_err(found)?;
+        }
+        Ok(())
     }
 
     fn find_collection(&self, spec: &CollectionSpec) -> Result<Option<CollectionInfo>> {
@@ -271,19 +274,13 @@ impl BlockMemory for LocalMemory {
     }
 
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
-        if let Engine::Faiss(setting) = &engine {
-            self.check_faiss(collection, setting)?;
-        }
-        if engine == Engine::Cuda {
-            let found = |why| error::invalid("engine", "one that works here, such as flat", format!("cuda: {why}"));
-            self.gpu.check().map_err(found)?;
-        }
         let before = self.collection_of(collection)?;
-        let of_faiss = matches!((&before.engine, &engine), (Engine::Faiss(_), Engine::Faiss(_)));
+        self.check_engine(&before, &engine)?;
+        let only_indexes_differ = before.search.indexes().is_some() && engine.setting().is_some();
         self.store.set_engine(collection, engine)?;
         self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&collection);
-        // Each engine has keys in its own form, in its own memory. All of FAISS read the same.
-        if !of_faiss {
+        // Each engine has keys in its own form, in its own memory; those with indexes read the same.
+        if !only_indexes_differ {
             let documents: HashSet<DocumentId> =
                 self.store.manifests(collection)?.iter().map(|manifest| manifest.id).collect();
             documents.iter().for_each(|&document| self.keys.forget(document));

@@ -7,8 +7,7 @@ use half::f16;
 
 use super::integers::{Integers, KEY_OFFSET, LOW_STEPS};
 use super::nibbles::Bytes;
-use crate::index::compress::NIBBLE_OFFSET;
-use crate::index::snapshot::{PANEL, QUAD};
+use crate::index::layout::{NIBBLE_OFFSET, PANEL, QUAD};
 use linalg::prefetch;
 
 /// Numbers in a register.

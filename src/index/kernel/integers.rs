@@ -3,7 +3,7 @@
 //! A query row is `scale * (high + low / 254)` with two signed bytes per number, so that it keeps 15 bits: what is lost is far
 //! below what the keys lost when they became int8.
 
-use crate::index::snapshot::QUAD;
+use crate::index::layout::QUAD;
 use linalg::{larger, simd};
 
 /// What the instruction adds to keys, which it takes unsigned.
@@ -93,17 +93,5 @@ impl Integers {
         });
         let rows = rows.collect();
         Integers { quads, rows }
-    }
-
-    /// Scores `(rows, keys)` of panels `(panels, D / 4, PANEL, 4)` with their scales.
-    pub(super) fn score(&self, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
-        #[cfg(target_arch = "x86_64")]
-        if available() {
-            // SAFETY: the machine has the instructions.
-            unsafe { super::avx512::score_integers(self, numbers, scales, scores) };
-            return;
-        }
-        let _ = (numbers, scales, scores);
-        unreachable!("the form is chosen where it is available");
     }
 }

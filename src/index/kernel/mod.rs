@@ -8,7 +8,8 @@
 
 use half::f16;
 
-use super::snapshot::{PANEL, Panels, Scanned};
+use super::layout::{PANEL, Scanned};
+use super::snapshot::Panels;
 use linalg::{HALVES, Level, fma, level, simd, widen};
 
 #[cfg(target_arch = "x86_64")]
@@ -94,8 +95,8 @@ impl Rows {
                     }
                 }
             }
-            (Rows::Integers(rows), Panels::Int8 { numbers, scales }) => rows.score(numbers, scales, scores),
-            (Rows::Bytes(rows), Panels::Int4 { numbers, scales }) => rows.score(numbers, scales, scores),
+            (Rows::Integers(rows), Panels::Int8 { numbers, scales }) => score_integers(rows, numbers, scales, scores),
+            (Rows::Bytes(rows), Panels::Int4 { numbers, scales }) => score_nibbles(rows, numbers, scales, scores),
             (Rows::Integers(_) | Rows::Bytes(_), _) => {
                 unreachable!("the form of queries follows from that of the keys")
             }
@@ -111,6 +112,30 @@ fn score_halves(halves: &[f16], dim: usize, queries: &[f32], scores: &mut [f32])
         Level::Avx512 => unsafe { avx512::score_halves(halves, dim, queries, scores) },
         _ => score_f16(halves, dim, queries, scores),
     }
+}
+
+/// Scores `(rows, keys)` of panels `(panels, D / 4, PANEL, 4)` with their scales.
+fn score_integers(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    assert!(integers::available(), "the form is chosen where it is available");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the machine has the instructions.
+    unsafe {
+        avx512::score_integers(queries, numbers, scales, scores)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (queries, numbers, scales, scores);
+}
+
+/// Scores `(rows, keys)` of panels `(panels, D / 8, PANEL, 4)` with their scales.
+fn score_nibbles(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+    assert!(integers::available(), "the form is chosen where it is available");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the machine has the instructions.
+    unsafe {
+        avx512::score_nibbles(queries, numbers, scales, scores)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (queries, numbers, scales, scores);
 }
 
 fn score_wide(wide: &[f32], dim: usize, queries: &[f32], scores: &mut [f32]) {
@@ -209,8 +234,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::index::compress::NIBBLE_OFFSET;
-    use crate::index::snapshot::{OCTET, QUAD};
+    use crate::index::layout::{NIBBLE_OFFSET, OCTET, QUAD};
 
     /// Every kernel that this machine can run, also those that it does not choose.
     #[test]

@@ -5,7 +5,7 @@
 //! scored again.
 
 use super::integers::{Row, largest, sum};
-use crate::index::snapshot::{OCTET, QUAD};
+use crate::index::layout::{OCTET, QUAD};
 use linalg::{nearest, simd};
 
 /// Some query rows.
@@ -41,17 +41,5 @@ impl Bytes {
         });
         let rows = rows.collect();
         Bytes { octets, rows }
-    }
-
-    /// Scores `(rows, keys)` of panels `(panels, D / 8, PANEL, 4)` with their scales.
-    pub(super) fn score(&self, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
-        #[cfg(target_arch = "x86_64")]
-        if super::integers::available() {
-            // SAFETY: the machine has the instructions.
-            unsafe { super::avx512::score_nibbles(self, numbers, scales, scores) };
-            return;
-        }
-        let _ = (numbers, scales, scores);
-        unreachable!("the form is chosen where it is available");
     }
 }

@@ -181,6 +181,26 @@ fn an_engine_is_kept_and_chooses_the_same_blocks() {
     }
 }
 
+/// `Last` is one file of `index::engine` and one row of the table of engines.
+#[test]
+fn an_engine_of_one_file_and_one_row_is_typed_kept_and_asked() {
+    let mut world = World::new(spec("c"));
+    let document = world.document("a", 20);
+    let request = LookupRequest { top_k: 3, ..world.request(&[0, 9], vec![range(document, 0..20)]) };
+    let last: Engine = "last".parse().unwrap();
+    assert_eq!((last.to_string(), last.number()), ("last".into(), 1000));
+    assert_eq!(Engine::from_number(1000, || None), Some(last.clone()));
+    assert!("nonsense".parse::<Engine>().unwrap_err().contains("last"));
+    assert_eq!(world.memory.set_engine(world.collection, last.clone()).unwrap().engine, last);
+    for _ in 0..2 {
+        let hits = world.memory.lookup(&request).unwrap();
+        let chosen: Vec<u32> = hits.blocks[..3].iter().map(|block| block.index).collect();
+        assert_eq!(chosen, [17, 18, 19]);
+        world = world.reopened();
+        assert_eq!(world.memory.collections().unwrap()[0].engine, last);
+    }
+}
+
 /// Where there is no GPU the engine is refused, and what another machine set is answered by the CPU.
 #[test]
 fn the_engine_cuda_keeps_no_collection_out_of_reach() {

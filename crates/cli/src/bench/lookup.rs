@@ -270,9 +270,9 @@ impl Bench<'_> {
         let document = self.case.fill(memory.as_ref(), collection, dtype)?;
         let (args, with_gpu) = (self.args, self.gpu.is_some());
         let measured = |engine: &&Engine| match engine {
-            Engine::Flat | Engine::Faiss(_) => true,
             Engine::Sq8 | Engine::Sq4 => dtype != DType::Int8,
             Engine::Cuda => with_gpu,
+            _ => true,
         };
         for engine in args.engines.iter().chain(&args.faiss).filter(measured) {
             memory.set_engine(collection, engine.clone())?;

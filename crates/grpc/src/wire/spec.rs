@@ -75,8 +75,8 @@ impl From<CollectionInfo> for v1::CollectionInfo {
             spec: Some(info.spec.into()),
             fingerprint: info.fingerprint.0.to_vec().into(),
             documents: info.documents,
-            engine: engine_number(&info.engine),
-            faiss: faiss_index(info.engine),
+            engine: info.engine.number(),
+            faiss: faiss_index(&info.engine),
         }
     }
 }
@@ -95,42 +95,29 @@ impl TryFrom<v1::CollectionInfo> for CollectionInfo {
     }
 }
 
-fn engine_number(engine: &Engine) -> i32 {
-    let wire = match engine {
-        Engine::Flat => v1::Engine::Flat,
-        Engine::Sq8 => v1::Engine::Sq8,
-        Engine::Sq4 => v1::Engine::Sq4,
-        Engine::Cuda => v1::Engine::Cuda,
-        Engine::Faiss(_) => v1::Engine::Faiss,
-    };
-    wire.into()
-}
-
-fn faiss_index(engine: Engine) -> Option<v1::FaissIndex> {
-    match engine {
-        Engine::Faiss(FaissIndex { factory, effort }) => Some(v1::FaissIndex { factory, effort }),
-        Engine::Flat | Engine::Sq8 | Engine::Sq4 | Engine::Cuda => None,
-    }
+fn faiss_index(engine: &Engine) -> Option<v1::FaissIndex> {
+    engine.setting().map(|FaissIndex { factory, effort }| v1::FaissIndex { factory: factory.clone(), effort: *effort })
 }
 
 fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
-    match v1::Engine::try_from(number) {
-        Ok(v1::Engine::Flat) => Ok(Engine::Flat),
-        Ok(v1::Engine::Sq8) => Ok(Engine::Sq8),
-        Ok(v1::Engine::Sq4) => Ok(Engine::Sq4),
-        Ok(v1::Engine::Cuda) => Ok(Engine::Cuda),
-        Ok(v1::Engine::Faiss) => {
-            let v1::FaissIndex { factory, effort } = required("faiss", faiss)?;
-            Ok(Engine::Faiss(FaissIndex { factory, effort }))
-        }
-        Ok(v1::Engine::Unspecified) => Err(missing("engine")),
-        Err(_) => Err(invalid("engine", "a number of Engine", number)),
+    if number == v1::Engine::Unspecified as i32 {
+        return Err(missing("engine"));
+    }
+    let mut lacks_setting = false;
+    let setting = || {
+        lacks_setting = faiss.is_none();
+        faiss.map(|v1::FaissIndex { factory, effort }| FaissIndex { factory, effort })
+    };
+    match Engine::from_number(number, setting) {
+        Some(engine) => Ok(engine),
+        None if lacks_setting => Err(missing("faiss")),
+        None => Err(invalid("engine", "a number of Engine", number)),
     }
 }
 
 impl From<(CollectionId, Engine)> for v1::SetEngineRequest {
     fn from((collection, engine): (CollectionId, Engine)) -> Self {
-        v1::SetEngineRequest { collection: collection.0, engine: engine_number(&engine), faiss: faiss_index(engine) }
+        v1::SetEngineRequest { collection: collection.0, engine: engine.number(), faiss: faiss_index(&engine) }
     }
 }
 
@@ -171,6 +158,26 @@ impl From<v1::DocumentInfo> for DocumentInfo {
             tokens: wire.tokens,
             text_bytes: wire.text_bytes,
             stored_bytes: wire.stored_bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The manual and the table of engines name the same.
+    #[test]
+    fn every_engine_of_the_manual_is_one_of_the_program() {
+        let setting = FaissIndex { factory: "Flat".into(), effort: 1 };
+        for number in 1.. {
+            let Ok(wire) = v1::Engine::try_from(number) else {
+                assert_eq!(Engine::from_number(number, || Some(setting)), None, "an engine that the manual lacks");
+                return;
+            };
+            let engine = Engine::from_number(number, || Some(setting.clone())).expect(wire.as_str_name());
+            assert_eq!(format!("ENGINE_{}", engine.word().to_uppercase()), wire.as_str_name());
+            assert_eq!(super::engine(number, faiss_index(&engine)).unwrap(), engine);
         }
     }
 }

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::faiss::Nearest;
-use super::snapshot::{DocumentKeys, KeyLayout};
+use super::library::Nearest;
+use crate::index::{DocumentKeys, KeyLayout};
 use crate::types::FaissIndex;
 
 const MAGIC: [u8; 8] = *b"lmkfaiss";

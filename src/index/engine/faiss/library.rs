@@ -25,7 +25,7 @@ unsafe extern "C" {
 ///
 /// # Errors
 /// FAISS's own words, or what the processor lacks.
-pub fn check(factory: &str, dim: usize) -> Result<(), String> {
+pub(super) fn check(factory: &str, dim: usize) -> Result<(), String> {
     empty(factory, dim).map(drop)
 }
 

@@ -1,4 +1,4 @@
-//! In place of `faiss.rs` in a build without the feature: there are no indexes.
+//! In place of `library.rs` in a build without the feature: there are no indexes.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ pub(super) enum Nearest {}
 ///
 /// # Errors
 /// What to do about it.
-pub fn check(_factory: &str, _dim: usize) -> Result<(), String> {
+pub(super) fn check(_factory: &str, _dim: usize) -> Result<(), String> {
     Err("this build has no FAISS: build landmarkdb with --features faiss".into())
 }
 

@@ -1,4 +1,4 @@
-//! The same choice as [`super::fast`]'s, made by a GPU.
+//! The engine `cuda`: the same choice as [`fast`]'s, made by a GPU.
 //!
 //! A chunk's keys are copied to the GPU when a lookup first scans them, and stay there as long as the chunk: what an
 //! append leaves as it was is not copied again.
@@ -8,10 +8,26 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::snapshot::{Chunk, Copied, PANEL, Panels, QUAD};
-use super::{Found, Query};
+use super::SearchEngine;
 use crate::cuda::{self, ArgumentError, Choice, Chosen, HEAD_DIM_MAX, Keys, Runner, Span};
+use crate::index::layout::{PANEL, QUAD};
+use crate::index::snapshot::{Chunk, Copied, Panels};
+use crate::index::{Found, Query, fast};
 use crate::types::DType;
+
+/// The engine as the CPU stands in for it: a GPU is asked by whoever has one ([`search`]).
+#[derive(Debug)]
+pub(super) struct Cuda;
+
+impl SearchEngine for Cuda {
+    fn asks_gpu(&self) -> bool {
+        true
+    }
+
+    fn search(&self, query: &Query<'_>) -> Found {
+        fast::search(query)
+    }
+}
 
 /// Some blocks of a chunk whose keys are on the GPU.
 struct Part<M> {

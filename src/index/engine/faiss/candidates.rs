@@ -6,14 +6,14 @@
 
 use rayon::prelude::*;
 
-use super::choose::{Member, add_logs};
-use super::fast::{Tile, reduce, tiles};
 use super::indexes::DocumentIndexes;
-use super::kernel::{Form, Rows};
-use super::select::{Best, Candidate};
-use super::snapshot::PANEL;
-use super::{Found, Query};
-
+use crate::index::choose::Member;
+use crate::index::kernel::{Form, Rows};
+use crate::index::layout::PANEL;
+use crate::index::reduce::{add_logs, reduce};
+use crate::index::scan::{Tile, tiles};
+use crate::index::select::{Best, Candidate};
+use crate::index::{Found, Query};
 use crate::types::Granularity;
 
 /// Keys that are asked of an index, at least: sums over heads are better guessed from more.
@@ -30,7 +30,7 @@ struct Indexed<'a> {
 }
 
 /// What all rows share.
-struct Search<'a> {
+struct Candidates<'a> {
     query: &'a Query<'a>,
     tiles: Vec<Tile<'a>>,
     indexed: Vec<Indexed<'a>>,
@@ -47,16 +47,17 @@ pub(super) fn search(query: &Query<'_>) -> Found {
     if k == 0 || rows == 0 {
         return Found { rows, ..Found::default() };
     }
-    let mut search = Search { query, tiles: tiles(query), indexed: Vec::new(), always: Vec::new(), named: Vec::new() };
-    search.part();
-    search.named = (0..query.layout.kv_heads).into_par_iter().map(|head| search.named_by(head)).collect();
-    let chosen: Vec<Vec<Candidate>> = (0..rows).into_par_iter().map(|row| search.choose(row, k)).collect();
+    let mut candidates =
+        Candidates { query, tiles: tiles(query), indexed: Vec::new(), always: Vec::new(), named: Vec::new() };
+    candidates.part();
+    candidates.named = (0..query.layout.kv_heads).into_par_iter().map(|head| candidates.named_by(head)).collect();
+    let chosen: Vec<Vec<Candidate>> = (0..rows).into_par_iter().map(|row| candidates.choose(row, k)).collect();
     let chosen = chosen.iter().flatten();
     let (positions, scores) = chosen.map(|candidate| (candidate.position, candidate.score)).unzip();
     Found { rows, k, positions, scores }
 }
 
-impl Search<'_> {
+impl Candidates<'_> {
     /// Says which eligible blocks are asked of an index, and which are always named.
     fn part(&mut self) {
         let query = self.query;
