@@ -1,11 +1,14 @@
 //! Holds the rules of docs/architecture.md against the files of the repository. Each failure says where, which rule,
 //! why it is there and what to do.
 
+#[path = "tidy/circles.rs"]
+mod circles;
 #[path = "tidy/code.rs"]
 mod code;
 #[path = "tidy/locks.rs"]
 mod locks;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -220,6 +223,29 @@ fn the_table_allows_nothing_that_is_not_needed() {
 }
 
 #[test]
+fn no_modules_need_each_other_in_a_circle() {
+    let files = files();
+    let sources = files.iter().filter(|file| in_src(file));
+    let mut packages: BTreeMap<&str, Vec<&File>> = BTreeMap::new();
+    for file in sources {
+        packages.entry(&file.path[..file.path.find("src/").unwrap_or(0) + "src/".len()]).or_default().push(file);
+    }
+    let mut circles = String::new();
+    for (sources, files) in packages {
+        let files = files.iter().map(|file| (file.path.as_str(), file.code.as_str()));
+        for circle in circles::Package::of(sources, files).circles() {
+            circles += &format!("{}\n\n", circle.join("\n"));
+        }
+    }
+    assert!(
+        circles.is_empty(),
+        "\n{circles}\nrule: modules side by side in a folder do not import each other in a circle\n\
+         why:  files in a circle can only be read, tested and replaced together: they are one file\n\
+         do:   move what they share into a module below them, or to the one that owns it\n"
+    );
+}
+
+#[test]
 fn outside_libraries_are_named_in_one_place() {
     let rule = Rule {
         rule: "an outside library is named only in the module that LIBRARIES in tests/tidy.rs lists for it",
@@ -351,7 +377,7 @@ fn check_unfinished(file: &File) -> Vec<Finding> {
 fn features_are_switched_in_few_places() {
     let lines: Vec<String> = files()
         .iter()
-        .filter(|file| in_src(file))
+        .filter(|file| in_src(file) && !file.path.contains("/tests/"))
         .flat_map(|file| feature_lines(file).into_iter().map(move |line| format!("{}:{line}", file.path)))
         .collect();
     assert!(

@@ -138,6 +138,54 @@ pub fn paths_from<'a>(code: &'a str, root: &str) -> Vec<(usize, &'a str)> {
     found
 }
 
+/// Every path of two names or more with its line, as it is written; trees of a `use` are spelled out: `a::b` and `a::c::d` for
+/// `a::{b, c::d}`, and `a` for `a::{self}`.
+pub fn paths(code: &str) -> Vec<(usize, Vec<&str>)> {
+    let mut found = Vec::new();
+    let mut end = 0;
+    for (at, word) in words(code) {
+        if at < end || code[..at].ends_with("::") || !code[at + word.len()..].starts_with("::") {
+            continue;
+        }
+        let mut paths = Vec::new();
+        end = tree(code, at, &mut Vec::new(), &mut paths);
+        found.extend(paths.into_iter().map(|path| (line_of(code, at), path)));
+    }
+    found
+}
+
+/// Reads a path or a `use` tree; returns where it ends.
+fn tree<'a>(code: &'a str, at: usize, before: &mut Vec<&'a str>, found: &mut Vec<Vec<&'a str>>) -> usize {
+    let space = |at: usize| at + code[at..].len() - code[at..].trim_start().len();
+    let Some((_, name)) = words(&code[at..]).next().filter(|(begin, _)| *begin == 0) else {
+        found.push(before.clone());
+        return at;
+    };
+    before.push(name);
+    let mut end = at + name.len();
+    match code[end..].strip_prefix("::") {
+        Some(tail) if tail.starts_with('{') => {
+            end = space(end + "::{".len());
+            while end < code.len() && !code[end..].starts_with('}') {
+                let next = tree(code, end, before, found);
+                // An alias, a star, a comma.
+                let rest = code[next..].find([',', '}']).map_or(code.len(), |to| next + to);
+                end = space(rest + usize::from(code[rest..].starts_with(',')));
+            }
+            end = (end + 1).min(code.len());
+        }
+        Some(tail) if tail.starts_with(|first: char| first == '_' || first.is_alphabetic() || first == '*') => {
+            end = tree(code, end + "::".len(), before, found);
+        }
+        _ => {
+            let length = before.len() - usize::from(name == "self" && before.len() > 1);
+            found.push(before[..length].to_vec());
+        }
+    }
+    before.pop();
+    end
+}
+
 /// A function with a body.
 #[derive(Debug, PartialEq)]
 pub struct Function<'a> {
@@ -214,6 +262,17 @@ mod tests {
         assert_eq!(names("use crate::*; my_crate::a; other::crate::b", "crate"), ["*"]);
         assert_eq!(names("use super::super::wire::X;", "super"), ["super", "wire"]);
         assert_eq!(paths_from("\nuse crate::{a,\nb};", "crate"), [(2, "a"), (3, "b")]);
+    }
+
+    #[test]
+    fn trees_of_paths_are_spelled_out() {
+        let spelled = |code| paths(code).into_iter().map(|(_, path)| path.join("::")).collect::<Vec<_>>();
+        assert_eq!(spelled("use a::{b, c::{self, d as e}, f::*};"), ["a::b", "a::c", "a::c::d", "a::f"]);
+        assert_eq!(
+            spelled("let x = super::super::f::<u8>(a::B); y: c::D<e::F>"),
+            ["super::super::f", "a::B", "c::D", "e::F"]
+        );
+        assert_eq!(spelled("use a::{\n    b,\n};\nx"), ["a::b"]);
     }
 
     #[test]
