@@ -185,7 +185,7 @@ impl Store {
         let all = blocks.len() < STEP_RECORDS;
         writer.ledger.purge(&self.catalog, document, &blocks, all)?;
         if all {
-            self.places.forget_purged(document);
+            self.locators.forget_purged(document);
         }
         Ok(true)
     }

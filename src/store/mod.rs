@@ -7,7 +7,7 @@
 //! Not here: what keys mean, how they are searched, and what a payload is used for.
 //!
 //! In reading order: `record` (the format), `segment` and `catalog` (the two seams under everything), `log` (groups of
-//! records), `ledger` (what records mean), `append` and `mend`, `places` and `read`, `directory`, `recovery` and `loss`, `compaction`,
+//! records), `ledger` (what records mean), `append` and `mend`, `locator_cache` and `read`, `directory`, `recovery` and `loss`, `compaction`,
 //! `verify` and `rebuild`, `repair` and `salvage`; `piece` stands apart.
 
 use std::collections::BTreeSet;
@@ -31,11 +31,11 @@ mod compaction;
 mod directory;
 mod error;
 mod ledger;
+mod locator_cache;
 mod log;
 mod loss;
 mod mend;
 pub mod piece;
-mod places;
 mod read;
 mod rebuild;
 mod record;
@@ -48,7 +48,7 @@ mod write;
 
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code))]
-mod double;
+mod fault_disk;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 #[cfg(test)]
@@ -69,7 +69,7 @@ pub use write::Health;
 use catalog_memory::{CatalogSlot, MemoryCatalog};
 use compaction::Victim;
 use ledger::{Ledger, NAMES};
-use places::Places;
+use locator_cache::LocatorCache;
 use record::{DocumentEntry, Locator, Tombstone};
 use segment::{Handles, Segment, private};
 
@@ -146,7 +146,7 @@ pub struct StoreStats {
 pub struct Store {
     handles: Handles,
     catalog: CatalogSlot,
-    places: Places,
+    locators: LocatorCache,
     writer: Mutex<Writer>,
     /// As of the last write; readers of it do not wait for one under way.
     stats: Mutex<StoreStats>,
@@ -240,11 +240,11 @@ impl Store {
         let writer = recovery::recover(&handles, &*catalog, sizes)?;
         let stats = Mutex::new(writer.stats());
         let garbage = catalog::scan::<DocumentId>(&*catalog, catalog::key::GARBAGE);
-        let places = Places::of_deleted(garbage.map(|pair| pair.map(|pair| pair.1)).collect::<Result<_, _>>()?);
+        let locators = LocatorCache::of_deleted(garbage.map(|pair| pair.map(|pair| pair.1)).collect::<Result<_, _>>()?);
         Ok(Store {
             handles,
             catalog: CatalogSlot::new(catalog),
-            places,
+            locators,
             writer: Mutex::new(writer),
             stats,
             health: Mutex::default(),

@@ -115,7 +115,7 @@ impl Store {
     /// Where a block lies. `Damaged` if its document has it and the catalog has lost it.
     fn locate(&self, block: BlockId) -> Result<Locator, StoreError> {
         let look_up = || {
-            self.places.find(block, || {
+            self.locators.find(block, || {
                 self.check_undoubted(block.document)?;
                 catalog::get(self.readable(), &key::block(block))
             })

@@ -111,11 +111,11 @@ impl Store {
             }
         };
         let entered = writer.ledger.enter(&self.catalog, &group);
-        self.places.forget(&group);
+        self.locators.forget(&group);
         match entered {
             Ok(()) => {
                 writer.end = group.end;
-                self.places.bury(&group);
+                self.locators.bury(&group);
                 Ok(())
             }
             Err(error) => {
@@ -164,7 +164,7 @@ impl Store {
         let (ledger, unread) = rebuild::fill(&memory, &self.handles, &ends, &Until::FOREVER)?;
         writer.take_over(ledger, &memory, &unread)?;
         self.catalog.replace(Arc::new(memory));
-        self.places.forget_all();
+        self.locators.forget_all();
         Ok(())
     }
 

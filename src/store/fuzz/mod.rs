@@ -8,8 +8,8 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::double::{Disk, Files, Table};
 use super::error::StoreError;
+use super::fault_disk::{FaultDisk, Files, Table};
 use super::ledger::{Damage, Doubt, SegmentState, Totals};
 use super::log::{Item, Scanned};
 use super::piece::{KeysLayout, PieceLayout};
@@ -30,7 +30,7 @@ pub mod seeds;
 /// Segments so small that a few appends fill one.
 const SIZES: Sizes = Sizes { segment_bytes: 4000, group_bytes: 1000 };
 
-/// The directory of every [`Disk`] that is not told another.
+/// The directory of every [`FaultDisk`] that is not told another.
 const DIRECTORY: DirectoryId = DirectoryId([0; 16]);
 
 /// Blocks that are read of one document, and pieces of one block.
@@ -53,7 +53,7 @@ pub fn segment(bytes: &[u8], visit: fn(Store)) -> bool {
 /// Whether a store that opens on it answers anything.
 fn judge(bytes: &[u8], visit: fn(Store)) -> bool {
     let id = SegmentHeader::check(bytes).map_or(SegmentId(1), |header| header.segment);
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     disk.place(id, Some(bytes.to_vec()));
     let Intact { answers, is_in_order } = Intact::of(&disk, id);
     let Some(store) = check(open(&disk)) else { return false };
@@ -88,7 +88,7 @@ fn judge(bytes: &[u8], visit: fn(Store)) -> bool {
     answers_any
 }
 
-fn open(disk: &Disk) -> Result<Store, StoreError> {
+fn open(disk: &FaultDisk) -> Result<Store, StoreError> {
     Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), SIZES)
 }
 
@@ -160,7 +160,7 @@ struct Intact {
 }
 
 impl Intact {
-    fn of(disk: &Disk, id: SegmentId) -> Self {
+    fn of(disk: &FaultDisk, id: SegmentId) -> Self {
         let mut intact = Intact::default();
         let Some(segment) = check(Handles::new(Box::new(disk.clone())).get(id)) else { return intact };
         let Some(len) = check(segment.len_bytes()) else { return intact };
@@ -389,11 +389,11 @@ fn content(kind: u8, bytes: &[u8]) -> bool {
 }
 
 /// A disk with a store on it, of which every input gets a copy.
-pub struct Original(Disk);
+pub struct Original(FaultDisk);
 
 impl Original {
     pub fn new(fill: impl FnOnce(Store)) -> Self {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         check(open(&disk)).map(fill);
         Original(disk)
     }

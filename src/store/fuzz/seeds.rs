@@ -12,7 +12,7 @@ use crate::types::Engine;
 pub fn segments() -> Vec<Vec<u8>> {
     let mut segments = Vec::new();
     for segment_bytes in [1500, 1 << 20] {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         let sizes = Sizes { segment_bytes, group_bytes: 1000 };
         live(&Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes).unwrap());
         segments.extend(disk.segments().into_iter().map(|id| disk.bytes_of(id)));

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::limits::SPACE_PERCENT_MAX;
-use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
+use crate::store::fault_disk::{Call, Effect, Fault, Files, Reason, Table};
 
 pub(super) type Step = fn(&Store) -> Result<(), StoreError>;
 
@@ -51,7 +51,7 @@ pub(super) fn run(store: &Store, from: usize) -> Option<usize> {
 
 /// What the store holds before each step, and after the last.
 pub(super) fn expected() -> Vec<Contents> {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let mut expected = vec![contents(&store)];
     for step in SCRIPT {
         step(&store).unwrap();
@@ -63,7 +63,7 @@ pub(super) fn expected() -> Vec<Contents> {
 }
 
 fn operations() -> usize {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     assert_eq!(run(&store, 0), None);
     drop(store);
@@ -71,8 +71,8 @@ fn operations() -> usize {
 }
 
 /// Runs the script on a machine that dies; returns its disk and the step under way, if any had begun.
-fn die(operation: usize, effect: Effect) -> (Disk, usize) {
-    let disk = Disk::default();
+fn die(operation: usize, effect: Effect) -> (FaultDisk, usize) {
+    let disk = FaultDisk::default();
     disk.die_at(operation, effect);
     let step = match open(&disk) {
         Ok(store) => run(&store, 0).unwrap_or(SCRIPT.len()),
@@ -82,7 +82,7 @@ fn die(operation: usize, effect: Effect) -> (Disk, usize) {
 }
 
 /// The store holds all that was acknowledged, what was under way wholly or not at all, and works on.
-fn check(disk: &Disk, step: usize, expected: &[Contents], context: &str) {
+fn check(disk: &FaultDisk, step: usize, expected: &[Contents], context: &str) {
     let store = open(disk).unwrap_or_else(|error| panic!("{context}: {error}"));
     assert_clean(&store, context);
     let found = contents(&store);
@@ -155,7 +155,7 @@ fn dying_again_while_recovering_loses_nothing_either() {
 #[test]
 fn after_a_failed_write_or_flush_the_next_call_works() {
     for call in [Call::Write, Call::Sync] {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         let store = open(&disk).unwrap();
         let collection = store.create_collection(&spec("one")).unwrap();
         let document = store.create_document(collection, "a").unwrap().id;
@@ -188,7 +188,7 @@ fn after_a_failed_write_or_flush_the_next_call_works() {
 
 #[test]
 fn ids_of_deleted_documents_are_never_given_out_again() {
-    let mut disk = Disk::default();
+    let mut disk = FaultDisk::default();
     let mut seen = std::collections::BTreeSet::new();
     open(&disk).unwrap().create_collection(&spec("one")).unwrap();
     for round in 0..30 {

@@ -1,12 +1,12 @@
 //! Flipped bits, missing files, short files: always named, never a wrong answer.
 
 use super::*;
-use crate::store::double::{Files, Table};
+use crate::store::fault_disk::{Files, Table};
 use crate::store::record::RECORD_MAGIC;
 
 /// Three documents of six blocks, each in a segment of its own. Returns the first and the last.
-fn filled() -> (Disk, DocumentId, DocumentId) {
-    let disk = Disk::default();
+fn filled() -> (FaultDisk, DocumentId, DocumentId) {
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let documents = ["a", "b", "c"].map(|name| {
@@ -98,7 +98,7 @@ fn a_flipped_bit_is_named_even_when_the_catalog_is_rebuilt() {
 
 #[test]
 fn compaction_leaves_a_damaged_segment_for_repair() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let [kept, doomed] = ["kept", "doomed"].map(|name| store.create_document(collection, name).unwrap().id);
@@ -129,7 +129,7 @@ fn compaction_leaves_a_damaged_segment_for_repair() {
 #[test]
 fn a_damaged_segment_does_not_make_compaction_rewrite_the_others() {
     let segments_used = |is_damaged: bool| {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         let store = open(&disk).unwrap();
         let collection = store.create_collection(&spec("one")).unwrap();
         let [kept, doomed] = ["kept", "doomed"].map(|name| store.create_document(collection, name).unwrap().id);
@@ -246,7 +246,7 @@ fn a_segment_of_a_newer_build_is_refused() {
 
 #[test]
 fn payload_that_looks_like_a_record_is_not_taken_for_one() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;

@@ -1,7 +1,7 @@
 //! A rebuild over damage: never an older answer, never another directory's, and nothing is destroyed that may be needed.
 
 use super::*;
-use crate::store::double::{Effect, Files, Table};
+use crate::store::fault_disk::{Effect, Files, Table};
 use crate::store::log::Item;
 use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt, pack};
 use crate::store::segment::{Handles, SegmentId};
@@ -11,7 +11,7 @@ fn id(document: DocumentId, index: u32) -> BlockId {
 }
 
 /// Every record of a disk, in order.
-fn records(disk: &Disk) -> Vec<(SegmentId, u64, u64, Content)> {
+fn records(disk: &FaultDisk) -> Vec<(SegmentId, u64, u64, Content)> {
     let handles = Handles::new(Box::new(disk.clone()));
     let mut records = Vec::new();
     for segment in handles.list().unwrap() {
@@ -25,7 +25,11 @@ fn records(disk: &Disk) -> Vec<(SegmentId, u64, u64, Content)> {
 }
 
 /// Without the catalog, with one byte of the record damaged.
-fn rebuilt_over(disk: &Disk, (segment, offset, ..): &(SegmentId, u64, u64, Content), byte: u64) -> (Disk, Store) {
+fn rebuilt_over(
+    disk: &FaultDisk,
+    (segment, offset, ..): &(SegmentId, u64, u64, Content),
+    byte: u64,
+) -> (FaultDisk, Store) {
     let copy = disk.restart(Files::Synced, Table::Deleted);
     copy.flip(*segment, offset + byte);
     let store = open(&copy).unwrap();
@@ -37,8 +41,8 @@ fn is_damaged<T: std::fmt::Debug>(result: Result<T, StoreError>) -> bool {
 }
 
 /// Two documents with history, one that was deleted, one that came after it.
-fn with_history() -> (Disk, [DocumentId; 4]) {
-    let disk = Disk::default();
+fn with_history() -> (FaultDisk, [DocumentId; 4]) {
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let create = |name| store.create_document(collection, name).unwrap().id;
@@ -129,7 +133,7 @@ fn no_damaged_byte_makes_a_wrong_answer_of_a_rebuild() {
 /// A damaged manifest, a rebuild and a compaction used to destroy intact blocks.
 #[test]
 fn compaction_destroys_nothing_that_a_lost_manifest_may_have_covered() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let [document, other] = ["a", "other"].map(|name| store.create_document(collection, name).unwrap().id);
@@ -236,7 +240,7 @@ fn a_loss_that_only_numbers_show_is_settled_by_repair() {
 /// tombstones gone, were there again.
 #[test]
 fn a_catalog_that_falls_back_is_rebuilt() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let [secret, other] = ["secret", "other"].map(|name| store.create_document(collection, name).unwrap().id);
@@ -256,7 +260,7 @@ fn a_catalog_that_falls_back_is_rebuilt() {
 #[test]
 fn a_segment_of_another_directory_is_refused_by_name() {
     let (disk, [full, ..]) = with_history();
-    let theirs = Disk::of_directory(8);
+    let theirs = FaultDisk::of_directory(8);
     let store = open(&theirs).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "full").unwrap().id;
@@ -296,7 +300,7 @@ fn forged(kind: Kind, document: DocumentId, meta: &[u8], parts: Parts, salt: Sal
 fn a_text_is_never_taken_for_a_record() {
     let overflowing = Parts { meta_bytes: 0, keys_bytes: 0, piece_bytes: u32::MAX, pieces: u32::MAX - 2 };
     for salt in [Salt::NONE, Salt::of(crate::store::DirectoryId([8; 16]), SegmentId(1))] {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         let store = open(&disk).unwrap();
         let collection = store.create_collection(&spec("one")).unwrap();
         let [victim, mine] = ["victim", "mine"].map(|name| store.create_document(collection, name).unwrap().id);
@@ -323,7 +327,7 @@ fn a_text_is_never_taken_for_a_record() {
 /// A flipped bit in the last group cannot be told from a torn write. It used to be cut off without a trace.
 #[test]
 fn what_a_torn_end_cuts_off_is_kept() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     // What compaction writes behind an append proves that it was whole: here it does not come to it.
     store.compactor.runs.store(true, std::sync::atomic::Ordering::Relaxed);

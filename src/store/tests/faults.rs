@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use super::crash::{SCRIPT, expected};
 use super::*;
-use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
+use crate::store::fault_disk::{Call, Effect, Fault, Files, Reason, Table};
 
 /// What became of the store, from the best to the worst that is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,7 +27,7 @@ const REASONS: [(Reason, &str); 3] = [(Reason::Full, "ENOSPC"), (Reason::Broken,
 
 /// The calls of the script on a disk that is well, with the number of calls before each step and after the last.
 fn calls() -> (Vec<Call>, Vec<usize>) {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     disk.trace();
     let store = open(&disk).unwrap();
     let mut begins = Vec::new();
@@ -55,7 +55,7 @@ fn effects(reason: Reason, call: Call) -> &'static [Effect] {
 
 /// A run of the script against one fault.
 struct Run<'a> {
-    disk: Disk,
+    disk: FaultDisk,
     fault: Fault,
     outcome: Outcome,
     expected: &'a [Contents],
@@ -222,7 +222,7 @@ fn faults_at_every_call_lose_nothing_and_pass() {
     for (at, &call) in calls.iter().enumerate() {
         let step = begins.partition_point(|&begin| begin <= at);
         for (column, fault) in faults_at(at, call) {
-            let run = Run { disk: Disk::default(), fault, outcome: Outcome::Unnoticed, expected: &expected };
+            let run = Run { disk: FaultDisk::default(), fault, outcome: Outcome::Unnoticed, expected: &expected };
             match run.strike() {
                 Ok(outcome) => *table.entry((step, column, outcome)).or_default() += 1,
                 Err(problem) => {

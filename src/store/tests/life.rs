@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::plan::{Answer, Bad, Model, Op, Sizes};
 use super::*;
-use crate::store::double::{Call, Effect, Fault, Files, Reason, Table};
+use crate::store::fault_disk::{Call, Effect, Fault, Files, Reason, Table};
 
-pub(super) fn open_with(disk: &Disk, sizes: Sizes) -> Result<Store, StoreError> {
+pub(super) fn open_with(disk: &FaultDisk, sizes: Sizes) -> Result<Store, StoreError> {
     let sizes = super::Sizes { segment_bytes: sizes.segment_bytes, group_bytes: 600 };
     disk.reopen();
     Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes)
@@ -24,7 +24,7 @@ pub(super) fn check(store: &Store, model: &Model) -> Result<(), String> {
 }
 
 /// As [`check`], of a store that knows nothing but the disk's segments.
-pub(super) fn check_rebuilt(disk: &Disk, sizes: Sizes, model: &Model) -> Result<(), String> {
+pub(super) fn check_rebuilt(disk: &FaultDisk, sizes: Sizes, model: &Model) -> Result<(), String> {
     let copy = disk.restart(Files::Synced, Table::Deleted);
     let store = open_with(&copy, sizes).map_err(|error| format!("without the catalog: {error}"))?;
     check(&store, model).map_err(|difference| format!("without the catalog: {difference}"))
@@ -32,7 +32,7 @@ pub(super) fn check_rebuilt(disk: &Disk, sizes: Sizes, model: &Model) -> Result<
 
 /// A store at work, and what it should hold.
 pub(super) struct Life {
-    pub(super) disk: Disk,
+    pub(super) disk: FaultDisk,
     store: Option<Store>,
     pub(super) model: Model,
     sizes: Sizes,
@@ -46,7 +46,7 @@ pub(super) struct Life {
 
 impl Life {
     pub(super) fn begin(sizes: Sizes, always: bool) -> Life {
-        Life { disk: Disk::default(), store: None, model: Model::default(), sizes, armed: None, deaths: 0, always }
+        Life { disk: FaultDisk::default(), store: None, model: Model::default(), sizes, armed: None, deaths: 0, always }
     }
 
     fn open(&mut self) -> Result<&Store, StoreError> {

@@ -4,7 +4,7 @@
 //! unreadable.
 
 use super::*;
-use crate::store::double::{Effect, Files, Table};
+use crate::store::fault_disk::{Effect, Files, Table};
 
 fn id(document: DocumentId, index: u32) -> BlockId {
     BlockId { document, index }
@@ -15,8 +15,8 @@ fn place(store: &Store, block: BlockId) -> Locator {
 }
 
 /// Three full blocks and a tail of two tokens, then something else, so that nothing of it lies in the last group.
-fn filled() -> (Disk, DocumentId) {
-    let disk = Disk::default();
+fn filled() -> (FaultDisk, DocumentId) {
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;

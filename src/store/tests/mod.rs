@@ -1,6 +1,6 @@
 //! Tests of the store, and what they share: a tiny collection and blocks whose every byte depends on their place.
 
-use super::double::Disk;
+use super::fault_disk::FaultDisk;
 use super::piece::{KeysLayout, PieceLayout};
 use super::*;
 use crate::shape::{ModelShape, Rope, Sha256Digest};
@@ -72,7 +72,7 @@ fn blocks(indices: std::ops::Range<u32>, seed: u32) -> Vec<BlockRecord> {
 const SEGMENT_BYTES: u64 = 2000;
 const SIZES: Sizes = Sizes { segment_bytes: SEGMENT_BYTES, group_bytes: 600 };
 
-fn open(disk: &Disk) -> Result<Store, StoreError> {
+fn open(disk: &FaultDisk) -> Result<Store, StoreError> {
     disk.reopen();
     Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), SIZES)
 }

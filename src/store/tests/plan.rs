@@ -10,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::store::double::{Effect, Files, Table};
+use crate::store::fault_disk::{Effect, Files, Table};
 
 pub(super) const COLLECTIONS: u8 = 2;
 /// Names of documents in each collection.

@@ -5,13 +5,13 @@
 //! compaction destroyed their bytes.
 
 use super::*;
-use crate::store::double::{Files, Table};
+use crate::store::fault_disk::{Files, Table};
 
 fn lost(store: &Store, document: DocumentId, blocks: u32) -> Vec<u32> {
     (0..blocks).filter(|&index| read(store, BlockId { document, index }).is_err()).collect()
 }
 
-fn rebuilt(disk: &Disk) -> Store {
+fn rebuilt(disk: &FaultDisk) -> Store {
     open(&disk.restart(Files::Synced, Table::Deleted)).unwrap()
 }
 
@@ -21,7 +21,7 @@ fn verified(store: &Store) {
 
 #[test]
 fn blocks_that_compaction_moved_in_front_of_their_manifest_are_found() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let documents: Vec<DocumentId> =
@@ -49,7 +49,7 @@ fn blocks_that_compaction_moved_in_front_of_their_manifest_are_found() {
 
 #[test]
 fn blocks_in_an_older_segment_than_their_manifest_are_found() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let kept = store.create_document(collection, "kept").unwrap().id;
@@ -70,7 +70,7 @@ fn blocks_in_an_older_segment_than_their_manifest_are_found() {
 #[test]
 fn a_name_belongs_to_the_document_that_lives() {
     for (junk_blocks, fill) in (1..14).flat_map(|junk| (1..8).map(move |fill| (junk, fill))) {
-        let disk = Disk::default();
+        let disk = FaultDisk::default();
         let store = open(&disk).unwrap();
         let collection = store.create_collection(&spec("one")).unwrap();
         let create = |name, blocks_of_it| {

@@ -5,11 +5,11 @@
 
 use super::*;
 use crate::store::catalog::key;
-use crate::store::double::{Files, Table};
+use crate::store::fault_disk::{Files, Table};
 use crate::until::Until;
 
-fn filled() -> (Disk, Store, DocumentId) {
-    let disk = Disk::default();
+fn filled() -> (FaultDisk, Store, DocumentId) {
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let create = |name| store.create_document(collection, name).unwrap().id;

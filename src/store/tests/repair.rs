@@ -1,7 +1,7 @@
 //! `repair`: what is left is readable again, what is gone is named, and a crash on the way loses nothing.
 
 use super::*;
-use crate::store::double::{Effect, Files, Table};
+use crate::store::fault_disk::{Effect, Files, Table};
 use crate::store::log::Item;
 use crate::store::record::{Content, SEGMENT_HEADER_BYTES};
 use crate::store::repair::repair;
@@ -11,17 +11,17 @@ fn id(document: DocumentId, index: u32) -> BlockId {
     BlockId { document, index }
 }
 
-fn run(disk: &Disk, options: &RepairOptions) -> Result<RepairReport, StoreError> {
+fn run(disk: &FaultDisk, options: &RepairOptions) -> Result<RepairReport, StoreError> {
     repair(&Handles::new(Box::new(disk.clone())), disk, SIZES, options)
 }
 
-fn repaired(disk: &Disk) -> (RepairReport, Store) {
+fn repaired(disk: &FaultDisk) -> (RepairReport, Store) {
     let report = run(disk, &RepairOptions::default()).unwrap();
     (report, open(disk).unwrap())
 }
 
 /// Damages the newest record that is wanted, in its header or behind it, on the disk itself. False if there is none.
-fn damage(disk: &Disk, byte: u64, wanted: impl Fn(&Content) -> bool) -> bool {
+fn damage(disk: &FaultDisk, byte: u64, wanted: impl Fn(&Content) -> bool) -> bool {
     let handles = Handles::new(Box::new(disk.clone()));
     let mut newest = None;
     for id in handles.list().unwrap() {
@@ -46,8 +46,8 @@ fn of_manifest(document: DocumentId) -> impl Fn(&Content) -> bool {
 
 /// A document of five blocks and a tail that grew one append at a time, one of two blocks, one that was deleted, and
 /// something behind them.
-fn filled() -> (Disk, [DocumentId; 3]) {
-    let disk = Disk::default();
+fn filled() -> (FaultDisk, [DocumentId; 3]) {
+    let disk = FaultDisk::default();
     // In one segment, so that compaction leaves older records where they are.
     let sizes = Sizes { segment_bytes: 1 << 20, ..SIZES };
     let store = Store::open_sized(Box::new(disk.clone()), Arc::new(disk.clone()), sizes).unwrap();
@@ -69,7 +69,7 @@ fn filled() -> (Disk, [DocumentId; 3]) {
 }
 
 /// The parts of the blocks of a document that can be read: the meta, the keys, each piece.
-fn readable(disk: &Disk, document: DocumentId, count: u32) -> Vec<(u32, usize)> {
+fn readable(disk: &FaultDisk, document: DocumentId, count: u32) -> Vec<(u32, usize)> {
     let store = open(disk).unwrap();
     let mut parts = Vec::new();
     for index in 0..count {
@@ -86,7 +86,7 @@ fn readable(disk: &Disk, document: DocumentId, count: u32) -> Vec<(u32, usize)> 
 /// all of it if anything else of it was damaged too, and a last group with a damaged end passed for a torn write.
 #[test]
 fn what_could_be_read_before_a_repair_can_be_read_after_it() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;
@@ -347,7 +347,7 @@ fn a_crash_at_any_step_of_repair_keeps_what_only_the_catalog_knew() {
 /// Of a segment with a damaged header whose first block is larger than what is searched for a record, nothing was found.
 #[test]
 fn a_segment_without_a_header_is_read_whatever_its_blocks_weigh() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let mut spec = spec("one");
     (spec.shape.layers, spec.shape.head_dim) = (256, 1024);
@@ -391,7 +391,7 @@ fn what_was_set_aside_is_let_go_only_when_asked() {
 /// A flipped bit in the last group cannot be told from a torn write, but a torn write seldom ends with a whole group.
 #[test]
 fn a_cut_end_that_may_have_been_acknowledged_is_a_fault_until_it_is_let_go() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;

@@ -7,7 +7,7 @@ use super::life::{Life, check, live, open_with};
 use super::number_from;
 use super::plan::{Generator, Model};
 use super::*;
-use crate::store::double::{Files, Table};
+use crate::store::fault_disk::{Files, Table};
 
 const STORES: usize = 200;
 /// Of each store, damaged in another place.
@@ -15,7 +15,7 @@ const COPIES: usize = 6;
 
 /// Damages one to three places of a disk's files: single bits, or what a bad sector takes. Of the last segment only one
 /// bit: more could take its last groups without a trace, as if they had never been written. Says where.
-fn damage(disk: &Disk, generator: &mut Generator) -> String {
+fn damage(disk: &FaultDisk, generator: &mut Generator) -> String {
     let segments = disk.segments();
     let (mut places, mut end_is_hit) = (Vec::new(), false);
     for _ in 0..1 + generator.number(3) {
@@ -61,7 +61,7 @@ fn read_right(store: &Store, models: [&Model; 2]) -> Result<Vec<BlockId>, String
     Ok(right)
 }
 
-fn judge(disk: &Disk, sizes: plan::Sizes, models: [&Model; 2], generator: &mut Generator) -> Result<(), String> {
+fn judge(disk: &FaultDisk, sizes: plan::Sizes, models: [&Model; 2], generator: &mut Generator) -> Result<(), String> {
     let store = open_with(disk, sizes).map_err(|error| format!("open: {error}"))?;
     let right = read_right(&store, models)?;
     let faults =

@@ -54,7 +54,7 @@ fn everything_comes_back_after_reopening_and_without_the_catalog() {
 
 #[test]
 fn a_tail_grows_until_it_is_a_block() {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;
     let mut stored = Vec::new();
@@ -71,7 +71,7 @@ fn a_tail_grows_until_it_is_a_block() {
 
 #[test]
 fn appends_are_refused_by_kind() {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let document = store.create_document(collection, "a").unwrap().id;
     store.append(document, &blocks(0..2, 1)).unwrap();
@@ -104,7 +104,7 @@ fn appends_are_refused_by_kind() {
 
 #[test]
 fn names_are_unique_and_unknown_things_are_not_found() {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     store.create_document(collection, "a").unwrap();
     for taken in [store.create_collection(&spec("one")).map(drop), store.create_document(collection, "a").map(drop)] {
@@ -142,7 +142,7 @@ fn a_held_directory_is_refused_and_free_after_a_drop() {
 
 #[test]
 fn deleting_half_gives_the_space_back() {
-    let disk = Disk::default();
+    let disk = FaultDisk::default();
     let store = open(&disk).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let documents: Vec<DocumentId> =
@@ -175,7 +175,7 @@ fn deleting_half_gives_the_space_back() {
 
 #[test]
 fn readers_go_on_while_segments_are_removed_under_them() {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let kept = store.create_document(collection, "kept").unwrap().id;
     store.append(kept, &blocks(0..4, 1)).unwrap();
@@ -203,7 +203,7 @@ fn readers_go_on_while_segments_are_removed_under_them() {
 
 #[test]
 fn readers_see_what_was_acknowledged_before_they_asked() {
-    let store = open(&Disk::default()).unwrap();
+    let store = open(&FaultDisk::default()).unwrap();
     let collection = store.create_collection(&spec("one")).unwrap();
     let acknowledged = std::sync::atomic::AtomicU32::new(0);
     const LAST: u32 = 400;

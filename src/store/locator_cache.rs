@@ -14,21 +14,21 @@ use crate::types::{BlockId, DocumentId};
 
 /// Blocks kept, in at most 25 MiB: 16 million tokens in blocks of 64. When they are reached, all are forgotten; those in
 /// use are found again at half a microsecond each.
-const PLACES_MAX: usize = 1 << 18;
+const LOCATORS_MAX: usize = 1 << 18;
 
 #[derive(Default)]
-pub(super) struct Places(RwLock<Known>);
+pub(super) struct LocatorCache(RwLock<Known>);
 
 #[derive(Default)]
 struct Known {
-    places: HashMap<BlockId, Locator>,
+    locators: HashMap<BlockId, Locator>,
     /// Deleted documents of which the catalog may still have blocks.
     gone: HashSet<DocumentId>,
     /// So far: tells whether what was read from the catalog may be outdated.
     changes: u64,
 }
 
-impl Places {
+impl LocatorCache {
     /// Where a block lies; asks `catalog` for what is not known.
     pub(super) fn find(
         &self,
@@ -40,7 +40,7 @@ impl Places {
             if known.gone.contains(&block.document) {
                 return Ok(None);
             }
-            if let Some(&locator) = known.places.get(&block) {
+            if let Some(&locator) = known.locators.get(&block) {
                 return Ok(Some(locator));
             }
             known.changes
@@ -55,10 +55,10 @@ impl Places {
     fn keep(&self, block: BlockId, locator: Locator, changes: u64) {
         let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if known.changes == changes {
-            if known.places.len() == PLACES_MAX {
-                known.places.clear();
+            if known.locators.len() == LOCATORS_MAX {
+                known.locators.clear();
             }
-            known.places.insert(block, locator);
+            known.locators.insert(block, locator);
         }
     }
 
@@ -68,17 +68,15 @@ impl Places {
         known.changes += 1;
         for entry in &group.entries {
             match &entry.content {
-                Content::Block(block) => drop(known.places.remove(block)),
+                Content::Block(block) => drop(known.locators.remove(block)),
                 Content::Tombstone(tombstone) => known.forget_document(tombstone.document),
                 Content::Collection(..) | Content::Document(_) | Content::Group(_) => {}
             }
         }
     }
-}
 
-impl Places {
     pub(super) fn of_deleted(gone: HashSet<DocumentId>) -> Self {
-        Places(RwLock::new(Known { gone, ..Known::default() }))
+        LocatorCache(RwLock::new(Known { gone, ..Known::default() }))
     }
 
     /// Documents that a group has deleted: the catalog has the group, and still their blocks.
@@ -103,13 +101,13 @@ impl Places {
     pub(super) fn forget_all(&self) {
         let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
         known.changes += 1;
-        known.places.clear();
+        known.locators.clear();
     }
 }
 
 impl Known {
     fn forget_document(&mut self, document: DocumentId) {
-        self.places.retain(|block, _| block.document != document);
+        self.locators.retain(|block, _| block.document != document);
     }
 }
 
@@ -131,12 +129,12 @@ mod tests {
         Group { segment, entries: vec![Entry { locator: at(0), content }], end: 0 }
     }
 
-    fn known(places: &Places, block: BlockId) -> Option<Locator> {
-        places.find(block, || Ok(None)).unwrap()
+    fn known(cache: &LocatorCache, block: BlockId) -> Option<Locator> {
+        cache.find(block, || Ok(None)).unwrap()
     }
 
     #[test]
-    fn a_place_is_known_until_a_change_touches_it() {
+    fn a_locator_is_known_until_a_change_touches_it() {
         let next = BlockId { index: 2, ..BLOCK };
         let elsewhere = BlockId { document: DocumentId(4), ..BLOCK };
         let segments = SegmentId(1);
@@ -145,33 +143,33 @@ mod tests {
             (Content::Block(BLOCK), [None, Some(at(2)), Some(at(3))]),
             (Content::Tombstone(gone), [None, None, Some(at(3))]),
         ] {
-            let places = Places::default();
+            let cache = LocatorCache::default();
             for (block, locator) in [(BLOCK, at(1)), (next, at(2)), (elsewhere, at(3))] {
-                assert_eq!(places.find(block, || Ok(Some(locator))).unwrap(), Some(locator));
-                assert_eq!(known(&places, block), Some(locator));
+                assert_eq!(cache.find(block, || Ok(Some(locator))).unwrap(), Some(locator));
+                assert_eq!(known(&cache, block), Some(locator));
             }
-            places.forget(&group(content));
-            assert_eq!([BLOCK, next, elsewhere].map(|block| known(&places, block)), left);
+            cache.forget(&group(content));
+            assert_eq!([BLOCK, next, elsewhere].map(|block| known(&cache, block)), left);
         }
     }
 
     #[test]
     fn what_was_read_before_a_change_is_not_kept_after_it() {
-        let places = Places::default();
+        let cache = LocatorCache::default();
         let read_then_changed = || {
-            places.forget(&group(Content::Block(BLOCK)));
+            cache.forget(&group(Content::Block(BLOCK)));
             Ok(Some(at(1)))
         };
-        assert_eq!(places.find(BLOCK, read_then_changed).unwrap(), Some(at(1)));
-        assert_eq!(known(&places, BLOCK), None);
+        assert_eq!(cache.find(BLOCK, read_then_changed).unwrap(), Some(at(1)));
+        assert_eq!(known(&cache, BLOCK), None);
     }
 
     #[test]
     fn no_more_is_kept_than_the_bound() {
-        let places = Places::default();
-        for index in 0..PLACES_MAX as u32 + 1 {
-            places.find(BlockId { index, ..BLOCK }, || Ok(Some(at(index as u64)))).unwrap();
+        let cache = LocatorCache::default();
+        for index in 0..LOCATORS_MAX as u32 + 1 {
+            cache.find(BlockId { index, ..BLOCK }, || Ok(Some(at(index as u64)))).unwrap();
         }
-        assert_eq!(places.0.read().unwrap().places.len(), 1);
+        assert_eq!(cache.0.read().unwrap().locators.len(), 1);
     }
 }

@@ -65,7 +65,7 @@ pub(super) struct Fault {
     /// Calls of this kind alone, if one is named.
     pub(super) only: Option<Call>,
     pub(super) effect: Effect,
-    /// It strikes every later call too, until [`Disk::heal`].
+    /// It strikes every later call too, until [`FaultDisk::heal`].
     pub(super) stays: bool,
 }
 
@@ -137,10 +137,10 @@ struct State {
 
 /// The disk. Clones share it.
 #[derive(Clone, Default)]
-pub(super) struct Disk(Arc<Mutex<State>>);
+pub(super) struct FaultDisk(Arc<Mutex<State>>);
 
 struct DiskFile {
-    disk: Disk,
+    disk: FaultDisk,
     content: Arc<Mutex<Content>>,
 }
 
@@ -235,7 +235,7 @@ impl Content {
     }
 }
 
-impl Disk {
+impl FaultDisk {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
@@ -261,12 +261,12 @@ impl Disk {
         state.dead || !state.struck.is_empty()
     }
 
-    /// Keeps every call from now on for [`Disk::calls`].
+    /// Keeps every call from now on for [`FaultDisk::calls`].
     pub(super) fn trace(&self) {
         self.state().trace = Some(Vec::new());
     }
 
-    /// All calls since [`Disk::trace`], in order.
+    /// All calls since [`FaultDisk::trace`], in order.
     pub(super) fn calls(&self) -> Vec<Call> {
         self.state().trace.clone().unwrap_or_default()
     }
@@ -295,7 +295,7 @@ impl Disk {
     }
 
     /// What is left when the machine comes up again.
-    pub(super) fn restart(&self, files: Files, table: Table) -> Disk {
+    pub(super) fn restart(&self, files: Files, table: Table) -> FaultDisk {
         let state = self.state();
         let seed = |seed| ChaCha8Rng::seed_from_u64(seed);
         let mut random = seed(if let Files::Cut(seed) = files { seed } else { 0 });
@@ -335,15 +335,15 @@ impl Disk {
         } else {
             restarted.flushed = restarted.pairs.clone();
         }
-        Disk(Arc::new(Mutex::new(restarted)))
+        FaultDisk(Arc::new(Mutex::new(restarted)))
     }
 
-    pub(super) fn of_directory(directory: u8) -> Disk {
-        Disk(Arc::new(Mutex::new(State { directory, ..State::default() })))
+    pub(super) fn of_directory(directory: u8) -> FaultDisk {
+        FaultDisk(Arc::new(Mutex::new(State { directory, ..State::default() })))
     }
 
     /// What is left where the catalog falls back to what it was on another disk.
-    pub(super) fn with_catalog_of(&self, older: &Disk) -> Disk {
+    pub(super) fn with_catalog_of(&self, older: &FaultDisk) -> FaultDisk {
         let disk = self.restart(Files::Synced, Table::Deleted);
         let pairs = older.state().pairs.clone();
         disk.state().flushed = pairs.clone();
@@ -430,7 +430,7 @@ fn apply(pairs: &mut Pairs, batch: Batch) {
     }
 }
 
-impl Segments for Disk {
+impl Segments for FaultDisk {
     fn directory(&self) -> DirectoryId {
         DirectoryId([self.state().directory; 16])
     }
@@ -578,7 +578,7 @@ impl SegmentFile for DiskFile {
     }
 }
 
-impl Catalog for Disk {
+impl Catalog for FaultDisk {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         self.call(Call::Get, |state, _| Ok(state.pairs.get(key).cloned()))
     }
