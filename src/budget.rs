@@ -1,8 +1,9 @@
 //! How many bytes may be in use at once, and who has them?
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use crate::lock::IgnorePoison;
 use crate::until::Until;
 
 /// A share of a budget up to which a taker counts as small, and is let into the part that large ones leave alone.
@@ -55,7 +56,7 @@ impl Budget {
 
     /// Bytes in use now.
     pub fn taken(&self) -> u64 {
-        *self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.taken.lock().ignore_poison()
     }
 
     /// So many bytes, if there are.
@@ -67,7 +68,7 @@ impl Budget {
 
     /// So many bytes that are in use already, whether there are any left or not: others wait for them.
     pub fn owe(self: &Arc<Self>, bytes: u64) -> Taken {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.taken.lock().ignore_poison();
         *taken = taken.saturating_add(bytes);
         Taken { budget: self.clone(), bytes }
     }
@@ -77,7 +78,7 @@ impl Budget {
         loop {
             match self.try_take(bytes) {
                 Err(Short::Now) if !until.is_over() => {
-                    let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+                    let taken = self.taken.lock().ignore_poison();
                     // Woken or not, the next turn looks again.
                     drop(self.given_back.wait_timeout(taken, LOOK));
                 }
@@ -110,7 +111,7 @@ impl Taken {
         if bytes > allowed {
             return Err(Short::Never { limit: allowed });
         }
-        let mut taken = self.budget.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.budget.taken.lock().ignore_poison();
         match taken.checked_add(more) {
             Some(sum) if sum <= allowed => *taken = sum,
             _ => return Err(Short::Now),
@@ -122,7 +123,7 @@ impl Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        *self.budget.taken.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+        *self.budget.taken.lock().ignore_poison() -= self.bytes;
         self.budget.given_back.notify_all();
     }
 }

@@ -20,6 +20,8 @@
 pub mod budget;
 pub mod limits;
 #[doc(hidden)]
+pub mod lock;
+#[doc(hidden)]
 pub mod lru;
 pub mod shape;
 pub mod types;

@@ -15,7 +15,7 @@ use std::process::Command;
 
 /// Folders of the packages' sources that the table is about, and the modules that all others there may import.
 const PACKAGES: &[(&str, &[&str])] = &[
-    ("src/", &["types", "shape", "limits", "until", "budget", "lru"]),
+    ("src/", &["types", "shape", "limits", "lock", "until", "budget", "lru"]),
     ("crates/grpc/src/", &[]),
     ("crates/lab/src/", &["passkey"]),
 ];
@@ -25,6 +25,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("src/types", &[]),
     ("src/shape", &[]),
     ("src/limits", &[]),
+    ("src/lock", &[]),
     ("src/until", &[]),
     ("src/budget", &[]),
     ("src/lru", &[]),
@@ -356,6 +357,23 @@ fn no_lock_is_held_over_parallel_work() {
 }
 
 #[test]
+fn one_module_says_what_a_poisoned_lock_means() {
+    let rule = Rule {
+        rule: "only src/lock.rs names PoisonError",
+        why: "whether work goes on after a panic is one decision, with one reason",
+        fix: "use `IgnorePoison::ignore_poison`, or refuse as `StoreError::Poisoned` does",
+    };
+    hold(rule, |file| in_src(file) && file.path != "src/lock.rs", check_poison);
+}
+
+fn check_poison(file: &File) -> Vec<Finding> {
+    code::words(&file.code)
+        .filter(|&(_, word)| word == "PoisonError")
+        .map(|(at, word)| Finding { line: code::line_of(&file.code, at), what: format!("`{word}`") })
+        .collect()
+}
+
+#[test]
 fn code_is_finished() {
     let rule = Rule {
         rule: "no todo!, unimplemented! or dbg! in Rust code",
@@ -460,6 +478,7 @@ fn checks_find_what_they_are_for() {
         (check_unsafe, "src/a.rs", "// SAFETY: another.\nf();\nunsafe { g() }", 1),
         (check_unsafe, "src/a.rs", "type F = unsafe extern \"C\" fn(u8);\nunsafe extern \"C\" fn f() {}", 1),
         (check_unsafe, "src/a.rs", "// unsafe\nlet x = \"unsafe\";", 0),
+        (check_poison, "src/a.rs", "lock.unwrap_or_else(PoisonError::into_inner)", 1),
         (check_unfinished, "src/a.rs", "todo!(); // dbg!()\nlet todo = 1;", 1),
         (check_machine, "a.md", &slash("see |home|me|x, src|work|y, {dir}|tmp|z, unix:||tmp|s"), 2),
         (check_machine, "a.md", &format!("https://{}.io/x, https://docs.rs/x", "crates"), 1),

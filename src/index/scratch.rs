@@ -1,7 +1,9 @@
 //! Memory that lookups use again: fresh pages cost more than scoring what is written to them.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+
+use crate::lock::IgnorePoison;
 
 /// Numbers that a buffer may hold and still be kept: 32 MiB.
 pub(super) const KEPT_NUMBERS_MAX: usize = 8 << 20;
@@ -24,7 +26,7 @@ impl Scratch {
         if numbers == 0 {
             return Scratch { buffer: Vec::new(), numbers };
         }
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = FREE.lock().ignore_poison();
         let fits = |buffer: &Vec<f32>| buffer.len() >= numbers;
         let smallest =
             free.iter().enumerate().filter(|(_, buffer)| fits(buffer)).min_by_key(|(_, buffer)| buffer.len());
@@ -37,7 +39,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = FREE.lock().ignore_poison();
         let kept: usize = free.iter().map(Vec::len).sum();
         if !buffer.is_empty() && buffer.len() <= KEPT_NUMBERS_MAX && kept + buffer.len() <= KEPT_IN_ALL_MAX {
             free.push(buffer);

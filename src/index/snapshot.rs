@@ -2,12 +2,13 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use half::f16;
 
 use super::compress::Compressed;
 use super::layout::{CHUNK_KEYS_MAX, KeyLayout, NIBBLE_OFFSET, OCTET, PANEL, QUAD, Scanned};
+use crate::lock::IgnorePoison;
 use crate::types::DType;
 use linalg::{ChannelCode, simd};
 
@@ -190,7 +191,7 @@ impl Chunk {
 
     /// The place of the copy, which goes when the chunk goes. Locked while the copy is made, so that it is made once.
     pub(super) fn copy(&self) -> MutexGuard<'_, Option<Copied>> {
-        self.copy.lock().unwrap_or_else(PoisonError::into_inner)
+        self.copy.lock().ignore_poison()
     }
 
     /// The panels of all pieces.

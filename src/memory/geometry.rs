@@ -1,8 +1,9 @@
 //! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the turns that queries need for them.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use crate::lock::IgnorePoison;
 use crate::shape::{Rope, Turn};
 
 /// The slots before the window for one request.
@@ -78,7 +79,7 @@ const KEPT_TURNS_MAX: usize = 4096;
 impl LastTurns {
     /// The turns for all slots, made if they are not here.
     pub(super) fn get(&self, rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Arc<Turns> {
-        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.0.lock().ignore_poison();
         let same = |kept: &&Kept| kept.slots == geometry.slots && kept.distances == distances;
         if let Some(kept) = lock().iter().find(same) {
             return kept.turns.clone();

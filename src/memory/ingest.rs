@@ -1,6 +1,6 @@
 //! How do blocks come in? Checked field by field, encoded, made durable, then visible to lookups.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -8,6 +8,7 @@ use super::error::{at_most, invalid, writing};
 use super::{Collection, LocalMemory};
 use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, Tensor};
 use crate::limits;
+use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{BlockMeta, BlockRecord, Held, Manifest};
@@ -102,7 +103,7 @@ impl LocalMemory {
     fn write(&self, collection: &Collection, before: &Manifest, records: &[BlockRecord]) -> Result<Option<Manifest>> {
         let document = before.id;
         let writer = self.writers.of(document);
-        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = writer.lock().ignore_poison();
         if self.store.manifest(document)? != *before {
             return Ok(None);
         }
@@ -154,7 +155,7 @@ impl LocalMemory {
         let manifest = self.store.manifest(document)?;
         let collection = self.collection_of(manifest.collection)?;
         let writer = self.writers.of(document);
-        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = writer.lock().ignore_poison();
         let manifest = self.store.manifest(document)?;
         let manifest = if manifest.sealed { manifest } else { self.store.seal(document).map_err(writing(document))? };
         Ok(self.info(&collection, manifest))

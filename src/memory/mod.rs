@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
@@ -16,6 +16,7 @@ use crate::budget::Budget;
 use crate::cuda::Runner;
 use crate::index::{self, KeyLayout, SearchEngine};
 use crate::limits;
+use crate::lock::IgnorePoison;
 use crate::shape::{CollectionSpec, check_name};
 use crate::store::{self, CollectionEntry, Compactor, Manifest, Store, StoreError};
 use crate::types::{BlockRange, CollectionId, DocumentId, Engine, FaissIndex};
@@ -159,11 +160,11 @@ impl LocalMemory {
     }
 
     fn collection_of(&self, id: CollectionId) -> Result<Arc<Collection>> {
-        if let Some(collection) = self.collections.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
+        if let Some(collection) = self.collections.read().ignore_poison().get(&id) {
             return Ok(collection.clone());
         }
         // Locked before it is read, so that nothing that was read before a change is kept after it.
-        let mut collections = self.collections.write().unwrap_or_else(PoisonError::into_inner);
+        let mut collections = self.collections.write().ignore_poison();
         let Some(CollectionEntry { spec, engine }) = self.store.collection(id)? else {
             return Err(MemoryError::NotFound { entity: Entity::Collection, id: id.to_string() });
         };
@@ -278,7 +279,7 @@ impl BlockMemory for LocalMemory {
         self.check_engine(&before, &engine)?;
         let only_indexes_differ = before.search.indexes().is_some() && engine.setting().is_some();
         self.store.set_engine(collection, engine)?;
-        self.collections.write().unwrap_or_else(PoisonError::into_inner).remove(&collection);
+        self.collections.write().ignore_poison().remove(&collection);
         // Each engine has keys in its own form, in its own memory; those with indexes read the same.
         if !only_indexes_differ {
             let documents: HashSet<DocumentId> =
@@ -374,7 +375,7 @@ impl BlockMemory for LocalMemory {
 
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
         let writer = self.writers.of(document);
-        let _writing = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = writer.lock().ignore_poison();
         let freed = self.store.delete(document)?;
         self.forget_document(document);
         Ok(Deleted { blocks: freed.blocks, freed_bytes: freed.bytes })

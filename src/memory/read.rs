@@ -1,13 +1,12 @@
 //! How do blocks come out? Fetched with their K and V, or described without.
 
-use std::sync::PoisonError;
-
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::LocalMemory;
 use super::error::invalid;
 use crate::api::{BlockInfo, BlockText, Entity, FetchRequest, MemoryError, Result, StoredBlock, Tensor};
+use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;
 use crate::store::BlockMeta;
 use crate::store::piece::PieceLayout;
@@ -34,7 +33,7 @@ impl LocalMemory {
         let tail = match request.blocks.contains(&manifest.blocks) {
             true => {
                 let writer = self.writers.of(request.document);
-                let _unchanging = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                let _unchanging = writer.lock().ignore_poison();
                 Some(read(manifest.blocks)?)
             }
             false => None,

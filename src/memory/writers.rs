@@ -1,8 +1,9 @@
 //! Who writes to a document now? One at a time, and nobody keeps anything for documents that are not written to.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
+use crate::lock::IgnorePoison;
 use crate::types::DocumentId;
 
 /// A lock for every document that somebody writes to, or reads a tail of.
@@ -22,7 +23,7 @@ const FULL_MIN: usize = 64;
 impl Writers {
     /// Locked while a document is written: what is durable does not change between a check and the write.
     pub(super) fn of(&self, document: DocumentId) -> Arc<Mutex<()>> {
-        let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locks = self.0.lock().ignore_poison();
         if let Some(lock) = locks.by_document.get(&document).and_then(Weak::upgrade) {
             return lock;
         }

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
 use super::catalog::{Batch, Catalog, Pair, discard_folder, is_out_of_files, key};
+use crate::lock::IgnorePoison;
 
 #[derive(Default)]
 pub(super) struct MemoryCatalog {
@@ -39,19 +40,19 @@ impl MemoryCatalog {
 
 impl Catalog for MemoryCatalog {
     fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.pairs.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned())
+        Ok(self.pairs.read().ignore_poison().get(key).cloned())
     }
 
     /// The pairs as they are now.
     fn scan(&self, prefix: &[u8]) -> Box<dyn Iterator<Item = io::Result<Pair>>> {
-        let pairs = self.pairs.read().unwrap_or_else(PoisonError::into_inner);
+        let pairs = self.pairs.read().ignore_poison();
         let from = pairs.range(prefix.to_vec()..).take_while(|(key, _)| key.starts_with(prefix));
         let found: Vec<_> = from.map(|(key, value)| Ok((key.clone(), value.clone()))).collect();
         Box::new(found.into_iter())
     }
 
     fn apply(&self, batch: Batch) -> io::Result<()> {
-        let mut pairs = self.pairs.write().unwrap_or_else(PoisonError::into_inner);
+        let mut pairs = self.pairs.write().ignore_poison();
         for (key, value) in batch {
             match value {
                 Some(value) => pairs.insert(key, value),
@@ -63,7 +64,7 @@ impl Catalog for MemoryCatalog {
 
     /// What was flushed need not be found again, but nothing older may be: segments are removed after a flush.
     fn flush(&self) -> io::Result<()> {
-        let mut outdated = self.outdated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outdated = self.outdated.lock().ignore_poison();
         match &*outdated {
             Outdated::Nothing => {}
             Outdated::Folder(path) => discard_folder(path)?,
@@ -106,7 +107,7 @@ impl CatalogSlot {
     }
 
     fn inside(&self) -> RwLockReadGuard<'_, Inside> {
-        self.inside.read().unwrap_or_else(PoisonError::into_inner)
+        self.inside.read().ignore_poison()
     }
 
     pub(super) fn current(&self) -> Arc<dyn Catalog> {
@@ -114,7 +115,7 @@ impl CatalogSlot {
     }
 
     pub(super) fn replace(&self, catalog: Arc<dyn Catalog>) {
-        let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = self.inside.write().ignore_poison();
         *inside = Inside { catalog, is_torn: false, stands_in: true, before: inside.before + 1 };
         self.broken.store(false, Ordering::Release);
     }
@@ -207,7 +208,7 @@ impl Catalog for CatalogSlot {
                 broken.store(true, Ordering::Release);
             }
             is_over = !matches!(pair, Some(Ok(_)));
-            if !inside.read().unwrap_or_else(PoisonError::into_inner).is_still(before) {
+            if !inside.read().ignore_poison().is_still(before) {
                 is_over = true;
                 return Some(Err(io::Error::other("another has taken its place meanwhile: try again")));
             }
@@ -217,7 +218,7 @@ impl Catalog for CatalogSlot {
 
     /// Readers wait meanwhile: none sees a part of a batch.
     fn apply(&self, batch: Batch) -> io::Result<()> {
-        let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = self.inside.write().ignore_poison();
         inside.whole()?;
         inside.is_torn = true;
         let applied = inside.catalog.apply(batch);
@@ -237,7 +238,7 @@ impl Catalog for CatalogSlot {
         let flushed = self.watch(catalog.flush());
         if flushed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
             // It hangs, and would the next time.
-            let mut inside = self.inside.write().unwrap_or_else(PoisonError::into_inner);
+            let mut inside = self.inside.write().ignore_poison();
             inside.is_torn |= inside.before == before;
         }
         flushed

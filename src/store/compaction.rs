@@ -3,7 +3,7 @@
 //! is removed. A crash between any two steps leaves records twice at worst, and the later copy counts.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use super::recovery::begin_segment;
 use super::segment::{Segment, SegmentId};
 use super::{Store, Writer};
 use crate::limits;
+use crate::lock::IgnorePoison;
 use crate::types::{BlockId, DocumentId};
 
 /// Records that are looked at, or copied, in one step: some milliseconds of catalog, and few enough for the record that ends
@@ -110,14 +111,14 @@ impl Store {
     }
 
     pub(super) fn wake_compactor(&self) {
-        *self.compactor.asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.compactor.asked.lock().ignore_poison() = true;
         self.compactor.wake.notify_all();
     }
 
     fn wait_for_work(&self) {
-        let asked = self.compactor.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let asked = self.compactor.asked.lock().ignore_poison();
         let waited = self.compactor.wake.wait_timeout_while(asked, PAUSE, |asked| !*asked);
-        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
+        *waited.ignore_poison().0 = false;
     }
 
     /// Gives back all the space that there is to give, before it returns.

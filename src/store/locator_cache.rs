@@ -5,11 +5,12 @@
 //! saw before a change is not kept after it.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{PoisonError, RwLock};
+use std::sync::RwLock;
 
 use super::error::StoreError;
 use super::ledger::Group;
 use super::record::{Content, Locator};
+use crate::lock::IgnorePoison;
 use crate::types::{BlockId, DocumentId};
 
 /// Blocks kept, in at most 25 MiB: 16 million tokens in blocks of 64. When they are reached, all are forgotten; those in
@@ -36,7 +37,7 @@ impl LocatorCache {
         catalog: impl FnOnce() -> Result<Option<Locator>, StoreError>,
     ) -> Result<Option<Locator>, StoreError> {
         let changes = {
-            let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            let known = self.0.read().ignore_poison();
             if known.gone.contains(&block.document) {
                 return Ok(None);
             }
@@ -53,7 +54,7 @@ impl LocatorCache {
     }
 
     fn keep(&self, block: BlockId, locator: Locator, changes: u64) {
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.write().ignore_poison();
         if known.changes == changes {
             if known.locators.len() == LOCATORS_MAX {
                 known.locators.clear();
@@ -64,7 +65,7 @@ impl LocatorCache {
 
     /// Forgets what a group may have moved, replaced or deleted; called when the catalog has it, or may have it.
     pub(super) fn forget(&self, group: &Group) {
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.write().ignore_poison();
         known.changes += 1;
         for entry in &group.entries {
             match &entry.content {
@@ -83,7 +84,7 @@ impl LocatorCache {
     pub(super) fn bury(&self, group: &Group) {
         for entry in &group.entries {
             if let Content::Tombstone(tombstone) = &entry.content {
-                let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+                let mut known = self.0.write().ignore_poison();
                 known.forget_document(tombstone.document);
                 known.gone.insert(tombstone.document);
             }
@@ -92,14 +93,14 @@ impl LocatorCache {
 
     /// The catalog has none of its blocks any more.
     pub(super) fn forget_purged(&self, document: DocumentId) {
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.write().ignore_poison();
         known.changes += 1;
         known.gone.remove(&document);
     }
 
     /// Of a catalog that another has replaced.
     pub(super) fn forget_all(&self) {
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.write().ignore_poison();
         known.changes += 1;
         known.locators.clear();
     }

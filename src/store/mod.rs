@@ -14,12 +14,13 @@ use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
+use crate::lock::IgnorePoison;
 use crate::shape::{CollectionSpec, check_name};
 use crate::types::{CollectionId, DocumentId, Engine};
 
@@ -400,7 +401,7 @@ impl Store {
     }
 
     pub fn stats(&self) -> StoreStats {
-        let stats = *self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let stats = *self.stats.lock().ignore_poison();
         let catalog_bytes = self.catalog.size_bytes().unwrap_or_else(|error| {
             tracing::warn!(%error, "the size of the catalog is not known");
             0
@@ -455,7 +456,7 @@ fn open_catalog(path: &Path) -> Result<Arc<dyn Catalog>, StoreError> {
 impl Drop for Store {
     fn drop(&mut self) {
         // What a caller was told has failed must not be found by the next opening, in the log or, in part, in the catalog.
-        let cut = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner).cut_back();
+        let cut = self.writer.get_mut().ignore_poison().cut_back();
         if let Err(error) = cut {
             tracing::error!(%error, "an append that failed may be there when the store is opened again");
         }

@@ -8,7 +8,7 @@ use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use rustix::fs::Advice;
 use rustix::io::ReadWriteFlags;
@@ -18,6 +18,7 @@ use super::error::StoreError;
 use super::log::Scan;
 use super::record::{FORMAT, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
 use crate::limits;
+use crate::lock::IgnorePoison;
 
 /// One segment of the log. Numbers grow with age and are never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -412,7 +413,7 @@ impl Handles {
     /// An existing segment; see [`StoreError::is_missing`] for one that is not there.
     pub(super) fn get(&self, id: SegmentId) -> Result<Arc<Segment>, StoreError> {
         let removals = {
-            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            let open = self.open.read().ignore_poison();
             if let Some(segment) = open.segments.get(&id) {
                 return Ok(segment.clone());
             }
@@ -420,7 +421,7 @@ impl Handles {
         };
         let file = self.segments.open(id).map_err(StoreError::io("open a segment"))?;
         let segment = Arc::new(Segment::read(id, file, self.segments.directory())?);
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.write().ignore_poison();
         // Of a segment removed meanwhile no handle is kept: its bytes would stay on the disk as long.
         if open.removals == removals {
             open.keep(&segment);
@@ -439,20 +440,20 @@ impl Handles {
         })?;
         let salt = Salt::of(self.segments.directory(), id);
         let segment = Arc::new(Segment { id, file, salt, header: Some(header) });
-        self.open.write().unwrap_or_else(PoisonError::into_inner).keep(&segment);
+        self.open.write().ignore_poison().keep(&segment);
         Ok(segment)
     }
 
     /// Takes a segment out of the log and keeps its file.
     pub(super) fn move_aside(&self, id: SegmentId) -> Result<(), StoreError> {
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.write().ignore_poison();
         open.segments.remove(&id);
         open.removals += 1;
         self.segments.move_aside(id).map_err(StoreError::io("move a damaged segment aside"))
     }
 
     pub(super) fn remove(&self, id: SegmentId) -> Result<(), StoreError> {
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.write().ignore_poison();
         open.segments.remove(&id);
         open.removals += 1;
         match self.segments.remove(id) {

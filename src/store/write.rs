@@ -2,7 +2,7 @@
 //! the next call finds out. Everything else is an ordinary error, after which the next call works.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::catalog::Catalog;
@@ -17,6 +17,7 @@ use super::record::SEGMENT_HEADER_BYTES;
 use super::recovery::{damaged_segments, rewrite};
 use super::segment::SegmentId;
 use super::{Store, Writer};
+use crate::lock::IgnorePoison;
 use crate::until::Until;
 
 /// Whether a store takes writes.
@@ -36,7 +37,7 @@ const QUICK: Duration = Duration::from_millis(10);
 impl Store {
     /// Whether the store takes writes, as of the last one.
     pub fn health(&self) -> Health {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.health.lock().ignore_poison().clone()
     }
 
     /// Runs a change under the writer's lock, and what it leaves to be tidied up.
@@ -65,13 +66,13 @@ impl Store {
     pub(super) fn locked<T>(&self, run: impl FnOnce(&mut Writer) -> Result<T, StoreError>) -> Result<T, StoreError> {
         let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
         let result = self.find_end(&mut writer).and_then(|()| run(&mut writer));
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = writer.stats();
+        *self.stats.lock().ignore_poison() = writer.stats();
         self.note_health(&writer, result.as_ref().err());
         result
     }
 
     fn note_health(&self, writer: &Writer, error: Option<&StoreError>) {
-        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut health = self.health.lock().ignore_poison();
         let now = match error {
             // A small write, or a step with nothing to write, finds no disk full.
             None if matches!(*health, Health::ReadOnly { .. }) && !self.handles.folder().has_room() => return,

@@ -142,7 +142,7 @@ fn binding(head: &str) -> Option<&str> {
 /// Behind the call of which the arguments begin at `at`, and behind what leaves a guard a guard.
 fn after_guard(text: &str, at: usize) -> usize {
     let mut at = at + parenthesized(&text[at..]);
-    while let Some(call) = [".unwrap_or_else", ".unwrap", ".expect"].iter().find(|call| {
+    while let Some(call) = [".ignore_poison", ".unwrap", ".expect"].iter().find(|call| {
         let after = text[at..].trim_start();
         after.strip_prefix(**call).is_some_and(|after| after.starts_with('('))
     }) {
@@ -235,7 +235,7 @@ fn by_dimension(quads: &[i8], width: usize) -> Vec<i8> {
         for (body, count) in [
             ("let kept = self.kept.lock().unwrap(); kept.par_iter().sum()", 1),
             ("let kept = self.kept.lock().unwrap(); drop(kept); rows.par_iter().sum()", 0),
-            ("{ let kept = self.kept.write().unwrap_or_else(PoisonError::into_inner); } rows.par_iter()", 0),
+            ("{ let kept = self.kept.write().ignore_poison(); } rows.par_iter()", 0),
             ("let rows = self.kept.read().unwrap().clone(); rows.into_par_iter().sum()", 0),
             ("self.kept.lock().unwrap().par_iter().sum()", 1),
             ("let _ = self.kept.lock(); rayon::join(a, b)", 0),

@@ -4,12 +4,13 @@
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use super::attend::Attention;
 use crate::api::MemoryError;
 use crate::cuda::{Device, Part, Runner};
 use crate::index::{self, Found, Query};
+use crate::lock::IgnorePoison;
 use crate::store::{Store, StoreError};
 use crate::types::DocumentId;
 
@@ -138,7 +139,7 @@ fn streams<R: Runner + Send + 'static>(
 impl<R: Runner> Streams<R> {
     /// Works on a stream that nobody else uses. One that failed is not used again.
     fn on_one<T>(&self, work: impl FnOnce(&R) -> Result<T, Failure>) -> Result<T, Failure> {
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = || self.idle.lock().ignore_poison();
         let last_used = idle().pop();
         let runner = match last_used {
             Some(runner) => runner,

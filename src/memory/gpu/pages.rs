@@ -1,12 +1,13 @@
 //! Which pieces lie in a GPU's memory? Those that were attended to last, bounded in bytes.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rayon::prelude::*;
 
 use super::Failure;
 use crate::cuda::{Page, PageLayout, Piece, Runner};
+use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::store::{Store, StoreError};
@@ -68,7 +69,7 @@ impl<M> Pages<M> {
     }
 
     fn kept(&self) -> MutexGuard<'_, LruCache<PieceId, Arc<Page<M>>>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().ignore_poison()
     }
 }
 

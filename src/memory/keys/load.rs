@@ -1,13 +1,14 @@
 //! How do landmark keys come out of the store? Chunk by chunk, as appends would have left them, for all layers or for one.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
 use super::super::Collection;
 use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
+use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
 use crate::store::piece::{KeyNumbers, KeysLayout};
 use crate::store::{Store, StoreError};
@@ -30,7 +31,7 @@ impl Default for Codes {
 
 impl Codes {
     pub(in crate::memory) fn forget(&self, document: DocumentId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|kept| *kept != document);
+        self.0.lock().ignore_poison().retain(|kept| *kept != document);
     }
 }
 
@@ -49,7 +50,7 @@ impl Loader<'_> {
         if !layout.has_codes() {
             return Ok(Arc::default());
         }
-        let kept = self.codes.0.lock().unwrap_or_else(PoisonError::into_inner).get(document);
+        let kept = self.codes.0.lock().ignore_poison().get(document);
         if let Some(codes) = kept {
             return Ok(codes);
         }
@@ -57,7 +58,7 @@ impl Loader<'_> {
         let bytes = self.store.read_keys(block)?;
         let codes: Arc<[ChannelCode]> = layout.split_codes(&bytes).map_err(data_loss(block))?.0.into();
         let kept_bytes = codes_bytes(&self.collection.layout);
-        self.codes.0.lock().unwrap_or_else(PoisonError::into_inner).put(document, codes.clone(), kept_bytes);
+        self.codes.0.lock().ignore_poison().put(document, codes.clone(), kept_bytes);
         Ok(codes)
     }
 

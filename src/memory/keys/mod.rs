@@ -9,12 +9,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::api::Result;
 use crate::index::{DocumentIndexes, DocumentKeys, KeyLayout};
 use crate::limits;
+use crate::lock::IgnorePoison;
 use crate::types::{DocumentId, FaissIndex};
 use crate::until::Until;
 
@@ -152,7 +153,7 @@ impl KeyCache {
         // What another request loads is waited for, with nothing in hand that it could wait for.
         while wanted.iter().any(|(document, _)| state.documents.get(document).is_some_and(|entry| entry.loading)) {
             let waited = self.loaded.wait_timeout(state, LOOK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = waited.ignore_poison().0;
             until.check()?;
         }
         let mut more = 0;
@@ -228,7 +229,7 @@ impl KeyCache {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().ignore_poison()
     }
 }
 

@@ -2,11 +2,12 @@
 //! once as a share of the budget holds; one that needs more than the share alone.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::LOOK;
 use crate::api::{MemoryError, Result};
+use crate::lock::IgnorePoison;
 use crate::until::Until;
 
 /// How long a request of a caller that may go away waits for its turn before it is told to come back: it holds one of the
@@ -69,12 +70,12 @@ impl Passing {
                 self.left.notify_all();
                 return Err(error);
             }
-            state = self.left.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.left.wait_timeout(state, LOOK).ignore_poison().0;
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().ignore_poison()
     }
 }
 

@@ -1,9 +1,10 @@
 //! Blocks that were fetched before, bounded in bytes. For callers that attend over fetched K and V themselves and come
 //! back to the same blocks step after step.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use landmarkdb::api::{BlockMemory, FetchRequest, Result, StoredBlock};
+use landmarkdb::lock::IgnorePoison;
 use landmarkdb::lru::LruCache;
 use landmarkdb::types::{BlockId, DType, DocumentId};
 
@@ -82,8 +83,7 @@ impl CachedBlocks {
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        // Every change leaves the cache whole, so a panic elsewhere spoils nothing.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().ignore_poison()
     }
 }
 

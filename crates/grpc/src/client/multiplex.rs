@@ -2,7 +2,7 @@
 //! more on headers than on the question.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -15,6 +15,7 @@ use super::retry::Patience;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
 use crate::wire::{from_status, v1};
 use landmarkdb::api::{MemoryError, Result};
+use landmarkdb::lock::IgnorePoison;
 
 /// Questions that wait to be written; more callers than this wait before it.
 const QUESTIONS_READY: usize = 16;
@@ -99,7 +100,7 @@ impl<Q: Question> Multiplex<Q> {
             let callers = Some(HashMap::new());
             let waiting = Arc::new(Mutex::new(Waiting { next_id: 0, heard: Instant::now(), hearing: None, callers }));
             let hearing = tokio::spawn(hand_out::<Q>(replies, waiting.clone(), patience.target.to_string()));
-            lock(&waiting).hearing = Some(hearing.abort_handle());
+            waiting.lock().ignore_poison().hearing = Some(hearing.abort_handle());
             *open = Some(OpenStream { requests, waiting });
         }
     }
@@ -115,7 +116,7 @@ async fn hand_out<Q: Question>(
         match replies.message().await {
             Ok(Some(reply)) => {
                 let (id, answer) = Q::unpack(reply);
-                let caller = lock(&waiting).hear(id);
+                let caller = waiting.lock().ignore_poison().hear(id);
                 if let Some(caller) = caller {
                     // The caller timed out; drop the reply.
                     let _ = caller.send(answer);
@@ -126,7 +127,7 @@ async fn hand_out<Q: Question>(
             Err(status) => break from_status(&status, &target, 0),
         }
     };
-    let callers = lock(&waiting).callers.take();
+    let callers = waiting.lock().ignore_poison().callers.take();
     for caller in callers.into_iter().flatten().map(|(_, caller)| caller) {
         let _ = caller.send(Err(end.clone()));
     }
@@ -143,7 +144,7 @@ impl<A> Waiting<A> {
 impl<A> Place<A> {
     fn enter(waiting: &Arc<Mutex<Waiting<A>>>) -> Option<Place<A>> {
         let (caller, answer) = oneshot::channel();
-        let mut now = lock(waiting);
+        let mut now = waiting.lock().ignore_poison();
         let id = now.next_id;
         now.callers.as_mut()?.insert(id, caller);
         now.next_id += 1;
@@ -155,7 +156,7 @@ impl<A> Drop for Place<A> {
     /// A stream that answered nobody while this caller waited in vain is given up: the next question opens another, and
     /// who else waits asks again.
     fn drop(&mut self) {
-        let mut waiting = lock(&self.waiting);
+        let mut waiting = self.waiting.lock().ignore_poison();
         let in_vain = waiting.callers.as_mut().is_some_and(|callers| callers.remove(&self.id).is_some());
         if in_vain && waiting.heard < self.since && self.since.elapsed() >= PATIENCE_MIN {
             waiting.callers = None;
@@ -164,11 +165,6 @@ impl<A> Drop for Place<A> {
             }
         }
     }
-}
-
-fn lock<A>(waiting: &Mutex<Waiting<A>>) -> std::sync::MutexGuard<'_, Waiting<A>> {
-    // No change is left half done by a panic.
-    waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An error as it came beside its answer's id.

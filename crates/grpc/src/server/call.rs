@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tonic::Request;
@@ -10,6 +10,7 @@ use tonic::Request;
 use super::peer::{Peer, Resting};
 use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::budget::{Budget, Short, Taken};
+use landmarkdb::lock::IgnorePoison;
 use landmarkdb::until::Until;
 
 /// When to come again for a caller that found all memory for messages in use: some messages later.
@@ -91,7 +92,7 @@ impl Call {
     }
 
     fn messages(&self) -> std::sync::MutexGuard<'_, VecDeque<Taken>> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+        self.messages.lock().ignore_poison()
     }
 }
 

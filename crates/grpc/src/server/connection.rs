@@ -21,10 +21,11 @@ use super::arriving::Arriving;
 use super::call::Call;
 use super::leaving::{self, Leaving};
 use super::options::ServeOptions;
-use super::peer::{Peer, lock};
+use super::peer::Peer;
 use super::phase::Phase;
 use crate::wire::bounds;
 use landmarkdb::budget::Budget;
+use landmarkdb::lock::IgnorePoison;
 
 /// What a stream and a connection may send before they are read: a message of any size is read as it comes, so this bounds
 /// only what nobody asks for. At 20 ms of distance it lets 50 MB pass in a second.
@@ -72,7 +73,7 @@ impl Shared {
         let shared = self.clone();
         tokio::spawn(async move {
             shared.run(socket, &peer).await;
-            lock(&shared.peers).remove(&number);
+            shared.peers.lock().ignore_poison().remove(&number);
             drop(alive);
         });
     }
@@ -80,7 +81,7 @@ impl Shared {
     /// A place for one more. Where all are taken, who never asked anything goes first, then who has asked nothing for the
     /// longest time, then whose streams have; where all are busy there is none.
     fn enter(&self) -> Option<(u64, Arc<Peer>)> {
-        let mut peers = lock(&self.peers);
+        let mut peers = self.peers.lock().ignore_poison();
         if peers.len() >= self.options.connections {
             let idle = peers.iter().filter_map(|(&number, peer)| Some((peer.idleness(self.options.stall)?, number)));
             let Some((_, leaving)) = idle.min() else {
@@ -245,7 +246,7 @@ mod tests {
         let [(_, silent), (_, asked), (_, busy)] = [(); 3].map(|()| shared.enter().unwrap());
         drop(asked.open());
         let _open = busy.open();
-        let here = |peer: &Arc<Peer>| lock(&shared.peers).values().any(|other| Arc::ptr_eq(peer, other));
+        let here = |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
         let (_, fourth) = shared.enter().unwrap();
         assert!(!here(&silent) && here(&asked) && here(&busy) && here(&fourth), "who never asked goes first");
         let _open = fourth.open();
@@ -270,7 +271,7 @@ mod tests {
         assert!(shared.enter().is_none(), "a message is on its way");
         std::thread::sleep(Duration::from_millis(30));
         assert!(shared.enter().is_some());
-        let here = |peer: &Arc<Peer>| lock(&shared.peers).values().any(|other| Arc::ptr_eq(peer, other));
+        let here = |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
         assert!(!here(&resting) && here(&working));
     }
 }

@@ -1,6 +1,6 @@
 //! Multiplexed streams: many lookups, or many attends, over one call.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tonic::Streaming;
 
@@ -10,6 +10,7 @@ use super::replies::{ReplyStream, replies};
 use super::work::{Line, Turn, Work, stopping};
 use crate::wire::v1;
 use landmarkdb::api::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result};
+use landmarkdb::lock::IgnorePoison;
 use landmarkdb::until::Until;
 
 /// Requests of one stream that are worked on or answered but unread; the next is not taken off the network until
@@ -97,7 +98,7 @@ impl Presence {
     }
 
     fn owe(self: &Arc<Self>) -> Owed {
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owed = self.owed.lock().ignore_poison();
         *owed = (owed.0 + 1, None);
         Owed(self.clone())
     }
@@ -105,7 +106,7 @@ impl Presence {
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        let mut owed = self.0.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owed = self.0.owed.lock().ignore_poison();
         owed.0 -= 1;
         if owed.0 == 0 {
             owed.1 = self.0.call.rest();

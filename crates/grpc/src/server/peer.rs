@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use super::options::ServeOptions;
+use landmarkdb::lock::IgnorePoison;
 
 /// Who is at the other end, and what it does.
 #[derive(Debug)]
@@ -33,11 +34,6 @@ pub(super) struct OpenStream {
     peer: Arc<Peer>,
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No change is left half done by a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Peer {
     pub(super) fn new() -> Arc<Peer> {
         let now = Instant::now();
@@ -61,12 +57,12 @@ impl Peer {
 
     /// A stream was handed something to read.
     pub(super) fn should_read(&self, stream: &OpenStream) {
-        lock(&self.unread).insert(stream.number, Instant::now());
+        self.unread.lock().ignore_poison().insert(stream.number, Instant::now());
     }
 
     /// And has read it.
     pub(super) fn has_read(&self, stream: &OpenStream) {
-        lock(&self.unread).remove(&stream.number);
+        self.unread.lock().ignore_poison().remove(&stream.number);
     }
 
     /// An open stream has nothing to do.
@@ -78,13 +74,13 @@ impl Peer {
 
     /// Something happened.
     pub(super) fn moved(&self) {
-        *lock(&self.idle_since) = Instant::now();
+        *self.idle_since.lock().ignore_poison() = Instant::now();
     }
 
     /// In which order connections make room, and since when: who never asked anything, who has no stream open, whose streams
     /// have all had nothing to do for `patience`. `None` for one that works.
     pub(super) fn idleness(&self, patience: Duration) -> Option<(u8, Instant)> {
-        let since = *lock(&self.idle_since);
+        let since = *self.idle_since.lock().ignore_poison();
         match self.open_streams.load(Ordering::Relaxed) {
             0 => Some(((self.calls.load(Ordering::Relaxed) > 0) as u8, since)),
             open => {
@@ -99,7 +95,7 @@ impl Peer {
     }
 
     pub(super) fn idle_for(&self) -> Option<Duration> {
-        self.is_idle().then(|| lock(&self.idle_since).elapsed())
+        self.is_idle().then(|| self.idle_since.lock().ignore_poison().elapsed())
     }
 
     /// Why the connection should end, if it should.
@@ -111,14 +107,14 @@ impl Peer {
         if self.idle_for().is_some_and(|idle| idle > options.idle) {
             return Some("it asked nothing");
         }
-        if waits(*lock(&self.stuck_since)) || waits(lock(&self.unread).values().min().copied()) {
+        if waits(*self.stuck_since.lock().ignore_poison()) || waits(self.unread.lock().ignore_poison().values().min().copied()) {
             return Some("it does not read its replies");
         }
         None
     }
 
     pub(super) fn wrote(&self, is_stuck: bool) {
-        let mut stuck_since = lock(&self.stuck_since);
+        let mut stuck_since = self.stuck_since.lock().ignore_poison();
         *stuck_since = is_stuck.then(|| stuck_since.unwrap_or_else(Instant::now));
     }
 }
@@ -134,7 +130,7 @@ impl Drop for Resting {
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        lock(&self.peer.unread).remove(&self.number);
+        self.peer.unread.lock().ignore_poison().remove(&self.number);
         self.peer.moved();
         self.peer.open_streams.fetch_sub(1, Ordering::Relaxed);
     }

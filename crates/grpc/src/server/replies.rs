@@ -1,7 +1,7 @@
 //! Replies of a stream: a few are ready, and the last word is never lost.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use tokio::sync::mpsc;
@@ -11,6 +11,7 @@ use tonic::Status;
 use super::call;
 use crate::wire::to_status;
 use landmarkdb::api::MemoryError;
+use landmarkdb::lock::IgnorePoison;
 use landmarkdb::until::Until;
 
 /// Why a stream ends, if not for having said all.
@@ -65,7 +66,7 @@ impl<T> Replies<T> {
     }
 
     pub(super) fn end(&self, status: Status) {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(status);
+        self.last.lock().ignore_poison().get_or_insert(status);
     }
 }
 
@@ -81,7 +82,7 @@ impl<T> Stream for ReplyStream<T> {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Poll::Ready(match ready!(self.receiver.poll_recv(cx)) {
             Some(reply) => Some(Ok(reply)),
-            None => self.last.lock().unwrap_or_else(PoisonError::into_inner).take().map(Err),
+            None => self.last.lock().ignore_poison().take().map(Err),
         })
     }
 }

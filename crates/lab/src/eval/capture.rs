@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use half::f16;
 use safetensors::tensor::{Dtype, TensorView};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use landmarkdb::api::*;
 use landmarkdb::attention::{BlockAttention, Retrieval, SequenceAttention, Window};
+use landmarkdb::lock::IgnorePoison;
 use landmarkdb::shape::{CollectionSpec, ModelShape};
 use landmarkdb::types::{BlockRange, CollectionId, DType, DocumentId, Engine, KeyRule};
 use landmarkdb::until::Until;
@@ -94,7 +95,7 @@ pub fn capture(capturing: &Capturing<'_>, progress: &mut dyn FnMut(u64)) -> Capt
         model.llama.forward(&[id], &mut session, Logits::None).map_err(RememberError::from)?;
         progress(done as u64 + 1);
     }
-    let asked = std::mem::take(&mut *recorder.asked.lock().unwrap_or_else(PoisonError::into_inner));
+    let asked = std::mem::take(&mut *recorder.asked.lock().ignore_poison());
     let of_layer = |&layer: &u32| asked.iter().filter(move |lookup| lookup.layer == layer);
     let queries = capturing.layers.iter().map(|layer| of_layer(layer).flat_map(|l| l.queries.clone()).collect());
     let distances = capturing.layers.first().map(|layer| of_layer(layer).flat_map(|l| l.distances.clone()).collect());
@@ -200,7 +201,7 @@ struct Recorder {
 
 impl Recorder {
     fn record(&self, request: &LookupRequest) {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(request.clone());
+        self.asked.lock().ignore_poison().push(request.clone());
     }
 }
 
