@@ -3,18 +3,19 @@
 //! Every piece (one layer and KV head of one block) is read once per request and meets all query rows that chose its
 //! block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
-use super::LocalMemory;
-use super::geometry::Turns;
-use super::lookup::{self, Plan, Prepared};
-use super::work::{self, Need, Then};
+use super::error::{not_finite, query_place};
+use super::local::LocalMemory;
+use super::lookup::Prepared;
+use super::plan::{AttendPlan, Need, Plan, Then};
+use super::work;
 use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
-use crate::cuda::{PageLayout, Part};
+use crate::cuda::Part;
 use crate::index::Found;
+use crate::store::Store;
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::types::Normalisation;
 use crate::until::Until;
@@ -59,24 +60,18 @@ struct Stored<'a> {
 }
 
 /// What the tasks of one request share.
-pub(super) struct Attention<'a> {
-    memory: &'a LocalMemory,
-    pub(super) prepared: &'a Prepared<'a>,
+struct Attention<'a> {
+    store: &'a Store,
+    plan: &'a AttendPlan<'a>,
     /// Set once a piece had to come from the disk: the others were asked for then.
     is_cold: AtomicBool,
-    pub(super) turns: Arc<Turns>,
-    pub(super) normalisation: Normalisation,
-    /// G
-    pub(super) group: usize,
-    /// D
-    dim: usize,
 }
 
 impl LocalMemory {
     pub(super) fn attend_blocks(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
         let plan = self.plan(&request.lookup, until)?;
         let Need { working, answer } = plan.need(Then::Attend);
-        let _taken = self.take(working + answer, until)?;
+        let _taken = work::take(&self.work, working + answer, until)?;
         let prepared = self.prepare(plan)?;
         work::run(&[&request.lookup], || self.attend_prepared(&prepared, request.normalisation))
     }
@@ -87,7 +82,8 @@ impl LocalMemory {
         let needs: Vec<Need> = plans.iter().flatten().map(|plan| plan.need(Then::Attend)).collect();
         let at_once = rayon::current_num_threads().min(needs.len()) as u64;
         let working = needs.iter().map(|need| need.working).max().unwrap_or(0).saturating_mul(at_once);
-        let _taken = self.take(needs.iter().fold(working, |sum, need| sum.saturating_add(need.answer)), until)?;
+        let needed = needs.iter().fold(working, |sum, need| sum.saturating_add(need.answer));
+        let _taken = work::take(&self.work, needed, until)?;
         let mut outcomes = Vec::with_capacity(requests.len());
         let mut plans = plans.into_iter().peekable();
         let mut left = None;
@@ -129,7 +125,7 @@ impl LocalMemory {
             Ok(prepared) => self.attend_prepared(prepared, request.normalisation),
             Err(error) => Err(error.clone()),
         };
-        let is_small = |prepared: &Prepared| prepared.score_bytes() <= SIDE_BY_SIDE_BYTES_MAX;
+        let is_small = |prepared: &Prepared| prepared.plan.score_bytes() <= SIDE_BY_SIDE_BYTES_MAX;
         if prepared.iter().flatten().all(is_small) {
             prepared.par_iter().zip(requests).map(attend).collect()
         } else {
@@ -138,26 +134,18 @@ impl LocalMemory {
     }
 
     fn attend_prepared(&self, prepared: &Prepared, normalisation: Normalisation) -> Result<Attended> {
-        let shape = &prepared.collection.spec.shape;
-        let attention = Attention {
-            memory: self,
-            prepared,
-            is_cold: AtomicBool::new(false),
-            turns: prepared.turns(),
-            normalisation,
-            group: shape.group(),
-            dim: shape.head_dim as usize,
-        };
-        let gpu = self.gpu_of(&prepared.collection);
-        let found = prepared.search(&attention.turns, gpu)?;
-        let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &attention, &found)).transpose()?.flatten();
+        let plan = AttendPlan::new(&prepared.plan, normalisation);
+        let gpu = self.gpu_of(&prepared.plan.collection);
+        let found = prepared.search(&plan.turns, gpu)?;
+        let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
+        let attention = Attention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
         let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
         if let Some(at) = out.iter().position(|number| !number.is_finite()) {
-            let heads = shape.query_heads as usize;
-            return Err(lookup::not_finite(out[at], lookup::query_place(at / shape.head_dim as usize, heads)));
+            let heads = prepared.plan.collection.spec.shape.query_heads as usize;
+            return Err(not_finite(out[at], query_place(at / plan.dim, heads)));
         }
         self.counters.attends.add(1);
-        Ok(Attended { out, lse, hits: prepared.hits(found) })
+        Ok(Attended { out, lse, hits: prepared.plan.hits(found) })
     }
 }
 
@@ -179,15 +167,9 @@ fn shards(uses: &[Use]) -> Vec<&[Use]> {
 }
 
 impl Attention<'_> {
-    /// How a GPU would hold the pieces.
-    pub(super) fn page_layout(&self) -> PageLayout {
-        let spec = &self.prepared.collection.spec;
-        PageLayout { dtype: spec.payload_dtype, block_tokens: spec.shape.block_tokens as usize, head_dim: self.dim }
-    }
-
     /// Attention of all rows over the blocks that were found for them.
     fn all(&self, found: &Found) -> Result<Part> {
-        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let kv_heads = self.plan.lookup.collection.layout.kv_heads;
         let heads: Vec<Vec<Use>> = (0..kv_heads).map(|head| self.uses(head, found)).collect();
         let shards: Vec<(usize, &[Use])> = heads
             .iter()
@@ -203,17 +185,17 @@ impl Attention<'_> {
     }
 
     fn rows(&self) -> usize {
-        self.prepared.request.distances.len() * self.group
+        self.plan.lookup.request.distances.len() * self.plan.group
     }
 
     /// Which rows of one KV head read which blocks, by block.
     fn uses(&self, head: usize, found: &Found) -> Vec<Use> {
-        let (request, geometry) = (self.prepared.request, &self.prepared.geometry);
-        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let (request, geometry) = (self.plan.lookup.request, &self.plan.lookup.geometry);
+        let kv_heads = self.plan.lookup.collection.layout.kv_heads;
         let mut uses = Vec::with_capacity(self.rows() * found.k);
         for row in 0..self.rows() {
-            let (token, query_head) = (row / self.group, head * self.group + row % self.group);
-            let choice = request.granularity.row(token, query_head, kv_heads * self.group, kv_heads);
+            let (token, query_head) = (row / self.plan.group, head * self.plan.group + row % self.plan.group);
+            let choice = request.granularity.row(token, query_head, kv_heads * self.plan.group, kv_heads);
             uses.extend(found.row(choice).iter().enumerate().map(|(rank, &position)| Use {
                 position,
                 row: row as u32,
@@ -227,8 +209,8 @@ impl Attention<'_> {
     /// Reads one piece of a KV head. The first that is not in the page cache makes the disk read those of all `heads`, side
     /// by side; as long as all are, nothing is lost by it.
     fn read(&self, head: usize, position: u32, heads: &[Vec<Use>], into: &mut Vec<u8>) -> Result<()> {
-        let store = &self.memory.store;
-        let block = self.prepared.block(position as usize);
+        let store = self.store;
+        let block = self.plan.lookup.block(position as usize);
         if !self.is_cold.load(Ordering::Relaxed) {
             if store.read_piece_at_hand(block, self.piece(head), into)? {
                 return Ok(());
@@ -239,7 +221,7 @@ impl Attention<'_> {
                     positions.map(move |position| (position, self.piece(head)))
                 });
                 for (position, piece) in pieces.take(EXPECTED_PIECES_MAX) {
-                    store.expect_piece(self.prepared.block(position as usize), piece);
+                    store.expect_piece(self.plan.lookup.block(position as usize), piece);
                 }
             }
         }
@@ -248,19 +230,19 @@ impl Attention<'_> {
 
     /// The piece of a KV head in its block.
     fn piece(&self, head: usize) -> usize {
-        self.prepared.request.layer as usize * self.prepared.collection.layout.kv_heads + head
+        self.plan.lookup.request.layer as usize * self.plan.lookup.collection.layout.kv_heads + head
     }
 
     /// Attention of one KV head's rows over some blocks; `heads` are the uses of all.
     fn shard(&self, head: usize, uses: &[Use], heads: &[Vec<Use>]) -> Result<Partial> {
-        let spec = &self.prepared.collection.spec;
-        let (dim, tokens) = (self.dim, spec.shape.block_tokens as usize);
+        let spec = &self.plan.lookup.collection.spec;
+        let (dim, tokens) = (self.plan.dim, spec.shape.block_tokens as usize);
         let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
         let mut partial = Partial::nothing(self.rows(), dim);
         let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
-            self.prepared.until.check()?;
+            self.plan.lookup.until.check()?;
             self.read(head, uses[0].position, heads, &mut bytes)?;
             let stored = Stored { layout, bytes: &bytes, view: layout.view(&bytes) };
 
@@ -269,7 +251,7 @@ impl Attention<'_> {
             scores.resize(uses.len() * tokens, 0.0);
             stored.score(&mut queries, &mut scores, &mut wide);
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
-                partial.weigh(block_use.row as usize, self.normalisation, scores);
+                partial.weigh(block_use.row as usize, self.plan.normalisation, scores);
             }
             mixed.resize(uses.len() * dim, 0.0);
             stored.mix(&mut scores, &mut mixed, &mut wide);
@@ -282,35 +264,35 @@ impl Attention<'_> {
 
     /// Appends one row's query, turned for its block's slot and times the softmax scale.
     fn push_query(&self, head: usize, block_use: &Use, queries: &mut Vec<f32>) {
-        let (request, shape) = (self.prepared.request, &self.prepared.collection.spec.shape);
+        let (request, shape) = (self.plan.lookup.request, &self.plan.lookup.collection.spec.shape);
         let row = block_use.row as usize;
-        let (token, query_head) = (row / self.group, head * self.group + row % self.group);
-        let from = (token * shape.query_heads as usize + query_head) * self.dim;
+        let (token, query_head) = (row / self.plan.group, head * self.plan.group + row % self.plan.group);
+        let from = (token * shape.query_heads as usize + query_head) * self.plan.dim;
         let start = queries.len();
-        queries.extend(request.queries[from..][..self.dim].iter().map(|number| number * shape.softmax_scale));
-        let reach = self.prepared.geometry.reach(request.distances[token], block_use.slot as usize);
-        self.turns.apply(reach, &mut queries[start..], self.dim);
+        queries.extend(request.queries[from..][..self.plan.dim].iter().map(|number| number * shape.softmax_scale));
+        let reach = self.plan.lookup.geometry.reach(request.distances[token], block_use.slot as usize);
+        self.plan.turns.apply(reach, &mut queries[start..], self.plan.dim);
     }
 
     /// `(out (T, Hq, D), lse (T, Hq))` from the parts of all KV heads.
     fn gather(&self, partials: Vec<(usize, Partial)>) -> (Vec<f32>, Vec<f32>) {
-        let kv_heads = self.prepared.collection.layout.kv_heads;
+        let kv_heads = self.plan.lookup.collection.layout.kv_heads;
         let mut heads: Vec<Option<Partial>> = (0..kv_heads).map(|_| None).collect();
         for (head, partial) in partials {
             match &mut heads[head] {
-                Some(sum) => sum.add(&partial, self.dim),
+                Some(sum) => sum.add(&partial, self.plan.dim),
                 empty => *empty = Some(partial),
             }
         }
         let query_rows = self.rows() * kv_heads;
-        let (mut out, mut lse) = (vec![0.0; query_rows * self.dim], vec![f32::NEG_INFINITY; query_rows]);
+        let (mut out, mut lse) = (vec![0.0; query_rows * self.plan.dim], vec![f32::NEG_INFINITY; query_rows]);
         for (head, partial) in heads.into_iter().enumerate() {
             let Some(partial) = partial else { continue };
-            for (row, values) in partial.out.chunks_exact(self.dim).enumerate() {
-                let (token, g) = (row / self.group, row % self.group);
-                let to = (token * kv_heads + head) * self.group + g;
+            for (row, values) in partial.out.chunks_exact(self.plan.dim).enumerate() {
+                let (token, g) = (row / self.plan.group, row % self.plan.group);
+                let to = (token * kv_heads + head) * self.plan.group + g;
                 let share = 1.0 / partial.sums[row];
-                linalg::add_scaled(&mut out[to * self.dim..][..self.dim], share, values);
+                linalg::add_scaled(&mut out[to * self.plan.dim..][..self.plan.dim], share, values);
                 lse[to] = partial.tops[row] + partial.sums[row].ln();
             }
         }

@@ -63,3 +63,14 @@ pub(super) fn invalid(field: impl Into<String>, expected: impl ToString, found: 
 pub(super) fn at_most(what: &str, limit: u64, found: u64) -> Result<(), MemoryError> {
     if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: what.into(), limit, found }) }
 }
+
+/// The words for row `t * Hq + h`.
+pub(super) fn query_place(row: usize, query_heads: usize) -> String {
+    format!("query token {}, query head {}", row / query_heads, row % query_heads)
+}
+
+/// What stored numbers are too large for, where an earlier version let them in.
+pub(super) fn not_finite(number: f32, place: String) -> MemoryError {
+    let expected = "queries that the stored keys and values give finite answers to";
+    invalid("queries", expected, format!("{number} for {place}"))
+}

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::collection::Collection;
 use super::error::{at_most, invalid, writing};
-use super::{Collection, LocalMemory};
+use super::local::LocalMemory;
+use super::work;
 use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, Tensor};
 use crate::limits;
 use crate::lock::IgnorePoison;
@@ -23,7 +25,7 @@ impl LocalMemory {
         check_request(&collection, &request.blocks)?;
         // Encoded once more, and widened on the way; the largest block does not have to fit twice.
         let payload: usize = request.blocks.iter().map(|block| block.k.data.len() + block.v.data.len()).sum();
-        let _taken = self.take((2 * payload as u64).min(self.work.limit()), &Until::FOREVER)?;
+        let _taken = work::take(&self.work, (2 * payload as u64).min(self.work.limit()), &Until::FOREVER)?;
 
         // Encoded before the lock is taken, which is not held over work of the pool, and again where another writer was faster.
         loop {
@@ -168,18 +170,13 @@ fn check_length(collection: &Collection, manifest: &Manifest, request: &AppendRe
     let is_durable = |block: &NewBlock| block.index < manifest.blocks;
     let only_mends = wanted.iter().all(|&i| is_durable(&request.blocks[i]));
     let has_only_ours = request.blocks.first().is_some_and(is_durable) && manifest.tail_tokens == 0;
-    let found = tokens(collection, manifest);
+    let found = collection.tokens(manifest);
     match request.expected_tokens {
         Some(expected) if expected != found && !has_only_ours && !only_mends => {
             Err(MemoryError::UnexpectedLength { document: manifest.id, expected, found })
         }
         _ => Ok(()),
     }
-}
-
-/// Tokens of a document.
-pub(super) fn tokens(collection: &Collection, manifest: &Manifest) -> u64 {
-    manifest.blocks as u64 * collection.spec.shape.block_tokens as u64 + manifest.tail_tokens as u64
 }
 
 /// Checks everything but the numbers themselves.

@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::LocalMemory;
 use super::error::invalid;
+use super::local::LocalMemory;
 use crate::api::{BlockInfo, BlockText, Entity, FetchRequest, MemoryError, Result, StoredBlock, Tensor};
 use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;

@@ -4,11 +4,11 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::super::attend::Attention;
-use super::Failure;
+use super::failure::Failure;
 use super::pages::{Pages, PieceId};
-use crate::cuda::{self, Page, Part, Runner};
+use crate::cuda::{self, Page, PageLayout, Part, Runner};
 use crate::index::Found;
+use crate::memory::plan::AttendPlan;
 use crate::store::Store;
 use crate::types::Granularity;
 
@@ -24,16 +24,22 @@ struct Tables {
     turns: Vec<f32>,
 }
 
+/// How a GPU holds the pieces of a collection's blocks.
+pub(super) fn page_layout(plan: &AttendPlan<'_>) -> PageLayout {
+    let spec = &plan.lookup.collection.spec;
+    PageLayout { dtype: spec.payload_dtype, block_tokens: spec.shape.block_tokens as usize, head_dim: plan.dim }
+}
+
 /// Attention of every query row over the blocks that were found for it.
 pub(super) fn attend<R: Runner>(
     runner: &R,
     pages: &Pages<R::Memory>,
     store: &Store,
-    attention: &Attention<'_>,
+    plan: &AttendPlan<'_>,
     found: &Found,
 ) -> Result<Part, Failure> {
-    let (request, shape) = (attention.prepared.request, &attention.prepared.collection.spec.shape);
-    let (layout, tables) = (attention.page_layout(), Tables::new(attention, found));
+    let (request, shape) = (plan.lookup.request, &plan.lookup.collection.spec.shape);
+    let (layout, tables) = (page_layout(plan), Tables::new(plan, found));
     let tokens = request.distances.len();
     let (token_entries, token_numbers) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
     let mut all = Part { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
@@ -53,7 +59,7 @@ pub(super) fn attend<R: Runner>(
             turn_of: &tables.turn_of[entries],
             turns: &tables.turns,
             half: shape.rope.frequencies.len() as u32,
-            normalisation: attention.normalisation,
+            normalisation: plan.normalisation,
             softmax_scale: shape.softmax_scale,
         };
         let part = cuda::attend(runner, &read).map_err(Failure::gpu)?;
@@ -64,13 +70,13 @@ pub(super) fn attend<R: Runner>(
 }
 
 impl Tables {
-    fn new(attention: &Attention<'_>, found: &Found) -> Tables {
-        let prepared = attention.prepared;
-        let (request, geometry, shape) = (prepared.request, &prepared.geometry, &prepared.collection.spec.shape);
+    fn new(plan: &AttendPlan<'_>, found: &Found) -> Tables {
+        let (request, geometry, shape) =
+            (plan.lookup.request, &plan.lookup.geometry, &plan.lookup.collection.spec.shape);
         let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
         let sharing = match request.granularity {
             Granularity::TokenHead | Granularity::Head => 1,
-            Granularity::Token | Granularity::KvGroup | Granularity::Shared => attention.group,
+            Granularity::Token | Granularity::KvGroup | Granularity::Shared => plan.group,
         };
         let first_piece = request.layer as usize * kv_heads;
         let mut tables = Tables { sharing, pieces: Vec::new(), turn_of: Vec::new(), turns: Vec::new() };
@@ -79,12 +85,12 @@ impl Tables {
             for head in (0..heads).step_by(sharing) {
                 let row = request.granularity.row(token, head, heads, kv_heads);
                 for (rank, &position) in found.row(row).iter().enumerate() {
-                    let piece = first_piece + head / attention.group;
-                    tables.pieces.push((prepared.block(position as usize), piece));
+                    let piece = first_piece + head / plan.group;
+                    tables.pieces.push((plan.lookup.block(position as usize), piece));
                     let reach = geometry.reach(distance, geometry.slot(rank, position as usize));
                     let next = turn_by_reach.len() as u32;
                     let turn = *turn_by_reach.entry(reach).or_insert_with(|| {
-                        tables.turns.extend(attention.turns.by(reach).numbers());
+                        tables.turns.extend(plan.turns.by(reach).numbers());
                         next
                     });
                     tables.turn_of.push(turn);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use rayon::prelude::*;
 
-use super::Failure;
+use super::failure::Failure;
 use crate::cuda::{Page, PageLayout, Piece, Runner};
 use crate::lock::IgnorePoison;
 use crate::lru::LruCache;

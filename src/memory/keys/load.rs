@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use super::super::Collection;
 use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
 use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
+use crate::memory::collection::Collection;
 use crate::store::piece::{KeyNumbers, KeysLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};

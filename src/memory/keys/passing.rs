@@ -5,10 +5,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::LOOK;
 use crate::api::{MemoryError, Result};
 use crate::lock::IgnorePoison;
 use crate::until::Until;
+
+/// How often somebody who waits for keys looks whether the caller is still there.
+pub(super) const LOOK: Duration = Duration::from_millis(20);
 
 /// How long a request of a caller that may go away waits for its turn before it is told to come back: it holds one of the
 /// service's workers meanwhile.
