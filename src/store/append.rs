@@ -1,10 +1,11 @@
 //! Appending blocks to a document: what is checked, and what the document is afterwards.
 
 use super::catalog::{self, key};
+use super::document::{BlockRecord, Manifest};
 use super::error::{Entity, StoreError};
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{DocumentEntry, Locator, Parts, meta_bytes};
-use super::{BlockRecord, Manifest, Store};
+use super::state::Store;
 use crate::limits;
 use crate::shape::CollectionSpec;
 use crate::types::{BlockId, DocumentId};

@@ -1,13 +1,23 @@
 //! What was set aside, and might it have been acknowledged? A torn end is an append that nobody was told of, unless a whole
 //! group lies in it: then its last flush may have been over, and damage came later.
 
-use super::Store;
 use super::error::StoreError;
 use super::record::{Kind, RECORD_HEADER_BYTES, RECORD_MAGIC, RecordHeader, Salt};
 use super::segment::Torn;
+use super::state::Store;
 use super::verify::VerifyReport;
 
 impl Store {
+    /// What torn ends cut off, in any order.
+    pub fn torn(&self) -> Result<Vec<Torn>, StoreError> {
+        self.handles.folder().torn().map_err(StoreError::io("list what was set aside"))
+    }
+
+    /// Lets go what torn ends cut off.
+    pub fn discard_torn(&self) -> Result<(), StoreError> {
+        self.handles.folder().discard_torn().map_err(StoreError::io("remove what was set aside"))
+    }
+
     pub(super) fn verify_set_aside(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
         for torn in self.torn()? {
             report.set_aside_bytes += torn.bytes;

@@ -259,12 +259,6 @@ impl Drop for SledCatalog {
     }
 }
 
-/// Of a process, or a system, that has as many open files as it may have.
-pub(super) fn is_out_of_files(error: &io::Error) -> bool {
-    let errnos = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
-    error.raw_os_error().is_some_and(|code| errnos.iter().any(|errno| errno.raw_os_error() == code))
-}
-
 /// Runs what makes sled write, on a thread of its own: after a write that failed it may wait for ever to be told of it, and it
 /// may panic.
 fn in_time(run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {

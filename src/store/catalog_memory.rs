@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
-use super::catalog::{Batch, Catalog, Pair, discard_folder, is_out_of_files, key};
+use super::catalog::{Batch, Catalog, Pair, discard_folder, key};
+use super::error::is_out_of_files;
 use crate::lock::IgnorePoison;
 
 #[derive(Default)]

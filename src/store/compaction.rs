@@ -10,12 +10,12 @@ use std::time::Duration;
 use super::catalog::{self, Catalog, key};
 use super::error::StoreError;
 use super::ledger::{Entry, SegmentState};
-use super::log::{Item, Scanned};
 use super::loss;
 use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
 use super::recovery::begin_segment;
-use super::segment::{Segment, SegmentId};
-use super::{Store, Writer};
+use super::scan::{Item, Scanned};
+use super::segment::SegmentId;
+use super::state::{Store, Victim, Writer};
 use crate::limits;
 use crate::lock::IgnorePoison;
 use crate::types::{BlockId, DocumentId};
@@ -32,16 +32,6 @@ const PAUSE: Duration = Duration::from_secs(2);
 pub(super) enum Step {
     More,
     Done,
-}
-
-/// The segment that is being emptied.
-pub(super) struct Victim {
-    segment: Arc<Segment>,
-    /// Where the next record to look at lies.
-    at: u64,
-    /// Tombstones of documents that have no record left anywhere else.
-    dropped: Vec<DocumentId>,
-    dropped_bytes: u64,
 }
 
 /// What of a victim has to be copied next.

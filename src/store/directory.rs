@@ -14,13 +14,15 @@ use super::error::StoreError;
 use super::record::{FORMAT, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::segment::{DirectoryId, create_private, private};
 
+/// Held by the process that has the directory open.
+pub(super) const LOCK_FILE: &str = "LOCK";
 const MARKER: &str = "LANDMARKDB";
 /// The marker before it has its name.
 const MARKER_NEW: &str = "LANDMARKDB.new";
 const MAGIC: &str = "landmarkdb data directory";
 
 /// What a data directory of formats 1 to 3 holds, and one whose creation was cut short.
-const KNOWN: &[&str] = &[MARKER, MARKER_NEW, super::LOCK_FILE, "segments", "catalog", "indexes", "torn", "reserve"];
+const KNOWN: &[&str] = &[MARKER, MARKER_NEW, LOCK_FILE, "segments", "catalog", "indexes", "torn", "reserve"];
 
 /// Whether a folder is a data directory. Changes nothing.
 pub fn is_data_directory(dir: &Path) -> bool {
@@ -50,7 +52,7 @@ fn adopt(dir: &Path) -> Result<DirectoryId, StoreError> {
     let foreign = entries.iter().find(|entry| !known(&entry.file_name()));
     let segments = dir.join("segments");
     // Or as its creation left it when that was cut short.
-    let begun = |name: &OsStr| [MARKER_NEW, super::LOCK_FILE].iter().any(|known| name == OsStr::new(known));
+    let begun = |name: &OsStr| [MARKER_NEW, LOCK_FILE].iter().any(|known| name == OsStr::new(known));
     let is_ours = segments.is_dir() || entries.iter().all(|entry| begun(&entry.file_name()));
     if foreign.is_some() || !is_ours {
         let found = foreign.map_or_else(String::new, |entry| entry.file_name().to_string_lossy().into_owned());

@@ -3,7 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::catalog::is_out_of_files;
 use crate::shape::InvalidShape;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -123,6 +122,12 @@ impl std::fmt::Display for Entity {
 
 fn in_block(block: &Option<BlockId>) -> String {
     block.map(|block| format!(" in block {block}")).unwrap_or_default()
+}
+
+/// Of a process, or a system, that has as many open files as it may have.
+pub(super) fn is_out_of_files(error: &io::Error) -> bool {
+    let errnos = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    error.raw_os_error().is_some_and(|code| errnos.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// What to do about a catalog that fails.

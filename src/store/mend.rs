@@ -5,11 +5,12 @@
 
 use super::append::{check_sizes, exactly};
 use super::catalog::{self, key};
+use super::document::{BlockRecord, Manifest};
 use super::error::StoreError;
 use super::log::GroupWriter;
 use super::record::{DocumentEntry, Locator, Parts};
+use super::state::Store;
 use super::verify::read_record;
-use super::{BlockRecord, Manifest, Store};
 use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId};
 

@@ -3,12 +3,13 @@
 use std::io;
 
 use super::catalog::{self, key};
+use super::document::BlockMeta;
 use super::error::{Entity, StoreError};
+use super::handles::{Handles, Segment};
 use super::ledger::Doubt;
-use super::log::Item;
 use super::record::{CRC_BYTES, Content, DocumentEntry, Locator, Part, Stamp, decode_meta};
-use super::segment::{Handles, Segment};
-use super::{BlockMeta, Store};
+use super::scan::Item;
+use super::state::Store;
 use crate::types::{BlockId, DocumentId};
 
 impl Store {

@@ -4,14 +4,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use super::Store;
 use super::catalog::{Catalog, Pair};
 use super::catalog_memory::MemoryCatalog;
 use super::error::StoreError;
+use super::handles::Handles;
 use super::ledger::{Damage, Ledger, NAMES, SegmentState, Totals};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
-use super::segment::{Handles, SegmentId};
+use super::segment::SegmentId;
+use super::state::Store;
 use super::verify::{Fault, VerifyReport};
 use crate::limits;
 use crate::types::{BlockId, DocumentId};

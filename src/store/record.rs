@@ -24,8 +24,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::document::{BlockMeta, Manifest};
 use super::segment::{DirectoryId, SegmentId};
-use super::{BlockMeta, Manifest};
 use crate::limits;
 use crate::shape::CollectionSpec;
 use crate::types::{BlockId, CollectionId, DType, DocumentId, Engine};

@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use super::catalog::{self, Catalog, key};
 use super::error::{StoreError, used_up};
+use super::handles::{Handles, Segment};
 use super::ledger::{Damage, Entry, Ledger, SegmentState};
-use super::log::Item;
 use super::loss::{self, Loss};
 use super::record::{Content, FORMAT, Kind, SEGMENT_HEADER_BYTES, Salt, SegmentHeader};
-use super::segment::{Handles, Segment, SegmentId};
-use super::{Sizes, Writer};
+use super::scan::Item;
+use super::segment::SegmentId;
+use super::state::{Sizes, Writer};
 
 /// Records that are entered in one batch.
 const BATCH_RECORDS: usize = 4096;

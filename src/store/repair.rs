@@ -15,15 +15,16 @@ use serde::de::DeserializeOwned;
 use super::catalog::{self, Catalog, SledCatalog, key};
 use super::compaction::current;
 use super::error::StoreError;
-use super::ledger::Entry;
-use super::log::{GroupWriter, Item, Scanned};
+use super::handles::{Handles, Segment};
 use super::read::read_small;
-use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Salt, Tombstone, unpack};
-use super::recovery::{begin_segment, following, read_records, recover};
-use super::salvage::{self, Leftover, LostCollection, MissingCollection, Piece, Salvaged};
-use super::segment::{Handles, Segment, SegmentId, Torn};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, Tombstone, unpack};
+use super::recovery::{read_records, recover};
+use super::repair_work::{Inventory, Work};
+use super::salvage::{self, Leftover, LostCollection, MissingCollection, Salvaged};
+use super::scan::{Item, Scanned};
+use super::segment::{SegmentId, Torn};
+use super::state::{Sizes, Store};
 use super::verify::Fault;
-use super::{Sizes, Store, Writer};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Records of one group at most: few enough for the record that ends it to name them all.
@@ -63,20 +64,6 @@ pub struct RepairReport {
     pub faults: Vec<Fault>,
     /// What the documents that are left are called: COLLECTION/NAME.
     pub names: BTreeMap<DocumentId, String>,
-}
-
-/// The log and the catalog while they are repaired.
-pub(super) struct Work<'a> {
-    pub(super) handles: &'a Handles,
-    pub(super) catalog: &'a dyn Catalog,
-    pub(super) writer: Writer,
-}
-
-/// All blocks that lie in the segments, by place, and which segments are damaged.
-#[derive(Default)]
-pub(super) struct Inventory {
-    pub(super) blocks: BTreeMap<BlockId, Vec<Piece>>,
-    damaged: BTreeSet<SegmentId>,
 }
 
 impl RepairReport {
@@ -163,33 +150,6 @@ fn empty(catalog: &dyn Catalog) -> Result<(), StoreError> {
 }
 
 impl Work<'_> {
-    /// Writes one group of about so many bytes, makes it durable, and enters it in the catalog.
-    pub(super) fn commit(
-        &mut self,
-        bytes: u64,
-        fill: impl FnOnce(&mut GroupWriter<'_>) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
-        let writer = &self.writer;
-        if writer.end > SEGMENT_HEADER_BYTES as u64 && writer.end + bytes > writer.sizes.segment_bytes {
-            self.roll()?;
-        }
-        let active = self.writer.active.clone();
-        let mut group = GroupWriter::new(&active, self.writer.ledger.totals.next_sequence, self.writer.end);
-        fill(&mut group)?;
-        let group = group.finish()?;
-        self.writer.end = group.end;
-        self.writer.ledger.enter(self.catalog, &group)
-    }
-
-    fn roll(&mut self) -> Result<(), StoreError> {
-        // One that knows less than the new segment's header says passes for one that has fallen back, and what only it
-        // knows would be lost if repair were stopped here.
-        self.catalog.flush().map_err(StoreError::catalog("flush"))?;
-        self.writer.active = begin_segment(self.handles, &mut self.writer.ledger)?;
-        self.writer.end = SEGMENT_HEADER_BYTES as u64;
-        Ok(())
-    }
-
     /// What the catalog holds under a prefix, but for values that make no sense.
     fn known<T: DeserializeOwned>(
         &self,
@@ -263,7 +223,7 @@ impl Work<'_> {
             }
             let document = catalog::get::<(Locator, DocumentEntry)>(self.catalog, &key::document(id.document))?;
             let Some((_, document)) = document else { continue };
-            let found = Scanned::of_known(&segment, id, document.manifest.collection, &locator)?;
+            let found = Scanned::of_known(&*segment.file, segment.salt, id, document.manifest.collection, &locator)?;
             let Some(found) = found else { continue };
             bytes += locator.bytes();
             rewritten += 1;
@@ -288,47 +248,6 @@ impl Work<'_> {
             self.roll()?;
         }
         Ok(())
-    }
-
-    /// Reads all segments whole.
-    fn inventory(&self) -> Result<Inventory, StoreError> {
-        let mut inventory = Inventory::default();
-        let ids = self.handles.list()?;
-        for (at, &id) in ids.iter().enumerate() {
-            let segment = match self.handles.get(id) {
-                Err(StoreError::Foreign { .. }) => {
-                    inventory.damaged.insert(id);
-                    continue;
-                }
-                segment => segment?,
-            };
-            if segment.header.is_none() {
-                inventory.damaged.insert(id);
-            }
-            // A segment cut at the border of a record has no broken byte, and its last groups are gone all the same.
-            let next = ids.get(at + 1).and_then(|&next| following(self.handles, id, next));
-            let mut found = read_records(&segment, segment.salt.first_record(), segment.len_bytes()?, false)?;
-            let before = segment.header.and_then(|header| header.next_sequence.checked_sub(1));
-            found.find_losses(segment.salt != Salt::NONE, before, next);
-            if found.has_losses() {
-                inventory.damaged.insert(id);
-            }
-            for item in segment.scan(segment.salt.first_record(), segment.len_bytes()?) {
-                let Item::Record(scanned) = item? else {
-                    inventory.damaged.insert(id);
-                    continue;
-                };
-                match scanned.content() {
-                    Some(Content::Block(block)) => {
-                        let (locator, collection) = (scanned.locator(id), scanned.header.collection);
-                        inventory.blocks.entry(block).or_default().push(Piece { locator, collection });
-                    }
-                    Some(_) => {}
-                    None => drop(inventory.damaged.insert(id)),
-                }
-            }
-        }
-        Ok(inventory)
     }
 
     fn put_back(
@@ -403,12 +322,5 @@ impl Work<'_> {
             entry.tail_sequence = found.map_or(0, |locator| locator.sequence);
         }
         Ok(Content::Document(entry))
-    }
-
-    /// Enters blocks that a new manifest covers.
-    pub(super) fn enter_blocks(&mut self, blocks: &[(BlockId, Locator)]) -> Result<(), StoreError> {
-        let entry = |&(id, locator): &(BlockId, Locator)| Entry { locator, content: Content::Block(id) };
-        let entries: Vec<Entry> = blocks.iter().map(entry).collect();
-        self.writer.ledger.enter_found(self.catalog, &entries)
     }
 }

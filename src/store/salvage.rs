@@ -3,14 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Manifest;
 use super::catalog::{self, Catalog, key};
+use super::document::Manifest;
 use super::error::StoreError;
 use super::ledger::{Doubt, NAMES};
-use super::log::Item;
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Part, Tombstone, decode_meta};
-use super::repair::{Inventory, Work};
+use super::repair_work::{Inventory, Piece, Work};
+use super::scan::Item;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// A collection as the operator knows it.
@@ -55,13 +55,6 @@ pub struct Leftover {
     pub collection: CollectionId,
     pub blocks: u64,
     pub reason: String,
-}
-
-/// Where a block lies.
-#[derive(Clone, Copy)]
-pub(super) struct Piece {
-    pub(super) locator: Locator,
-    pub(super) collection: CollectionId,
 }
 
 /// What is left of one document.

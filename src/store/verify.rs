@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Store;
 use super::catalog::{self, key};
 use super::error::StoreError;
+use super::handles::Segment;
 use super::ledger::{Damage, Doubt, NAMES};
 use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact, read_small};
@@ -12,7 +12,8 @@ use super::record::{
     CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, Tombstone,
 };
-use super::segment::{Segment, SegmentId};
+use super::segment::SegmentId;
+use super::state::Store;
 use crate::limits;
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;

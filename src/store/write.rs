@@ -16,20 +16,9 @@ use super::rebuild;
 use super::record::SEGMENT_HEADER_BYTES;
 use super::recovery::{damaged_segments, rewrite};
 use super::segment::SegmentId;
-use super::{Store, Writer};
+use super::state::{Health, Store, Writer};
 use crate::lock::IgnorePoison;
 use crate::until::Until;
-
-/// Whether a store takes writes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Health {
-    #[default]
-    Serving,
-    /// Reads and deletes only, for as long as the disk is full.
-    ReadOnly { reason: String },
-    /// A write failed and could not be undone. Reads go on, and every write begins by trying again.
-    Failed { reason: String },
-}
 
 /// What a reader does in passing.
 const QUICK: Duration = Duration::from_millis(10);

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::document::{BlockMeta, BlockRecord};
 use super::error::StoreError;
 use super::fault_disk::{FaultDisk, Files, Table};
+use super::handles::Handles;
 use super::ledger::{Damage, Doubt, SegmentState, Totals};
-use super::log::{Item, Scanned};
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{
     CRC_BYTES, CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES,
@@ -19,8 +20,9 @@ use super::record::{
     unpack,
 };
 use super::repair::{RepairOptions, repair};
-use super::segment::{DirectoryId, Handles, SegmentId};
-use super::{BlockMeta, BlockRecord, Sizes, Store};
+use super::scan::{Item, Scanned};
+use super::segment::{DirectoryId, SegmentId};
+use super::state::{Sizes, Store};
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::{BlockId, CollectionId, DType, DocumentId, KeyRule};
 use crate::until::Until;

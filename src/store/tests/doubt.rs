@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::store::fault_disk::{Effect, Files, Table};
-use crate::store::log::Item;
+use crate::store::handles::Handles;
 use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt, pack};
-use crate::store::segment::{Handles, SegmentId};
+use crate::store::scan::Item;
 
 fn id(document: DocumentId, index: u32) -> BlockId {
     BlockId { document, index }

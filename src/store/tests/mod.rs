@@ -1,10 +1,15 @@
 //! Tests of the store, and what they share: a tiny collection and blocks whose every byte depends on their place.
 
+use std::sync::Arc;
+
 use super::fault_disk::FaultDisk;
+use super::open::CATALOG_FOLDER;
 use super::piece::{KeysLayout, PieceLayout};
+use super::record::Locator;
+use super::state::Sizes;
 use super::*;
-use crate::shape::{ModelShape, Rope, Sha256Digest};
-use crate::types::{BlockId, DType, KeyRule};
+use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
+use crate::types::{BlockId, CollectionId, DType, DocumentId, Engine, KeyRule};
 
 mod crash;
 mod cuts;

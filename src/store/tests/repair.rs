@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::store::fault_disk::{Effect, Files, Table};
-use crate::store::log::Item;
+use crate::store::handles::Handles;
 use crate::store::record::{Content, SEGMENT_HEADER_BYTES};
 use crate::store::repair::repair;
-use crate::store::segment::Handles;
+use crate::store::scan::Item;
 
 fn id(document: DocumentId, index: u32) -> BlockId {
     BlockId { document, index }
