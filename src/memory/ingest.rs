@@ -13,7 +13,7 @@ use crate::limits;
 use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
-use crate::store::{BlockMeta, BlockRecord, Held, Manifest};
+use crate::store::{self, BlockExtent, BlockMeta, BlockRecord, Held, Manifest, Misfit};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 use crate::until::Until;
 use linalg::ChannelCode;
@@ -52,14 +52,9 @@ impl LocalMemory {
     ) -> Result<Vec<BlockRecord>> {
         let document = manifest.id;
         let new = wanted.iter().map(|&i| &blocks[i]).find(|block| block.index >= manifest.blocks);
-        if let Some(new) = new {
-            let is_mended = new.index == manifest.blocks && new.token_ids.len() == manifest.tail_tokens as usize;
-            if manifest.sealed && !is_mended {
-                return Err(MemoryError::Sealed { document });
-            }
-            if new.index != manifest.blocks {
-                return Err(MemoryError::OutOfOrder { document, expected: manifest.blocks, found: new.index });
-            }
+        // A tail that is damaged is written again, sealed or not.
+        if let Some(new) = new.filter(|new| !manifest.is_tail(new.index, new.token_ids.len())) {
+            manifest.check_next(new.index).map_err(writing(document))?;
         }
         let codes = self.codes_for(collection, manifest, blocks, wanted)?;
         let encode = |&i: &usize| encode(collection, &blocks[i], &codes, i);
@@ -183,41 +178,53 @@ fn check_length(collection: &Collection, manifest: &Manifest, request: &AppendRe
 fn check_request(collection: &Collection, blocks: &[NewBlock]) -> Result<()> {
     let Some(first) = blocks.first() else { return Err(missing("blocks".into())) };
     at_most("blocks", limits::APPEND_BLOCKS_MAX as u64, blocks.len() as u64)?;
-    let end = first.index as u64 + blocks.len() as u64;
-    at_most("blocks of one document", limits::DOCUMENT_BLOCKS_MAX as u64, end)?;
-
-    let block_tokens = collection.spec.shape.block_tokens as usize;
+    let extent = |block: &NewBlock| BlockExtent {
+        index: block.index,
+        tokens: block.token_ids.len(),
+        text_bytes: block.text.bytes.len(),
+        text_offsets: block.text.offsets.len(),
+    };
+    let extents: Vec<BlockExtent> = blocks.iter().map(extent).collect();
+    let shape = &collection.spec.shape;
+    let block_tokens = shape.block_tokens as usize;
+    store::check_blocks(first.index, block_tokens, &extents)
+        .map_err(|(at, misfit)| refused(at, &extents[at], block_tokens, misfit))?;
     for (i, block) in blocks.iter().enumerate() {
         let field = |name: &str| format!("blocks[{i}].{name}");
-        let expected = first.index + i as u32;
-        if block.index != expected {
-            return Err(invalid(field("index"), expected, block.index));
-        }
-        let tokens = block.token_ids.len();
-        if tokens == 0 {
-            return Err(missing(field("token_ids")));
-        }
-        let is_last = i + 1 == blocks.len();
-        if tokens > block_tokens || (tokens < block_tokens && !is_last) {
-            let expected =
-                if is_last { format!("1 to {block_tokens} tokens") } else { format!("{block_tokens} tokens") };
-            return Err(invalid(field("token_ids"), expected, tokens));
-        }
-        check_text(&field("text"), &block.text, tokens)?;
-        let shape = &collection.spec.shape;
-        let shape = [shape.layers, shape.kv_heads, tokens as u32, shape.head_dim];
+        check_offsets(field("text.offsets"), &block.text)?;
+        let shape = [shape.layers, shape.kv_heads, block.token_ids.len() as u32, shape.head_dim];
         check_tensor(field("k"), &block.k, &shape)?;
         check_tensor(field("v"), &block.v, &shape)?;
     }
     Ok(())
 }
 
-fn check_text(field: &str, text: &BlockText, tokens: usize) -> Result<()> {
-    at_most(&format!("{field}.bytes"), limits::BLOCK_TEXT_BYTES_MAX as u64, text.bytes.len() as u64)?;
-    let field = format!("{field}.offsets");
-    if text.offsets.len() != tokens {
-        return Err(invalid(field, format!("{tokens} offsets, one per token"), text.offsets.len()));
+/// The error for a block of a request, by field.
+fn refused(at: usize, block: &BlockExtent, block_tokens: usize, misfit: Misfit) -> MemoryError {
+    let field = |name: &str| format!("blocks[{at}].{name}");
+    let limit_exceeded = |what, limit, found| MemoryError::LimitExceeded { what, limit, found };
+    match misfit {
+        Misfit::Index { expected } => invalid(field("index"), expected, block.index),
+        Misfit::Blocks { end } => {
+            limit_exceeded("blocks of one document".into(), limits::DOCUMENT_BLOCKS_MAX as u64, end)
+        }
+        Misfit::Tokens { .. } if block.tokens == 0 => missing(field("token_ids")),
+        Misfit::Tokens { is_last: true } => {
+            invalid(field("token_ids"), format!("1 to {block_tokens} tokens"), block.tokens)
+        }
+        Misfit::Tokens { is_last: false } => {
+            invalid(field("token_ids"), format!("{block_tokens} tokens"), block.tokens)
+        }
+        Misfit::TextBytes => {
+            limit_exceeded(field("text.bytes"), limits::BLOCK_TEXT_BYTES_MAX as u64, block.text_bytes as u64)
+        }
+        Misfit::TextOffsets => {
+            invalid(field("text.offsets"), format!("{} offsets, one per token", block.tokens), block.text_offsets)
+        }
     }
+}
+
+fn check_offsets(field: String, text: &BlockText) -> Result<()> {
     if let Some(pair) = text.offsets.windows(2).find(|pair| pair[0] > pair[1]) {
         return Err(invalid(field, "offsets that do not decrease", format!("{} after {}", pair[1], pair[0])));
     }

@@ -1,7 +1,7 @@
 //! Appending blocks to a document: what is checked, and what the document is afterwards.
 
 use super::catalog::{self, key};
-use super::document::{BlockRecord, Manifest};
+use super::document::{BlockExtent, BlockRecord, Manifest, Misfit, check_blocks};
 use super::error::{Entity, StoreError};
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{DocumentEntry, Locator, Parts, meta_bytes};
@@ -29,10 +29,10 @@ impl Store {
             if new.is_empty() && mends.blocks.is_empty() {
                 return Ok(entry.manifest);
             }
-            if entry.manifest.sealed && !new.is_empty() {
-                return Err(StoreError::Sealed);
+            if let Some(first) = new.first() {
+                entry.manifest.check_next(first.index)?;
             }
-            let parts = check_blocks(&spec, entry.manifest.blocks, new)?;
+            let parts = check_records(&spec, entry.manifest.blocks, new)?;
             let bytes: u64 = parts.iter().map(Parts::record_bytes).sum();
             let old_tail_bytes = self.tail_bytes(&entry.manifest)?;
             grow(&mut entry, new, bytes, old_tail_bytes)?;
@@ -80,42 +80,46 @@ fn grow(entry: &mut DocumentEntry, new: &[BlockRecord], bytes: u64, old_tail_byt
     Ok(())
 }
 
-/// Checks that blocks follow block `expected`, have the sizes of their collection, and only the last is short.
-fn check_blocks(spec: &CollectionSpec, expected: u32, blocks: &[BlockRecord]) -> Result<Vec<Parts>, StoreError> {
+/// Checks that blocks may follow from block `first` on and have the sizes of their collection.
+pub(super) fn check_records(
+    spec: &CollectionSpec,
+    first: u32,
+    blocks: &[BlockRecord],
+) -> Result<Vec<Parts>, StoreError> {
     let block_tokens = spec.shape.block_tokens as usize;
-    let mut parts = Vec::with_capacity(blocks.len());
-    for (position, block) in blocks.iter().enumerate() {
-        let expected = expected as u64 + position as u64;
-        if block.index as u64 != expected || expected >= limits::DOCUMENT_BLOCKS_MAX as u64 {
-            let expected = expected.min(limits::DOCUMENT_BLOCKS_MAX as u64) as u32;
-            return Err(StoreError::OutOfOrder { expected, found: block.index });
-        }
-        let tokens = block.meta.token_ids.len();
-        let least = if position + 1 == blocks.len() { 1 } else { block_tokens };
-        exactly("tokens of a block", tokens.clamp(least, block_tokens), tokens)?;
-        parts.push(check_sizes(spec, block, tokens)?);
-    }
-    Ok(parts)
+    let extents: Vec<BlockExtent> = blocks.iter().map(BlockRecord::extent).collect();
+    check_blocks(first, block_tokens, &extents).map_err(|(at, misfit)| refused(&extents[at], block_tokens, misfit))?;
+    blocks.iter().map(|block| check_sizes(spec, block)).collect()
 }
 
-pub(super) fn check_sizes(spec: &CollectionSpec, block: &BlockRecord, tokens: usize) -> Result<Parts, StoreError> {
-    let shape = &spec.shape;
-    let head_dim = shape.head_dim as usize;
-    let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim };
-    exactly("text_offsets of a block", tokens, block.meta.text_offsets.len())?;
+fn refused(block: &BlockExtent, block_tokens: usize, misfit: Misfit) -> StoreError {
+    let invalid = |field, expected: String, found: String| StoreError::Invalid { field, expected, found };
+    match misfit {
+        Misfit::Index { expected } => StoreError::OutOfOrder { expected, found: block.index },
+        Misfit::Blocks { .. } => StoreError::OutOfOrder { expected: limits::DOCUMENT_BLOCKS_MAX, found: block.index },
+        Misfit::Tokens { is_last } => {
+            let expected = block.tokens.clamp(if is_last { 1 } else { block_tokens }, block_tokens);
+            invalid("tokens of a block", expected.to_string(), block.tokens.to_string())
+        }
+        Misfit::TextBytes => {
+            let expected = format!("at most {} bytes", limits::BLOCK_TEXT_BYTES_MAX);
+            invalid("text of a block", expected, format!("{} bytes", block.text_bytes))
+        }
+        Misfit::TextOffsets => {
+            invalid("text_offsets of a block", block.tokens.to_string(), block.text_offsets.to_string())
+        }
+    }
+}
+
+fn check_sizes(spec: &CollectionSpec, block: &BlockRecord) -> Result<Parts, StoreError> {
+    let (shape, tokens) = (&spec.shape, block.meta.token_ids.len());
+    let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: shape.head_dim as usize };
     if tokens == shape.block_tokens as usize {
         KeysLayout::of(spec).check(block.index == 0, &block.keys)?;
     } else {
         exactly("bytes of keys of a block", 0, block.keys.len())?;
     }
     exactly("bytes of pieces of a block", shape.pieces() * layout.bytes(), block.pieces.len())?;
-    if block.meta.text.len() > limits::BLOCK_TEXT_BYTES_MAX {
-        return Err(StoreError::Invalid {
-            field: "text of a block",
-            expected: format!("at most {} bytes", limits::BLOCK_TEXT_BYTES_MAX),
-            found: format!("{} bytes", block.meta.text.len()),
-        });
-    }
     // All of these are bounded by `limits`, far below 4 GiB.
     Ok(Parts {
         meta_bytes: meta_bytes(&block.meta) as u32,

@@ -141,7 +141,7 @@ impl Store {
         })
     }
 
-    /// Deletes a document, durably. Its space comes back afterwards (see [`Compactor`] and `limits::SPACE_PERCENT_MAX`).
+    /// Deletes a document, durably. Its space comes back afterwards (see [`Compactor`](super::Compactor) and `limits::SPACE_PERCENT_MAX`).
     /// Blocks being read meanwhile are read to their end.
     pub fn delete(&self, document: DocumentId) -> Result<Freed, StoreError> {
         self.write_to_free(|writer| {

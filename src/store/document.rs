@@ -1,7 +1,9 @@
-//! What is stored: documents, and the blocks that they consist of.
+//! What is stored: documents, the blocks that they consist of, and which may be appended.
 
 use serde::{Deserialize, Serialize};
 
+use super::error::StoreError;
+use crate::limits;
 use crate::types::{CollectionId, DocumentId};
 
 /// A document as of its last acknowledged change.
@@ -39,16 +41,99 @@ pub struct BlockRecord {
     /// Position in the document, counted in blocks.
     pub index: u32,
     pub meta: BlockMeta,
-    /// L * Hkv times what [`piece::KeysLayout::encode`] gives; empty for a tail. If a document's blocks have codes,
+    /// L * Hkv times what [`KeysLayout::encode`](super::piece::KeysLayout::encode) gives; empty for a tail. If a document's blocks have codes,
     /// they lie before the keys of the first.
     pub keys: Vec<u8>,
-    /// L * Hkv times what [`piece::PieceLayout::encode`] gives, for the block's own number of tokens.
+    /// L * Hkv times what [`PieceLayout::encode`](super::piece::PieceLayout::encode) gives, for the block's own number of tokens.
     pub pieces: Vec<u8>,
+}
+
+/// What the rule of appends looks at in a block, encoded or not.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockExtent {
+    /// Position in the document, counted in blocks.
+    pub index: u32,
+    pub tokens: usize,
+    pub text_bytes: usize,
+    pub text_offsets: usize,
+}
+
+/// How a block breaks the rule of [`check_blocks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// Another block comes next.
+    Index { expected: u32 },
+    /// The document would have `end` blocks, more than `limits::DOCUMENT_BLOCKS_MAX`.
+    Blocks { end: u64 },
+    /// Not B tokens, or, if it is the last, not 1 to B.
+    Tokens { is_last: bool },
+    /// More bytes of text than `limits::BLOCK_TEXT_BYTES_MAX`.
+    TextBytes,
+    /// Not one offset per token.
+    TextOffsets,
+}
+
+/// The rule of appends: from block `first` on one follows the other, all have B tokens but the last, which has 1 to B, and each
+/// token has one offset in its block's text. `block_tokens` is B.
+///
+/// # Errors
+/// The place in `blocks` of the first block that breaks the rule, and how.
+pub fn check_blocks(first: u32, block_tokens: usize, blocks: &[BlockExtent]) -> Result<(), (usize, Misfit)> {
+    let end = first as u64 + blocks.len() as u64;
+    if end > limits::DOCUMENT_BLOCKS_MAX as u64 {
+        let fit = (limits::DOCUMENT_BLOCKS_MAX.saturating_sub(first) as usize).min(blocks.len().saturating_sub(1));
+        return Err((fit, Misfit::Blocks { end }));
+    }
+    for (at, block) in blocks.iter().enumerate() {
+        let expected = first + at as u32;
+        let is_last = at + 1 == blocks.len();
+        let least = if is_last { 1 } else { block_tokens };
+        let misfit = if block.index != expected {
+            Misfit::Index { expected }
+        } else if block.tokens < least || block.tokens > block_tokens {
+            Misfit::Tokens { is_last }
+        } else if block.text_bytes > limits::BLOCK_TEXT_BYTES_MAX {
+            Misfit::TextBytes
+        } else if block.text_offsets != block.tokens {
+            Misfit::TextOffsets
+        } else {
+            continue;
+        };
+        return Err((at, misfit));
+    }
+    Ok(())
+}
+
+impl BlockRecord {
+    pub(super) fn extent(&self) -> BlockExtent {
+        let BlockMeta { token_ids, text, text_offsets, .. } = &self.meta;
+        let (tokens, text_bytes, text_offsets) = (token_ids.len(), text.len(), text_offsets.len());
+        BlockExtent { index: self.index, tokens, text_bytes, text_offsets }
+    }
 }
 
 impl Manifest {
     /// Whether block `index` is one of its full blocks or its tail.
     pub(super) fn covers(&self, index: u32) -> bool {
         index < self.blocks || index == self.blocks && self.tail_tokens > 0
+    }
+
+    /// Whether a block of so many tokens is as long as the tail, and in its place.
+    pub fn is_tail(&self, index: u32, tokens: usize) -> bool {
+        index == self.blocks && tokens == self.tail_tokens as usize
+    }
+
+    /// Whether new blocks may begin with block `index`.
+    ///
+    /// # Errors
+    /// `Sealed`, or `OutOfOrder` if another block comes next.
+    pub fn check_next(&self, index: u32) -> Result<(), StoreError> {
+        if self.sealed {
+            return Err(StoreError::Sealed);
+        }
+        if index != self.blocks {
+            return Err(StoreError::OutOfOrder { expected: self.blocks, found: index });
+        }
+        Ok(())
     }
 }

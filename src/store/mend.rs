@@ -3,9 +3,9 @@
 //!
 //! Mending changes nothing that was acknowledged, so sealed documents take it too.
 
-use super::append::{check_sizes, exactly};
+use super::append::{check_records, exactly};
 use super::catalog::{self, key};
-use super::document::{BlockRecord, Manifest};
+use super::document::BlockRecord;
 use super::error::StoreError;
 use super::log::GroupWriter;
 use super::record::{DocumentEntry, Locator, Parts};
@@ -66,7 +66,7 @@ impl Store {
         // The tail of an open document is replaced by any other.
         if let [tail] = new
             && manifest.sealed
-            && is_tail(manifest, tail)
+            && manifest.is_tail(tail.index, tail.meta.token_ids.len())
         {
             match self.mend(entry, spec, tail, &mut mends) {
                 Err(StoreError::Conflict { .. }) => return Err(StoreError::Sealed),
@@ -96,7 +96,7 @@ impl Store {
         }
         let tokens = if id.index < entry.manifest.blocks { entry.block_tokens } else { entry.manifest.tail_tokens };
         exactly("tokens of a block", tokens as usize, block.meta.token_ids.len())?;
-        let parts = check_sizes(spec, block, tokens as usize)?;
+        let parts = check_records(spec, id.index, std::slice::from_ref(block))?[0];
         // One of which no record is left was counted with the bytes that it had.
         let old = catalog::get::<Locator>(&self.catalog, &key::block(id))?;
         mends.grown_bytes += parts.record_bytes();
@@ -121,7 +121,7 @@ impl Mends<'_> {
         let document = entry.manifest.id;
         for (block, parts) in &self.blocks {
             group.block(collection, BlockId { document, index: block.index }, block, *parts)?;
-            if is_tail(&entry.manifest, block) {
+            if entry.manifest.is_tail(block.index, block.meta.token_ids.len()) {
                 entry.tail_sequence = group.number();
             }
         }
@@ -129,8 +129,4 @@ impl Mends<'_> {
         *stored_bytes = (*stored_bytes + self.grown_bytes).saturating_sub(self.gone_bytes);
         Ok(())
     }
-}
-
-fn is_tail(manifest: &Manifest, block: &BlockRecord) -> bool {
-    block.index == manifest.blocks && manifest.tail_tokens as usize == block.meta.token_ids.len()
 }

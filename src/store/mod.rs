@@ -56,7 +56,7 @@ pub use catalog::{Batch, Catalog, Pair, SledCatalog};
 pub use collections::Freed;
 pub use compaction::Compactor;
 pub use directory::is_data_directory;
-pub use document::{BlockMeta, BlockRecord, Manifest};
+pub use document::{BlockExtent, BlockMeta, BlockRecord, Manifest, Misfit, check_blocks};
 pub use error::{Entity, StoreError};
 pub use mend::Held;
 pub use record::CollectionEntry;
