@@ -243,6 +243,76 @@ pub struct VerifyReport {
     pub faults: Vec<Fault>,
 }
 
+/// What to measure of the engines that may answer a collection's lookups.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TuneRequest {
+    pub collection: CollectionId,
+    /// Looked up in turn in the collection's longest document, 1 to `limits::TUNE_QUERIES_MAX`; recall is taken over the first
+    /// 64. Use captured queries of the collection's model; random ones predict little.
+    pub queries: Vec<TuneQuery>,
+    /// k, the blocks of every choice, 1 to `limits::TOP_K_MAX`.
+    pub top_k: u32,
+    /// The share of flat's blocks that an engine has to find, 0 to 1.
+    pub recall: f64,
+    /// Lookups that are timed with each engine, 1 to `limits::TUNE_LOOKUPS_MAX`; 0 is 1.
+    pub lookups: u32,
+    /// Indexes of FAISS to measure beside the engines that need no setting, at most `limits::TUNE_INDEXES_MAX`.
+    pub indexes: Vec<TuneIndex>,
+}
+
+/// What one query token asks of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TuneQuery {
+    pub layer: u32,
+    /// Tokens from the start of the local window.
+    pub distance: u32,
+    /// `(Hq, D)`, before RoPE.
+    pub values: Vec<f32>,
+}
+
+/// An index of FAISS to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TuneIndex {
+    /// As FAISS's `index_factory` takes it.
+    pub factory: String,
+    /// `None`: the smallest that reaches the recall, found by doubling.
+    pub effort: Option<u32>,
+}
+
+/// How far a measurement is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TuneStep {
+    /// An engine is measured, on a document of so many blocks.
+    Measuring { engine: Engine, blocks: u32 },
+    /// An engine that this machine does not have. The reason is for people.
+    LeftOut { engine: Engine, reason: String },
+}
+
+/// What an engine took to answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    pub engine: Engine,
+    /// The share of flat's blocks that were found, 0 to 1.
+    pub recall: f64,
+    /// Microseconds of one lookup: half of them, and 99 of 100, took no longer.
+    pub p50_us: f64,
+    pub p99_us: f64,
+    /// Bytes of landmark keys and indexes in memory, of all documents.
+    pub index_bytes: u64,
+}
+
+/// What was measured, and what answers now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TuneReport {
+    /// The document that was looked up in.
+    pub document: DocumentInfo,
+    /// What answers lookups from now on: the fastest that reached the recall. One that takes more memory than another is
+    /// a tenth faster at least.
+    pub engine: Engine,
+    /// From the least memory to the most.
+    pub measured: Vec<Measured>,
+}
+
 /// What a deletion gave back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Deleted {
@@ -322,6 +392,23 @@ pub trait BlockMemory: Send + Sync {
     /// lookups under way are answered by the engine that they began with. An engine that this machine does not have is
     /// refused ([`MemoryError::Invalid`]).
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo>;
+
+    /// Measures the engines that may answer a collection's lookups on its longest document, and sets the fastest that finds
+    /// enough: flat, sq4, sq8, cuda where there is a GPU, and the indexes that the request names. `progress` is told each
+    /// step. Lookups of others are answered meanwhile by the engine that is measured; after an error the collection has the
+    /// engine again that it had.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the collection, or if no document of it has a full block, [`MemoryError::Missing`]
+    /// without queries, [`MemoryError::LimitExceeded`] for more than `limits` allows, whatever a lookup is refused with, and
+    /// [`MemoryError::Invalid`] from a memory that has no engines to choose from.
+    fn tune(&self, _request: &TuneRequest, _progress: &mut dyn FnMut(TuneStep), _until: &Until) -> Result<TuneReport> {
+        Err(MemoryError::Invalid {
+            field: "tune".into(),
+            expected: "a memory that measures its engines".into(),
+            found: "one that does not".into(),
+        })
+    }
 
     /// Creates an empty open document, or gives the one of that name.
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo>;

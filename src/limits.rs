@@ -61,6 +61,15 @@ pub const FAISS_FACTORY_BYTES_MAX: usize = 128;
 /// Effort of a search in a FAISS index: more clusters or candidates than this are a scan.
 pub const FAISS_EFFORT_MAX: u32 = 65_536;
 
+/// Queries that engines are measured with: more than the lookups that are timed unless set, and few enough for one message.
+pub const TUNE_QUERIES_MAX: usize = 512;
+
+/// Indexes of FAISS that are measured in one call, each with up to 14 efforts.
+pub const TUNE_INDEXES_MAX: usize = 64;
+
+/// Lookups that are timed with each engine: minutes over a million tokens.
+pub const TUNE_LOOKUPS_MAX: u32 = 1 << 20;
+
 /// Blocks of one fetch request.
 pub const FETCH_BLOCKS_MAX: usize = 4096;
 

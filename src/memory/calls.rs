@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 
-use super::error::invalid;
 use super::local::LocalMemory;
+use super::tune::tune;
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
-    Fault, FetchRequest, Health, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport,
+    Fault, FetchRequest, Health, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, TuneReport, TuneRequest,
+    TuneStep, VerifyReport,
 };
 use crate::lock::IgnorePoison;
 use crate::shape::{CollectionSpec, check_name};
@@ -54,6 +55,10 @@ impl BlockMemory for LocalMemory {
         let entry = self.store.collection(collection)?;
         let gone = || MemoryError::NotFound { entity: Entity::Collection, id: collection.to_string() };
         self.collection_info(collection, entry.ok_or_else(gone)?)
+    }
+
+    fn tune(&self, request: &TuneRequest, progress: &mut dyn FnMut(TuneStep), until: &Until) -> Result<TuneReport> {
+        tune(self, request, progress, until)
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

@@ -8,7 +8,7 @@ impl From<StoreError> for MemoryError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Locked { path } => MemoryError::Locked { path: path.display().to_string() },
-            StoreError::NotFound { entity } => not_found(entity),
+            StoreError::NotFound { entity } => not_stored(entity),
             StoreError::Invalid { field, expected, found } => {
                 MemoryError::Invalid { field: field.into(), expected, found }
             }
@@ -46,13 +46,17 @@ fn gone() -> MemoryError {
     MemoryError::Unavailable { target: "the caller".into(), detail: "it hung up".into() }
 }
 
-fn not_found(entity: store::Entity) -> MemoryError {
+fn not_stored(entity: store::Entity) -> MemoryError {
     let (entity, id) = match entity {
         store::Entity::Collection(id) => (Entity::Collection, id.to_string()),
         store::Entity::Document(id) => (Entity::Document, id.to_string()),
         store::Entity::Block(id) => (Entity::Block, id.to_string()),
     };
     MemoryError::NotFound { entity, id }
+}
+
+pub(super) fn not_found(entity: Entity, id: impl ToString) -> MemoryError {
+    MemoryError::NotFound { entity, id: id.to_string() }
 }
 
 pub(super) fn invalid(field: impl Into<String>, expected: impl ToString, found: impl ToString) -> MemoryError {

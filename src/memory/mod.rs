@@ -5,7 +5,7 @@
 //!
 //! In reading order: `error` (the one map from the store's), `geometry` (where blocks lie), `collection`, `plan` (what a request
 //! needs), `work` (the bytes and threads it gets), `keys` and `gpu` (what is kept in memory), `writers`, `local` (all of it
-//! together), `ingest`, `lookup`, `attend`, `read` (one kind of request each), `calls` (the trait).
+//! together), `ingest`, `lookup`, `attend`, `read` (one kind of request each), `tune`, `calls` (the trait).
 
 mod attend;
 mod calls;
@@ -21,6 +21,7 @@ mod plan;
 mod read;
 #[cfg(test)]
 mod tests;
+mod tune;
 mod work;
 mod writers;
 

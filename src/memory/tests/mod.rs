@@ -5,6 +5,7 @@ mod finite;
 mod ingest;
 mod keys;
 mod lookup;
+mod tune;
 mod work;
 
 use rand::{RngExt, SeedableRng};

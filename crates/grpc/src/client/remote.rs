@@ -12,7 +12,8 @@ use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
 use landmarkdb::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo,
-    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, VerifyReport, check_together,
+    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, TuneReport, TuneRequest, TuneStep,
+    VerifyReport, check_together,
 };
 use landmarkdb::limits;
 use landmarkdb::shape::CollectionSpec;
@@ -123,6 +124,25 @@ impl BlockMemory for RemoteMemory {
         let message = v1::SetEngineRequest::from((collection, engine));
         let send = async |request| self.admin.clone().set_engine(request).await;
         self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
+    }
+
+    /// Measured by the service, without the network. Each engine has to be measured within the deadline. Some steps may be left
+    /// out when they come faster than the network carries them.
+    fn tune(&self, request: &TuneRequest, progress: &mut dyn FnMut(TuneStep), until: &Until) -> Result<TuneReport> {
+        use v1::tune_reply::State;
+        until.check()?;
+        let (patience, message) = (self.patience(), v1::TuneRequest::from(request));
+        self.connection.wait(patience.stream(async |_progressed| {
+            let mut replies = patience.step(self.admin.clone().tune(message.clone())).await?.into_inner();
+            loop {
+                let reply = patience.step(replies.message()).await?.ok_or_else(|| patience.cut_short())?;
+                match reply.state {
+                    Some(State::Step(step)) => progress(step.try_into()?),
+                    Some(State::Report(report)) => return report.try_into(),
+                    None => return Err(MemoryError::Missing { field: "state".into() }),
+                }
+            }
+        }))
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

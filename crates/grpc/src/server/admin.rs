@@ -9,7 +9,7 @@ use super::replies::{Replies, replies};
 use super::work::{Line, Turn, Work};
 use crate::wire::v1::admin_server::Admin;
 use crate::wire::{to_status, v1};
-use landmarkdb::api::{BlockMemory, MemoryError};
+use landmarkdb::api::{BlockMemory, MemoryError, TuneRequest};
 use landmarkdb::shape::CollectionSpec;
 use landmarkdb::types::{BlockRange, CollectionId, DocumentId, Engine};
 use landmarkdb::until::Until;
@@ -65,6 +65,16 @@ impl Admin for AdminService {
         let wanted = <(CollectionId, Engine)>::try_from(request.into_inner());
         let (collection, engine) = wanted.map_err(|error| to_status(&error))?;
         self.work.reply(turn, move |memory, _| memory.set_engine(collection, engine)).await
+    }
+
+    type TuneStream = Messages<v1::TuneReply>;
+
+    async fn tune(&self, request: Request<v1::TuneRequest>) -> Result<Response<Self::TuneStream>, Status> {
+        let turn = Turn::of(Line::Verifying, &request);
+        let request = TuneRequest::try_from(request.into_inner()).map_err(|error| to_status(&error))?;
+        let (replies, stream) = replies(REPLIES_READY);
+        tokio::spawn(tune_all(self.work.clone(), turn, request, replies));
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn open_document(
@@ -171,6 +181,20 @@ async fn list_all(work: Work, until: Until, range: BlockRange, replies: Replies<
         if short || begin >= range.blocks.end {
             return;
         }
+    }
+}
+
+async fn tune_all(work: Work, turn: Turn, request: TuneRequest, replies: Replies<v1::TuneReply>) {
+    use v1::tune_reply::State;
+    let message = |state| v1::TuneReply { state: Some(state) };
+    let (steps, until) = (replies.clone(), turn.until.clone());
+    let tune = move |memory: &dyn BlockMemory, until: &Until| {
+        memory.tune(&request, &mut |step| steps.offer(message(State::Step(step.into()))), until)
+    };
+    match work.run(turn, tune).await {
+        // Whether somebody reads it is the reader's business.
+        Ok(report) => drop(replies.send(message(State::Report(report.into())), &until).await),
+        Err(error) => replies.fail(&error),
     }
 }
 

@@ -15,7 +15,7 @@ use landmarkdb::budget::{Budget, Taken};
 use landmarkdb::limits;
 use landmarkdb::until::Until;
 
-/// Verifications read everything: more of them at once would only fight for the disk.
+/// Verifications read everything, and measurements want to be alone: more of them at once would only fight for the machine.
 const VERIFY_WORKERS: usize = 2;
 
 /// Threads that may wait for a disk or a lock are cheap, but not without end.
@@ -30,7 +30,7 @@ pub(super) enum Line {
     Heavy,
     /// What waits for the one who writes.
     Writing,
-    /// What takes hours.
+    /// Verifying and tuning: what takes minutes or hours.
     Verifying,
 }
 

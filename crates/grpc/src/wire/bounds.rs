@@ -71,18 +71,27 @@ const ATTEND_STREAM_BOUNDS: Bounds =
     Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: true, fields: &[Field::Message(2, ATTEND)] };
 const FETCH_BOUNDS: Bounds =
     Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[Field::Numbers(2)] };
+const TUNE_BOUNDS: Bounds = Bounds {
+    bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX,
+    is_of_stream: false,
+    fields: &[
+        Field::Messages { number: 2, what: "queries", max: limits::TUNE_QUERIES_MAX, bytes: 128, inside: &[] },
+        Field::Messages { number: 6, what: "indexes", max: limits::TUNE_INDEXES_MAX, bytes: 128, inside: &[] },
+    ],
+};
 const OTHER_BOUNDS: Bounds = Bounds { bytes_max: limits::ADMIN_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[] };
 
 /// Of the requests of a method, by its path.
 pub fn bounds(path: &str) -> &'static Bounds {
-    match path.strip_prefix("/landmark.v1.BlockMemory/") {
-        Some("Append") => &APPEND_BOUNDS,
-        Some("Lookup") => &LOOKUP_BOUNDS,
-        Some("Attend") => &ATTEND_BOUNDS,
-        Some("AttendAll") => &ATTEND_ALL_BOUNDS,
-        Some("LookupStream") => &LOOKUP_STREAM_BOUNDS,
-        Some("AttendStream") => &ATTEND_STREAM_BOUNDS,
-        Some("Fetch") => &FETCH_BOUNDS,
+    match path.strip_prefix("/landmark.v1.") {
+        Some("BlockMemory/Append") => &APPEND_BOUNDS,
+        Some("BlockMemory/Lookup") => &LOOKUP_BOUNDS,
+        Some("BlockMemory/Attend") => &ATTEND_BOUNDS,
+        Some("BlockMemory/AttendAll") => &ATTEND_ALL_BOUNDS,
+        Some("BlockMemory/LookupStream") => &LOOKUP_STREAM_BOUNDS,
+        Some("BlockMemory/AttendStream") => &ATTEND_STREAM_BOUNDS,
+        Some("BlockMemory/Fetch") => &FETCH_BOUNDS,
+        Some("Admin/Tune") => &TUNE_BOUNDS,
         _ => &OTHER_BOUNDS,
     }
 }

@@ -17,6 +17,7 @@ pub mod fuzz;
 mod lookup;
 mod spec;
 mod status;
+mod tune;
 
 pub use bounds::{Bounds, Chunks, bounds};
 pub use status::{from_status, to_status};

@@ -95,11 +95,11 @@ impl TryFrom<v1::CollectionInfo> for CollectionInfo {
     }
 }
 
-fn faiss_index(engine: &Engine) -> Option<v1::FaissIndex> {
+pub(super) fn faiss_index(engine: &Engine) -> Option<v1::FaissIndex> {
     engine.setting().map(|FaissIndex { factory, effort }| v1::FaissIndex { factory: factory.clone(), effort: *effort })
 }
 
-fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
+pub(super) fn engine(number: i32, faiss: Option<v1::FaissIndex>) -> Result<Engine> {
     if number == v1::Engine::Unspecified as i32 {
         return Err(missing("engine"));
     }

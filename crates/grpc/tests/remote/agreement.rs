@@ -5,6 +5,7 @@ use std::sync::Arc;
 use landmarkdb::api::*;
 use landmarkdb::shape::Fingerprint;
 use landmarkdb::types::*;
+use landmarkdb::until::Until;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::ServeOptions;
 
@@ -18,7 +19,10 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
     let all = BlockRange { document, blocks: 0..u32::MAX };
     let granularities =
         [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
+    let mut steps = Vec::new();
+    let tuned = memory.tune(&requests::tune(), &mut |step| steps.push(step), &Until::FOREVER);
     let mut answers = vec![
+        format!("{tuned:?} {steps:?}"),
         format!("{:?}", memory.open_collection(&requests::spec())),
         format!("{:?}", memory.collections()),
         format!("{:?}", memory.set_engine(CollectionId(7), Engine::Sq8)),
@@ -42,7 +46,7 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.delete(document)),
         format!("{:?}", memory.stats()),
         format!("{:?}", memory.verify(None, &mut |_, _| {})),
-        format!("{:?}", memory.verify_rebuild(&mut |_, _| {}, &landmarkdb::until::Until::FOREVER)),
+        format!("{:?}", memory.verify_rebuild(&mut |_, _| {}, &Until::FOREVER)),
         format!("{:?}", memory.verify(Some(DocumentId(0)), &mut |_, _| {})),
     ];
     for granularity in granularities {

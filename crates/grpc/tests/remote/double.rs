@@ -147,6 +147,22 @@ impl BlockMemory for Double {
         self.enter("set_engine", (id, engine)).map(|mut rng| collection(&mut rng))
     }
 
+    fn tune(&self, request: &TuneRequest, progress: &mut dyn FnMut(TuneStep), _until: &Until) -> Result<TuneReport> {
+        let mut rng = self.enter("tune", request)?;
+        let index = FaissIndex { factory: "IVF8".into(), effort: rng.random() };
+        progress(TuneStep::Measuring { engine: Engine::Faiss(index.clone()), blocks: rng.random() });
+        progress(TuneStep::LeftOut { engine: Engine::Cuda, reason: "none here".into() });
+        let measured = |engine| Measured {
+            engine,
+            recall: rng.random(),
+            p50_us: rng.random(),
+            p99_us: rng.random(),
+            index_bytes: rng.random(),
+        };
+        let measured = [Engine::Sq4, Engine::Faiss(index.clone())].map(measured).to_vec();
+        Ok(TuneReport { document: document(&mut rng, DocumentId(9)), engine: Engine::Faiss(index), measured })
+    }
+
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
         self.enter("open_document", (collection, name)).map(|mut rng| document(&mut rng, DocumentId(9)))
     }

@@ -25,6 +25,19 @@ pub(crate) fn spec() -> CollectionSpec {
     }
 }
 
+pub(crate) fn tune() -> TuneRequest {
+    let query = |layer| TuneQuery { layer, distance: 7, values: (0..32).map(|i| (i as f32).cos()).collect() };
+    let index = |effort| TuneIndex { factory: "HNSW32".into(), effort };
+    TuneRequest {
+        collection: CollectionId(3),
+        queries: vec![query(0), query(1)],
+        top_k: 5,
+        recall: 0.875,
+        lookups: 11,
+        indexes: vec![index(None), index(Some(0))],
+    }
+}
+
 /// `tokens` query tokens of 4 heads of 8.
 pub(crate) fn lookup(tokens: u32, granularity: Granularity) -> LookupRequest {
     LookupRequest {

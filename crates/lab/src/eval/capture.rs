@@ -218,6 +218,10 @@ impl BlockMemory for Recorder {
         self.inner.set_engine(collection, engine)
     }
 
+    fn tune(&self, request: &TuneRequest, progress: &mut dyn FnMut(TuneStep), until: &Until) -> Result<TuneReport> {
+        self.inner.tune(request, progress, until)
+    }
+
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {
         self.inner.open_document(collection, name)
     }
