@@ -2,21 +2,23 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use indicatif::ProgressStyle;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo, Entity, LookupRequest, MemoryError};
+use landmarkdb::api::{
+    BlockMemory, CollectionInfo, DocumentInfo, Entity, LookupRequest, MemoryError, TuneIndex, TuneQuery, TuneReport,
+    TuneRequest, TuneStep,
+};
 use landmarkdb::limits;
 use landmarkdb::shape::ModelShape;
-use landmarkdb::types::{BlockId, BlockRange, BlockScore, DType, Engine, FaissIndex, Granularity};
+use landmarkdb::types::{BlockRange, BlockScore, Engine, FaissIndex, Granularity};
+use landmarkdb::until::Until;
 use landmarkdb_lab::eval::Capture;
 
 use super::Context;
-use super::bench::percentile;
 use super::error::CliError;
 use super::output::{Report, count, size, table, write_table};
 use super::settings::{faiss_index, top_k, word};
@@ -73,7 +75,7 @@ pub(super) struct TuneArgs {
 
     /// An index of FAISS to measure, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.
     #[arg(long, value_name = "FACTORY", value_parser = tunable_index)]
-    faiss: Vec<Tunable>,
+    faiss: Vec<TuneIndex>,
 
     /// The share of flat's blocks that an engine has to find.
     #[arg(long, default_value_t = 0.99)]
@@ -91,14 +93,8 @@ pub(super) struct TuneArgs {
     seed: u64,
 }
 
-/// How much faster an engine has to be than one that takes less memory.
-const WORTH_ITS_MEMORY: f64 = 0.9;
-
-/// Lookups that recall is taken over.
-const JUDGED: usize = 64;
-
-/// The least effort that is tried.
-const EFFORT_MIN: u32 = 8;
+/// Random queries at least: so many that recall is taken over.
+const RANDOM_QUERIES: usize = 64;
 
 /// What answers now.
 #[derive(Debug, Serialize)]
@@ -109,17 +105,17 @@ struct EngineReport {
 
 /// What was measured, and what answers now.
 #[derive(Debug, Serialize)]
-struct TuneReport {
+struct Tuned {
     collection: String,
     /// The document that was looked up in, and its blocks.
     document: String,
     blocks: u32,
     engine: String,
-    measured: Vec<Measured>,
+    measured: Vec<MeasuredEngine>,
 }
 
 #[derive(Debug, Serialize)]
-struct Measured {
+struct MeasuredEngine {
     engine: String,
     /// The share of flat's blocks that were found.
     recall: f64,
@@ -142,13 +138,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
             }
             context.output.print(&EngineReport { collection: name.clone(), engine: collection.engine.to_string() })
         }
-        Command::Tune(args) => {
-            let report = tune(args, memory.as_ref(), &collection, context);
-            if report.is_err() {
-                memory.set_engine(collection.id, collection.engine)?;
-            }
-            context.output.print(&report?)
-        }
+        Command::Tune(args) => context.output.print(&tune(args, memory.as_ref(), &collection, context)?),
     }
 }
 
@@ -165,7 +155,7 @@ fn build(memory: &dyn BlockMemory, collection: &CollectionInfo, context: &Contex
     for document in documents {
         for layer in 0..shape.layers {
             let queries = vec![0.0; (shape.query_heads * shape.head_dim) as usize];
-            memory.lookup(&request(collection, document, layer, queries, vec![0], 1))?;
+            memory.lookup(&request(collection, document, layer, queries))?;
             bar.inc(1);
         }
     }
@@ -173,31 +163,13 @@ fn build(memory: &dyn BlockMemory, collection: &CollectionInfo, context: &Contex
     Ok(())
 }
 
-/// An engine with less and then more effort, of which the first that finds enough is wanted.
-#[derive(Clone, Debug)]
-struct Tunable(Vec<Engine>);
-
 /// For `value_parser`: FACTORY or FACTORY@EFFORT.
-fn tunable_index(typed: &str) -> Result<Tunable, String> {
+fn tunable_index(typed: &str) -> Result<TuneIndex, String> {
     let engine = faiss_index(typed)?;
-    let Engine::Faiss(FaissIndex { factory, .. }) = &engine else { return Ok(Tunable(vec![engine])) };
-    if typed.contains('@') {
-        return Ok(Tunable(vec![engine]));
-    }
-    let doubled = |effort: &u32| effort.checked_mul(2).filter(|&effort| effort <= limits::FAISS_EFFORT_MAX);
-    let efforts = std::iter::successors(Some(EFFORT_MIN), doubled);
-    let with = |effort| Engine::Faiss(FaissIndex { factory: factory.clone(), effort });
-    Ok(Tunable(efforts.map(with).collect()))
-}
-
-/// One measurement of a collection.
-struct Tuning<'a> {
-    memory: &'a dyn BlockMemory,
-    collection: &'a CollectionInfo,
-    requests: Vec<LookupRequest>,
-    /// What flat finds for the first ones.
-    right: Vec<Vec<BlockId>>,
-    lookups: usize,
+    let Engine::Faiss(FaissIndex { factory, effort }) = engine else {
+        return Err(format!("{engine} is no index of FAISS"));
+    };
+    Ok(TuneIndex { factory, effort: typed.contains('@').then_some(effort) })
 }
 
 fn tune(
@@ -205,147 +177,69 @@ fn tune(
     memory: &dyn BlockMemory,
     collection: &CollectionInfo,
     context: &Context,
-) -> Result<TuneReport, CliError> {
-    let longest = memory.documents(collection.id)?.into_iter().max_by_key(|document| document.blocks);
-    let document = longest.filter(|document| document.blocks > 0).ok_or_else(|| {
-        missing(Entity::Document, format!("with a full block in collection {}", collection.spec.name))
-    })?;
-    let requests = match &args.captured {
-        Some(path) => captured_requests(path, collection, &document, args.top_k)?,
-        None => random_requests(args.seed, collection, &document, args.top_k),
+) -> Result<Tuned, CliError> {
+    let queries = match &args.captured {
+        Some(path) => captured_queries(path, collection)?,
+        None => random_queries(args.seed, collection),
     };
-    let mut tuning = Tuning { memory, collection, requests, right: Vec::new(), lookups: args.lookups.max(1) };
-    memory.set_engine(collection.id, Engine::Flat)?;
-    tuning.right = tuning.found()?;
-
-    let mut measured = Vec::new();
-    let mut fastest = (Engine::Flat, f64::INFINITY);
-    // From the least memory to the most.
-    let mut engines = vec![Engine::Flat];
-    if collection.spec.key_dtype != DType::Int8 {
-        engines.extend([Engine::Sq4, Engine::Sq8]);
-    }
-    match memory.set_engine(collection.id, Engine::Cuda) {
-        Ok(_) => engines.push(Engine::Cuda),
-        Err(error @ MemoryError::Invalid { .. }) => context.output.say(&format!("not measuring cuda: {error}")),
-        Err(error) => return Err(error.into()),
-    }
-    let fixed = engines.into_iter().map(|engine| Tunable(vec![engine]));
-    for tunable in fixed.chain(args.faiss.iter().cloned()) {
-        let (engine, of_engine) = tuning.measure(tunable, args.recall, &mut |engine| {
-            context.output.say(&format!("measuring {engine} on {} blocks", count(document.blocks)));
-        })?;
-        if of_engine.recall >= args.recall && of_engine.p50_us < fastest.1 * WORTH_ITS_MEMORY {
-            fastest = (engine, of_engine.p50_us);
+    let request = TuneRequest {
+        collection: collection.id,
+        queries,
+        top_k: args.top_k,
+        recall: args.recall,
+        lookups: u32::try_from(args.lookups).unwrap_or(u32::MAX),
+        indexes: args.faiss.clone(),
+    };
+    let mut say = |step| match step {
+        TuneStep::Measuring { engine, blocks } => {
+            context.output.say(&format!("measuring {engine} on {} blocks", count(blocks)));
         }
-        measured.push(of_engine);
-    }
-    let engine = memory.set_engine(collection.id, fastest.0)?.engine.to_string();
-    let collection = collection.spec.name.clone();
-    Ok(TuneReport { collection, document: document.name, blocks: document.blocks, engine, measured })
+        TuneStep::LeftOut { engine, reason } => context.output.say(&format!("not measuring {engine}: {reason}")),
+    };
+    let TuneReport { document, engine, measured } = memory.tune(&request, &mut say, &Until::FOREVER)?;
+    let measured = measured.into_iter().map(|of| MeasuredEngine {
+        engine: of.engine.to_string(),
+        recall: of.recall,
+        p50_us: of.p50_us,
+        p99_us: of.p99_us,
+        index_bytes: of.index_bytes,
+    });
+    Ok(Tuned {
+        collection: collection.spec.name.clone(),
+        document: document.name,
+        blocks: document.blocks,
+        engine: engine.to_string(),
+        measured: measured.collect(),
+    })
 }
 
-impl Tuning<'_> {
-    /// Measures an engine; one that takes an effort with the least that reaches the recall, or with the most that there is.
-    fn measure(
-        &self,
-        Tunable(engines): Tunable,
-        wanted: f64,
-        say: &mut dyn FnMut(&Engine),
-    ) -> Result<(Engine, Measured), CliError> {
-        let (mut engine, mut recall) = (Engine::Flat, 0.0);
-        for more in engines {
-            say(&more);
-            engine = self.memory.set_engine(self.collection.id, more)?.engine;
-            recall = self.recall()?;
-            if recall >= wanted {
-                break;
-            }
-        }
-        let times = self.times()?;
-        let (p50_us, p99_us) = (percentile(&times, 0.5), percentile(&times, 0.99));
-        let index_bytes = self.memory.stats()?.index_bytes;
-        let measured = Measured { engine: engine.to_string(), recall, p50_us, p99_us, index_bytes };
-        Ok((engine, measured))
-    }
-
-    /// The blocks of the first requests' choices.
-    fn found(&self) -> Result<Vec<Vec<BlockId>>, CliError> {
-        let judged = self.requests.iter().take(JUDGED);
-        judged.map(|request| Ok(self.memory.lookup(request)?.blocks)).collect()
-    }
-
-    fn recall(&self) -> Result<f64, CliError> {
-        let (mut same, mut all) = (0, 0);
-        for ((right, found), request) in self.right.iter().zip(self.found()?).zip(&self.requests) {
-            let k = right.len() / request_rows(request, self.collection);
-            for (right, found) in right.chunks_exact(k).zip(found.chunks_exact(k)) {
-                same += found.iter().filter(|block| right.contains(block)).count();
-                all += k;
-            }
-        }
-        Ok(same as f64 / all.max(1) as f64)
-    }
-
-    /// Sorted, in microseconds.
-    fn times(&self) -> Result<Vec<f64>, CliError> {
-        let warm_up = self.collection.spec.shape.layers as usize * 2;
-        let mut times = Vec::with_capacity(self.lookups);
-        for (index, request) in self.requests.iter().cycle().take(warm_up + self.lookups).enumerate() {
-            let begin = Instant::now();
-            self.memory.lookup(request)?;
-            if index >= warm_up {
-                times.push(begin.elapsed().as_secs_f64() * 1e6);
-            }
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times)
-    }
-}
-
-fn request(
-    collection: &CollectionInfo,
-    document: &DocumentInfo,
-    layer: u32,
-    queries: Vec<f32>,
-    distances: Vec<u32>,
-    top_k: u32,
-) -> LookupRequest {
+/// One query token, with k = 1.
+fn request(collection: &CollectionInfo, document: &DocumentInfo, layer: u32, queries: Vec<f32>) -> LookupRequest {
     LookupRequest {
         collection: collection.id,
         layer,
         queries,
-        distances,
+        distances: vec![0],
         scope: vec![BlockRange { document: document.id, blocks: 0..document.blocks }],
-        top_k,
+        top_k: 1,
         block_score: BlockScore::LogSumExp,
         granularity: Granularity::KvGroup,
     }
 }
 
-fn request_rows(request: &LookupRequest, collection: &CollectionInfo) -> usize {
-    let shape = &collection.spec.shape;
-    request.granularity.rows(request.distances.len(), shape.query_heads as usize, shape.kv_heads as usize)
-}
-
-fn random_requests(seed: u64, collection: &CollectionInfo, document: &DocumentInfo, top_k: u32) -> Vec<LookupRequest> {
+fn random_queries(seed: u64, collection: &CollectionInfo) -> Vec<TuneQuery> {
     let shape = &collection.spec.shape;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let numbers = (shape.query_heads * shape.head_dim) as usize;
-    let requests = (0..JUDGED.max(shape.layers as usize)).map(|index| {
-        let queries = (0..numbers).map(|_| rng.random_range(-4.0..4.0)).collect();
-        request(collection, document, index as u32 % shape.layers, queries, vec![0], top_k)
+    let queries = (0..RANDOM_QUERIES.max(shape.layers as usize)).map(|index| {
+        let values = (0..numbers).map(|_| rng.random_range(-4.0..4.0)).collect();
+        TuneQuery { layer: index as u32 % shape.layers, distance: 0, values }
     });
-    requests.collect()
+    queries.collect()
 }
 
-/// One request per captured layer and token, all layers of a token together.
-fn captured_requests(
-    path: &Path,
-    collection: &CollectionInfo,
-    document: &DocumentInfo,
-    top_k: u32,
-) -> Result<Vec<LookupRequest>, CliError> {
+/// One query per captured layer and token, all layers of a token together.
+fn captured_queries(path: &Path, collection: &CollectionInfo) -> Result<Vec<TuneQuery>, CliError> {
     let Capture { about, queries, distances, .. } = Capture::load(path)?;
     let (shape, of_file) = (&collection.spec.shape, &about.shape);
     let dims = |shape: &ModelShape| [shape.query_heads, shape.kv_heads, shape.head_dim];
@@ -357,13 +251,13 @@ fn captured_requests(
     }
     let numbers = (shape.query_heads * shape.head_dim) as usize;
     let tokens = distances.iter().enumerate();
-    let requests = tokens.flat_map(|(token, &distance)| {
+    let queries = tokens.flat_map(|(token, &distance)| {
         about.layers.iter().zip(&queries).map(move |(&layer, queries)| {
-            let queries = queries[token * numbers..][..numbers].to_vec();
-            request(collection, document, layer, queries, vec![distance], top_k)
+            let values = queries[token * numbers..][..numbers].to_vec();
+            TuneQuery { layer, distance, values }
         })
     });
-    Ok(requests.collect())
+    Ok(queries.take(limits::TUNE_QUERIES_MAX).collect())
 }
 
 fn missing(entity: Entity, id: String) -> CliError {
@@ -376,7 +270,7 @@ impl Report for EngineReport {
     }
 }
 
-impl Report for TuneReport {
+impl Report for Tuned {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["ENGINE", "RECALL>", "P50>", "P99>", "MEMORY>"]);
         for measured in &self.measured {
