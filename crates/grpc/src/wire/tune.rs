@@ -2,7 +2,7 @@
 
 use super::convert::{bytes_of_f32, f32_of_bytes, required};
 use super::error::cut;
-use super::spec::{engine, engine_number, faiss_index};
+use super::spec::{engine, faiss_index};
 use super::v1;
 use landmarkdb::api::{Measured, MemoryError, Result, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep};
 use landmarkdb::types::CollectionId;
@@ -51,7 +51,7 @@ impl From<TuneStep> for v1::TuneStep {
             TuneStep::Measuring { engine, blocks } => (engine, blocks, None),
             TuneStep::LeftOut { engine, reason } => (engine, 0, Some(cut(reason))),
         };
-        v1::TuneStep { engine: engine_number(&of), faiss: faiss_index(of), blocks, left_out }
+        v1::TuneStep { engine: of.number(), faiss: faiss_index(&of), blocks, left_out }
     }
 }
 
@@ -70,8 +70,8 @@ impl TryFrom<v1::TuneStep> for TuneStep {
 impl From<TuneReport> for v1::TuneReport {
     fn from(report: TuneReport) -> Self {
         let measured = |of: Measured| v1::Measured {
-            engine: engine_number(&of.engine),
-            faiss: faiss_index(of.engine),
+            engine: of.engine.number(),
+            faiss: faiss_index(&of.engine),
             recall: of.recall,
             p50_us: of.p50_us,
             p99_us: of.p99_us,
@@ -79,8 +79,8 @@ impl From<TuneReport> for v1::TuneReport {
         };
         v1::TuneReport {
             document: Some(report.document.into()),
-            engine: engine_number(&report.engine),
-            faiss: faiss_index(report.engine),
+            engine: report.engine.number(),
+            faiss: faiss_index(&report.engine),
             measured: report.measured.into_iter().map(measured).collect(),
         }
     }
