@@ -11,7 +11,6 @@ use super::first_token::{FirstToken, Reopened, first_token_table};
 use super::peers::{self, DecodeCase, DecodePeer, PeerArgs};
 use crate::Context;
 use crate::ask::frame;
-use crate::bench::percentile;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, count, plain_table, plural, write_table};
@@ -20,6 +19,7 @@ use crate::settings::SetupArgs;
 use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use landmarkdb::attention::{BlockAttention, CHUNK_TOKENS, SequenceAttention, Window};
 use landmarkdb::memory::LocalMemory;
+use landmarkdb_lab::bench::percentile;
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm::{self as model, Encoding, LoadedModel, Logits, RememberError};
 

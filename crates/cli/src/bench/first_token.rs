@@ -7,12 +7,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{forget_pages, percentile};
+use super::forget_pages;
 use crate::error::CliError;
 use crate::output::{Rows, count, plain_table, size};
 use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
 use landmarkdb::attention::{Retrieval, Window};
 use landmarkdb::memory::LocalMemory;
+use landmarkdb_lab::bench::percentile;
 use landmarkdb_llm::{self as model, GenerateOptions, LoadedModel, Question};
 
 /// Openings that are timed.

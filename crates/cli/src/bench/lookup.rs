@@ -12,7 +12,7 @@ use super::case::{Asking, Case, ShapeName, Sizes, Truth};
 use super::peers::{self, PeerArgs, PeerResult};
 use super::serving::over_network;
 use crate::Context;
-use crate::bench::{percentile, word_of};
+use crate::bench::word_of;
 use crate::error::CliError;
 use crate::output::{Report, count, plain_table, size, write_table};
 use crate::settings::{faiss_index, word};
@@ -20,6 +20,7 @@ use landmarkdb::api::{AttendRequest, BlockMemory, DocumentInfo};
 use landmarkdb::cuda::{CudaError, Device, Session};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::types::{BlockScore, DType, Engine, Granularity, Normalisation};
+use landmarkdb_lab::bench::percentile;
 use linalg::{ChannelCode, simd};
 
 /// Bytes that the read bandwidth is measured on: far more than any cache.

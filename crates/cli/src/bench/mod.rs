@@ -37,14 +37,6 @@ fn word_of(value: impl clap::ValueEnum) -> String {
     value.to_possible_value().map(|word| word.get_name().to_string()).unwrap_or_default()
 }
 
-/// The value below which a share of the sorted times lies.
-pub(super) fn percentile(sorted: &[f64], share: f64) -> f64 {
-    match sorted.len() {
-        0 => f64::NAN,
-        count => sorted[((count - 1) as f64 * share).round() as usize],
-    }
-}
-
 /// Drops what the page cache has of a file; what is not on disk yet stays.
 fn forget_pages(file: &File) -> Result<(), CliError> {
     rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)

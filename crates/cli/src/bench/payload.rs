@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::peers::{self, PeerArgs, PeerResult};
 use crate::Context;
-use crate::bench::{forget_pages, percentile};
+use crate::bench::forget_pages;
 use crate::error::CliError;
 use crate::output::{Report, count, plain_table, size, write_table};
 use landmarkdb::api::MemoryError;
@@ -21,6 +21,7 @@ use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::store::piece::{KeysLayout, PieceLayout};
 use landmarkdb::store::{BlockMeta, BlockRecord, Store, StoreError};
 use landmarkdb::types::{BlockId, DType, DocumentId, KeyRule};
+use landmarkdb_lab::bench::percentile;
 
 /// Pieces of one block: one layer of a model with 8 KV heads.
 const PIECES: usize = 8;
