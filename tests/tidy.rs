@@ -43,7 +43,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("crates/lab/src/passkey", &[]),
     ("crates/lab/src/train", &[]),
     ("crates/lab/src/eval", &["train"]),
-    ("crates/lab/src/bench", &[]),
+    ("crates/lab/src/bench", &["eval"]),
     ("crates/lab/src/lib", &[]),
 ];
 

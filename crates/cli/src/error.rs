@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use landmarkdb::api::MemoryError;
-use landmarkdb::cuda::CudaError;
 use landmarkdb_grpc::server::{ListenError, ServeError};
+use landmarkdb_lab::bench::BenchError;
 use landmarkdb_lab::eval::{CaptureError, GoldenError};
 use landmarkdb_lab::train::TrainError;
 use landmarkdb_llm::{Difference, FindError, LoadError, PullError, RememberError};
@@ -147,8 +147,8 @@ pub(super) enum CliError {
     GoldenDiffers { outputs: usize },
     #[error(transparent)]
     Golden(#[from] GoldenError),
-    #[error("the GPU's bandwidth cannot be measured: {0}")]
-    Bandwidth(#[from] CudaError),
+    #[error("{0}{hint}", hint = bench_hint(.0))]
+    Bench(BenchError),
     #[error("{}: the report cannot be written: {source}", .path.display())]
     WriteReport { path: PathBuf, source: io::Error },
     #[error("{what}: {source}")]
@@ -202,7 +202,7 @@ impl CliError {
             | CliError::NotConfirmed { .. }
             | CliError::GoldenDiffers { .. }
             | CliError::Golden(_)
-            | CliError::Bandwidth(_)
+            | CliError::Bench(_)
             | CliError::WriteReport { .. }
             | CliError::Io { .. } => Exit::Failure,
         }
@@ -211,6 +211,27 @@ impl CliError {
     /// Whether the reader of our output went away, as `| head` does: it has what it wanted.
     pub(super) fn is_broken_pipe(&self) -> bool {
         matches!(self, CliError::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// What ended a benchmark has the exit code that it has elsewhere.
+impl From<BenchError> for CliError {
+    fn from(error: BenchError) -> Self {
+        match error {
+            BenchError::Memory(error) => error.into(),
+            BenchError::Capture(error) => error.into(),
+            BenchError::Remember(error) => error.into(),
+            BenchError::Listen(error) => error.into(),
+            BenchError::Bandwidth(_) | BenchError::Peers { .. } | BenchError::Io { .. } => CliError::Bench(error),
+        }
+    }
+}
+
+/// What to type, where the benchmark can only say what is missing.
+fn bench_hint(error: &BenchError) -> &'static str {
+    match error {
+        BenchError::Peers { .. } => " (--python names the interpreter)",
+        _ => "",
     }
 }
 

@@ -27,6 +27,13 @@ pub(super) trait Report: Serialize {
     fn people(&self, to: &mut dyn Write) -> io::Result<()>;
 }
 
+/// What people read of a report.
+pub(super) fn people(report: &impl Report) -> io::Result<String> {
+    let mut text = Vec::new();
+    report.people(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// How to speak to whoever typed the command.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
@@ -65,8 +72,7 @@ impl Output {
         let written = if self.json {
             write_json(&mut to, report)
         } else {
-            let mut text = Vec::new();
-            report.people(&mut text).and_then(|()| to.write_all(shown(&String::from_utf8_lossy(&text)).as_bytes()))
+            people(report).and_then(|text| to.write_all(shown(&text).as_bytes()))
         };
         written.and_then(|()| to.flush()).map_err(|source| CliError::Io { what: "standard output", source })
     }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
 use landmarkdb::api::{BlockMemory, CollectionInfo, MemoryError};
 use landmarkdb::attention::{CountedFrom, Layers, Retrieval, Window};
 use landmarkdb::limits;
@@ -249,6 +251,14 @@ pub(super) fn layers(typed: &str) -> Result<Layers, String> {
 /// A value by the word that people type for it.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
     typed.parse()
+}
+
+/// For `value_parser`: the same where the help lists the words.
+pub(super) fn one_of<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: std::str::FromStr<Err = String> + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(words).try_map(|typed| word(&typed))
 }
 
 /// For `value_parser`: how many blocks a choice may have.

@@ -1,20 +1,21 @@
 //! What a lookup benchmark asks, and of which keys: a model's shape with random numbers, or what a model really asked.
 
 use std::fmt::Display;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::error::CliError;
+use super::error::BenchError;
+use crate::eval::Capture;
 use landmarkdb::api::{
     AppendRequest, BlockMemory, BlockText, DocumentInfo, LookupRequest, MemoryError, NewBlock, Tensor,
 };
 use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::types::{BlockRange, BlockScore, CollectionId, DType, Granularity, KeyRule};
-use landmarkdb_lab::eval::Capture;
+use landmarkdb::words;
 
 /// Layers that take turns, so that keys come from memory and not from a cache.
 const LAYERS: usize = 8;
@@ -29,39 +30,60 @@ const ASKED: usize = 64;
 const APPEND_BLOCKS: usize = 256;
 
 /// A model's layer and a text's length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum ShapeName {
-    #[value(name = "smollm2-32k")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// SmolLM2-135M, 32,768 tokens.
     Smollm2Short,
-    #[value(name = "smollm2-1m")]
+    /// SmolLM2-135M, a million tokens.
     Smollm2Million,
-    #[value(name = "llama3-8b-128k")]
+    /// Llama 3 8B, 131,072 tokens.
     Llama3Short,
-    #[value(name = "llama3-8b-1m")]
+    /// Llama 3 8B, a million tokens.
     Llama3Million,
 }
 
+words!(
+    Shape,
+    "smollm2-32k" => Smollm2Short,
+    "smollm2-1m" => Smollm2Million,
+    "llama3-8b-128k" => Llama3Short,
+    "llama3-8b-1m" => Llama3Million,
+);
+
 /// Sizes of a random case.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
-    pub(super) blocks: usize,
-    pub(super) kv_heads: usize,
-    pub(super) query_heads: usize,
-    pub(super) head_dim: usize,
-    /// m
-    pub(super) keys_per_block: usize,
+pub struct Sizes {
+    /// N
+    pub blocks: usize,
+    /// Hkv
+    pub kv_heads: usize,
+    /// Hq
+    pub query_heads: usize,
+    /// D
+    pub head_dim: usize,
+    /// m: 1 (one key per block) or more (the token keys of blocks of that many tokens).
+    pub keys_per_block: usize,
 }
 
-impl ShapeName {
+/// What is searched, and with which queries.
+#[derive(Clone, Debug)]
+pub enum Keys {
+    /// Random keys and queries, named by a shape that the sizes may differ from.
+    Random { shape: Shape, sizes: Sizes },
+    /// A file that holds a [`Capture`].
+    Captured(PathBuf),
+}
+
+impl Shape {
     /// Blocks are of 64 tokens. SmolLM2 is retrieved from by its token keys, Llama as if it had landmarks.
-    pub(super) fn sizes(self) -> Sizes {
+    pub fn sizes(self) -> Sizes {
         let smollm2 = Sizes { blocks: 512, kv_heads: 3, query_heads: 9, head_dim: 64, keys_per_block: 64 };
         let llama3 = Sizes { blocks: 2048, kv_heads: 8, query_heads: 32, head_dim: 128, keys_per_block: 1 };
         match self {
-            ShapeName::Smollm2Short => smollm2,
-            ShapeName::Smollm2Million => Sizes { blocks: 16_384, ..smollm2 },
-            ShapeName::Llama3Short => llama3,
-            ShapeName::Llama3Million => Sizes { blocks: 16_384, ..llama3 },
+            Shape::Smollm2Short => smollm2,
+            Shape::Smollm2Million => Sizes { blocks: 16_384, ..smollm2 },
+            Shape::Llama3Short => llama3,
+            Shape::Llama3Million => Sizes { blocks: 16_384, ..llama3 },
         }
     }
 }
@@ -96,8 +118,16 @@ pub(super) struct Asked {
 }
 
 impl Case {
+    /// The keys, and lookups of `query_tokens` (T) each; random ones by a seed.
+    pub(super) fn new(keys: &Keys, query_tokens: usize, seed: u64) -> Result<Self, BenchError> {
+        match keys {
+            Keys::Random { shape, sizes } => Ok(Case::random(format!("{shape}, random"), *sizes, query_tokens, seed)),
+            Keys::Captured(path) => Case::captured(path, query_tokens),
+        }
+    }
+
     /// Random numbers: `q . k` has a standard deviation of 3, much as in a model, and keys are f16 as in a model's cache.
-    pub(super) fn random(name: String, sizes: Sizes, query_tokens: usize, seed: u64) -> Self {
+    fn random(name: String, sizes: Sizes, query_tokens: usize, seed: u64) -> Self {
         let Sizes { blocks, kv_heads, query_heads, head_dim, keys_per_block } = sizes;
         let layer_numbers = kv_heads * blocks * keys_per_block * head_dim;
         let layers = if layer_numbers * 4 > LARGE_LAYER_BYTES { 1 } else { LAYERS };
@@ -130,11 +160,11 @@ impl Case {
         }
     }
 
-    /// What `landmarkdb capture` kept. Queries of consecutive tokens go together.
-    pub(super) fn captured(path: &Path, query_tokens: usize) -> Result<Self, CliError> {
+    /// What a [`Capture`] holds. Queries of consecutive tokens go together.
+    fn captured(path: &Path, query_tokens: usize) -> Result<Self, BenchError> {
         let invalid = |expected: &dyn Display, found: &dyn Display| {
             let (expected, found) = (expected.to_string(), found.to_string());
-            CliError::Memory(MemoryError::Invalid { field: "captured".into(), expected, found })
+            BenchError::Memory(MemoryError::Invalid { field: "captured".into(), expected, found })
         };
         let Capture { about, k, queries, distances } = Capture::load(path)?;
         let shape = about.shape;
@@ -200,7 +230,7 @@ impl Case {
         memory: &dyn BlockMemory,
         collection: CollectionId,
         key_dtype: DType,
-    ) -> Result<DocumentInfo, CliError> {
+    ) -> Result<DocumentInfo, BenchError> {
         let mut document = memory.open_document(collection, &key_dtype.to_string())?;
         let shape = &self.shape;
         let dims = vec![shape.layers, shape.kv_heads, shape.block_tokens, shape.head_dim];

@@ -13,21 +13,28 @@ const INSTRUCTIONS: [&str; 8] = ["avx2", "fma", "f16c", "avx512f", "avx512_vnni"
 
 /// A machine, and what was built for it. What is not known is empty.
 #[derive(Debug, Serialize)]
-pub(super) struct Machine {
-    pub(super) processor: String,
+pub struct Machine {
+    /// As the system names it.
+    pub processor: String,
     /// Of rayon's pool.
-    pub(super) threads: usize,
-    pub(super) instructions: Vec<&'static str>,
-    pub(super) memory_bytes: u64,
-    pub(super) system: String,
-    pub(super) landmarkdb: &'static str,
-    pub(super) rustc: &'static str,
+    pub threads: usize,
+    /// Those that matter to figures here, as Linux names them.
+    pub instructions: Vec<&'static str>,
+    /// All of it, used or not.
+    pub memory_bytes: u64,
+    /// Distribution, system and kernel.
+    pub system: String,
+    /// The version.
+    pub landmarkdb: &'static str,
+    /// What compiled it.
+    pub rustc: &'static str,
     /// The interpreter of the peers.
-    pub(super) python: String,
+    pub python: String,
 }
 
 impl Machine {
-    pub(super) fn this(python: &str) -> Self {
+    /// This one. `python` is the interpreter that peers run in, asked for its version.
+    pub fn this(python: &str) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let (processor, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
         let flags = value(&processor, "flags", ':').or(value(&processor, "Features", ':')).unwrap_or_default();
@@ -57,7 +64,7 @@ fn value<'a>(text: &'a str, name: &str, separator: char) -> Option<&'a str> {
 }
 
 /// Operations per second of the matrix kernel on all threads, on matrices that stay in their caches: what prefill could reach.
-pub(super) fn peak_flops() -> f64 {
+pub fn peak_flops() -> f64 {
     const ROWS: usize = 1536;
     const DEPTH: usize = 256;
     const PASSES: usize = 50;
@@ -74,8 +81,8 @@ pub(super) fn peak_flops() -> f64 {
     (2 * ROWS * DEPTH * columns) as f64 / fastest
 }
 
-/// Today's date in UTC: `2025-01-31`.
-pub(super) fn today() -> String {
+/// The present date in UTC: `2025-01-31`.
+pub fn today() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     date(seconds / 86_400)
 }

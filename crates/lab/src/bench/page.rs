@@ -1,15 +1,16 @@
 //! The page: what every command printed, and sentences that follow from its figures, whatever they are.
 
 use std::collections::BTreeSet;
-use std::io::{self, Write};
 
-use super::{BenchReport, Figures, Measured};
-use crate::bench::decode::DecodeReport;
-use crate::bench::first_token::FirstToken;
-use crate::bench::lookup::{LookupReport, LookupResult};
-use crate::bench::payload::PayloadReport;
-use crate::bench::peers::{Peer, PeerResult, RECALL};
-use crate::output::{Report, count, plural, size};
+use serde::Serialize;
+
+use super::decode::DecodeReport;
+use super::first_token::FirstToken;
+use super::lookup::{LookupReport, LookupResult};
+use super::machine::Machine;
+use super::payload::PayloadReport;
+use super::peers::{Peer, PeerResult, RECALL};
+use super::readable::{count, plural, size};
 
 const ABOUT: &str = "\
 Written by `landmarkdb bench report`: change the benchmarks, not this page. Every table is the output of the command above it, other
@@ -22,30 +23,66 @@ const QUICK: &str = "\
 **Measured with `--quick`: tiny sizes, to see that everything works. The figures mean nothing.**
 ";
 
-/// The page in Markdown.
-pub(super) fn page(report: &BenchReport) -> io::Result<String> {
-    let mut page = Vec::new();
-    writeln!(page, "# Benchmarks\n\n{ABOUT}")?;
-    if report.quick {
-        writeln!(page, "{QUICK}")?;
-    }
-    writeln!(page, "| | |\n|---|---|")?;
-    for (name, value) in facts(report) {
-        writeln!(page, "| {name} | {value} |")?;
-    }
-    for section in &report.sections {
-        write_section(&mut page, section)?;
-    }
-    String::from_utf8(page).map_err(io::Error::other)
+/// What was measured on one machine on one day.
+#[derive(Debug, Serialize)]
+pub struct Benchmarks {
+    /// UTC, `2025-01-31`.
+    pub date: String,
+    /// With sizes so tiny that the figures mean nothing.
+    pub quick: bool,
+    /// What they were measured on.
+    pub machine: Machine,
+    /// In the order of the page.
+    pub sections: Vec<Section>,
 }
 
-fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
-    let machine = &report.machine;
-    let peers: BTreeSet<String> = report.sections.iter().flat_map(peers_of).collect();
+/// One benchmark, measured.
+#[derive(Debug, Serialize)]
+pub struct Section {
+    /// The heading.
+    pub title: &'static str,
+    /// What is asked, true on any machine and for any size.
+    #[serde(skip)]
+    pub about: &'static str,
+    /// The last one printed the figures.
+    pub commands: Vec<String>,
+    /// What it printed.
+    #[serde(skip)]
+    pub printed: String,
+    /// What the last command measured.
+    pub figures: Figures,
+    /// Operations per second that the matrix kernel reaches in the caches, where products are what counts.
+    pub peak_flops: Option<f64>,
+}
+
+/// What a benchmark measured.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Figures {
+    /// Of [`lookup`](super::lookup()).
+    Lookup(LookupReport),
+    /// Of [`decode`](super::decode()).
+    Decode(DecodeReport),
+    /// Of [`payload`](super::payload()).
+    Payload(PayloadReport),
+}
+
+/// The page in Markdown.
+pub fn page(benchmarks: &Benchmarks) -> String {
+    let quick = if benchmarks.quick { format!("{QUICK}\n") } else { String::new() };
+    let facts = facts(benchmarks).into_iter().map(|(name, value)| format!("| {name} | {value} |\n"));
+    let facts: String = facts.collect();
+    let sections: String = benchmarks.sections.iter().map(section).collect();
+    format!("# Benchmarks\n\n{ABOUT}\n{quick}| | |\n|---|---|\n{facts}{sections}")
+}
+
+fn facts(benchmarks: &Benchmarks) -> Vec<(&'static str, String)> {
+    let machine = &benchmarks.machine;
+    let peers: BTreeSet<String> = benchmarks.sections.iter().flat_map(peers_of).collect();
     let peers: Vec<String> =
         peers.into_iter().chain([machine.python.clone()]).filter(|peer| !peer.is_empty()).collect();
     vec![
-        ("date", report.date.clone()),
+        ("date", benchmarks.date.clone()),
         ("processor", format!("{}, {}", machine.processor, plural(machine.threads as u64, "thread"))),
         ("instructions", machine.instructions.join(", ")),
         ("memory", size(machine.memory_bytes)),
@@ -56,7 +93,7 @@ fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
 }
 
 /// `faiss-flat 1.15.1`, of every peer that was measured.
-fn peers_of(section: &Measured) -> Vec<String> {
+fn peers_of(section: &Section) -> Vec<String> {
     match &section.figures {
         Figures::Lookup(report) => measured(&report.peers),
         Figures::Payload(report) => measured(&report.peers),
@@ -69,25 +106,16 @@ fn measured<F>(peers: &[Peer<F>]) -> Vec<String> {
     measured.map(|peer| format!("{} {}", peer.peer, peer.version)).collect()
 }
 
-fn write_section(page: &mut Vec<u8>, section: &Measured) -> io::Result<()> {
-    writeln!(page, "\n## {}\n\n{}\n\n```console", section.title, section.about)?;
-    section.commands.iter().try_for_each(|command| writeln!(page, "$ {command}"))?;
-    let sentences = match &section.figures {
-        Figures::Lookup(report) => {
-            report.people(page)?;
-            lookup(report, section.peak_flops)
-        }
-        Figures::Payload(report) => {
-            report.people(page)?;
-            payload(report)
-        }
-        Figures::Decode(report) => {
-            report.people(page)?;
-            decode(report)
-        }
+fn section(section: &Section) -> String {
+    let Section { title, about, commands, printed, figures, peak_flops } = section;
+    let commands: String = commands.iter().map(|command| format!("$ {command}\n")).collect();
+    let sentences = match figures {
+        Figures::Lookup(report) => lookup(report, *peak_flops),
+        Figures::Payload(report) => payload(report),
+        Figures::Decode(report) => decode(report),
     };
-    writeln!(page, "```\n")?;
-    sentences.iter().try_for_each(|sentence| writeln!(page, "- {sentence}"))
+    let sentences: String = sentences.iter().map(|sentence| format!("- {sentence}\n")).collect();
+    format!("\n## {title}\n\n{about}\n\n```console\n{commands}{printed}```\n\n{sentences}")
 }
 
 /// `1.25`, `4.8`, `25`: three digits at most.

@@ -1,24 +1,19 @@
 //! `landmarkdb bench report`: every benchmark, and the page that tells them.
 
-mod machine;
-mod page;
-
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use serde::Serialize;
 
-use super::decode::{self, DecodeReport};
-use super::lookup::{self, LookupReport};
-use super::payload::{self, PayloadReport};
+use super::{decode, lookup, payload};
 use crate::args::{Cli, Command};
 use crate::error::CliError;
-use crate::output::Report;
+use crate::output::{Report, people};
 use crate::settings::ModelArgs;
 use crate::{Context, capture};
+use landmarkdb_lab::bench::{Benchmarks, Figures, Machine, Section, page, peak_flops, today};
 use landmarkdb_llm as model;
-use machine::Machine;
 
 /// Measure everything that docs/benchmarks.md tells, and write that page.
 ///
@@ -52,7 +47,7 @@ pub(crate) struct Args {
 }
 
 /// One benchmark. In its commands CAPTURED and MODEL stand for what the arguments name.
-struct Section {
+struct Planned {
     title: &'static str,
     /// What is asked, true on any machine and for any size.
     about: &'static str,
@@ -60,8 +55,8 @@ struct Section {
     quick: &'static str,
 }
 
-const SECTIONS: [Section; 7] = [
-    Section {
+const SECTIONS: [Planned; 7] = [
+    Planned {
         title: "One lookup, one key per block",
         about: "What one layer of a model with landmarks asks at one decode step. Keys (f16, as in a model's cache) and queries are \
                 random; layers take turns, so that nothing is served from a cache.",
@@ -69,7 +64,7 @@ const SECTIONS: [Section; 7] = [
         quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --engines flat,sq8,sq4 --ways tcp,unix --peers faiss-flat \
                 --peer-seconds 1 --lookups 3",
     },
-    Section {
+    Planned {
         title: "One lookup, a model's own keys and queries",
         about: "The keys of a novel and the queries of the tokens after it, as the model asked them. Attention's queries are far from \
                 its keys, and neither is random.",
@@ -77,34 +72,34 @@ const SECTIONS: [Section; 7] = [
         quick: "bench lookup --captured CAPTURED --ways tcp,unix --peers faiss-flat,faiss-ivf,faiss-hnsw,usearch \
                 --peer-seconds 1 --lookups 3",
     },
-    Section {
+    Planned {
         title: "One lookup of many tokens",
         about: "The first case during prefill, with many query tokens at once.",
         command: "bench lookup --shape llama3-8b-1m --query-tokens 256 --lookups 20 --ways in-process --peers faiss-flat",
         quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --query-tokens 8 --lookups 3 \
                 --ways in-process --peers faiss-flat --peer-seconds 1",
     },
-    Section {
+    Planned {
         title: "Attention over the chosen blocks, in process and through a service",
         about: "The second case, with the attention over the chosen blocks, which the memory computes where the blocks are.",
         command: "bench lookup --captured CAPTURED --keys int8 --engines flat --attend --ways tcp,unix --lookups 1000",
         quick: "bench lookup --captured CAPTURED --keys int8 --engines flat --attend --ways tcp,unix --lookups 3",
     },
-    Section {
+    Planned {
         title: "Reading stored K and V",
         about: "A piece is K and V of one block, layer and KV head. The store checks every byte that it reads; `pread` reads the same \
                 bytes from the same files, unchecked.",
         command: "bench payload --peers redis --batches 300",
         quick: "bench payload --peers redis --batches 10 --blocks 4 --block-tokens 4 --head-dim 8 --batch 5 --peer-seconds 1",
     },
-    Section {
+    Planned {
         title: "Decoding with one key per block",
         about: "The mean of a block's keys costs what a landmark key costs, and any model has it; it finds less.",
         command: "bench decode --model MODEL --steps 48 --tokens 4096,32768,262144 --key-rule mean --payload int8",
         quick: "bench decode --model MODEL --steps 2 --tokens 128,512 --full-tokens 256 --prefill-tokens 128 --key-rule mean \
                 --payload int8",
     },
-    Section {
+    Planned {
         title: "Decoding, and the first token after a text that was read before",
         about: "The keys that a model asks for by default. A text is read once, and kept: here as a document, which is opened anew, and \
                 by llama.cpp as the state of a context, which is loaded into a new one; then a question is read. llama.cpp attends to all of \
@@ -125,32 +120,8 @@ const CAPTURED: &str = "captured.safetensors";
 #[derive(Debug, Serialize)]
 struct BenchReport {
     page: PathBuf,
-    /// UTC, `2025-01-31`.
-    date: String,
-    quick: bool,
-    machine: Machine,
-    sections: Vec<Measured>,
-}
-
-/// One section, measured.
-#[derive(Debug, Serialize)]
-struct Measured {
-    title: &'static str,
-    #[serde(skip)]
-    about: &'static str,
-    /// The last one printed the figures.
-    commands: Vec<String>,
-    figures: Figures,
-    /// Operations per second that the matrix kernel reaches in the caches, where products are what counts.
-    peak_flops: Option<f64>,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(untagged)]
-enum Figures {
-    Lookup(LookupReport),
-    Decode(DecodeReport),
-    Payload(PayloadReport),
+    #[serde(flatten)]
+    benchmarks: Benchmarks,
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
@@ -162,7 +133,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     // Before an hour is spent for a page that cannot be written.
     check_folder(&args.out).map_err(failed)?;
 
-    let mut sections: Vec<Measured> = Vec::new();
+    let mut sections: Vec<Section> = Vec::new();
     for (number, section) in SECTIONS.iter().enumerate() {
         let command = if args.quick { section.quick } else { section.command };
         let mut commands = Vec::new();
@@ -177,20 +148,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         commands.push(names.shown(command));
         context.output.progress(&format!("{}/{} {}", number + 1, SECTIONS.len(), names.shown(command)));
         let figures = names.measure(command, &silent)?;
+        let printed = people(&figures).map_err(failed)?;
         let prefill = matches!(&figures, Figures::Lookup(report) if report.query_tokens > 1);
-        let peak_flops = prefill.then(machine::peak_flops);
-        sections.push(Measured { title: section.title, about: section.about, commands, figures, peak_flops });
+        let peak_flops = prefill.then(peak_flops);
+        sections.push(Section { title: section.title, about: section.about, commands, printed, figures, peak_flops });
     }
-    let report = BenchReport {
-        page: args.out.clone(),
-        date: machine::today(),
-        quick: args.quick,
-        machine: Machine::this(&args.python),
-        sections,
-    };
-    let page = page::page(&report).map_err(failed)?;
-    model::replace_file(&args.out, page.as_bytes()).map_err(failed)?;
-    context.output.print(&report)
+    let benchmarks = Benchmarks { date: today(), quick: args.quick, machine: Machine::this(&args.python), sections };
+    model::replace_file(&args.out, page(&benchmarks).as_bytes()).map_err(failed)?;
+    context.output.print(&BenchReport { page: args.out.clone(), benchmarks })
 }
 
 /// Whether there is a folder to write the page into.
@@ -243,6 +208,16 @@ impl Names<'_> {
             Command::Bench(Bench::Payload(args)) => Figures::Payload(payload::measure(&args, context)?),
             other => unreachable!("measures with {other:?}"),
         })
+    }
+}
+
+impl Report for Figures {
+    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+        match self {
+            Figures::Lookup(report) => report.people(to),
+            Figures::Payload(report) => report.people(to),
+            Figures::Decode(report) => report.people(to),
+        }
     }
 }
 

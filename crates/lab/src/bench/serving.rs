@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::error::CliError;
+use super::error::BenchError;
 use landmarkdb::memory::LocalMemory;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::{self, ListenOptions, Listeners, ServeOptions};
@@ -12,10 +12,10 @@ use landmarkdb_grpc::server::{self, ListenOptions, Listeners, ServeOptions};
 pub(super) fn over_network<T>(
     memory: Arc<LocalMemory>,
     socket: Option<PathBuf>,
-    work: impl FnOnce(&RemoteMemory) -> Result<T, CliError>,
-) -> Result<T, CliError> {
+    work: impl FnOnce(&RemoteMemory) -> Result<T, BenchError>,
+) -> Result<T, BenchError> {
     let runtime = tokio::runtime::Runtime::new()
-        .map_err(|source| CliError::Io { what: "starting the service's threads", source })?;
+        .map_err(|source| BenchError::Io { what: "starting the service's threads", source })?;
     let tcp = socket.is_none().then(|| ([127, 0, 0, 1], 0).into());
     let options = ListenOptions { tcp, unix: socket.clone(), ..ListenOptions::default() };
     let listeners = runtime.block_on(Listeners::bind(&options))?;
@@ -28,7 +28,7 @@ pub(super) fn over_network<T>(
         let _ = stopped.await;
     }));
     let result = RemoteMemory::connect(&address, ClientOptions::default())
-        .map_err(CliError::from)
+        .map_err(BenchError::from)
         .and_then(|remote| work(&remote));
     let _ = stop.send(());
     let _ = runtime.block_on(serving);
