@@ -105,6 +105,28 @@ mod tests {
         check(&Cli::command(), "landmarkdb");
     }
 
+    /// Whoever types a command of the page measures what the page tells, in the folder of the captured file.
+    #[test]
+    fn what_a_bench_report_shows_can_be_typed() {
+        let report = |captured: &str, python: &str, more: &[&str]| {
+            let typed = ["landmarkdb", "bench", "report", "--captured", captured, "--python", python];
+            let cli = Cli::try_parse_from(typed.iter().chain(more)).unwrap();
+            let Command::Bench(bench::Command::Report(args)) = cli.command else { panic!("another command") };
+            args.commands()
+        };
+        for more in [&["--model", "m.gguf"][..], &["--quick"]] {
+            let commands = report("c.safetensors", "python3", more);
+            for (line, meant) in &commands {
+                let typed = Cli::try_parse_from(line.split(' ')).unwrap().command;
+                assert_eq!(format!("{typed:?}"), *meant, "{line}");
+            }
+            let elsewhere = report("folder/c.safetensors", "folder/python", more);
+            for ((line, _), (shown, _)) in commands.iter().zip(&elsewhere) {
+                assert_eq!(line, shown, "the page says nothing of this machine's folders");
+            }
+        }
+    }
+
     #[test]
     fn global_flags_may_follow_the_command() {
         let cli = Cli::try_parse_from(["landmarkdb", "--json", "ls", "--data", "d", "--collection", "books", "-vv"]);

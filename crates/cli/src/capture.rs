@@ -30,7 +30,7 @@ Examples:
 ")]
 pub(super) struct Args {
     /// The file to write.
-    file: PathBuf,
+    pub(super) file: PathBuf,
 
     /// The text [default: a novel that comes along, repeated where it is too short].
     #[arg(long, value_name = "FILE")]
@@ -38,18 +38,18 @@ pub(super) struct Args {
 
     /// Tokens in the memory.
     #[arg(long, default_value_t = 32_768)]
-    tokens: usize,
+    pub(super) tokens: usize,
 
     /// Tokens after them, whose queries are kept.
     #[arg(long, default_value_t = 256)]
-    queries: usize,
+    pub(super) queries: usize,
 
     /// Layers to keep, as numbers and ranges: 1-2,5 [default: eight, evenly spread].
     #[arg(long, value_name = "LAYERS", value_parser = layers)]
     layers: Option<Layers>,
 
     #[command(flatten)]
-    setup: SetupArgs,
+    pub(super) setup: SetupArgs,
 }
 
 /// What was kept.

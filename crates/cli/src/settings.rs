@@ -1,5 +1,6 @@
 //! Arguments that the commands with a model share, and what they mean.
 
+use std::ffi::OsStr;
 use std::sync::Arc;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -85,11 +86,11 @@ pub(super) struct StorageArgs {
     /// What stands for a block in the index: tokens, mean or landmark [default: tokens, or landmark if the
     /// model has them].
     #[arg(long, value_name = "RULE", value_parser = word::<KeyRule>)]
-    key_rule: Option<KeyRule>,
+    pub(super) key_rule: Option<KeyRule>,
 
     /// How K and V are stored: f32, f16, bf16 or int8 [default: f16].
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
-    payload: Option<DType>,
+    pub(super) payload: Option<DType>,
 
     /// How index keys are stored: f16 or int8 [default: int8 for token keys, else f16].
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
@@ -259,6 +260,16 @@ where
     T: std::str::FromStr<Err = String> + Clone + Send + Sync + 'static,
 {
     PossibleValuesParser::new(words).try_map(|typed| word(&typed))
+}
+
+/// A command's arguments as they are where nothing but `words` is typed.
+///
+/// # Panics
+/// If the command needs more words.
+pub(super) fn typed<A: clap::Args>(words: &[&OsStr]) -> A {
+    let command = A::augment_args(clap::Command::new("landmarkdb")).no_binary_name(true);
+    let matches = command.try_get_matches_from(words);
+    matches.and_then(|matches| A::from_arg_matches(&matches)).expect("every word that the command needs")
 }
 
 /// For `value_parser`: how many blocks a choice may have.

@@ -5,6 +5,7 @@ mod lookup;
 mod payload;
 mod peers;
 mod report;
+mod sections;
 
 use crate::Context;
 use crate::error::CliError;

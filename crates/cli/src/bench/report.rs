@@ -3,11 +3,10 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use clap::Parser;
 use serde::Serialize;
 
+use super::sections::{Benchmark, Subjects};
 use super::{decode, lookup, payload};
-use crate::args::{Cli, Command};
 use crate::error::CliError;
 use crate::output::{Report, people};
 use crate::settings::ModelArgs;
@@ -46,73 +45,6 @@ pub(crate) struct Args {
     model: ModelArgs,
 }
 
-/// One benchmark. In its commands CAPTURED and MODEL stand for what the arguments name.
-struct Planned {
-    title: &'static str,
-    /// What is asked, true on any machine and for any size.
-    about: &'static str,
-    command: &'static str,
-    quick: &'static str,
-}
-
-const SECTIONS: [Planned; 7] = [
-    Planned {
-        title: "One lookup, one key per block",
-        about: "What one layer of a model with landmarks asks at one decode step. Keys (f16, as in a model's cache) and queries are \
-                random; layers take turns, so that nothing is served from a cache.",
-        command: "bench lookup --shape llama3-8b-1m --engines flat,sq8,sq4 --ways tcp,unix --peers faiss-flat --lookups 400",
-        quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --engines flat,sq8,sq4 --ways tcp,unix --peers faiss-flat \
-                --peer-seconds 1 --lookups 3",
-    },
-    Planned {
-        title: "One lookup, a model's own keys and queries",
-        about: "The keys of a novel and the queries of the tokens after it, as the model asked them. Attention's queries are far from \
-                its keys, and neither is random.",
-        command: "bench lookup --captured CAPTURED --ways tcp,unix --peers faiss-flat,faiss-ivf,faiss-hnsw,usearch",
-        quick: "bench lookup --captured CAPTURED --ways tcp,unix --peers faiss-flat,faiss-ivf,faiss-hnsw,usearch \
-                --peer-seconds 1 --lookups 3",
-    },
-    Planned {
-        title: "One lookup of many tokens",
-        about: "The first case during prefill, with many query tokens at once.",
-        command: "bench lookup --shape llama3-8b-1m --query-tokens 256 --lookups 20 --ways in-process --peers faiss-flat",
-        quick: "bench lookup --blocks 64 --kv-heads 2 --query-heads 4 --head-dim 16 --query-tokens 8 --lookups 3 \
-                --ways in-process --peers faiss-flat --peer-seconds 1",
-    },
-    Planned {
-        title: "Attention over the chosen blocks, in process and through a service",
-        about: "The second case, with the attention over the chosen blocks, which the memory computes where the blocks are.",
-        command: "bench lookup --captured CAPTURED --keys int8 --engines flat --attend --ways tcp,unix --lookups 1000",
-        quick: "bench lookup --captured CAPTURED --keys int8 --engines flat --attend --ways tcp,unix --lookups 3",
-    },
-    Planned {
-        title: "Reading stored K and V",
-        about: "A piece is K and V of one block, layer and KV head. The store checks every byte that it reads; `pread` reads the same \
-                bytes from the same files, unchecked.",
-        command: "bench payload --peers redis --batches 300",
-        quick: "bench payload --peers redis --batches 10 --blocks 4 --block-tokens 4 --head-dim 8 --batch 5 --peer-seconds 1",
-    },
-    Planned {
-        title: "Decoding with one key per block",
-        about: "The mean of a block's keys costs what a landmark key costs, and any model has it; it finds less.",
-        command: "bench decode --model MODEL --steps 48 --tokens 4096,32768,262144 --key-rule mean --payload int8",
-        quick: "bench decode --model MODEL --steps 2 --tokens 128,512 --full-tokens 256 --prefill-tokens 128 --key-rule mean \
-                --payload int8",
-    },
-    Planned {
-        title: "Decoding, and the first token after a text that was read before",
-        about: "The keys that a model asks for by default. A text is read once, and kept: here as a document, which is opened anew, and \
-                by llama.cpp as the state of a context, which is loaded into a new one; then a question is read. llama.cpp attends to all of \
-                the text. Beyond the length that a model was trained on its answers are worth nothing: those rows are about cost.",
-        command: "bench decode --model MODEL --steps 64 --peers llama.cpp --peer-seconds 900",
-        quick: "bench decode --model MODEL --steps 2 --tokens 128,512 --full-tokens 256 --prefill-tokens 128 --peers llama.cpp \
-                --peer-seconds 5",
-    },
-];
-
-const CAPTURE: &str = "capture CAPTURED --model MODEL";
-const CAPTURE_QUICK: &str = "capture CAPTURED --model MODEL --tokens 1024 --queries 8";
-
 /// The name that the captured file has on the page where it is made for it.
 const CAPTURED: &str = "captured.safetensors";
 
@@ -129,25 +61,26 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let folder = tempfile::Builder::new().prefix("landmarkdb-report-").tempdir();
     let folder = folder.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
     let silent = Context { config: context.config.clone(), output: context.output.silenced() };
-    let names = Names { args, captured: args.captured.clone().unwrap_or_else(|| folder.path().join(CAPTURED)) };
+    let captured = args.captured.clone().unwrap_or_else(|| folder.path().join(CAPTURED));
+    let subjects = args.subjects(&captured);
     // Before an hour is spent for a page that cannot be written.
     check_folder(&args.out).map_err(failed)?;
 
+    let planned = subjects.sections();
     let mut sections: Vec<Section> = Vec::new();
-    for (number, section) in SECTIONS.iter().enumerate() {
-        let command = if args.quick { section.quick } else { section.command };
+    for (number, section) in planned.iter().enumerate() {
         let mut commands = Vec::new();
-        if command.contains("CAPTURED") && args.captured.is_none() {
-            let capture = if args.quick { CAPTURE_QUICK } else { CAPTURE };
-            commands.push(names.shown(capture));
-            if !names.captured.exists() {
+        if section.benchmark.is_of_captured() && args.captured.is_none() {
+            commands.push(subjects.capture_line());
+            if !captured.exists() {
                 context.output.progress(&commands[0]);
-                names.capture(capture, &silent)?;
+                capture::keep(&subjects.capture(), &silent)?;
             }
         }
-        commands.push(names.shown(command));
-        context.output.progress(&format!("{}/{} {}", number + 1, SECTIONS.len(), names.shown(command)));
-        let figures = names.measure(command, &silent)?;
+        let command = section.benchmark.line();
+        context.output.progress(&format!("{}/{} {command}", number + 1, planned.len()));
+        commands.push(command);
+        let figures = measure(&section.benchmark, &silent)?;
         let printed = people(&figures).map_err(failed)?;
         let prefill = matches!(&figures, Figures::Lookup(report) if report.query_tokens > 1);
         let peak_flops = prefill.then(peak_flops);
@@ -164,50 +97,27 @@ fn check_folder(page: &Path) -> io::Result<()> {
     std::fs::read_dir(folder).map(drop)
 }
 
-/// What the words of commands stand for.
-struct Names<'a> {
-    args: &'a Args,
-    captured: PathBuf,
+fn measure(benchmark: &Benchmark, context: &Context) -> Result<Figures, CliError> {
+    Ok(match benchmark {
+        Benchmark::Lookup(args) => Figures::Lookup(lookup::measure(args, context)?),
+        Benchmark::Payload(args) => Figures::Payload(payload::measure(args, context)?),
+        Benchmark::Decode(args) => Figures::Decode(decode::measure(args, context)?),
+    })
 }
 
-impl Names<'_> {
-    /// As somebody would type it.
-    fn shown(&self, command: &str) -> String {
-        let captured = self.captured.file_name().unwrap_or_default().to_string_lossy();
-        format!("landmarkdb {}", command.replace("CAPTURED", &captured).replace("MODEL", &self.args.model.model))
+impl Args {
+    fn subjects<'a>(&'a self, captured: &'a Path) -> Subjects<'a> {
+        Subjects { captured, model: &self.model, python: &self.python, quick: self.quick }
     }
 
-    fn parse(&self, command: &str) -> Result<Command, CliError> {
-        let word = |word: &str| match word {
-            "CAPTURED" => self.captured.clone().into_os_string(),
-            "MODEL" => self.args.model.model.clone().into(),
-            word => word.into(),
-        };
-        let mut words: Vec<_> = ["landmarkdb"].into_iter().chain(command.split(' ')).map(word).collect();
-        if command.contains("--peers") {
-            words.extend(["--python".into(), self.args.python.clone().into()]);
-        }
-        let cli = Cli::try_parse_from(words);
-        Ok(cli
-            .map_err(|error| CliError::Io { what: "a command of the report", source: io::Error::other(error) })?
-            .command)
-    }
-
-    fn capture(&self, command: &str, context: &Context) -> Result<(), CliError> {
-        match self.parse(command)? {
-            Command::Capture(args) => capture::keep(&args, context).map(drop),
-            other => unreachable!("captures with {other:?}"),
-        }
-    }
-
-    fn measure(&self, command: &str, context: &Context) -> Result<Figures, CliError> {
-        use super::Command as Bench;
-        Ok(match self.parse(command)? {
-            Command::Bench(Bench::Lookup(args)) => Figures::Lookup(lookup::measure(&args, context)?),
-            Command::Bench(Bench::Decode(args)) => Figures::Decode(decode::measure(&args, context)?),
-            Command::Bench(Bench::Payload(args)) => Figures::Payload(payload::measure(&args, context)?),
-            other => unreachable!("measures with {other:?}"),
-        })
+    /// Every command of the page, with what it means.
+    #[cfg(test)]
+    pub(crate) fn commands(&self) -> Vec<(String, String)> {
+        let subjects = self.subjects(self.captured.as_deref().unwrap_or(Path::new(CAPTURED)));
+        let capture = (subjects.capture_line(), format!("Capture({:?})", subjects.capture()));
+        let sections = subjects.sections();
+        let benches = sections.iter().map(|section| &section.benchmark);
+        benches.map(|bench| (bench.line(), format!("Bench({bench:?})"))).chain([capture]).collect()
     }
 }
 
@@ -224,28 +134,5 @@ impl Report for Figures {
 impl Report for BenchReport {
     fn people(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}", self.page.display())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_command_can_be_typed() {
-        let typed =
-            ["landmarkdb", "bench", "report", "--captured", "folder/c.safetensors", "--python", "folder/python"];
-        let Command::Bench(super::super::Command::Report(args)) = Cli::try_parse_from(typed).unwrap().command else {
-            panic!("another command")
-        };
-        let names = Names { args: &args, captured: args.captured.clone().unwrap() };
-        let commands = SECTIONS.iter().flat_map(|section| [section.command, section.quick]);
-        for command in commands.chain([CAPTURE, CAPTURE_QUICK]) {
-            let parsed = names.parse(command).unwrap();
-            assert!(matches!(parsed, Command::Bench(_) | Command::Capture(_)), "{command}");
-            let shown = names.shown(command);
-            assert!(!shown.contains("folder"), "the page says nothing of this machine's folders: {shown}");
-            assert!(!shown.contains("MODEL") && !shown.contains("CAPTURED"), "{shown}");
-        }
     }
 }
