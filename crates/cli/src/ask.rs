@@ -157,7 +157,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let model = args.model.load(context)?;
     model::check_model(&model, &collection)?;
 
-    let prompt = if args.raw { args.question.clone() } else { frame(&args.question) };
+    let prompt = if args.raw { args.question.clone() } else { model::frame_question(&args.question) };
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         stop: vec!["\n".into()],
@@ -179,11 +179,6 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     context.output.stream_end();
     let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
     context.output.print(&answered)
-}
-
-/// What the model continues to answer a question.
-pub(super) fn frame(question: &str) -> String {
-    format!("\n\nQuestion: {}\nAnswer:", question.trim())
 }
 
 impl Answered {

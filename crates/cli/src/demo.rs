@@ -15,7 +15,7 @@ use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm::{self as model, Encoding, GenerateOptions, LoadedModel, Question};
 
 use super::Context;
-use super::ask::{Answered, frame};
+use super::ask::Answered;
 use super::encode::token_bar;
 use super::error::CliError;
 use super::output::{Report, count, size};
@@ -130,7 +130,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 
     context.output.say(&format!("ask      {}", args.question));
     let raw = !args.question.trim_end().ends_with('?');
-    let prompt = if raw { format!("\n{}", args.question) } else { frame(&args.question) };
+    let prompt = if raw { format!("\n{}", args.question) } else { model::frame_question(&args.question) };
     let documents = [document];
     let question = Question {
         documents: &documents,

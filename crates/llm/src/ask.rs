@@ -30,12 +30,17 @@ pub struct Answer {
 pub struct Question<'a> {
     /// All of one collection; the prompt continues the last one.
     pub documents: &'a [DocumentInfo],
-    /// The words that the model continues.
+    /// The words that the model continues: a text of any kind, or what [`frame_question`] makes of a question.
     pub prompt: &'a str,
     pub window: Window,
     pub retrieval: Retrieval,
     /// Chunks are those of the window.
     pub options: GenerateOptions,
+}
+
+/// The prompt that asks a question: words that a model continues with its answer. White space around `question` is dropped.
+pub fn frame_question(question: &str) -> String {
+    format!("\n\nQuestion: {}\nAnswer:", question.trim())
 }
 
 /// Continues after the documents with the prompt, retrieving from all of them. Nothing is written. `on_text` gets the

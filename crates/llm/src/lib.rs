@@ -53,7 +53,7 @@ use std::path::{Path, PathBuf};
 
 pub use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
 pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
-pub use ask::{Answer, Question, ask};
+pub use ask::{Answer, Question, ask, frame_question};
 pub use attend_tensors::attend_tensors;
 pub use cache::{file_digest, models_folder};
 pub use config::{Landmark, ModelConfig};

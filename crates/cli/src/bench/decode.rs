@@ -5,7 +5,6 @@ use std::io::{self, Write};
 
 use super::peers::PeerArgs;
 use crate::Context;
-use crate::ask::frame;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, Rows, count, plain_table, plural, size, write_table};
@@ -81,7 +80,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<DecodeReport, Cl
         full_tokens: args.full_tokens,
         steps: args.steps,
         prefill_tokens: args.prefill_tokens,
-        prompt: frame(QUESTION),
+        prompt: model::frame_question(QUESTION),
         others: args.others.settings(),
         model_file: model::resolve(&setup.model.model)?,
     };
