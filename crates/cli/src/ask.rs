@@ -6,9 +6,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb::attention::{AtHandBlock, BlockReads, Place};
-use landmarkdb::types::{BlockId, BlockRange};
-use landmarkdb_llm::{self as model, Answer, Finish, GenerateOptions, Question, Sampling};
+use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, Sampling};
 
 use super::Context;
 use super::error::CliError;
@@ -84,7 +82,7 @@ pub(super) struct Args {
 #[derive(Debug, Serialize)]
 pub(super) struct Answered {
     question: String,
-    pub(super) answer: String,
+    answer: String,
     prompt_tokens: usize,
     answer_tokens: usize,
     /// Why the answer ends where it does: end_of_text, stop (the line ended) or max_tokens.
@@ -95,7 +93,7 @@ pub(super) struct Answered {
     pub(super) first_token_s: f64,
     total_s: f64,
     /// What was read: retrieved blocks, heaviest first, then those at hand, in the order of the documents.
-    pub(super) blocks: Vec<BlockRead>,
+    blocks: Vec<BlockRead>,
     /// How many of them the table shows.
     #[serde(skip)]
     shown: usize,
@@ -106,18 +104,18 @@ pub(super) struct Answered {
 
 /// One block that was read.
 #[derive(Debug, Serialize)]
-pub(super) struct BlockRead {
-    pub(super) document: String,
-    pub(super) block: u32,
+struct BlockRead {
+    document: String,
+    block: u32,
     /// retrieved; or at hand for every layer and head: sink (the first block of the first document), tail (an earlier
     /// document's tokens after its last full block) or window (the end of the last document).
-    from: &'static str,
+    from: String,
     /// Estimated share of the attention that went to retrieved blocks; none for blocks at hand.
     share: Option<f64>,
     /// Which layers and KV heads chose the block, and for how many query tokens times query heads; none for blocks at hand.
     heads: Vec<HeadRead>,
     text_start_bytes: u64,
-    pub(super) text: String,
+    text: String,
 }
 
 /// A document that is not whole.
@@ -182,7 +180,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 }
 
 impl Answered {
-    /// Looks up the text of every block that was read.
+    /// Asks the memory for the text of every block that was read.
     pub(super) fn new(
         question: &str,
         answer: &Answer,
@@ -192,9 +190,7 @@ impl Answered {
         shown: usize,
     ) -> Result<Self, CliError> {
         let shape = &collection.spec.shape;
-        let mass: f64 = answer.reads.iter().map(|read| read.mass).sum();
-        let retrieved = answer.reads.iter().map(|read| BlockRead::retrieved(read, mass, memory, documents));
-        let at_hand = answer.at_hand.iter().map(|at_hand| BlockRead::at_hand(at_hand, memory, documents));
+        let citations = model::citations(answer, memory, documents)?;
         let incomplete = documents.iter().filter(|document| !document.sealed);
         Ok(Answered {
             question: question.into(),
@@ -214,57 +210,30 @@ impl Answered {
                 .collect(),
             first_token_s: answer.first_token.as_secs_f64(),
             total_s: answer.total.as_secs_f64(),
-            blocks: retrieved.chain(at_hand).collect::<Result<_, _>>()?,
+            blocks: citations.into_iter().map(BlockRead::from).collect(),
             shown,
             heads_count: shape.pieces(),
         })
     }
 }
 
+impl From<Citation> for BlockRead {
+    fn from(citation: Citation) -> Self {
+        let heads = citation.heads.into_iter();
+        let heads = heads.map(|head| HeadRead { layer: head.layer, kv_head: head.kv_head, choices: head.choices });
+        BlockRead {
+            document: citation.document,
+            block: citation.block.index,
+            from: citation.from.to_string(),
+            share: citation.share,
+            heads: heads.collect(),
+            text_start_bytes: citation.text_start_bytes,
+            text: citation.text,
+        }
+    }
+}
+
 impl BlockRead {
-    fn retrieved(
-        read: &BlockReads,
-        mass: f64,
-        memory: &dyn BlockMemory,
-        documents: &[DocumentInfo],
-    ) -> Result<Self, CliError> {
-        let heads =
-            read.heads.iter().map(|head| HeadRead { layer: head.layer, kv_head: head.kv_head, choices: head.choices });
-        let share = read.mass / mass.max(f64::MIN_POSITIVE);
-        let block = BlockRead::look_up(read.block, "retrieved", memory, documents)?;
-        Ok(BlockRead { share: Some(share), heads: heads.collect(), ..block })
-    }
-
-    fn at_hand(read: &AtHandBlock, memory: &dyn BlockMemory, documents: &[DocumentInfo]) -> Result<Self, CliError> {
-        let from = match read.place {
-            Place::Sink => "sink",
-            Place::Tail => "tail",
-            Place::Window => "window",
-        };
-        BlockRead::look_up(read.block, from, memory, documents)
-    }
-
-    /// A block with its text.
-    fn look_up(
-        block: BlockId,
-        from: &'static str,
-        memory: &dyn BlockMemory,
-        documents: &[DocumentInfo],
-    ) -> Result<Self, CliError> {
-        let range = BlockRange { document: block.document, blocks: block.index..block.index + 1 };
-        let name = documents.iter().find(|document| document.id == block.document);
-        let info = memory.blocks(&range)?.into_iter().next();
-        Ok(BlockRead {
-            document: name.map(|document| document.name.clone()).unwrap_or_default(),
-            block: block.index,
-            from,
-            share: None,
-            heads: Vec::new(),
-            text_start_bytes: info.as_ref().map_or(0, |info| info.text.start),
-            text: info.map(|info| String::from_utf8_lossy(&info.text.bytes).into_owned()).unwrap_or_default(),
-        })
-    }
-
     /// `12 of 90 heads, layers 3-29`
     fn choosers(&self, heads_count: usize) -> String {
         if self.share.is_none() {

@@ -1,12 +1,12 @@
 //! Language models of the Llama family: where they come from, what they are, and how text goes in and out.
 //!
 //! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
-//! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode` and
-//! `ask` know that there is a memory behind it.
+//! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode`,
+//! `ask` and `citations` know that there is a memory behind it.
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
-//! (the mathematics), `sample` and `generate`, then `encode` and `ask`.
+//! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 
 #![warn(unreachable_pub)]
 
@@ -14,6 +14,7 @@ mod adapter;
 mod ask;
 mod attend_tensors;
 mod cache;
+mod citations;
 mod config;
 mod encode;
 mod error;
@@ -56,6 +57,7 @@ pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, updat
 pub use ask::{Answer, Question, ask, frame_question};
 pub use attend_tensors::attend_tensors;
 pub use cache::{file_digest, models_folder};
+pub use citations::{Citation, ReadFrom, citations};
 pub use config::{Landmark, ModelConfig};
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{

@@ -1,0 +1,129 @@
+//! What an answer was read from: blocks and their text.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use super::ask::Answer;
+use landmarkdb::api::{BlockMemory, DocumentInfo, MemoryError};
+use landmarkdb::attention::{HeadReads, Place};
+use landmarkdb::types::{BlockId, BlockRange};
+
+/// A block that an answer was read from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Citation {
+    /// The document's name.
+    pub document: String,
+    pub block: BlockId,
+    pub from: ReadFrom,
+    /// The block's part of the attention that retrieved blocks received, 0 to 1; over all of them the shares sum to 1. The
+    /// sum runs over the tokens of prompt and answer, layers and query heads. It is an estimate: the score of the block's
+    /// keys stands for the attention to its tokens. `None` for blocks at hand, whose attention is not measured.
+    pub share: Option<f64>,
+    /// Which KV heads of which layers chose the block, and how often. Empty for blocks at hand, which all heads read.
+    pub heads: Vec<HeadReads>,
+    /// Where `text` begins in the document's source text, in bytes.
+    pub text_start_bytes: u64,
+    /// The source text. Characters that a block boundary cuts are replaced by U+FFFD.
+    pub text: String,
+}
+
+/// Where a cited block was read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// From the memory, chosen by some heads.
+    Retrieved,
+    /// At hand: the first block of the first document.
+    Sink,
+    /// At hand: tokens after the last full block of an earlier document.
+    Tail,
+    /// At hand: the end of the last document.
+    Window,
+}
+
+/// The blocks that an answer was read from: those that were retrieved, heaviest first, then those at hand, in the order of
+/// the documents.
+///
+/// `memory` and `documents` are those that the question was asked of. The memory is called once for each run of consecutive
+/// blocks of a document. Gaps between runs stay unread: damage there has no part in the answer and is no error.
+///
+/// # Errors
+/// Those of [`BlockMemory::blocks`].
+pub fn citations(
+    answer: &Answer,
+    memory: &dyn BlockMemory,
+    documents: &[DocumentInfo],
+) -> Result<Vec<Citation>, MemoryError> {
+    let (reads, at_hand) = (answer.reads.iter(), answer.at_hand.iter());
+    let blocks = reads.clone().map(|read| read.block).chain(at_hand.clone().map(|read| read.block));
+    let texts = texts(memory, &blocks.collect())?;
+    let cite = |block: BlockId, from| {
+        let document = documents.iter().find(|document| document.id == block.document);
+        let (text_start_bytes, text) = texts.get(&block).cloned().unwrap_or_default();
+        Citation {
+            document: document.map(|document| document.name.clone()).unwrap_or_default(),
+            block,
+            from,
+            share: None,
+            heads: Vec::new(),
+            text_start_bytes,
+            text,
+        }
+    };
+    let mass: f64 = reads.clone().map(|read| read.mass).sum();
+    let retrieved = reads.map(|read| Citation {
+        share: Some(read.mass / mass.max(f64::MIN_POSITIVE)),
+        heads: read.heads.clone(),
+        ..cite(read.block, ReadFrom::Retrieved)
+    });
+    Ok(retrieved.chain(at_hand.map(|read| cite(read.block, read.place.into()))).collect())
+}
+
+/// Of each block where its text begins in the source text, in bytes, and the text.
+fn texts(
+    memory: &dyn BlockMemory,
+    blocks: &BTreeSet<BlockId>,
+) -> Result<BTreeMap<BlockId, (u64, String)>, MemoryError> {
+    let mut texts = BTreeMap::new();
+    for run in runs(blocks) {
+        for info in memory.blocks(&run)? {
+            texts.insert(info.id, (info.text.start, String::from_utf8_lossy(&info.text.bytes).into_owned()));
+        }
+    }
+    Ok(texts)
+}
+
+/// Blocks as ranges of consecutive ones.
+fn runs(blocks: &BTreeSet<BlockId>) -> Vec<BlockRange> {
+    let mut runs: Vec<BlockRange> = Vec::new();
+    for &BlockId { document, index } in blocks {
+        match runs.last_mut() {
+            Some(run) if run.document == document && run.blocks.end == index => run.blocks.end += 1,
+            _ => runs.push(BlockRange { document, blocks: index..index + 1 }),
+        }
+    }
+    runs
+}
+
+impl From<Place> for ReadFrom {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::Sink => ReadFrom::Sink,
+            Place::Tail => ReadFrom::Tail,
+            Place::Window => ReadFrom::Window,
+        }
+    }
+}
+
+impl fmt::Display for ReadFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ReadFrom::Retrieved => "retrieved",
+            ReadFrom::Sink => "sink",
+            ReadFrom::Tail => "tail",
+            ReadFrom::Window => "window",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
