@@ -29,7 +29,7 @@ impl Store {
             if salts.into_iter().any(|salt| ends_group(&torn, &bytes, salt)) {
                 let problem = format!(
                     "{} bytes that were cut off segment {} at {} hold a whole group: it may have been acknowledged, append \
-                     again what is missing, then `landmarkdb repair --discard-torn` lets them go",
+                     again what is missing, then let a repair discard them",
                     torn.bytes, torn.segment, torn.offset
                 );
                 report.fault(None, None, problem);

@@ -322,7 +322,7 @@ impl Store {
 
 impl Writer {
     fn leave_alone(&mut self, id: SegmentId) {
-        tracing::warn!(segment = id.0, "a damaged segment is kept as it is: run `landmarkdb verify`");
+        tracing::warn!(segment = id.0, "a damaged segment is kept as it is: verify the directory");
         self.unmovable.insert(id);
     }
 

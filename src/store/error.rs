@@ -135,7 +135,7 @@ fn advice(source: &io::Error) -> &'static str {
     match source.kind() {
         _ if is_out_of_files(source) => "raise the limit of open files (`ulimit -n`, for all processes `fs.file-max`)",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
-        _ => "run `landmarkdb repair` if this goes on: it rebuilds the catalog",
+        _ => "repair the directory if this goes on: that rebuilds the catalog",
     }
 }
 

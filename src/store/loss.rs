@@ -111,14 +111,14 @@ struct Doubts(BTreeMap<DocumentId, Doubt>);
 impl Doubts {
     fn document(&mut self, document: DocumentId, lost: &str) {
         let reason = format!(
-            "{lost} of document {document} is lost to damage, so what is left of it may be outdated: run `landmarkdb repair`"
+            "{lost} of document {document} is lost to damage, so what is left of it may be outdated: repair the directory"
         );
         self.0.entry(document).or_insert(Doubt { document, reason });
     }
 
     fn names(&mut self, lost: &str) {
         let reason = format!(
-            "{lost} is lost to damage, so a name that is not found may have been given out: run `landmarkdb repair`"
+            "{lost} is lost to damage, so a name that is not found may have been given out: repair the directory"
         );
         self.0.entry(NAMES).or_insert(Doubt { document: NAMES, reason });
     }

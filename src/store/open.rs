@@ -102,7 +102,7 @@ impl Drop for Store {
         }
         if self.catalog.is_torn() {
             if let Err(error) = self.catalog.discard() {
-                tracing::error!(%error, "a change that failed may be there in part when the store is opened again: run `landmarkdb repair`");
+                tracing::error!(%error, "a change that failed may be there in part when the store is opened again: repair the directory");
             }
         } else if let Err(error) = self.catalog.flush() {
             tracing::warn!(%error, "the catalog was not flushed; the next opening reads more of the log");

@@ -201,7 +201,7 @@ fn differences(catalog: &View, rebuilt: &View, unread: &BTreeSet<SegmentId>) -> 
         fault(None, problem);
     }
     if more > 0 {
-        let problem = format!("{more} more differences between the catalog and the segments: run `landmarkdb repair`");
+        let problem = format!("{more} more differences between the catalog and the segments: repair the directory");
         faults.push(Fault { document: None, block: None, problem });
     }
     faults

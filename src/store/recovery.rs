@@ -157,7 +157,7 @@ fn refuse_unknown_old(handles: &Handles, ids: &mut Vec<SegmentId>, ledger: &Ledg
             return Err(StoreError::Damaged {
                 block: None,
                 detail: format!(
-                    "segment {id} is not in the catalog though newer ones are: remove it, or run `landmarkdb repair` to \
+                    "segment {id} is not in the catalog though newer ones are: remove it, or repair the directory to \
                      rebuild the catalog from all segments"
                 ),
             });

@@ -119,7 +119,7 @@ impl<'a> Remains<'a> {
         let known = entry.as_ref().map(|entry| entry.block_tokens);
         let block_tokens = known.or(spec.map(|(_, collection)| collection.spec.shape.block_tokens));
         let Some(block_tokens) = block_tokens else {
-            let reason = format!("its collection {collection} is missing: give --collection-spec, and repair again");
+            let reason = format!("its collection {collection} is missing: give its specification, and repair again");
             leftovers.push(Leftover { document, collection, blocks: pieces.len() as u64, reason });
             return Ok(None);
         };
