@@ -332,7 +332,7 @@ pub enum Entity {
 /// Why a call on a block memory failed. Nothing acknowledged is ever lost by a failed call.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum MemoryError {
-    #[error("no {entity} {id}: list what exists with `landmarkdb ls`")]
+    #[error("no {entity} {id}: list what exists")]
     NotFound { entity: Entity, id: String },
     #[error("a request without {field}")]
     Missing { field: String },
@@ -363,12 +363,12 @@ pub enum MemoryError {
     /// Others have what the call needs; it was not begun.
     #[error("{what}: all in use now, try again in {retry_ms} ms")]
     Busy { what: String, retry_ms: u64 },
-    #[error("stored data is damaged{}: {detail}; run `landmarkdb verify`", in_block(.block))]
+    #[error("stored data is damaged{}: {detail}; verify the directory", in_block(.block))]
     DataLoss { block: Option<BlockId>, detail: String },
     /// The store stopped taking writes after a failed flush, or the disk refused.
     #[error("storage failed: {detail}")]
     Storage { detail: String },
-    #[error("the data directory {path} is in use by another process: connect to it with --connect, or stop it")]
+    #[error("the data directory {path} is in use by another process: connect to that process, or stop it")]
     Locked { path: String },
     #[error("{target} cannot be reached: {detail}")]
     Unavailable { target: String, detail: String },

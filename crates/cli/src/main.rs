@@ -83,7 +83,7 @@ fn run_line(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(()) => Exit::Ok,
         Err(error) if error.is_broken_pipe() => Exit::Ok,
         Err(error) => {
-            output.error(&error.to_string(), error.exit());
+            output.error(&error.message(), error.exit());
             error.exit()
         }
     }

@@ -508,7 +508,7 @@ mod tests {
         assert!(matches!(refused(), LoadError::OtherBase { .. }), "{}", refused());
         edit(&path, "base_model_name_or_path", "hf:nobody/nothing".into());
         let missing = refused();
-        assert!(missing.to_string().contains("landmarkdb model pull hf:nobody/nothing"), "{missing}");
+        assert!(missing.to_string().contains("hf:nobody/nothing is not on this machine yet"), "{missing}");
         edit(&path, "base_model_name_or_path", path.display().to_string().into());
         assert!(matches!(refused(), LoadError::Unsupported { found, .. } if found == "an adapter"));
     }

@@ -13,7 +13,7 @@ pub enum LoadError {
     Io { path: PathBuf, source: std::io::Error },
     #[error(
         "{path} is neither a .gguf file, nor a folder with config.json, tokenizer.json and *.safetensors, nor an adapter: \
-         give one of these, or a name that `landmarkdb model pull` knows"
+         give one of these, or the name of a model that can be pulled"
     )]
     NotAModel { path: PathBuf },
     #[error("{path} is damaged or cut short: {detail}; fetch it again")]
@@ -140,7 +140,7 @@ pub enum FindError {
     NoCacheFolder,
     #[error("no model {spec:?}: expected the path of a .gguf file or of a safetensors folder, or a pulled model")]
     NotFound { spec: String },
-    #[error("model {spec} is not on this machine yet: run `landmarkdb model pull {spec}`")]
+    #[error("model {spec} is not on this machine yet: pull it")]
     NotPulled { spec: String },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },

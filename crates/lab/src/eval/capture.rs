@@ -54,7 +54,7 @@ pub struct About {
 pub enum CaptureError {
     #[error("{path} cannot be read or written: {detail}")]
     File { path: String, detail: String },
-    #[error("{path} is no capture: {detail}; `landmarkdb capture` makes one")]
+    #[error("{path} is no capture: {detail}; make a new one")]
     Content { path: String, detail: String },
     #[error(transparent)]
     Remember(#[from] RememberError),

@@ -69,7 +69,7 @@ pub enum GoldenError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
-        "{path}: no case here: expected NAME.json with NAME.model.safetensors and NAME.expected.safetensors, or NAME.safetensors with recorded prompts, which --no-prompts leaves out"
+        "{path}: no case here: expected NAME.json with NAME.model.safetensors and NAME.expected.safetensors, or NAME.safetensors with recorded prompts, which take a model"
     )]
     NoCase { path: PathBuf },
     #[error("{path}: {detail}")]

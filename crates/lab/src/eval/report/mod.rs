@@ -246,7 +246,7 @@ impl Run<'_> {
                 Err(invalid(
                     "text",
                     expected,
-                    format!("{found}: give a longer text, or --text-tokens or --lengths to fit"),
+                    format!("{found}: give a longer text, or `text_tokens` or `lengths` to fit"),
                 ))
             }
         }
