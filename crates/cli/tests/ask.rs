@@ -25,11 +25,11 @@ fn text() -> String {
     format!("{}\n\n{sentence}{}", &BOOK[..at], &BOOK[at..end])
 }
 
-/// A sandbox with the model, which is fetched once for all tests.
-fn sandbox() -> Sandbox {
-    model::pull("smollm2", &mut |_| {}).unwrap();
+/// A sandbox with the model; nothing where it is not here.
+fn sandbox() -> Option<Sandbox> {
+    model::test_model::smollm2()?;
     let models = model::models_folder().unwrap();
-    Sandbox::new().with_variable("LANDMARKDB_CACHE", models.to_str().unwrap())
+    Some(Sandbox::new().with_variable("LANDMARKDB_CACHE", models.to_str().unwrap()))
 }
 
 const ORCHARD: &str = "The orchard lies behind the mill and has four rows of pear trees. In spring the children paint the \
@@ -51,7 +51,7 @@ const QUESTION: &str = "\nWhat is the pass key of the old lighthouse? The pass k
 
 #[test]
 fn a_text_is_encoded_once_and_asked_after_a_restart() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("notes.txt", &text());
     let encoded = sandbox.run(&["encode", "notes.txt", "--data", "d", "--json"]).exits(0).json();
     assert_eq!(encoded["document"]["sealed"], true);
@@ -84,7 +84,7 @@ fn a_text_is_encoded_once_and_asked_after_a_restart() {
 /// `verify` and `repair` say to encode a damaged document again: that it is "already encoded" would be the end of it.
 #[test]
 fn a_damaged_document_is_encoded_again_once_it_is_removed() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("orchard.txt", ORCHARD);
     let encode = ["encode", "orchard.txt", "--data", "d"];
     sandbox.run(&encode).exits(0);
@@ -108,7 +108,7 @@ fn a_damaged_document_is_encoded_again_once_it_is_removed() {
 
 #[test]
 fn what_cannot_be_encoded_or_asked_says_why() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     let short = "A short text that fits in one block, and a little more of it so that there is a tail.";
     sandbox.write_file("notes.txt", short);
     sandbox.run(&["encode", "notes.txt", "--data", "d"]).exits(0);
@@ -144,7 +144,7 @@ fn what_cannot_be_encoded_or_asked_says_why() {
 /// texts, the model made up an answer or took the other text's.
 #[test]
 fn the_end_of_every_document_is_read_whichever_is_named_last() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     for (name, text) in [
         ("gate", "The code word of the north gate is saffron. Remember saffron.\n"),
         ("museum", "The museum of clocks stands in Velden Street. It opens at nine.\n"),
@@ -174,7 +174,7 @@ fn the_end_of_every_document_is_read_whichever_is_named_last() {
 /// A question could be answered by an empty line, without a word about it.
 #[test]
 fn a_question_is_answered_and_the_answer_says_how_it_ended() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("albatross.txt", ALBATROSS);
     sandbox.run(&["encode", "albatross.txt", "--data", "d"]).exits(0);
     let typed = ["ask", "Who is the captain of the Albatross?", "--doc", "albatross", "--data", "d"];
@@ -191,7 +191,7 @@ fn a_question_is_answered_and_the_answer_says_how_it_ended() {
 /// The block with the answer stood in the window, and the blocks that the answer named were others.
 #[test]
 fn an_answer_names_the_blocks_of_window_and_sink_too() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("locker.txt", include_str!("../../../tests/fixtures/locker.txt"));
     sandbox.run(&["encode", "locker.txt", "--data", "d"]).exits(0);
     let typed =
@@ -214,7 +214,7 @@ fn an_answer_names_the_blocks_of_window_and_sink_too() {
 /// Escape sequences of a text that was encoded coloured the terminal of whoever asked about it.
 #[test]
 fn control_characters_of_a_text_stay_in_it() {
-    let sandbox = sandbox();
+    let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("log.txt", &"log line \u{1b}[31mERROR\u{1b}[0m disk is on fire\n".repeat(12));
     sandbox.run(&["encode", "log.txt", "--data", "d"]).exits(0);
     let typed = ["ask", "log line", "--raw", "--doc", "log", "--data", "d", "--max-tokens", "20"];
@@ -224,7 +224,7 @@ fn control_characters_of_a_text_stay_in_it() {
 
 #[test]
 fn with_everything_retrieved_the_model_says_what_it_says_with_full_attention() {
-    let model = LoadedModel::open(&model::pull("smollm2", &mut |_| {}).unwrap()).unwrap();
+    let model = LoadedModel::open(&model::resolve("smollm2").unwrap()).unwrap();
     let ids = model.tokenizer.encode(&text()).unwrap().ids[..800].to_vec();
     let shape = model.shape(64).unwrap();
     let window = Window { tokens: 128, ..Window::default() };

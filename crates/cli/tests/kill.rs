@@ -75,7 +75,9 @@ fn watch(address: &str, before: u64, longer: Duration) -> u64 {
 
 #[test]
 fn nothing_acknowledged_is_lost_when_service_or_encoder_are_killed() {
-    model::pull("smollm2", &mut |_| {}).unwrap();
+    if model::test_model::smollm2().is_none() {
+        return;
+    }
     let kills: usize = std::env::var("LANDMARKDB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(3);
     let folder = tempfile::tempdir().unwrap();
     let (data, text) = (folder.path().join("data"), folder.path().join("book.txt"));

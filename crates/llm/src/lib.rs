@@ -46,6 +46,8 @@ mod foreign_files;
 mod full_attention;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod test_model;
 #[cfg(test)]
 mod tests;
 

@@ -10,10 +10,11 @@ use super::full_attention::PlainAttention;
 use super::*;
 use landmarkdb::limits;
 
-/// SmolLM2, fetched by the product itself the first time.
-fn smollm2() -> &'static LoadedModel {
+/// SmolLM2, loaded once for all tests; nothing where it is not here.
+fn smollm2() -> Option<&'static LoadedModel> {
     static MODEL: OnceLock<LoadedModel> = OnceLock::new();
-    MODEL.get_or_init(|| LoadedModel::open(&pull("smollm2", &mut |_| {}).unwrap()).unwrap())
+    let path = test_model::smollm2()?;
+    Some(MODEL.get_or_init(|| LoadedModel::open(&path).unwrap()))
 }
 
 fn attention(model: &LoadedModel) -> PlainAttention {
@@ -52,7 +53,7 @@ fn farthest(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn smollm2_agrees_with_the_recorded_ids_logits_and_greedy_tokens() {
-    let model = smollm2();
+    let Some(model) = smollm2() else { return };
     for name in ["capital", "passkey", "code"] {
         let want = golden(name);
         assert_eq!(model.tokenizer.encode(&want.text).unwrap().ids, want.input_ids, "{name}");
@@ -73,7 +74,7 @@ fn smollm2_agrees_with_the_recorded_ids_logits_and_greedy_tokens() {
 
 #[test]
 fn chunks_and_single_tokens_give_what_one_pass_gives() {
-    let model = smollm2();
+    let Some(model) = smollm2() else { return };
     let ids = golden("passkey").input_ids;
     let (tokens, vocab) = (ids.len(), model.config().vocab);
     let whole = model.llama.forward(&ids, &mut attention(model), Logits::All).unwrap();
@@ -95,7 +96,7 @@ fn chunks_and_single_tokens_give_what_one_pass_gives() {
 
 #[test]
 fn seeds_repeat_stop_texts_stop_and_the_limit_holds() {
-    let model = smollm2();
+    let Some(model) = smollm2() else { return };
     let prompt = golden("capital").input_ids;
     let run = |sampling, stop: &[&str], max_tokens| {
         let stop = stop.iter().map(|text| text.to_string()).collect();
@@ -117,7 +118,7 @@ fn seeds_repeat_stop_texts_stop_and_the_limit_holds() {
 
 #[test]
 fn unknown_tokens_and_misfit_embeddings_are_refused() {
-    let model = smollm2();
+    let Some(model) = smollm2() else { return };
     let vocab = model.config().vocab;
     let unknown = model.llama.forward(&[1, vocab as u32], &mut attention(model), Logits::None);
     assert!(matches!(unknown, Err(ForwardError::UnknownToken { id, .. }) if id as usize == vocab));
@@ -128,7 +129,8 @@ fn unknown_tokens_and_misfit_embeddings_are_refused() {
 
 #[test]
 fn token_offsets_are_bytes_that_cover_the_text() {
-    let tokenizer = &smollm2().tokenizer;
+    let Some(model) = smollm2() else { return };
+    let tokenizer = &model.tokenizer;
     for text in
         ["", "a", " 123", "Hello, wörld! 🙂\n\n\tx  y", "日本語 text <|im_end|> e\u{301}", "\r\n \u{a0}\u{200b}"]
     {
@@ -143,7 +145,7 @@ fn token_offsets_are_bytes_that_cover_the_text() {
     let digits = tokenizer.encode(" 123").unwrap();
     assert_eq!(digits.offsets, [0, 1, 2, 3], "every digit is a token, and the space before them too");
     let end = tokenizer.token_id("<|im_end|>").unwrap();
-    assert_eq!(smollm2().config().eos_ids, [end]);
+    assert_eq!(model.config().eos_ids, [end]);
     assert!(!tokenizer.encode("<|im_end|>").unwrap().ids.contains(&end), "a text cannot end itself");
     assert!(tokenizer.prefix().is_empty());
     assert_eq!(tokenizer.token_bytes(u32::MAX), b"");
@@ -300,7 +302,8 @@ fn damaged_folders_are_refused_with_what_is_wrong() {
 
 #[test]
 fn a_gguf_cut_short_anywhere_is_refused() {
-    let whole = std::fs::read(resolve("smollm2").or_else(|_| pull("smollm2", &mut |_| {})).unwrap()).unwrap();
+    let Some(model) = test_model::smollm2() else { return };
+    let whole = std::fs::read(model).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cut.gguf");
     for bytes in [0, 4, 100, 1_000_000, whole.len() / 2, whole.len() - 1000] {
