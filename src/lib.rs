@@ -2,8 +2,58 @@
 //!
 //! A model cuts its past into blocks. Each block has landmark keys per layer and KV head; every query scores them,
 //! takes the top-k blocks, and attends to the tokens inside those together with its local window. landmarkdb keeps
-//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process; landmarkdb-grpc
-//! does so over a network.
+//! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process.
+//!
+//! ```
+//! use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, LookupRequest, NewBlock, Tensor};
+//! use landmarkdb::memory::LocalMemory;
+//! use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
+//! use landmarkdb::types::{BlockRange, BlockScore, DType, Granularity, KeyRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let folder = tempfile::tempdir()?;
+//! let memory = LocalMemory::open(folder.path())?;
+//!
+//! // A model of one layer, one head of dimension 2 without RoPE, and blocks of 2 tokens.
+//! let (rope, digest) = (Rope { frequencies: vec![] }, Sha256Digest([0; 32]));
+//! let shape = ModelShape {
+//!     layers: 1, query_heads: 1, kv_heads: 1, head_dim: 2, block_tokens: 2, rope, softmax_scale: 1.0,
+//! };
+//! let collection = memory.open_collection(&CollectionSpec {
+//!     name: "example".into(), shape, key_rule: KeyRule::Tokens, payload_dtype: DType::F16, key_dtype: DType::F16,
+//!     model_digest: digest, tokenizer_digest: digest, model_name: "none".into(),
+//! })?;
+//!
+//! // Two blocks of a document, whose keys point along different axes. They are durable when the append returns.
+//! let document = memory.open_document(collection.id, "notes")?.id;
+//! let block = |index: u32, key: [f32; 2]| NewBlock {
+//!     index,
+//!     token_ids: vec![0, 1],
+//!     text: BlockText { start: 2 * index as u64, bytes: b"ab".to_vec(), offsets: vec![0, 1] },
+//!     k: Tensor::from_f32(vec![1, 1, 2, 2], &[key, key].concat()),
+//!     v: Tensor::from_f32(vec![1, 1, 2, 2], &[0.0; 4]),
+//! };
+//! let blocks = vec![block(0, [1.0, 0.0]), block(1, [0.0, 1.0])];
+//! memory.append(AppendRequest { document, blocks, expected_tokens: Some(0) })?;
+//!
+//! // The block that a query along the second axis attends to.
+//! let hits = memory.lookup(&LookupRequest {
+//!     collection: collection.id, layer: 0, queries: vec![0.0, 1.0], distances: vec![0],
+//!     scope: vec![BlockRange { document, blocks: 0..2 }], top_k: 1, block_score: BlockScore::Max,
+//!     granularity: Granularity::Shared,
+//! })?;
+//! assert_eq!(hits.blocks[0].index, 1);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Where to go on
+//! - [`api::BlockMemory`]: everything a memory does; requests, replies and errors beside it.
+//! - [`memory::LocalMemory`]: the memory of a data directory. [`attention::BlockAttention`] reads and writes one for the
+//!   layers of any model.
+//! - `examples/embedded.rs`: the example above with RoPE, attention and reading blocks back.
+//! - landmarkdb-grpc: a memory as a service. landmarkdb-llm: models that use one. landmarkdb-cli: the program.
+//! - `docs/architecture.md`: positions, scores, the format on disk.
 //!
 //! Invariants
 //! - Nothing is acknowledged before it is durable. An append that failed is cut off before the next one is written.

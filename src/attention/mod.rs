@@ -4,6 +4,30 @@
 //! the sink, the first block of the text), asks a [`BlockMemory`](crate::api::BlockMemory) for the blocks that each
 //! query attends to, and merges both by log-sum-exp. Blocks of the sequence go to the memory as they fill.
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use landmarkdb::api::{BlockMemory, CollectionInfo};
+//! use landmarkdb::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
+//!
+//! /// `q (T, Hq, D)`, `k` and `v (T, Hkv, D)` of each layer, before RoPE.
+//! fn read(
+//!     memory: Arc<dyn BlockMemory>,
+//!     collection: &CollectionInfo,
+//!     layers: &[[Vec<f32>; 3]],
+//!     tokens: usize,
+//! ) -> Result<(), AttentionError> {
+//!     let document = memory.open_document(collection.id, "session-17")?;
+//!     let (window, retrieval) = (Window::default(), Retrieval::default());
+//!     let mut attention = BlockAttention::write(memory, collection, &document, window, Some(retrieval))?;
+//!     for (layer, [q, k, v]) in layers.iter().enumerate() {
+//!         let out = attention.attend(layer, tokens, q, k, v)?;
+//!         println!("layer {layer}: {} of (T, Hq, D)", out.len());
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
 //! The memory may be in process or remote: this folder knows only the interface.
 
 mod local;
