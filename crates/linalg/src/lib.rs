@@ -1,5 +1,11 @@
-//! Small numeric loops that several layers share, each compiled for the instruction sets a machine may have and
-//! chosen at run time.
+//! Dot products, softmax sums, conversions and matrix products, each compiled for the instruction sets a machine may
+//! have and chosen at run time. Nothing here knows what a block or a memory is.
+//!
+//! ```
+//! let mut weights = vec![0.5f32, 1.5, -1.0];
+//! let sum = landmarkdb_linalg::exp_sum(&mut weights, 1.5);
+//! assert!((sum - (1.0 + (-1f32).exp() + (-2.5f32).exp())).abs() < 1e-6);
+//! ```
 //!
 //! A loop is written once, over arrays of [`LANES`] accumulators that the compiler keeps in vector registers;
 //! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order

@@ -1,8 +1,33 @@
-//! Language models of the Llama family: where they come from, what they are, and how text goes in and out.
+//! Language models of the Llama family whose attention reads a landmarkdb memory.
 //!
 //! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
 //! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode`,
-//! `ask` and `citations` know that there is a memory behind it.
+//! `ask` and `citations` know that there is a memory behind it. Models of your own in candle need one call,
+//! [`attend_tensors`]: `examples/plug_in.rs`.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use landmarkdb::api::{BlockMemory, CollectionInfo};
+//! use landmarkdb::attention::{Retrieval, Window};
+//! use landmarkdb_llm::{Encoding, GenerateOptions, LoadedModel, Question, RememberError, ask, encode};
+//!
+//! /// Reads a text into a memory, local or remote, and answers from it.
+//! fn answer(
+//!     model: &LoadedModel,
+//!     memory: &Arc<dyn BlockMemory>,
+//!     collection: &CollectionInfo,
+//!     text: &str,
+//!     prompt: &str,
+//! ) -> Result<String, RememberError> {
+//!     let window = Window::default();
+//!     let encoding = Encoding { name: "text", text, window, retrieval: None };
+//!     let document = encode(model, memory, collection, &encoding, &mut |_| {})?;
+//!     let (retrieval, options) = (Retrieval::default(), GenerateOptions::default());
+//!     let question = Question { documents: &[document], prompt, window, retrieval, options };
+//!     Ok(ask(model, memory, collection, &question, &mut |piece| print!("{piece}"))?.generated.text)
+//! }
+//! ```
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
