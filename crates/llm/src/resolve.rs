@@ -51,7 +51,7 @@ impl<'a> Spec<'a> {
     }
 }
 
-/// The path of a model: a `.gguf` file, a safetensors folder, or what [`pull`] fetched under this name.
+/// The path of a model: a `.gguf` file, a safetensors folder, or what `pull` fetched under this name.
 pub fn resolve(spec: &str) -> Result<PathBuf, FindError> {
     let found = match Spec::parse(spec) {
         Some(Spec::Packaged(model)) => Some(models_folder()?.join(model.file)).filter(|path| path.exists()),
