@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let mut sections: Vec<Section> = Vec::new();
     for (number, section) in planned.iter().enumerate() {
         let mut commands = Vec::new();
-        if section.benchmark.is_of_captured() && args.captured.is_none() {
+        if section.benchmark.reads_captured() && args.captured.is_none() {
             commands.push(subjects.capture_line());
             if !captured.exists() {
                 context.output.progress(&commands[0]);

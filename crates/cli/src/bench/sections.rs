@@ -194,7 +194,7 @@ impl Benchmark {
     }
 
     /// Whether it reads the captured file.
-    pub(super) fn is_of_captured(&self) -> bool {
+    pub(super) fn reads_captured(&self) -> bool {
         matches!(self, Benchmark::Lookup(args) if args.captured.is_some())
     }
 

@@ -246,7 +246,8 @@ mod tests {
         let [(_, silent), (_, asked), (_, busy)] = [(); 3].map(|()| shared.enter().unwrap());
         drop(asked.open());
         let _open = busy.open();
-        let here = |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
+        let here =
+            |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
         let (_, fourth) = shared.enter().unwrap();
         assert!(!here(&silent) && here(&asked) && here(&busy) && here(&fourth), "who never asked goes first");
         let _open = fourth.open();
@@ -271,7 +272,8 @@ mod tests {
         assert!(shared.enter().is_none(), "a message is on its way");
         std::thread::sleep(Duration::from_millis(30));
         assert!(shared.enter().is_some());
-        let here = |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
+        let here =
+            |peer: &Arc<Peer>| shared.peers.lock().ignore_poison().values().any(|other| Arc::ptr_eq(peer, other));
         assert!(!here(&resting) && here(&working));
     }
 }

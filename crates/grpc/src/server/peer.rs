@@ -107,7 +107,9 @@ impl Peer {
         if self.idle_for().is_some_and(|idle| idle > options.idle) {
             return Some("it asked nothing");
         }
-        if waits(*self.stuck_since.lock().ignore_poison()) || waits(self.unread.lock().ignore_poison().values().min().copied()) {
+        if waits(*self.stuck_since.lock().ignore_poison())
+            || waits(self.unread.lock().ignore_poison().values().min().copied())
+        {
             return Some("it does not read its replies");
         }
         None
