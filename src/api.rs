@@ -211,7 +211,7 @@ pub struct Stats {
     pub health: Health,
 }
 
-/// What a memory can do now. The reason is for people.
+/// What a memory can do now. The reason is human-readable.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Health {
     /// All that it promises.
@@ -228,7 +228,7 @@ pub enum Health {
 pub struct Fault {
     pub document: Option<DocumentId>,
     pub block: Option<BlockId>,
-    /// For people.
+    /// Human-readable.
     pub problem: String,
 }
 
@@ -284,7 +284,7 @@ pub struct TuneIndex {
 pub enum TuneStep {
     /// An engine is measured, on a document of so many blocks.
     Measuring { engine: Engine, blocks: u32 },
-    /// An engine that this machine does not have. The reason is for people.
+    /// An engine that this machine does not have. The reason is human-readable.
     LeftOut { engine: Engine, reason: String },
 }
 

@@ -57,7 +57,7 @@ pub struct CollectionSpec {
     pub key_dtype: DType,
     pub model_digest: Sha256Digest,
     pub tokenizer_digest: Sha256Digest,
-    /// For people; not part of the fingerprint.
+    /// Human-readable; not part of the fingerprint.
     pub model_name: String,
 }
 

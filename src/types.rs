@@ -162,7 +162,7 @@ engines!(engine_type);
 #[allow(unused_imports, reason = "implemented with the feature `local`")]
 pub(crate) use engines;
 
-/// How FAISS indexes keys. Written as people type it: `faiss:FACTORY` or `faiss:FACTORY@EFFORT`.
+/// How FAISS indexes keys. Typed as `faiss:FACTORY` or `faiss:FACTORY@EFFORT`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FaissIndex {
     /// In the language of `faiss::index_factory`: `IVF256,Flat`, `HNSW32`, `SQ8`, `IVF256,PQ32x4fs`.

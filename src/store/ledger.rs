@@ -48,7 +48,7 @@ pub(super) const NAMES: DocumentId = DocumentId(0);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Doubt {
     pub(super) document: DocumentId,
-    /// For people.
+    /// Human-readable.
     pub(super) reason: String,
 }
 

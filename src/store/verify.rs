@@ -23,7 +23,7 @@ use crate::until::Until;
 pub struct Fault {
     pub document: Option<DocumentId>,
     pub block: Option<BlockId>,
-    /// For people.
+    /// Human-readable.
     pub problem: String,
 }
 

@@ -35,7 +35,7 @@ struct Run {
     said: BTreeMap<usize, Said>,
     opened_at_once: bool,
     ended_well: bool,
-    /// The first things that went wrong, for people.
+    /// The first things that went wrong, human-readable.
     problems: String,
 }
 

@@ -251,7 +251,7 @@ impl BlockRead {
 
 impl Report for Answered {
     /// The answer itself was streamed.
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if self.answer.is_empty() {
             writeln!(to, "no answer: {}", self.why_empty())?;
         }

@@ -103,7 +103,7 @@ impl BlockReport {
 }
 
 impl Report for Blocks {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["BLOCK>", "TOKENS>", "ON DISK>", "TEXT"]);
         for block in &self.blocks {
             let tokens = if block.tail { format!("{} (tail)", block.tokens) } else { count(block.tokens) };

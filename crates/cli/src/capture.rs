@@ -116,7 +116,7 @@ pub(super) fn keep(args: &Args, context: &Context) -> Result<Kept, CliError> {
 }
 
 impl Report for Kept {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let layers: Vec<String> = self.layers.iter().map(u32::to_string).collect();
         writeln!(
             to,

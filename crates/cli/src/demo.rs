@@ -245,8 +245,8 @@ impl Drop for Service {
 }
 
 impl Report for Demo {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
-        self.answer.people(to)?;
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
+        self.answer.human(to)?;
         writeln!(
             to,
             "The sentence is in block {}. Encoding took {:.1} s, the first token of the answer {:.2} s: {:.0} times less.",

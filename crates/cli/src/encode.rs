@@ -176,7 +176,7 @@ impl TokenBar {
 }
 
 impl Report for Encoded {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let document = &self.document;
         let tokens = count(document.tokens);
         let stored = size(document.stored_bytes);

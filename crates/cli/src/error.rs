@@ -156,7 +156,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    /// For people: the failure, and what to type about it.
+    /// Human-readable: the failure, and what to type about it.
     pub(super) fn message(&self) -> String {
         match self.hint() {
             Some(hint) => format!("{self} ({hint})"),

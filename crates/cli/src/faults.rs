@@ -21,7 +21,7 @@ pub(super) struct FaultReport {
     name: Option<String>,
     /// Index of the damaged block in that document, where it is known.
     block: Option<u32>,
-    /// For people.
+    /// Human-readable.
     problem: String,
 }
 

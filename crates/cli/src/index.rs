@@ -265,13 +265,13 @@ fn missing(entity: Entity, id: String) -> CliError {
 }
 
 impl Report for EngineReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "lookups in {} are answered by {}", self.collection, self.engine)
     }
 }
 
 impl Report for Tuned {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["ENGINE", "RECALL>", "P50>", "P99>", "MEMORY>"]);
         for measured in &self.measured {
             rows.add_row([

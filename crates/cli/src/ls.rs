@@ -51,7 +51,7 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
 }
 
 impl Report for Listing {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if self.collections.is_empty() {
             return writeln!(to, "no collections yet: `landmarkdb encode` makes one");
         }

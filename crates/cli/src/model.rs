@@ -93,7 +93,7 @@ impl From<PulledModel> for ModelReport {
 }
 
 impl Report for Models {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if self.models.is_empty() {
             return writeln!(to, "no models here yet: `landmarkdb model pull smollm2` fetches one");
         }
@@ -106,7 +106,7 @@ impl Report for Models {
 }
 
 impl Report for ModelReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{} is at {} ({})", self.name, self.path, size(self.size_bytes))
     }
 }

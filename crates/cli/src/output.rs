@@ -1,4 +1,4 @@
-//! What is printed: answers on standard output, as tables for people or JSON for programs; everything else on
+//! What is printed: answers on standard output, as human-readable tables or as JSON; everything else on
 //! standard error.
 
 use std::borrow::Cow;
@@ -23,14 +23,14 @@ const NARROWEST_TERMINAL: u16 = 40;
 
 /// What a command answers. Its fields are the `--json` of the command: names are stable, sizes carry their unit.
 pub(super) trait Report: Serialize {
-    /// The same for people.
-    fn people(&self, to: &mut dyn Write) -> io::Result<()>;
+    /// The same, human-readable.
+    fn human(&self, to: &mut dyn Write) -> io::Result<()>;
 }
 
-/// What people read of a report.
-pub(super) fn people(report: &impl Report) -> io::Result<String> {
+/// The human-readable form of a report.
+pub(super) fn human(report: &impl Report) -> io::Result<String> {
     let mut text = Vec::new();
-    report.people(&mut text)?;
+    report.human(&mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -52,7 +52,7 @@ struct ErrorBody<'a> {
     /// One word per exit code: see docs/cli.md.
     kind: &'a str,
     exit_code: u8,
-    /// For people.
+    /// Human-readable.
     message: &'a str,
 }
 
@@ -66,13 +66,13 @@ impl Output {
         Output { json: true, quiet: true }
     }
 
-    /// Prints an answer: one line of JSON, or what people read.
+    /// Prints an answer: one line of JSON, or human-readable.
     pub(super) fn print(&self, report: &impl Report) -> Result<(), CliError> {
         let mut to = io::BufWriter::new(io::stdout().lock());
         let written = if self.json {
             write_json(&mut to, report)
         } else {
-            people(report).and_then(|text| to.write_all(shown(&text).as_bytes()))
+            human(report).and_then(|text| to.write_all(shown(&text).as_bytes()))
         };
         written.and_then(|()| to.flush()).map_err(|source| CliError::Io { what: "standard output", source })
     }
@@ -87,7 +87,7 @@ impl Output {
         }
     }
 
-    /// Says how far a long story is, on standard output for people only.
+    /// Prints a progress line on standard output; not with `--json`.
     pub(super) fn say(&self, line: &str) {
         if !self.quiet && !self.json {
             let _ = writeln!(io::stdout(), "{}", shown(line));
@@ -106,7 +106,7 @@ impl Output {
         Output { quiet: true, ..self }
     }
 
-    /// Prints a piece of a text that grows, for people only; programs get it whole.
+    /// Prints the next piece of a growing text; with `--json` it comes whole.
     pub(super) fn stream(&self, piece: &str) {
         if !self.json {
             let _ = write!(io::stdout(), "{}", shown(piece)).and_then(|()| io::stdout().flush());

@@ -82,7 +82,7 @@ struct Salvaged {
     tail_tokens: u32,
     /// What would say that it was deleted is lost.
     perhaps_deleted: bool,
-    /// For people.
+    /// Human-readable.
     reason: String,
 }
 
@@ -223,7 +223,7 @@ impl From<RepairReport> for Repairs {
 }
 
 impl Report for Repairs {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if !self.salvaged.is_empty() {
             let mut rows = table(["DOCUMENT>", "NAME", "BLOCKS>", "TAIL>", "READABLE AGAIN"]);
             for salvaged in &self.salvaged {

@@ -58,7 +58,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 }
 
 impl Report for Deletion {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let blocks = plural(self.blocks.into(), "block");
         writeln!(to, "deleted {}: {blocks}, {} given back", self.document, size(self.freed_bytes))
     }

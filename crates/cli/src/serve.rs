@@ -113,7 +113,7 @@ fn listen_options(args: &Args, config: &Config) -> ListenOptions {
 }
 
 impl Report for Ready {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "serving {} on {}", self.data, self.listening.join(" and "))
     }
 }

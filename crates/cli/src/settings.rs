@@ -249,7 +249,7 @@ pub(super) fn layers(typed: &str) -> Result<Layers, String> {
     Ok(Layers::These(layers))
 }
 
-/// A value by the word that people type for it.
+/// A value by its word on the command line.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(typed: &str) -> Result<T, String> {
     typed.parse()
 }

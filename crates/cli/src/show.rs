@@ -40,7 +40,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 }
 
 impl Report for Description {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let Description { document, collection } = self;
         let per_token = match document.tokens {
             0 => String::new(),

@@ -87,7 +87,7 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
 }
 
 impl Report for Totals {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let health = match &self.health_reason {
             Some(reason) => format!("{}: {reason}", self.health),
             None => self.health.into(),

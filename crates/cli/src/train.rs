@@ -358,7 +358,7 @@ impl TrainReport {
 }
 
 impl Report for TrainReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let steps = match self.resumed_steps {
             0 => count(self.steps),
             resumed => format!("{}, {} of them before", count(self.steps), count(resumed)),

@@ -85,7 +85,7 @@ impl Findings {
 }
 
 impl Report for Findings {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if !self.faults.is_empty() {
             write_table(to, &fault_table(&self.faults, "PROBLEM"))?;
         }
@@ -121,7 +121,7 @@ mod tests {
             &Names::new(),
         );
         let mut text = Vec::new();
-        findings.people(&mut text).unwrap();
+        findings.human(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
         assert_eq!(text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>(), ["id", "3", "7", "checksum"]);
         assert!(text.ends_with("1 document, 8 blocks, 2.0 KiB read: 1 fault\n"), "{text}");

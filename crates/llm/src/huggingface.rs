@@ -269,7 +269,7 @@ pub(super) fn write_config(config: &ModelConfig, dtype: DType) -> Result<String,
 }
 
 /// The base and the linear scaling factor that give exactly these frequencies. Both are read off the numbers, which the
-/// rounding to f32 has touched, so the ones of the fewest digits that give them back are taken, as people write them.
+/// rounding to f32 has touched, so the ones of the fewest digits that give them back are taken, as a person writes them.
 fn base_and_factor(rope: &Rope) -> Result<(f64, f64), SaveError> {
     let frequencies = &rope.frequencies;
     let (Some(&first), Some(&last)) = (frequencies.first(), frequencies.last()) else { return Ok((10_000.0, 1.0)) };

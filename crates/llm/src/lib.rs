@@ -108,7 +108,7 @@ use landmarkdb::shape::{InvalidShape, ModelShape, Sha256Digest};
 
 /// A model ready to run, and what a collection is bound to.
 pub struct LoadedModel {
-    /// For people: the file's own name for the model, or the folder's.
+    /// Human-readable: the file's own name for the model, or the folder's.
     pub name: String,
     pub tokenizer: Tokenizer,
     pub llama: Llama,

@@ -46,7 +46,7 @@ pub enum PullError {
 #[derive(Debug)]
 pub struct PipAttempt {
     pub command: String,
-    /// For people: the end of what it printed.
+    /// Human-readable: the end of what it printed.
     pub problem: String,
 }
 

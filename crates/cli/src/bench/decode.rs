@@ -100,7 +100,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<DecodeReport, Cl
 }
 
 impl Report for DecodeReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}, k = {}, {}\n", self.model, self.top_k, plural(self.threads as u64, "thread"))?;
         let mut rows = plain_table(["WHAT", "TIME>", "RATIO>"]);
         for step in &self.steps {
@@ -149,7 +149,7 @@ impl Report for DecodeReport {
     }
 }
 
-/// Rows for people, of whoever measured them.
+/// Table rows, ours and those of peers.
 fn first_token_table<'a>(rows: impl Iterator<Item = (String, &'a FirstToken)>) -> Rows {
     let headings =
         ["FIRST TOKEN", "TOKENS>", "PAGES", "ON DISK>", "READ>", "SAVE>", "REOPEN>", "TO FIRST TOKEN>", "TIMES LESS>"];

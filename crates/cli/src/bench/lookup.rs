@@ -144,7 +144,7 @@ impl Args {
 }
 
 impl Report for LookupReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}; seed {}, {} threads, {}", self.shape, self.seed, self.threads, self.instructions)?;
         writeln!(to, "T = {}, one choice per {}, {}", self.query_tokens, self.granularity, self.block_score)?;
         self.gpu.iter().try_for_each(|name| writeln!(to, "GPU: {name}"))?;

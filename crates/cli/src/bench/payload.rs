@@ -61,7 +61,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<PayloadReport, C
 }
 
 impl Report for PayloadReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let pieces = count(self.pieces as u64);
         writeln!(
             to,

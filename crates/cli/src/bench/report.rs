@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::sections::{Benchmark, Subjects};
 use super::{decode, lookup, payload};
 use crate::error::CliError;
-use crate::output::{Report, people};
+use crate::output::{Report, human};
 use crate::settings::ModelArgs;
 use crate::{Context, capture};
 use landmarkdb_lab::bench::{Benchmarks, Figures, Machine, Section, page, peak_flops, today};
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         context.output.progress(&format!("{}/{} {command}", number + 1, planned.len()));
         commands.push(command);
         let figures = measure(&section.benchmark, &silent)?;
-        let printed = people(&figures).map_err(failed)?;
+        let printed = human(&figures).map_err(failed)?;
         let prefill = matches!(&figures, Figures::Lookup(report) if report.query_tokens > 1);
         let peak_flops = prefill.then(peak_flops);
         sections.push(Section { title: section.title, about: section.about, commands, printed, figures, peak_flops });
@@ -122,17 +122,17 @@ impl Args {
 }
 
 impl Report for Figures {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         match self {
-            Figures::Lookup(report) => report.people(to),
-            Figures::Payload(report) => report.people(to),
-            Figures::Decode(report) => report.people(to),
+            Figures::Lookup(report) => report.human(to),
+            Figures::Payload(report) => report.human(to),
+            Figures::Decode(report) => report.human(to),
         }
     }
 }
 
 impl Report for BenchReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}", self.page.display())
     }
 }

@@ -85,7 +85,7 @@ impl Output {
 }
 
 impl Report for GoldenReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["CASE", "OUTPUT", "NUMBERS>", "DIFFERENCE>", "TOLERANCE>", ""]);
         for output in &self.outputs {
             rows.add_row([

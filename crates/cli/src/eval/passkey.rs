@@ -173,7 +173,7 @@ impl Case {
 }
 
 impl Report for PasskeyReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows =
             table(["TOKENS>", "K>", "PAYLOAD", "CORRECT>", "BYTES/TOKEN>", "ENCODE TOKENS/S>", "FIRST TOKEN>"]);
         for result in &self.results {

@@ -153,7 +153,7 @@ impl PerplexityResult {
 }
 
 impl Report for PerplexityReport {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["MODE", "K>", "PAYLOAD", "PERPLEXITY>", "GAP CLOSED>", "TOKENS/S>"]);
         for result in &self.results {
             rows.add_row([

@@ -158,7 +158,7 @@ fn baseline<'a>(model: &'a LoadedModel, collection: &'a CollectionInfo) -> Subje
 }
 
 impl Answer for Written {
-    fn people(&self, to: &mut dyn Write) -> io::Result<()> {
+    fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "{}", self.folder.join("report.md").display())
     }
 }

@@ -41,7 +41,7 @@ fn the_same_model_finds_its_collection(suite: &Suite) {
     let info = client.collection(&spec).expect("a collection");
     assert_eq!(info.spec.as_ref(), Some(&spec), "what was asked is what it is");
     assert_eq!(client.collection(&spec).expect("again"), info);
-    // For people; not part of the fingerprint.
+    // Human-readable; not part of the fingerprint.
     let renamed = v1::CollectionSpec { model_name: "another name".into(), ..spec.clone() };
     assert_eq!(client.collection(&renamed).expect("the same model").id, info.id);
     let elsewhere = client.collection(&Model::small().spec(&suite.name("elsewhere"))).expect("another collection");

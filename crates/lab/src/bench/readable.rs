@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Human-readable numbers.
 
 /// `1,234,567`
 pub fn count(number: impl Into<u64>) -> String {
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_for_people() {
+    fn numbers_are_human_readable() {
         let counts = [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")];
         counts.iter().for_each(|&(number, text)| assert_eq!(count(number as u64), text));
         let sizes = [

@@ -40,7 +40,7 @@ const TICK_FACTOR: f64 = 1.1;
 /// Draws lines over a logarithmic count of tokens. `y` is the range of the other axis.
 ///
 /// # Errors
-/// What drawing or writing the file reports, for people.
+/// The error of drawing or writing the file, human-readable.
 pub(super) fn line_chart(
     path: &Path,
     title: &str,

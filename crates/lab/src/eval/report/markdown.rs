@@ -1,4 +1,4 @@
-//! The report as a folder that people read: Markdown, charts, and the numbers as JSON.
+//! The report as a folder to read: Markdown, charts, and the numbers as JSON.
 
 use std::fmt::{self, Write};
 use std::io;
