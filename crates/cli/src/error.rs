@@ -344,7 +344,7 @@ mod tests {
         let remember = RememberError::from;
         let repair = Some("`landmarkdb verify`, then `landmarkdb repair`");
         let pull = Some("`landmarkdb model pull hf:a/b`");
-        let cases: [(CliError, Option<&str>); 17] = [
+        let cases: [(CliError, Option<&str>); 18] = [
             (MemoryError::NotFound { entity: Entity::Document, id: "emma".into() }.into(), Some("`landmarkdb ls`")),
             (MemoryError::Locked { path: "d".into() }.into(), Some("--connect TARGET")),
             (lost().into(), repair),
@@ -360,6 +360,10 @@ mod tests {
             (PullError::Pip { package: "p".into(), attempts: Vec::new() }.into(), Some("--model PATH")),
             (CaptureError::Content { path: "c".into(), detail: "cut".into() }.into(), Some("`landmarkdb capture`")),
             (GoldenError::NoCase { path: "c".into() }.into(), Some("--no-prompts leaves them out")),
+            (
+                BenchError::Peers { python: "p".into(), source: io::ErrorKind::NotFound.into() }.into(),
+                Some("--python names the interpreter"),
+            ),
             (ListenError::NotLoopback { address: ([0, 0, 0, 0], 1).into() }.into(), Some("--allow-remote")),
             (MemoryError::Internal { detail: "bug".into() }.into(), None),
         ];
