@@ -6,7 +6,8 @@
 //! what was rounded off in a second byte. On the keys and queries of SmolLM2 this takes the error of a score to a
 //! third.
 
-use super::{INT8_LARGEST, int8_scale, larger, to_int8};
+use super::int8::{INT8_LARGEST, int8_scale, to_int8};
+use super::simd::larger;
 
 /// The largest factor; the smallest is 1, so that no number grows. Beyond it a channel is too small to matter.
 const FACTOR_MAX: f32 = 64.0;
@@ -97,7 +98,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::dot;
+    use crate::vector::dot;
 
     fn rows(count: usize, dim: usize, large: f32) -> Vec<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(dim as u64);

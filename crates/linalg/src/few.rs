@@ -4,18 +4,9 @@
 //! widening the keys and then going row by row took 2.8 and 3.2. Dot products of several rows with a key at once would widen it
 //! once, and were 3 to 5 times slower: the compiler leaves their sums in memory.
 
-use half::{bf16, f16};
-
 use super::matrix::{Matrix, Write, reach};
-use super::{HALVES, fma, fold, simd, widen, widen_one};
-
-/// Numbers that a product can read.
-pub trait Number: Copy + Send + Sync + 'static {
-    /// To single ones, exactly.
-    fn widen<const FMA: bool>(numbers: &[Self; HALVES]) -> [f32; HALVES];
-
-    fn widen_one(self) -> f32;
-}
+use super::simd::{fma, fold};
+use super::widen::{HALVES, Number};
 
 /// Rows up to which this is faster than packing the other factor into panels, which takes the time of some ten rows.
 pub const FEW_ROWS: usize = 8;
@@ -124,59 +115,13 @@ fn mix<const FMA: bool, N: Number, const R: usize>(
     }
 }
 
-impl Number for f32 {
-    #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[f32; HALVES]) -> [f32; HALVES] {
-        *numbers
-    }
-
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        self
-    }
-}
-
-impl Number for f16 {
-    #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[f16; HALVES]) -> [f32; HALVES] {
-        widen::<FMA>(numbers)
-    }
-
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        widen_one(self)
-    }
-}
-
-impl Number for bf16 {
-    #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[bf16; HALVES]) -> [f32; HALVES] {
-        numbers.map(Number::widen_one)
-    }
-
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        f32::from_bits((self.to_bits() as u32) << 16)
-    }
-}
-
-impl Number for i8 {
-    #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[i8; HALVES]) -> [f32; HALVES] {
-        numbers.map(Number::widen_one)
-    }
-
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        self as f32
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use half::{bf16, f16};
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
+
+    use super::*;
 
     /// f32 sums over at most 131 products of numbers up to 1 with numbers up to 4.
     const TOLERANCE: f64 = 1e-4;
@@ -215,17 +160,5 @@ mod tests {
         agrees_with_plain_loops(f16::from_f32);
         agrees_with_plain_loops(bf16::from_f32);
         agrees_with_plain_loops(|x| x as i8);
-    }
-
-    #[test]
-    fn every_number_widens_exactly() {
-        let bytes: Vec<i8> = (i8::MIN..=i8::MAX).collect();
-        for bytes in bytes.as_chunks().0 {
-            assert_eq!(<i8 as Number>::widen::<false>(bytes), bytes.map(f32::from));
-        }
-        let halves: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|half| !half.is_nan()).collect();
-        for halves in halves.as_chunks().0 {
-            assert_eq!(<bf16 as Number>::widen::<false>(halves), halves.map(bf16::to_f32));
-        }
     }
 }

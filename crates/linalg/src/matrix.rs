@@ -1,10 +1,6 @@
-//! Products of matrices that are at hand once: in panels for many rows, as they lie where packing would not pay.
+//! Matrices as views of slices.
 
-use std::cell::RefCell;
 use std::ops::Range;
-
-use super::few::{FEW_ROWS, multiply_few};
-use super::packed::{multiply_panels, pack};
 
 /// Numbers read as `rows` x `columns`; strides count numbers.
 #[derive(Clone, Copy)]
@@ -67,82 +63,9 @@ pub(super) fn reach(rows: usize, columns: usize, stride: usize) -> usize {
     if rows == 0 { 0 } else { (rows - 1) * stride + columns }
 }
 
-thread_local! {
-    /// The right factor of the last product: kept so that small products do not allocate.
-    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// `out (a.rows, b.columns) = a b`, or `out += a b`, on the calling thread: callers share out other work. Rows of `out` begin
-/// `out_stride` numbers apart; what lies between them stays.
-///
-/// # Panics
-/// When the sizes do not fit each other.
-pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write) {
-    assert_eq!(a.columns, b.rows);
-    assert!(b.columns <= out_stride && reach(a.rows, b.columns, out_stride) <= out.len());
-    if a.rows == 0 || b.columns == 0 {
-        return;
-    }
-    if a.rows <= FEW_ROWS && a.column_stride == 1 {
-        multiply_few(a, b, out, out_stride, write);
-        return;
-    }
-    PANELS.with_borrow_mut(|panels| {
-        pack(b, panels);
-        multiply_panels(a, panels, b.columns, out, out_stride, write);
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn numbers(count: usize, step: usize) -> Vec<f32> {
-        (0..count).map(|i| ((i * step) % 23) as f32 / 11.0 - 1.0).collect()
-    }
-
-    #[test]
-    fn products_agree_with_plain_loops() {
-        let sizes = [
-            (0, 3, 2),
-            (1, 1, 1),
-            (3, 5, 7),
-            (7, 16, 24),
-            (8, 17, 33),
-            (33, 40, 64),
-            (2, 1, 0),
-            (20, 1, 1),
-            (13, 130, 1030),
-        ];
-        for (m, n, k) in sizes {
-            let (a, b) = (numbers(m * k, 7), numbers(n * k, 5));
-            let (a_turned, b_turned) = (turned(&a, m, k), turned(&b, n, k));
-            let lefts = [Matrix::new(&a, m, k), Matrix::new(&a_turned, k, m).transposed()];
-            let rights = [Matrix::new(&b, n, k).transposed(), Matrix::new(&b_turned, k, n)];
-            let stride = n + 3;
-            for (left, right, write) in lefts.iter().flat_map(|left| {
-                rights.iter().flat_map(move |right| [Write::Replace, Write::Add].map(|write| (*left, *right, write)))
-            }) {
-                let mut out = vec![0.5; m * stride];
-                multiply(left, right, &mut out, stride, write);
-                for (i, out) in out.iter().enumerate() {
-                    let (row, column) = (i / stride, i % stride);
-                    let sum = (0..k).map(|j| a[row * k + j] * b.get(column * k + j).unwrap_or(&0.0)).sum::<f32>();
-                    let want = match (column < n, write) {
-                        (false, _) => 0.5,
-                        (true, Write::Replace) => sum,
-                        (true, Write::Add) => sum + 0.5,
-                    };
-                    assert!((out - want).abs() < 1e-4, "{m} {n} {k} {write:?}: {out} {want}");
-                }
-            }
-        }
-    }
-
-    /// `(rows, columns)` as `(columns, rows)`.
-    fn turned(numbers: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-        (0..rows * columns).map(|i| numbers[i % rows * columns + i / rows]).collect()
-    }
 
     #[test]
     #[should_panic]

@@ -13,11 +13,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, Write, reach};
-use super::panels::{BLOCK, BlockFormat, Panels, Slabs};
-use super::{Level, fma, level, simd};
-
-/// Columns of a panel.
-pub const PANEL: usize = 64;
+use super::panels::{BLOCK, BlockFormat, PANEL, Panels, Slabs};
+use super::simd::{Level, fma, level};
 
 /// Rows that pass over a panel together: times four registers of a panel's row, 24 of AVX-512's 32 are sums.
 const ROWS: usize = 6;
@@ -281,17 +278,13 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
-    }
+    use crate::random::random;
 
     /// Every strip on every machine: a product runs on one of them only.
     #[test]
     fn strips_of_any_width_sum_as_plain_loops_do() {
         for (rows, depth) in (1..=ROWS).flat_map(|rows| [0, 1, 5, 64].map(|depth| (rows, depth))) {
-            let (a, panel) = (numbers(rows * depth, 1), numbers(depth * PANEL, 2));
+            let (a, panel) = (random(rows * depth, 1.0, 1), random(depth * PANEL, 1.0, 2));
             for kernel in [rows_wide, rows_narrow] {
                 let mut sums = [[f32::NAN; PANEL]; ROWS];
                 kernel(Matrix::new(&a, rows, depth), &panel, &mut sums);
@@ -312,7 +305,7 @@ mod tests {
         let sizes =
             [(0, 9, 4), (1, 1, 1), (1, 130, 33), (2, 5, 31), (8, 64, 100), (9, 65, 96), (70, 700, 1100), (3, 4, 0)];
         for (m, n, k) in sizes {
-            let (a, b, before) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * n, 3));
+            let (a, b, before) = (random(m * k, 1.0, 1), random(k * n, 1.0, 2), random(m * n, 1.0, 3));
             let packed = Packed::new(Matrix::new(&b, n, k).transposed());
             assert_eq!((packed.rows(), packed.columns()), (k, n));
             let (mut replaced, mut added) = (before.clone(), before.clone());
@@ -336,8 +329,8 @@ mod tests {
         for format in [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q8_0] {
             for (m, n, blocks) in [(1, 1, 1), (1, 70, 5), (6, 64, 2), (7, 130, 3), (40, 65, 40)] {
                 let k = blocks * BLOCK;
-                let mut random = |count: usize| (0..count).map(|_| rng.random::<u8>()).collect::<Vec<u8>>();
-                let mut columns: Vec<Vec<u8>> = (0..n).map(|_| random(blocks * format.bytes())).collect();
+                let mut bytes = |count: usize| (0..count).map(|_| rng.random::<u8>()).collect::<Vec<u8>>();
+                let mut columns: Vec<Vec<u8>> = (0..n).map(|_| bytes(blocks * format.bytes())).collect();
                 for (i, block) in columns.iter_mut().flat_map(|column| column.chunks_mut(format.bytes())).enumerate() {
                     let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
                     block[..2].copy_from_slice(&half(0.01 + (i % 7) as f32 / 50.0));
@@ -348,7 +341,7 @@ mod tests {
                 let wide: Vec<f64> = columns.iter().flat_map(|column| plain(format, column)).collect();
                 let packed =
                     Packed::from_blocks(format, k, &columns.iter().map(|column| &column[..]).collect::<Vec<_>>());
-                let a = numbers(m * k, 5);
+                let a = random(m * k, 1.0, 5);
                 let mut out = vec![0.0; m * n];
                 packed.multiply(&a, &mut out, Write::Replace);
                 for (at, found) in out.iter().enumerate() {

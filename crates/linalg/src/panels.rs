@@ -13,8 +13,11 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::packed::PANEL;
-use super::{HALVES, fma, simd, widen};
+use super::simd::fma;
+use super::widen::{HALVES, widen};
+
+/// Columns of a panel.
+pub(super) const PANEL: usize = 64;
 
 /// Consecutive numbers of a column that share a scale.
 pub const BLOCK: usize = 32;
