@@ -19,7 +19,7 @@ use crate::store::Store;
 use crate::store::piece::{Numbers, PieceLayout, PieceView};
 use crate::types::Normalisation;
 use crate::until::Until;
-use linalg::{FEW_ROWS, Matrix, Number, Write};
+use linalg::{GEMV_ROWS_MAX, Matrix, Number, Write};
 
 /// (row, block) pairs that a task should have at least; below, one task per KV head.
 const SHARD_USES_MIN: usize = 512;
@@ -320,7 +320,7 @@ fn multiply_stored(a: &[f32], numbers: &Numbers, shape: (usize, usize), transpos
     ) {
         let b = Matrix::new(numbers, rows, columns);
         let (b, from, to) = if transposed { (b.transposed(), columns, rows) } else { (b, rows, columns) };
-        linalg::multiply_few(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
+        linalg::gemv(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
     }
     match numbers {
         Numbers::F32(numbers) => multiply(a, numbers, shape, transposed, out),
@@ -335,7 +335,7 @@ impl Stored<'_> {
     fn score(&self, queries: &mut [f32], scores: &mut [f32], wide: &mut Vec<f32>) {
         let PieceLayout { tokens, head_dim, .. } = self.layout;
         let rows = queries.len() / head_dim;
-        if rows <= FEW_ROWS {
+        if rows <= GEMV_ROWS_MAX {
             times(queries, &self.view.k_scales);
             multiply_stored(queries, &self.view.k, (tokens, head_dim), true, scores);
         } else {
@@ -350,7 +350,7 @@ impl Stored<'_> {
     fn mix(&self, weights: &mut [f32], mixed: &mut [f32], wide: &mut Vec<f32>) {
         let PieceLayout { tokens, head_dim, .. } = self.layout;
         let rows = weights.len() / tokens;
-        if rows <= FEW_ROWS {
+        if rows <= GEMV_ROWS_MAX {
             times(weights, &self.view.v_scales);
             multiply_stored(weights, &self.view.v, (tokens, head_dim), false, mixed);
         } else {

@@ -27,7 +27,7 @@ mod channels;
 mod int8;
 
 // Matrix products.
-mod few;
+mod gemv;
 mod matrix;
 mod multiply;
 mod packed;
@@ -40,7 +40,7 @@ mod memory;
 mod random;
 
 pub use channels::ChannelCode;
-pub use few::{FEW_ROWS, multiply_few};
+pub use gemv::{GEMV_ROWS_MAX, gemv};
 pub use int8::{int8_scale, nearest, to_int8};
 pub use math::{exp, ln};
 pub use matrix::{Matrix, Write};

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::few::{FEW_ROWS, multiply_few};
+use super::gemv::{GEMV_ROWS_MAX, gemv};
 use super::matrix::{Matrix, Write, reach};
 use super::packed::{multiply_panels, pack};
 
@@ -22,8 +22,8 @@ pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write:
     if a.rows == 0 || b.columns == 0 {
         return;
     }
-    if a.rows <= FEW_ROWS && a.column_stride == 1 {
-        multiply_few(a, b, out, out_stride, write);
+    if a.rows <= GEMV_ROWS_MAX && a.column_stride == 1 {
+        gemv(a, b, out, out_stride, write);
         return;
     }
     PANELS.with_borrow_mut(|panels| {

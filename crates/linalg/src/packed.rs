@@ -195,7 +195,7 @@ impl<P: Slabs + ?Sized> Product<'_, P> {
             Level::Avx2 | Level::Portable => rows_narrow,
         };
         let depth = self.a.columns;
-        let slab_depth = self.panels.few_rows_depth().filter(|_| self.a.rows <= ROWS).unwrap_or(DEPTH);
+        let slab_depth = self.panels.gemv_depth().filter(|_| self.a.rows <= ROWS).unwrap_or(DEPTH);
         let mut wide = Vec::new();
         let mut sums = [[0f32; PANEL]; ROWS];
         for index in panels {

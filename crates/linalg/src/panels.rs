@@ -56,7 +56,7 @@ pub(super) trait Slabs: Sync {
     fn slab<'a>(&'a self, depth: usize, panel: usize, slab: Range<usize>, wide: &'a mut Vec<f32>) -> &'a [f32];
 
     /// Rows of a slab that meets only few rows of the left factor.
-    fn few_rows_depth(&self) -> Option<usize>;
+    fn gemv_depth(&self) -> Option<usize>;
 }
 
 impl Slabs for [f32] {
@@ -64,7 +64,7 @@ impl Slabs for [f32] {
         &self[(panel * depth + slab.start) * PANEL..(panel * depth + slab.end) * PANEL]
     }
 
-    fn few_rows_depth(&self) -> Option<usize> {
+    fn gemv_depth(&self) -> Option<usize> {
         None
     }
 }
@@ -90,7 +90,7 @@ impl Slabs for Panels {
     }
 
     /// Widened numbers that are read once should not leave the first-level cache.
-    fn few_rows_depth(&self) -> Option<usize> {
+    fn gemv_depth(&self) -> Option<usize> {
         match self {
             Panels::F32(_) => None,
             Panels::Q4 { .. } | Panels::Q8 { .. } => Some(2 * BLOCK),

@@ -9,7 +9,7 @@ use super::simd::{fma, fold};
 use super::widen::{HALVES, Number};
 
 /// Rows up to which this is faster than packing the other factor into panels, which takes the time of some ten rows.
-pub const FEW_ROWS: usize = 8;
+pub const GEMV_ROWS_MAX: usize = 8;
 
 /// Rows whose weighted sums are taken together: eight were slower.
 const ROWS: usize = 4;
@@ -19,7 +19,7 @@ const ROWS: usize = 4;
 ///
 /// # Panics
 /// When the sizes do not fit each other, or a row of `a` is not contiguous.
-pub fn multiply_few<N: Number>(a: Matrix, b: Matrix<N>, out: &mut [f32], out_stride: usize, write: Write) {
+pub fn gemv<N: Number>(a: Matrix, b: Matrix<N>, out: &mut [f32], out_stride: usize, write: Write) {
     assert_eq!(a.columns, b.rows);
     assert!(a.column_stride == 1 && (b.row_stride == 1 || b.column_stride == 1));
     assert!(b.columns <= out_stride && reach(a.rows, b.columns, out_stride) <= out.len());
@@ -139,7 +139,7 @@ mod tests {
             {
                 let right = if is_turned { Matrix::new(&b, n, k).transposed() } else { Matrix::new(&b, k, n) };
                 let mut out = vec![0.5; m * stride];
-                multiply_few(Matrix::new(&a, m, k), right, &mut out, stride, write);
+                gemv(Matrix::new(&a, m, k), right, &mut out, stride, write);
                 for (i, &got) in out.iter().enumerate() {
                     let (row, column) = (i / stride, i % stride);
                     let of_b = |j: usize| b[if is_turned { column * k + j } else { j * n + column }].widen_one() as f64;
