@@ -3,13 +3,13 @@
 //! Inside a chunk the keys of one layer and KV head are contiguous, and interleaved in panels of [`PANEL`] keys, so
 //! that one vector register holds the same dimensions of many keys and scores need no sum across a register. An f16
 //! panel is `(D, PANEL)`, an int8 one `(D / 4, PANEL, 4)`: integer instructions sum four products at once. The last
-//! panel is filled up with zeros, and so are the last four dimensions. Documents with codes have W numbers per key in
-//! place of D.
+//! panel is filled up with zeros, and so are the last four dimensions. Documents with channel quantizers have W
+//! values per key in place of D.
 
 use half::f16;
 
 use crate::types::DType;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
 /// Keys of one panel: four AVX-512 registers of sums for each of the kernel's rows.
 pub(super) const PANEL: usize = 64;
@@ -89,7 +89,7 @@ impl KeyLayout {
         (blocks / chunk) as u64 * self.chunk_bytes(chunk) + self.chunk_bytes(blocks % chunk)
     }
 
-    /// With codes, if keys may have some.
+    /// With channel quantizers, if keys may have some.
     fn chunk_bytes(&self, blocks: usize) -> u64 {
         let (dim, keys) = (self.head_dim, blocks * self.keys_per_block);
         let lanes = keys.next_multiple_of(PANEL);
@@ -99,7 +99,7 @@ impl KeyLayout {
                     + keys * dim * size_of::<f16>()
                     + (dim + blocks + 1) * size_of::<f32>()
             }
-            (None, DType::Int8) => lanes * (ChannelCode::width(dim).next_multiple_of(QUAD) + size_of::<f32>()),
+            (None, DType::Int8) => lanes * (ChannelQuantizer::width(dim).next_multiple_of(QUAD) + size_of::<f32>()),
             (None, _) => lanes * dim * size_of::<f16>(),
         };
         (self.pieces() * piece_bytes) as u64

@@ -64,8 +64,8 @@ pub(super) struct Scan<'a> {
     form: Form,
     sets: Vec<Set>,
     /// By entry of the scope, `(Hkv, strips)`: the queries for older blocks as they meet its keys; none if these have
-    /// no codes.
-    coded: Vec<Vec<Rows>>,
+    /// no quantizers.
+    projected: Vec<Vec<Rows>>,
     pub(super) parallel: bool,
 }
 
@@ -150,12 +150,12 @@ impl<'a> Scan<'a> {
             head_rows,
             form: Form::of(query.layout.scanned(), head_rows),
             sets: Vec::new(),
-            coded: Vec::new(),
+            projected: Vec::new(),
             parallel: numbers * keys >= PARALLEL_WORK_MIN,
             tokens,
         };
         scan.sets = (0..=query.recent()).map(|set| scan.packed(set)).collect();
-        scan.coded = query.scope.iter().map(|scoped| scan.coded(&scoped.keys)).collect();
+        scan.projected = query.scope.iter().map(|scoped| scan.project(&scoped.keys)).collect();
         scan
     }
 
@@ -235,8 +235,8 @@ impl<'a> Scan<'a> {
     /// The packed queries that a tile's keys are met with; `None` if no other tile's are met with the same.
     fn strips(&self, tile: &Tile<'_>, head: usize) -> Option<&[Rows]> {
         let strips = self.head_rows.div_ceil(STRIP_ROWS);
-        let packed = match (tile.set, tile.chunk.is_coded()) {
-            (0, true) => &self.coded[tile.entry],
+        let packed = match (tile.set, tile.chunk.has_quantizers()) {
+            (0, true) => &self.projected[tile.entry],
             (_, true) => return None,
             (set, false) => &self.sets[set].strips,
         };
@@ -248,9 +248,9 @@ impl<'a> Scan<'a> {
         queries.chunks(STRIP_ROWS * width).map(move |strip| Rows::new(self.form, strip, width))
     }
 
-    /// The queries for older blocks as they meet a document's keys `(Hkv, strips)`; none if these have no codes.
-    fn coded(&self, keys: &DocumentKeys) -> Vec<Rows> {
-        let Some(chunk) = keys.coded() else { return Vec::new() };
+    /// The queries for older blocks as they meet a document's keys `(Hkv, strips)`; none if these have no quantizers.
+    fn project(&self, keys: &DocumentKeys) -> Vec<Rows> {
+        let Some(chunk) = keys.chunk_with_quantizers() else { return Vec::new() };
         let met = (0..self.query.layout.kv_heads).map(|head| chunk.meet(self.piece(head), self.rows(0, head)));
         met.flat_map(|queries| self.pack(&queries, chunk.width()).collect::<Vec<Rows>>()).collect()
     }
@@ -268,7 +268,7 @@ impl<'a> Scan<'a> {
                 numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
         }
-        if self.refines() || query.scope.iter().all(|scoped| scoped.keys.coded().is_some()) {
+        if self.refines() || query.scope.iter().all(|scoped| scoped.keys.chunk_with_quantizers().is_some()) {
             return Set { numbers, strips: Vec::new() };
         }
         let heads = numbers.chunks_exact(self.head_rows * dim);

@@ -10,14 +10,14 @@ use super::compress::Compressed;
 use super::layout::{CHUNK_KEYS_MAX, KeyLayout, NIBBLE_OFFSET, OCTET, PANEL, QUAD, Scanned};
 use crate::lock::IgnorePoison;
 use crate::types::DType;
-use linalg::{ChannelCode, simd};
+use linalg::{ChannelQuantizer, simd};
 
 /// The keys of one block for one layer and KV head, row-major.
 #[derive(Clone, Copy, Debug)]
 pub enum Keys<'a> {
     /// `(m, D)`
     F16(&'a [f16]),
-    /// Numbers `(m, W)`, scales `(m)`. W is D unless the chunk is coded.
+    /// Numbers `(m, W)`, scales `(m)`. W is D unless the chunk has quantizers.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
@@ -26,8 +26,8 @@ pub enum Keys<'a> {
 pub struct Chunk {
     layout: KeyLayout,
     blocks: usize,
-    /// By which keys are int8 `(L * Hkv)`, equal in all chunks of a document; or none.
-    codes: Arc<[ChannelCode]>,
+    /// `(L * Hkv)`, equal in all chunks of a document, or none: how its keys became int8.
+    quantizers: Arc<[ChannelQuantizer]>,
     numbers: Numbers,
     /// Made by whoever needs it.
     copy: Mutex<Option<Copied>>,
@@ -71,14 +71,14 @@ pub struct DocumentKeys {
 impl Chunk {
     /// A chunk whose keys are all zero, to be filled with [`Chunk::put`].
     pub fn zeroed(layout: KeyLayout, blocks: usize) -> Self {
-        Chunk::coded(layout, Arc::default(), blocks)
+        Chunk::with_quantizers(layout, Arc::default(), blocks)
     }
 
-    /// The same for a document whose keys are int8 by `codes (L * Hkv)`, if there are any.
-    pub fn coded(layout: KeyLayout, codes: Arc<[ChannelCode]>, blocks: usize) -> Self {
-        assert!(codes.is_empty() || (codes.len() == layout.pieces() && layout.dtype == DType::Int8));
+    /// The same for a document with channel quantizers `(L * Hkv)`, if it has any.
+    pub fn with_quantizers(layout: KeyLayout, quantizers: Arc<[ChannelQuantizer]>, blocks: usize) -> Self {
+        assert!(quantizers.is_empty() || (quantizers.len() == layout.pieces() && layout.dtype == DType::Int8));
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
-        let count = keys * width(&layout, &codes).next_multiple_of(layout.quad());
+        let count = keys * width(&layout, &quantizers).next_multiple_of(layout.quad());
         let numbers = match (layout.compressed, layout.dtype) {
             (Some(compression), _) => {
                 let KeyLayout { head_dim, keys_per_block, .. } = layout;
@@ -87,21 +87,21 @@ impl Chunk {
             (None, DType::Int8) => Numbers::Int8 { numbers: linalg::zeroed(count), scales: linalg::zeroed(keys) },
             (None, _) => Numbers::F16(linalg::zeroed(count)),
         };
-        Chunk { layout, blocks, codes, numbers, copy: Mutex::default() }
+        Chunk { layout, blocks, quantizers, numbers, copy: Mutex::default() }
     }
 
     pub(super) fn layout(&self) -> KeyLayout {
         self.layout
     }
 
-    /// Whether keys are int8 by codes.
-    pub fn is_coded(&self) -> bool {
-        !self.codes.is_empty()
+    /// Whether keys are int8 by channel quantizers.
+    pub fn has_quantizers(&self) -> bool {
+        !self.quantizers.is_empty()
     }
 
     /// Numbers of one key that a scan reads.
     pub(super) fn width(&self) -> usize {
-        width(&self.layout, &self.codes)
+        width(&self.layout, &self.quantizers)
     }
 
     /// Blocks in this chunk.
@@ -148,11 +148,11 @@ impl Chunk {
     /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`.
     pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Vec<f32> {
         let dim = self.layout.head_dim;
-        if let Some(code) = self.codes.get(piece) {
+        if let Some(quantizer) = self.quantizers.get(piece) {
             let width = self.width();
             let mut meeting = vec![0.0; queries.len() / dim * width];
             let rows = queries.chunks_exact(dim).zip(meeting.chunks_exact_mut(width));
-            rows.for_each(|(query, meeting)| code.meet(query, meeting));
+            rows.for_each(|(query, meeting)| quantizer.project(query, meeting));
             return meeting;
         }
         let mut queries = queries.to_vec();
@@ -172,10 +172,10 @@ impl Chunk {
             Numbers::F16(numbers) => at.gather(numbers).map(f16::to_f32).collect(),
             Numbers::Int8 { numbers, scales } => {
                 let scale = scales[piece * self.piece_keys() + key];
-                match self.codes.get(piece) {
-                    Some(code) => {
+                match self.quantizers.get(piece) {
+                    Some(quantizer) => {
                         let mut wide = vec![0.0; self.layout.head_dim];
-                        code.decode(&at.gather(numbers).collect::<Vec<i8>>(), scale, &mut wide);
+                        quantizer.decode(&at.gather(numbers).collect::<Vec<i8>>(), scale, &mut wide);
                         wide
                     }
                     None => at.gather(numbers).map(|number| number as f32 * scale).collect(),
@@ -237,8 +237,8 @@ impl Chunk {
 
     /// One chunk that holds the blocks of `a`, then those of `b`.
     fn merged(a: &Chunk, b: &Chunk) -> Chunk {
-        debug_assert_eq!(a.codes, b.codes, "chunks of one document");
-        let mut merged = Chunk::coded(a.layout, a.codes.clone(), a.blocks + b.blocks);
+        debug_assert_eq!(a.quantizers, b.quantizers, "chunks of one document");
+        let mut merged = Chunk::with_quantizers(a.layout, a.quantizers.clone(), a.blocks + b.blocks);
         for piece in 0..a.layout.pieces() {
             merged.copy_piece(a, piece, 0);
             merged.copy_piece(b, piece, a.blocks * a.layout.keys_per_block);
@@ -271,8 +271,8 @@ impl Chunk {
     }
 }
 
-fn width(layout: &KeyLayout, codes: &[ChannelCode]) -> usize {
-    if codes.is_empty() { layout.head_dim } else { ChannelCode::width(layout.head_dim) }
+fn width(layout: &KeyLayout, quantizers: &[ChannelQuantizer]) -> usize {
+    if quantizers.is_empty() { layout.head_dim } else { ChannelQuantizer::width(layout.head_dim) }
 }
 
 /// Where one key lies in a chunk's numbers.
@@ -334,9 +334,9 @@ impl DocumentKeys {
         self.chunks.first().map(|chunk| &**chunk)
     }
 
-    /// A chunk with the document's codes, if it has some.
-    pub(super) fn coded(&self) -> Option<&Chunk> {
-        self.first().filter(|chunk| chunk.is_coded())
+    /// A chunk with the document's quantizers, if it has any.
+    pub(super) fn chunk_with_quantizers(&self) -> Option<&Chunk> {
+        self.first().filter(|chunk| chunk.has_quantizers())
     }
 
     /// Bytes of keys held.
@@ -506,14 +506,15 @@ mod tests {
             of(DType::F16, Some(Compression::Int4), 64),
             of(DType::Int8, None, 5),
         ] {
-            let codes: Arc<[ChannelCode]> = match layout.dtype {
-                DType::Int8 => (0..2).map(|_| ChannelCode::of(&[1.0; 3], 3)).collect(),
+            let quantizers: Arc<[ChannelQuantizer]> = match layout.dtype {
+                DType::Int8 => (0..2).map(|_| ChannelQuantizer::fit(&[1.0; 3], 3)).collect(),
                 _ => Arc::default(),
             };
             for blocks in [0, 1, layout.chunk_blocks(), 2 * layout.chunk_blocks() + 3] {
                 let parts = (0..blocks).step_by(layout.chunk_blocks());
-                let chunks =
-                    parts.map(|first| Chunk::coded(layout, codes.clone(), layout.chunk_blocks().min(blocks - first)));
+                let chunks = parts.map(|first| {
+                    Chunk::with_quantizers(layout, quantizers.clone(), layout.chunk_blocks().min(blocks - first))
+                });
                 let (held, foretold) =
                     (DocumentKeys::empty(layout).extended(chunks).bytes(), layout.bytes(blocks as u32));
                 assert!(held <= foretold && foretold <= held + held / 8 + 64, "{layout:?}: {held} of {foretold}");

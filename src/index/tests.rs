@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::types::DType;
 use crate::until::Until;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
 /// Both searches read the same stored numbers. Against f16 keys only the order of f32 sums differs: the error of a score
 /// grows with its size (here up to about 20). Against int8 keys queries may be integers of 15 bits.
@@ -26,11 +26,11 @@ fn gaussian(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| (0..6).map(|_| rng.random_range(-1.0f32..1.0)).sum::<f32>() * 0.7).collect()
 }
 
-fn chunk(rng: &mut ChaCha8Rng, layout: KeyLayout, codes: &Arc<[ChannelCode]>, blocks: usize) -> Chunk {
-    let mut chunk = Chunk::coded(layout, codes.clone(), blocks);
+fn chunk(rng: &mut ChaCha8Rng, layout: KeyLayout, quantizers: &Arc<[ChannelQuantizer]>, blocks: usize) -> Chunk {
+    let mut chunk = Chunk::with_quantizers(layout, quantizers.clone(), blocks);
     let count = layout.keys_per_block * layout.head_dim;
     // The factors of most channels are near the largest that there is.
-    let steps = if codes.is_empty() { 1.0 } else { 64.0 };
+    let steps = if quantizers.is_empty() { 1.0 } else { 64.0 };
     for block in 0..blocks {
         for piece in 0..layout.pieces() {
             if layout.dtype == DType::Int8 {
@@ -48,15 +48,15 @@ fn chunk(rng: &mut ChaCha8Rng, layout: KeyLayout, codes: &Arc<[ChannelCode]>, bl
     chunk
 }
 
-fn code(rng: &mut ChaCha8Rng, dim: usize) -> ChannelCode {
-    ChannelCode::of(&gaussian(rng, 8 * dim), dim)
+fn quantizer(rng: &mut ChaCha8Rng, dim: usize) -> ChannelQuantizer {
+    ChannelQuantizer::fit(&gaussian(rng, 8 * dim), dim)
 }
 
 /// One random lookup: documents of these many blocks each, built from chunks of random size.
 struct Case {
     layout: KeyLayout,
-    /// Whether int8 keys have codes, others in every document.
-    coded: bool,
+    /// Whether int8 keys have channel quantizers, others in every document.
+    by_channel: bool,
     query_heads: usize,
     tokens: usize,
     documents: Vec<usize>,
@@ -74,15 +74,15 @@ impl Case {
             .map(|&blocks| {
                 // Blocks before and after the range make sure that only the range counts.
                 let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
-                let codes: Arc<[ChannelCode]> = match self.coded {
-                    true => (0..layout.pieces()).map(|_| code(&mut rng, layout.head_dim)).collect(),
+                let quantizers: Arc<[ChannelQuantizer]> = match self.by_channel {
+                    true => (0..layout.pieces()).map(|_| quantizer(&mut rng, layout.head_dim)).collect(),
                     false => Arc::default(),
                 };
                 let mut keys = DocumentKeys::empty(layout);
                 while (keys.blocks() as usize) < before + blocks + after {
                     let room = before + blocks + after - keys.blocks() as usize;
                     let size = rng.random_range(1..=room);
-                    keys = keys.extended([chunk(&mut rng, layout, &codes, size)]);
+                    keys = keys.extended([chunk(&mut rng, layout, &quantizers, size)]);
                 }
                 Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32, indexes: None }
             })
@@ -147,7 +147,7 @@ fn layout(keys_per_block: usize, head_dim: usize, dtype: DType) -> KeyLayout {
     KeyLayout { layers: 2, kv_heads: 2, head_dim, keys_per_block, dtype, compressed: None }
 }
 
-/// f16, the same compressed, int8, and int8 by codes.
+/// f16, the same compressed, int8, and int8 by channel quantizers.
 fn layouts(keys_per_block: usize, head_dim: usize) -> [(KeyLayout, bool); 5] {
     let of = |dtype| layout(keys_per_block, head_dim, dtype);
     let compressed = |to| KeyLayout { compressed: Some(to), ..of(DType::F16) };
@@ -164,11 +164,11 @@ fn layouts(keys_per_block: usize, head_dim: usize) -> [(KeyLayout, bool); 5] {
 fn fast_equals_exact_at_every_edge_of_eligible_and_k() {
     let k = 4;
     for keys_per_block in [1, 16] {
-        for (layout, coded) in layouts(keys_per_block, 16) {
+        for (layout, by_channel) in layouts(keys_per_block, 16) {
             for eligible in [0, 1, k - 1, k, k + 1, 70] {
                 for recent in [0, eligible.min(k) / 2, eligible.min(k)] {
                     let documents = vec![eligible];
-                    let case = Case { layout, coded, query_heads: 4, tokens: 2, documents, recent, top_k: k };
+                    let case = Case { layout, by_channel, query_heads: 4, tokens: 2, documents, recent, top_k: k };
                     case.check(eligible as u64);
                 }
             }
@@ -185,8 +185,8 @@ fn fast_equals_exact_for_many_tokens_odd_dims_and_several_documents() {
         (2, 1, 3, 2, vec![1, 1, 1]),
     ] {
         let recent = documents.last().map_or(0, |&last| last.min(3));
-        for (layout, coded) in layouts(keys_per_block, head_dim) {
-            Case { layout, coded, query_heads, tokens, documents: documents.clone(), recent, top_k: 3 }.check(7);
+        for (layout, by_channel) in layouts(keys_per_block, head_dim) {
+            Case { layout, by_channel, query_heads, tokens, documents: documents.clone(), recent, top_k: 3 }.check(7);
         }
     }
 }
@@ -194,7 +194,7 @@ fn fast_equals_exact_for_many_tokens_odd_dims_and_several_documents() {
 /// More keys than one chunk or tile holds, and enough work for all threads.
 #[test]
 fn fast_equals_exact_across_chunks_and_tiles() {
-    for (dtype, compressed, coded, keys_per_block, blocks) in [
+    for (dtype, compressed, by_channel, keys_per_block, blocks) in [
         (DType::F16, None, false, 1, 5000),
         (DType::F16, Some(Compression::Int8), false, 1, 5000),
         (DType::F16, Some(Compression::Int8), false, 64, 150),
@@ -205,7 +205,7 @@ fn fast_equals_exact_across_chunks_and_tiles() {
         (DType::Int8, None, false, 1, 2049),
     ] {
         let layout = KeyLayout { layers: 1, compressed, ..layout(keys_per_block, 32, dtype) };
-        Case { layout, coded, query_heads: 4, tokens: 2, documents: vec![blocks], recent: 5, top_k: 8 }.check(11);
+        Case { layout, by_channel, query_heads: 4, tokens: 2, documents: vec![blocks], recent: 5, top_k: 8 }.check(11);
     }
 }
 

@@ -16,7 +16,7 @@ use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{self, BlockExtent, BlockMeta, BlockRecord, Held, Manifest, Misfit};
 use crate::types::{BlockId, DType, DocumentId, KeyRule};
 use crate::until::Until;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
 impl LocalMemory {
     pub(super) fn append_blocks(&self, request: AppendRequest) -> Result<DocumentInfo> {
@@ -56,39 +56,39 @@ impl LocalMemory {
         if let Some(new) = new.filter(|new| !manifest.is_tail(new.index, new.token_ids.len())) {
             manifest.check_next(new.index).map_err(writing(document))?;
         }
-        let codes = self.codes_for(collection, manifest, blocks, wanted)?;
-        let encode = |&i: &usize| encode(collection, &blocks[i], &codes, i);
+        let quantizers = self.quantizers_for(collection, manifest, blocks, wanted)?;
+        let encode = |&i: &usize| encode(collection, &blocks[i], &quantizers, i);
         wanted.par_iter().map(encode).collect()
     }
 
-    /// The codes of the document that blocks at places `wanted` are written to.
-    fn codes_for(
+    /// The channel quantizers of the document that blocks at places `wanted` are written to.
+    fn quantizers_for(
         &self,
         collection: &Collection,
         manifest: &Manifest,
         blocks: &[NewBlock],
         wanted: &[usize],
-    ) -> Result<Arc<[ChannelCode]>> {
+    ) -> Result<Arc<[ChannelQuantizer]>> {
         let first = wanted.first().copied().filter(|&i| blocks[i].index == 0);
         match first {
-            Some(i) if manifest.blocks == 0 => first_codes(collection, &blocks[i], i),
+            Some(i) if manifest.blocks == 0 => first_quantizers(collection, &blocks[i], i),
             // Those that all its blocks share stay, if they can be read. From the same block follow the same.
-            Some(i) => match self.loader(collection).codes(manifest.id) {
-                Err(MemoryError::DataLoss { .. }) if self.is_coded(collection, manifest)? => {
-                    first_codes(collection, &blocks[i], i)
+            Some(i) => match self.loader(collection).quantizers(manifest.id) {
+                Err(MemoryError::DataLoss { .. }) if self.has_quantizers(collection, manifest)? => {
+                    first_quantizers(collection, &blocks[i], i)
                 }
                 Err(MemoryError::DataLoss { .. }) => Ok(Arc::default()),
-                codes => codes,
+                quantizers => quantizers,
             },
             None if manifest.blocks == 0 => Ok(Arc::default()),
-            None => self.loader(collection).codes(manifest.id),
+            None => self.loader(collection).quantizers(manifest.id),
         }
     }
 
-    /// Whether a document has codes, as far as its second block says: it may have been begun in a format that knew none.
-    fn is_coded(&self, collection: &Collection, manifest: &Manifest) -> Result<bool> {
+    /// Whether a document has channel quantizers, by the size of its second block: the format it was begun in may have had none.
+    fn has_quantizers(&self, collection: &Collection, manifest: &Manifest) -> Result<bool> {
         let layout = KeysLayout::of(&collection.spec);
-        if manifest.blocks < 2 || !layout.has_codes() {
+        if manifest.blocks < 2 || !layout.has_quantizers() {
             return Ok(true);
         }
         let keys = self.store.read_keys(BlockId { document: manifest.id, index: 1 })?;
@@ -272,22 +272,22 @@ fn k_numbers(spec: &CollectionSpec, block: &NewBlock, i: usize) -> Result<Vec<f3
     numbers(format!("blocks[{i}].k"), block.index, &block.k, limit)
 }
 
-/// The codes `(L * Hkv)` of a document that begins with this block; none if its keys need none, or if it is a tail.
-fn first_codes(collection: &Collection, block: &NewBlock, i: usize) -> Result<Arc<[ChannelCode]>> {
+/// The channel quantizers `(L * Hkv)` of a document that begins with this block; none if its keys need none, or if it is a tail.
+fn first_quantizers(collection: &Collection, block: &NewBlock, i: usize) -> Result<Arc<[ChannelQuantizer]>> {
     let spec = &collection.spec;
     let tokens = block.token_ids.len();
-    if !KeysLayout::of(spec).has_codes() || tokens < spec.shape.block_tokens as usize {
+    if !KeysLayout::of(spec).has_quantizers() || tokens < spec.shape.block_tokens as usize {
         return Ok(Arc::default());
     }
     let (k, dim) = (k_numbers(spec, block, i)?, collection.layout.head_dim);
-    Ok(k.chunks_exact(tokens * dim).map(|k| ChannelCode::of(k, dim)).collect())
+    Ok(k.chunks_exact(tokens * dim).map(|k| ChannelQuantizer::fit(k, dim)).collect())
 }
 
-/// One checked block as the store keeps it, by the codes of its document. `i` is its place in the request.
+/// One checked block as the store keeps it, by its document's quantizers. `i` is its place in the request.
 pub(super) fn encode(
     collection: &Collection,
     block: &NewBlock,
-    codes: &[ChannelCode],
+    quantizers: &[ChannelQuantizer],
     i: usize,
 ) -> Result<BlockRecord> {
     let (spec, dim) = (&collection.spec, collection.layout.head_dim);
@@ -300,13 +300,13 @@ pub(super) fn encode(
     let is_full = tokens == spec.shape.block_tokens as usize;
     let keys_layout = KeysLayout::of(spec);
     let mut keys = Vec::new();
-    if is_full && block.index == 0 && !codes.is_empty() {
-        keys_layout.encode_codes(codes, &mut keys);
+    if is_full && block.index == 0 && !quantizers.is_empty() {
+        keys_layout.encode_quantizers(quantizers, &mut keys);
     }
     for (piece, (k, v)) in k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)).enumerate() {
         layout.encode(k, v, &mut pieces);
         if is_full {
-            keys_layout.encode(&landmark_keys(spec.key_rule, k, dim), codes.get(piece), &mut keys);
+            keys_layout.encode(&landmark_keys(spec.key_rule, k, dim), quantizers.get(piece), &mut keys);
         }
     }
     let meta = BlockMeta {

@@ -8,7 +8,7 @@ use std::sync::{Arc, RwLock};
 use super::collection::Collection;
 use super::error::{at_most, invalid};
 use super::gpu::{GPU_CACHE_BYTES, Gpu};
-use super::keys::{Codes, IndexFolder, KeyCache, Loader, keys_bytes};
+use super::keys::{IndexFolder, KeyCache, Loader, Quantizers, keys_bytes};
 use super::work::WORK_BYTES;
 use super::writers::Writers;
 use crate::api::{CollectionInfo, DocumentInfo, Entity, MemoryError, Result};
@@ -31,7 +31,7 @@ pub struct LocalMemory {
     /// Decoded once: collections are never deleted, and one whose engine is changed is taken out.
     pub(super) collections: RwLock<HashMap<CollectionId, Arc<Collection>>>,
     pub(super) keys: Arc<KeyCache>,
-    pub(super) codes: Codes,
+    pub(super) quantizers: Quantizers,
     pub(super) writers: Writers,
     pub(super) indexes: IndexFolder,
     pub(super) gpu: Gpu,
@@ -80,7 +80,7 @@ impl LocalMemory {
             _compactor: None,
             collections: RwLock::default(),
             keys: KeyCache::new(keys_bytes()),
-            codes: Codes::default(),
+            quantizers: Quantizers::default(),
             writers: Writers::default(),
             indexes: IndexFolder::default(),
             gpu: Gpu::of_machine(GPU_CACHE_BYTES),
@@ -194,13 +194,13 @@ impl LocalMemory {
     }
 
     pub(super) fn loader<'a>(&'a self, collection: &'a Collection) -> Loader<'a> {
-        Loader { store: &self.store, codes: &self.codes, collection }
+        Loader { store: &self.store, quantizers: &self.quantizers, collection }
     }
 
     /// Lets go what is derived from a document's blocks.
     pub(super) fn forget_document(&self, document: DocumentId) {
         self.keys.forget(document);
-        self.codes.forget(document);
+        self.quantizers.forget(document);
         self.indexes.forget(document);
         self.gpu.forget(&HashSet::from([document]));
     }

@@ -41,8 +41,8 @@ pub struct BlockRecord {
     /// Position in the document, counted in blocks.
     pub index: u32,
     pub meta: BlockMeta,
-    /// L * Hkv times what [`KeysLayout::encode`](super::piece::KeysLayout::encode) gives; empty for a tail. If a document's blocks have codes,
-    /// they lie before the keys of the first.
+    /// L * Hkv times what [`KeysLayout::encode`](super::piece::KeysLayout::encode) gives; empty for a tail.
+    /// If a document has channel quantizers, they lie before the keys of the first.
     pub keys: Vec<u8>,
     /// L * Hkv times what [`PieceLayout::encode`](super::piece::PieceLayout::encode) gives, for the block's own number of tokens.
     pub pieces: Vec<u8>,

@@ -6,15 +6,15 @@
 //! int8             K scales (D) f32, K (T, D) i8, V scales (T) f32, V (T, D) i8
 //! keys f16         (m, D)
 //! keys int8        scales (m) f32, (m, W) i8
-//! codes            factors (D) f32
+//! quantizer        factors (D) f32
 //! ```
 //!
 //! Symmetric int8, nearest, -127 to 127. A key channel keeps its scale through a block (outlier channels are the same
 //! for all tokens), a value's scale is its token's.
 //!
-//! Blocks with several int8 keys have W bytes per key, by a [`ChannelCode`] for each layer and KV head that all blocks
+//! Blocks with several int8 keys have W bytes per key, by a [`ChannelQuantizer`] for each layer and KV head that all blocks
 //! of the document share; they lie before the keys of its first block. Blocks with one int8 key, and all blocks of
-//! documents that were begun in format 2 or before, have no codes, and W = D.
+//! documents that were begun in format 2 or before, have none, and W = D.
 
 use std::borrow::Cow;
 
@@ -23,7 +23,7 @@ use half::{bf16, f16};
 use super::error::StoreError;
 use crate::shape::CollectionSpec;
 use crate::types::DType;
-use linalg::{ChannelCode, int8_scale, simd, to_int8, widen_f16, widen_int8};
+use linalg::{ChannelQuantizer, int8_scale, simd, to_int8, widen_f16, widen_int8};
 
 /// The form of one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,31 +160,31 @@ impl KeysLayout {
         KeysLayout { dtype: spec.key_dtype, keys, head_dim, pieces: shape.pieces() }
     }
 
-    /// Whether new documents have codes: one key of a block says too little about the channels of others.
-    pub fn has_codes(&self) -> bool {
+    /// Whether new documents have channel quantizers: one key of a block says too little about the channels of others.
+    pub fn has_quantizers(&self) -> bool {
         self.dtype == DType::Int8 && self.keys > 1
     }
 
-    /// Bytes of a block's keys in a document with or without codes; the codes themselves are not counted.
-    pub fn bytes(&self, coded: bool) -> usize {
-        self.pieces * self.piece_bytes(self.width(coded))
+    /// Bytes of a block's keys, quantized by channel or not, without the quantizers themselves.
+    pub fn bytes(&self, by_channel: bool) -> usize {
+        self.pieces * self.piece_bytes(self.width(by_channel))
     }
 
-    /// The bytes that keys of a full block may take: with codes, without, and those of a first block with the codes themselves.
+    /// The bytes that keys of a full block may take: plain, or by channel, which in a first block includes the quantizers.
     pub(super) fn sizes(&self, first_block: bool) -> Vec<u32> {
         let mut sizes = vec![self.bytes(false)];
-        if self.has_codes() {
-            sizes.push(if first_block { self.codes_bytes() + self.bytes(true) } else { self.bytes(true) });
+        if self.has_quantizers() {
+            sizes.push(if first_block { self.quantizers_bytes() + self.bytes(true) } else { self.bytes(true) });
         }
         sizes.into_iter().map(|bytes| bytes as u32).collect()
     }
 
     /// Numbers stored of one key.
-    fn width(&self, coded: bool) -> usize {
-        if coded { ChannelCode::width(self.head_dim) } else { self.head_dim }
+    fn width(&self, by_channel: bool) -> usize {
+        if by_channel { ChannelQuantizer::width(self.head_dim) } else { self.head_dim }
     }
 
-    fn codes_bytes(&self) -> usize {
+    fn quantizers_bytes(&self) -> usize {
         self.pieces * self.head_dim * size_of::<f32>()
     }
 
@@ -192,54 +192,55 @@ impl KeysLayout {
         self.keys * width * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.keys } else { 0 }
     }
 
-    /// Checks the keys of a full block, of a document with codes or of one without.
+    /// Checks the keys of a full block, of a document with quantizers or without.
     pub(super) fn check(&self, first_block: bool, bytes: &[u8]) -> Result<(), StoreError> {
-        let (codes, keys) = if first_block { self.split_codes(bytes)? } else { (Vec::new(), bytes) };
-        let coded = if first_block { !codes.is_empty() } else { self.has_codes() };
-        if keys.len() == self.bytes(coded) || keys.len() == self.bytes(false) {
+        let (quantizers, keys) = if first_block { self.split_quantizers(bytes)? } else { (Vec::new(), bytes) };
+        let by_channel = if first_block { !quantizers.is_empty() } else { self.has_quantizers() };
+        if keys.len() == self.bytes(by_channel) || keys.len() == self.bytes(false) {
             return Ok(());
         }
-        Err(self.wrong_bytes(self.has_codes(), keys.len()))
+        Err(self.wrong_bytes(self.has_quantizers(), keys.len()))
     }
 
-    fn wrong_bytes(&self, coded: bool, found: usize) -> StoreError {
-        let expected = self.bytes(coded).to_string();
+    fn wrong_bytes(&self, by_channel: bool, found: usize) -> StoreError {
+        let expected = self.bytes(by_channel).to_string();
         StoreError::Invalid { field: "bytes of keys of a block", expected, found: found.to_string() }
     }
 
-    /// Appends a document's codes `(L * Hkv)` to `out`.
-    pub fn encode_codes(&self, codes: &[ChannelCode], out: &mut Vec<u8>) {
-        assert_eq!(codes.len(), self.pieces, "codes of {self:?}");
-        out.extend(codes.iter().flat_map(ChannelCode::factors).flat_map(|factor| factor.to_le_bytes()));
+    /// Appends a document's quantizers `(L * Hkv)` to `out`.
+    pub fn encode_quantizers(&self, quantizers: &[ChannelQuantizer], out: &mut Vec<u8>) {
+        assert_eq!(quantizers.len(), self.pieces, "quantizers of {self:?}");
+        out.extend(quantizers.iter().flat_map(ChannelQuantizer::factors).flat_map(|factor| factor.to_le_bytes()));
     }
 
-    /// Appends the landmark keys `(m, D)` of one block, layer and KV head to `out`, by the code of theirs if the
-    /// document has some.
-    pub fn encode(&self, keys: &[f32], code: Option<&ChannelCode>, out: &mut Vec<u8>) {
+    /// Appends the landmark keys `(m, D)` of one block, layer and KV head to `out`, by their quantizer if the
+    /// document has any.
+    pub fn encode(&self, keys: &[f32], quantizer: Option<&ChannelQuantizer>, out: &mut Vec<u8>) {
         assert_eq!(keys.len(), self.keys * self.head_dim, "keys of {self:?}");
-        match (self.dtype, code) {
-            (DType::Int8, Some(code)) => encode_rows_coded(code, self.head_dim, keys, out),
+        match (self.dtype, quantizer) {
+            (DType::Int8, Some(quantizer)) => encode_rows_by_channel(quantizer, self.head_dim, keys, out),
             (DType::Int8, None) => encode_rows_int8(self.head_dim, keys, out),
             _ => encode_floats(DType::F16, keys, out),
         }
     }
 
-    /// Splits the keys of a document's first block into codes `(L * Hkv)`, none if the document has none, and the rest.
+    /// Splits the keys of a document's first block into quantizers `(L * Hkv)`, none if the document has none, and the rest.
     ///
-    /// `Invalid` if the bytes are those of no code.
-    pub fn split_codes<'a>(&self, bytes: &'a [u8]) -> Result<(Vec<ChannelCode>, &'a [u8]), StoreError> {
-        if !self.has_codes() || bytes.len() != self.codes_bytes() + self.bytes(true) {
+    /// `Invalid` if no quantizer has these factors.
+    pub fn split_quantizers<'a>(&self, bytes: &'a [u8]) -> Result<(Vec<ChannelQuantizer>, &'a [u8]), StoreError> {
+        if !self.has_quantizers() || bytes.len() != self.quantizers_bytes() + self.bytes(true) {
             return Ok((Vec::new(), bytes));
         }
-        let (factors, keys) = bytes.split_at(self.codes_bytes());
+        let (factors, keys) = bytes.split_at(self.quantizers_bytes());
         let factors = floats(factors);
-        let codes = factors.chunks_exact(self.head_dim).map(|factors| ChannelCode::from_factors(factors.to_vec()));
-        let codes = codes.collect::<Option<_>>().ok_or_else(|| StoreError::Invalid {
+        let quantizers =
+            factors.chunks_exact(self.head_dim).map(|factors| ChannelQuantizer::from_factors(factors.to_vec()));
+        let quantizers = quantizers.collect::<Option<_>>().ok_or_else(|| StoreError::Invalid {
             field: "factors of channels of keys",
             expected: "1 to 64".into(),
             found: format!("{:?}", factors.iter().find(|factor| !(1.0..=64.0).contains(*factor))),
         })?;
-        Ok((codes, keys))
+        Ok((quantizers, keys))
     }
 
     /// Splits what [`KeysLayout::encode`] gave for every layer and KV head into L * Hkv parts; that of a layer and KV head
@@ -248,14 +249,14 @@ impl KeysLayout {
     /// `Invalid` if the bytes do not have the length of that many.
     pub fn decode<'a>(
         &self,
-        coded: bool,
+        by_channel: bool,
         bytes: &'a [u8],
     ) -> Result<impl ExactSizeIterator<Item = KeyNumbers<'a>>, StoreError> {
-        if bytes.len() != self.bytes(coded) {
-            return Err(self.wrong_bytes(coded, bytes.len()));
+        if bytes.len() != self.bytes(by_channel) {
+            return Err(self.wrong_bytes(by_channel, bytes.len()));
         }
         let KeysLayout { dtype, keys, .. } = *self;
-        Ok(bytes.chunks_exact(self.piece_bytes(self.width(coded)).max(1)).map(move |part| match dtype {
+        Ok(bytes.chunks_exact(self.piece_bytes(self.width(by_channel)).max(1)).map(move |part| match dtype {
             DType::Int8 => {
                 let (scales, numbers) = part.split_at(4 * keys);
                 KeyNumbers::Int8 { numbers: bytemuck::cast_slice(numbers), scales: floats(scales) }
@@ -283,12 +284,12 @@ fn encode_rows_int8(head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
     }
 }
 
-/// One scale per row of `(rows, D)`, then the bytes of a code `(rows, W)`.
-fn encode_rows_coded(code: &ChannelCode, head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
-    let width = ChannelCode::width(head_dim);
+/// One scale per row of `(rows, D)`, then the quantizer's bytes `(rows, W)`.
+fn encode_rows_by_channel(quantizer: &ChannelQuantizer, head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
+    let width = ChannelQuantizer::width(head_dim);
     let mut bytes = vec![0; rows.len() / head_dim * width];
     for (row, bytes) in rows.chunks_exact(head_dim).zip(bytes.chunks_exact_mut(width)) {
-        out.extend(code.encode(row, bytes).to_le_bytes());
+        out.extend(quantizer.encode(row, bytes).to_le_bytes());
     }
     out.extend(bytes.iter().map(|byte| byte.cast_unsigned()));
 }

@@ -39,7 +39,7 @@ mod memory;
 #[cfg(test)]
 mod random;
 
-pub use channels::ChannelCode;
+pub use channels::ChannelQuantizer;
 pub use gemv::{GEMV_ROWS_MAX, gemv};
 pub use int8::{int8_scale, nearest, to_int8};
 pub use math::{exp, ln};

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use super::load::{Loader, codes_bytes};
+use super::load::{Loader, quantizers_bytes};
 use super::passing::{LOOK, Passing};
 use crate::api::Result;
 use crate::index::{DocumentIndexes, DocumentKeys, KeyLayout};
@@ -309,7 +309,7 @@ pub(in crate::memory) fn are_indexed(keys: &DocumentKeys) -> bool {
 
 /// What a document takes beside its keys.
 fn overhead(layout: &KeyLayout) -> u64 {
-    ENTRY_BYTES + codes_bytes(layout)
+    ENTRY_BYTES + quantizers_bytes(layout)
 }
 
 impl Held {

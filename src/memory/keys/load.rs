@@ -14,22 +14,22 @@ use crate::store::piece::{KeyNumbers, KeysLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
-/// Bytes of codes that are kept: those of some hundred documents that are appended to in turn. A code that is not here is read
+/// Bytes of quantizers that are kept: those of some hundred documents that are appended to in turn. One that is not here is read
 /// with the keys of the document's first block.
-const CODES_BYTES: u64 = 16 << 20;
+const QUANTIZERS_BYTES: u64 = 16 << 20;
 
 /// By which the keys of documents are int8, of those that were asked for last.
-pub(in crate::memory) struct Codes(Mutex<LruCache<DocumentId, Arc<[ChannelCode]>>>);
+pub(in crate::memory) struct Quantizers(Mutex<LruCache<DocumentId, Arc<[ChannelQuantizer]>>>);
 
-impl Default for Codes {
-    fn default() -> Codes {
-        Codes(Mutex::new(LruCache::new(CODES_BYTES)))
+impl Default for Quantizers {
+    fn default() -> Quantizers {
+        Quantizers(Mutex::new(LruCache::new(QUANTIZERS_BYTES)))
     }
 }
 
-impl Codes {
+impl Quantizers {
     pub(in crate::memory) fn forget(&self, document: DocumentId) {
         self.0.lock().ignore_poison().retain(|kept| *kept != document);
     }
@@ -39,27 +39,27 @@ impl Codes {
 #[derive(Clone, Copy)]
 pub(in crate::memory) struct Loader<'a> {
     pub(in crate::memory) store: &'a Store,
-    pub(in crate::memory) codes: &'a Codes,
+    pub(in crate::memory) quantizers: &'a Quantizers,
     pub(in crate::memory) collection: &'a Collection,
 }
 
 impl Loader<'_> {
-    /// The codes `(L * Hkv)` of a document whose first block is durable; none if it has none.
-    pub(in crate::memory) fn codes(&self, document: DocumentId) -> Result<Arc<[ChannelCode]>> {
+    /// The quantizers `(L * Hkv)` of a document whose first block is durable; none if it has none.
+    pub(in crate::memory) fn quantizers(&self, document: DocumentId) -> Result<Arc<[ChannelQuantizer]>> {
         let layout = KeysLayout::of(&self.collection.spec);
-        if !layout.has_codes() {
+        if !layout.has_quantizers() {
             return Ok(Arc::default());
         }
-        let kept = self.codes.0.lock().ignore_poison().get(document);
-        if let Some(codes) = kept {
-            return Ok(codes);
+        let kept = self.quantizers.0.lock().ignore_poison().get(document);
+        if let Some(quantizers) = kept {
+            return Ok(quantizers);
         }
         let block = BlockId { document, index: 0 };
         let bytes = self.store.read_keys(block)?;
-        let codes: Arc<[ChannelCode]> = layout.split_codes(&bytes).map_err(data_loss(block))?.0.into();
-        let kept_bytes = codes_bytes(&self.collection.layout);
-        self.codes.0.lock().ignore_poison().put(document, codes.clone(), kept_bytes);
-        Ok(codes)
+        let quantizers: Arc<[ChannelQuantizer]> = layout.split_quantizers(&bytes).map_err(data_loss(block))?.0.into();
+        let kept_bytes = quantizers_bytes(&self.collection.layout);
+        self.quantizers.0.lock().ignore_poison().put(document, quantizers.clone(), kept_bytes);
+        Ok(quantizers)
     }
 
     /// The keys of the first `blocks` blocks, which must be durable, of those layers that `here` has, the first of which is
@@ -74,10 +74,10 @@ impl Loader<'_> {
     ) -> Result<DocumentKeys> {
         let layout = here.layout();
         let pieces = first_layer * layout.kv_heads..first_layer * layout.kv_heads + layout.pieces();
-        let codes = if blocks > here.blocks() { self.codes(document)? } else { Arc::default() };
-        let codes: Arc<[ChannelCode]> = match codes.len() > layout.pieces() {
-            true => codes[pieces.clone()].into(),
-            false => codes,
+        let quantizers = if blocks > here.blocks() { self.quantizers(document)? } else { Arc::default() };
+        let quantizers: Arc<[ChannelQuantizer]> = match quantizers.len() > layout.pieces() {
+            true => quantizers[pieces.clone()].into(),
+            false => quantizers,
         };
         let step = layout.chunk_blocks();
         let parts: Vec<Range<u32>> = (here.blocks()..blocks)
@@ -85,7 +85,7 @@ impl Loader<'_> {
             .map(|start| start..blocks.min(start.saturating_add(step as u32)))
             .collect();
         let chunk = |part: Range<u32>| {
-            let mut chunk = Chunk::coded(layout, codes.clone(), part.len());
+            let mut chunk = Chunk::with_quantizers(layout, quantizers.clone(), part.len());
             for (i, index) in part.enumerate() {
                 until.check()?;
                 let block = BlockId { document, index };
@@ -104,7 +104,7 @@ impl Loader<'_> {
         document: DocumentId,
         encoded: &[&[u8]],
     ) -> Result<DocumentKeys> {
-        let mut chunk = Chunk::coded(here.layout(), self.codes(document)?, encoded.len());
+        let mut chunk = Chunk::with_quantizers(here.layout(), self.quantizers(document)?, encoded.len());
         for (i, bytes) in encoded.iter().enumerate() {
             let block = BlockId { document, index: here.blocks() + i as u32 };
             self.put(&mut chunk, i, &(0..here.layout().pieces()), block, bytes)?;
@@ -115,8 +115,8 @@ impl Loader<'_> {
     /// Sets the keys of one block and some pieces from the bytes that the store keeps of all.
     fn put(&self, chunk: &mut Chunk, at: usize, pieces: &Range<usize>, block: BlockId, bytes: &[u8]) -> Result<()> {
         let layout = KeysLayout::of(&self.collection.spec);
-        let bytes = if block.index == 0 { layout.split_codes(bytes).map_err(data_loss(block))?.1 } else { bytes };
-        let decoded = layout.decode(chunk.is_coded(), bytes).map_err(data_loss(block))?;
+        let bytes = if block.index == 0 { layout.split_quantizers(bytes).map_err(data_loss(block))?.1 } else { bytes };
+        let decoded = layout.decode(chunk.has_quantizers(), bytes).map_err(data_loss(block))?;
         for (piece, numbers) in decoded.skip(pieces.start).take(pieces.len()).enumerate() {
             let keys = match &numbers {
                 KeyNumbers::F16(numbers) => Keys::F16(numbers),
@@ -128,8 +128,8 @@ impl Loader<'_> {
     }
 }
 
-/// What a document's codes take: a factor for each channel and the place of each doubled one.
-pub(super) fn codes_bytes(layout: &KeyLayout) -> u64 {
+/// Bytes of a document's quantizers: a factor for each channel and the index of each doubled one.
+pub(super) fn quantizers_bytes(layout: &KeyLayout) -> u64 {
     (layout.pieces() * layout.head_dim * 5) as u64
 }
 

@@ -11,6 +11,6 @@ mod passing;
 
 pub(super) use cache::{Held, KeyCache, are_indexed};
 pub(super) use folder::IndexFolder;
-pub(super) use load::{Codes, Loader};
+pub(super) use load::{Loader, Quantizers};
 pub use machine::keys_bytes;
 pub(super) use passing::Pass;

@@ -61,7 +61,7 @@ fn queries_whose_scores_would_overflow_are_refused_by_token_and_head() {
     assert!(world.memory.lookup(&request).unwrap().scores.iter().all(|score| score.is_finite()));
 }
 
-/// The mean of the largest keys, their channels' codes, their scales and the products with the largest queries.
+/// The mean of the largest keys, their channel quantizers, their scales and the products with the largest queries.
 #[test]
 fn the_largest_numbers_that_enter_give_finite_answers() {
     for mut world in worlds() {

@@ -256,7 +256,7 @@ fn damage(world: &World, bytes: &[u8], behind: usize) {
     panic!("the bytes lie in a segment");
 }
 
-/// A damaged block that was sent again used to be acknowledged, for its token ids agreed, and stayed unreadable. The codes of
+/// A damaged block that was sent again used to be acknowledged, for its token ids agreed, and stayed unreadable. The quantizers of
 /// its keys lie in a document's first block: what is written in its place has to keep them.
 #[test]
 fn a_damaged_block_that_is_sent_again_is_mended() {
@@ -268,7 +268,7 @@ fn a_damaged_block_that_is_sent_again_is_mended() {
     let before = fetch(&world.memory, document, vec![0, 1, 2, 3]);
     let request = world.request(&[3, 4], vec![range(document, 0..3)]);
     let hits = world.memory.lookup(&request).unwrap();
-    // Text, then the crc, then keys: the text, the codes, the payload.
+    // Text, then the crc, then keys: the text, the quantizers, the payload.
     for (index, behind) in [(0, 0), (0, 9), (0, 800), (1, 9), (2, 600), (3, 4 + 4 + 9)] {
         damage(&world, &blocks[index].text.bytes, behind);
         world = world.reopened();

@@ -89,7 +89,7 @@ fn hits_are_the_best_blocks_where_they_are_scored() {
 fn int8_token_keys_choose_the_best_blocks_in_documents_of_any_format() {
     let mut world = World::new(CollectionSpec { key_dtype: DType::Int8, ..spec("c") });
     let new = world.document("new", 6);
-    // Begun by a build that had no codes; this build goes on without.
+    // Begun by a build without channel quantizers; this build goes on without.
     let old = world.document("old", 0);
     let tokens = world.spec.shape.block_tokens;
     let collection = world.memory.collection_of(world.collection).unwrap();
@@ -399,7 +399,7 @@ fn an_index_that_finds_nothing_eligible_names_all_that_it_covers() {
 
 #[test]
 #[cfg_attr(not(feature = "faiss"), ignore = "needs a build with --features faiss")]
-fn indexes_of_int8_keys_name_blocks_that_are_compared_by_their_codes() {
+fn indexes_of_int8_keys_name_blocks_that_are_compared_by_their_quantizers() {
     let mut world = World::new(CollectionSpec { key_dtype: DType::Int8, ..spec("c") });
     let (_, _, [alone, _]) = long_document(&mut world);
     for request in &alone {

@@ -65,7 +65,7 @@ fn spec_of(name: &str, key_rule: KeyRule, payload_dtype: DType, key_dtype: DType
 /// One directory, and what it is to hold.
 struct Fixture {
     dir: TempDir,
-    /// Documents of `codes` begun in format 3 have codes.
+    /// Documents of `codes` begun in format 3 have channel quantizers.
     coded: bool,
     collections: Vec<(CollectionId, CollectionEntry)>,
     documents: Vec<Expected>,

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::store::piece::KeyNumbers;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
 /// Standard normal numbers, times a factor per channel so that some channels are outliers, as keys have them.
 fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
@@ -81,15 +81,15 @@ fn zeros_and_the_extremes_are_exact_in_int8() {
     assert!((v_back[5] - 0.1).abs() < 1e-6, "{v_back:?}");
 }
 
-/// Keys `(m, D)` of a part, by a code if there is one.
-fn widened(part: KeyNumbers<'_>, code: Option<&ChannelCode>, head_dim: usize) -> Vec<f32> {
+/// Keys `(m, D)` of a part, by its quantizer if there is one.
+fn widened(part: KeyNumbers<'_>, quantizer: Option<&ChannelQuantizer>, head_dim: usize) -> Vec<f32> {
     match part {
         KeyNumbers::F16(numbers) => numbers.iter().map(|number| number.to_f32()).collect(),
         KeyNumbers::Int8 { numbers, scales } => {
-            let row = |(row, &scale): (&[i8], &f32)| match code {
-                Some(code) => {
+            let row = |(row, &scale): (&[i8], &f32)| match quantizer {
+                Some(quantizer) => {
                     let mut wide = vec![f32::NAN; head_dim];
-                    code.decode(row, scale, &mut wide);
+                    quantizer.decode(row, scale, &mut wide);
                     wide
                 }
                 None => row.iter().map(|&number| number as f32 * scale).collect(),
@@ -105,38 +105,39 @@ fn keys_come_back_per_layer_and_head() {
     let (m, head_dim, pieces) = (5, 16, 6);
     let outliers = |channel| if channel == 3 { 40.0 } else { 1.0 };
     let keys: Vec<Vec<f32>> = (0..pieces).map(|_| gaussian(m, head_dim, outliers, &mut rng)).collect();
-    let codes: Vec<ChannelCode> = keys.iter().map(|keys| ChannelCode::of(keys, head_dim)).collect();
-    for (dtype, coded, bound) in [(DType::F16, false, 3e-4), (DType::Int8, false, 4e-2), (DType::Int8, true, 4e-3)] {
+    let quantizers: Vec<ChannelQuantizer> = keys.iter().map(|keys| ChannelQuantizer::fit(keys, head_dim)).collect();
+    for (dtype, by_channel, bound) in [(DType::F16, false, 3e-4), (DType::Int8, false, 4e-2), (DType::Int8, true, 4e-3)]
+    {
         let layout = KeysLayout { dtype, keys: m, head_dim, pieces };
-        let code = |piece: usize| coded.then(|| &codes[piece]);
+        let quantizer = |piece: usize| by_channel.then(|| &quantizers[piece]);
         let mut bytes = Vec::new();
-        keys.iter().enumerate().for_each(|(piece, keys)| layout.encode(keys, code(piece), &mut bytes));
-        assert_eq!(bytes.len(), layout.bytes(coded));
-        let parts = layout.decode(coded, &bytes).unwrap();
+        keys.iter().enumerate().for_each(|(piece, keys)| layout.encode(keys, quantizer(piece), &mut bytes));
+        assert_eq!(bytes.len(), layout.bytes(by_channel));
+        let parts = layout.decode(by_channel, &bytes).unwrap();
         assert_eq!(parts.len(), pieces);
         for (piece, (part, want)) in parts.zip(&keys).enumerate() {
-            let error = relative_error(want, &widened(part, code(piece), head_dim));
-            assert!(error <= bound, "{dtype}, {coded}: {error}");
+            let error = relative_error(want, &widened(part, quantizer(piece), head_dim));
+            assert!(error <= bound, "{dtype}, {by_channel}: {error}");
         }
-        let short = layout.decode(coded, &bytes[1..]).map(drop);
+        let short = layout.decode(by_channel, &bytes[1..]).map(drop);
         assert!(matches!(short, Err(StoreError::Invalid { .. })), "{short:?}");
     }
 }
 
 #[test]
-fn codes_lie_before_the_keys_of_a_first_block_and_are_checked() {
+fn quantizers_lie_before_the_keys_of_a_first_block_and_are_checked() {
     let mut rng = ChaCha8Rng::seed_from_u64(8);
     let layout = KeysLayout { dtype: DType::Int8, keys: 3, head_dim: 8, pieces: 2 };
     let keys = gaussian(3, 8, |_| 1.0, &mut rng);
-    let codes = vec![ChannelCode::of(&keys, 8); 2];
+    let quantizers = vec![ChannelQuantizer::fit(&keys, 8); 2];
     let mut rest = Vec::new();
-    codes.iter().for_each(|code| layout.encode(&keys, Some(code), &mut rest));
+    quantizers.iter().for_each(|quantizer| layout.encode(&keys, Some(quantizer), &mut rest));
     let mut first = Vec::new();
-    layout.encode_codes(&codes, &mut first);
+    layout.encode_quantizers(&quantizers, &mut first);
     first.extend_from_slice(&rest);
-    assert_eq!(layout.split_codes(&first).unwrap(), (codes, &rest[..]));
+    assert_eq!(layout.split_quantizers(&first).unwrap(), (quantizers, &rest[..]));
     let plain = vec![0; layout.bytes(false)];
-    assert_eq!(layout.split_codes(&plain).unwrap(), (vec![], &plain[..]), "begun in an older format");
+    assert_eq!(layout.split_quantizers(&plain).unwrap(), (vec![], &plain[..]), "begun in an older format");
 
     for (bytes, first_block, right) in [
         (&first, true, true),

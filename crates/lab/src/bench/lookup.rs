@@ -17,7 +17,7 @@ use landmarkdb::cuda::{CudaError, Device, Session};
 use landmarkdb::memory::LocalMemory;
 use landmarkdb::types::{BlockScore, DType, Engine, Granularity, Normalisation};
 use landmarkdb::words;
-use linalg::ChannelCode;
+use linalg::ChannelQuantizer;
 
 /// Lookups between two measurements of the bandwidth, which differs from second to second on a shared machine.
 const BANDWIDTH_EVERY: usize = 50;
@@ -274,7 +274,7 @@ impl Bench<'_> {
         let key_bytes = match (engine, dtype) {
             (Engine::Sq8, _) => dim + scale,
             (Engine::Sq4, _) => dim / 2 + scale,
-            (_, DType::Int8) if self.case.keys_per_block() > 1 => ChannelCode::width(dim as usize) as u64 + scale,
+            (_, DType::Int8) if self.case.keys_per_block() > 1 => ChannelQuantizer::width(dim as usize) as u64 + scale,
             (_, DType::Int8) => dim + scale,
             _ => 2 * dim,
         };
