@@ -21,8 +21,8 @@
 // Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs. A lane reads eight consecutive
 // keys' numbers of one dimension at once; eight lanes read a dimension, a warp four of them, so that its loads are the
 // widest there are and many are under way. What the lanes of the four summed up for a key is added at the end. A tile is
-// some consecutive blocks that lie together and meet the same queries (older blocks share one set, recent ones have their
-// own); it says where its keys are, so that documents, chunks and recent blocks are one launch.
+// some consecutive blocks that lie together and are scored by the same queries (older blocks share one set, recent ones
+// have their own); it says where its keys are, so that documents, chunks and recent blocks are one launch.
 //
 // The best k are those above the k-th best score, which is found bit by bit (a bit is set if at least k reach what it
 // makes), and the first ones of just that score. No candidate is moved, so that they keep their order.
@@ -46,7 +46,7 @@ constexpr unsigned PANEL_LANES = PANEL / LANE_KEYS;
 constexpr unsigned WARP_DIMS = WARP / PANEL_LANES;
 constexpr unsigned SCORE_WARPS = 4;
 constexpr unsigned SCORE_THREADS = SCORE_WARPS * WARP;
-// Query rows that meet a key while it is in a register: few where there are no more, for those that are not there cost
+// Query rows that score a key while it is in a register: few where there are no more, for those that are not there cost
 // as much as others.
 constexpr unsigned FEW_ROWS = 4;
 constexpr unsigned MANY_ROWS = 8;

@@ -536,7 +536,7 @@ pub fn check_together(requests: usize) -> Result<()> {
 }
 
 impl LookupRequest {
-    /// A measure of the work that needs no collection: numbers of the queries times blocks that they meet.
+    /// A measure of the work that needs no collection: values of the queries times blocks that they score.
     pub fn weight(&self) -> u64 {
         let eligible: u64 = self.scope.iter().map(|range| range.blocks.len() as u64).sum();
         (self.queries.len() as u64).saturating_mul(eligible.saturating_add(self.top_k as u64))

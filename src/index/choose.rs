@@ -252,7 +252,7 @@ impl Choice<'_> {
         &self.scores.peaks[start..][..strides]
     }
 
-    /// The length of a query as it meets a tile's compressed keys.
+    /// The length of a query projected onto a tile's compressed keys.
     fn norm(&self, tile: &Tile<'_>, member: Member) -> f32 {
         let scan = self.scan;
         self.scores.norms[(member.head * scan.tiles.len() + tile.number) * scan.head_rows + member.row]

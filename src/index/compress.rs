@@ -15,7 +15,7 @@ use half::f16;
 use super::layout::{Compression, NIBBLE_OFFSET, OCTET, PANEL, QUAD};
 use linalg::{larger, nearest, simd};
 
-/// Steps from zero to the largest number of a query that meets int8 keys, and one that meets int4 keys, at least.
+/// Steps from zero to the largest value of a query against int8 keys, and against int4 keys, at least.
 const QUERY_STEPS_INT8: f32 = 127.0 * 508.0;
 const QUERY_STEPS_INT4: f32 = 127.0;
 
@@ -276,13 +276,13 @@ mod tests {
                 let (mut scores, mut beyond) = (0, 0);
                 for _ in 0..10 {
                     let query: Vec<f32> = (0..dim).map(|_| rng.random_range(-1.0..1.0)).collect();
-                    let meeting: Vec<f32> =
+                    let projected: Vec<f32> =
                         query.iter().zip(keys.channels(0)).map(|(q, channel)| q * channel).collect();
-                    let length = linalg::dot(&meeting, &meeting).sqrt();
+                    let length = linalg::dot(&projected, &projected).sqrt();
                     for (key, &scale) in scales[..blocks * count].iter().enumerate() {
                         let block = key / count;
                         let right = linalg::dot_f16(&query, &keys.halves(0, block)[key % count * dim..][..dim]);
-                        let product: f32 = (0..dim).map(|d| number(&keys, panels, key, d) * meeting[d]).sum();
+                        let product: f32 = (0..dim).map(|d| number(&keys, panels, key, d) * projected[d]).sum();
                         let error = keys.errors(0, block..block + 1)[0];
                         assert!(error <= keys.largest_error(0));
                         scores += 1;

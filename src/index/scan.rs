@@ -45,7 +45,7 @@ pub(super) struct Tile<'a> {
 struct Set {
     /// `(Hkv, T * G, D)`
     numbers: Vec<f32>,
-    /// `(Hkv, strips)`; none where every tile's keys are met in a way of their own.
+    /// `(Hkv, strips)`; none where every tile's keys need a projection of their own.
     strips: Vec<Rows>,
 }
 
@@ -63,7 +63,7 @@ pub(super) struct Scan<'a> {
     pub(super) head_rows: usize,
     form: Form,
     sets: Vec<Set>,
-    /// By entry of the scope, `(Hkv, strips)`: the queries for older blocks as they meet its keys; none if these have
+    /// By entry of the scope, `(Hkv, strips)`: the queries for older blocks projected onto its keys; none if these have
     /// no quantizers.
     projected: Vec<Vec<Rows>>,
     pub(super) parallel: bool,
@@ -218,7 +218,7 @@ impl<'a> Scan<'a> {
                 return self.score_part(part, strips);
             }
             let (chunk, queries) = (part.tile.chunk, self.rows(part.tile.set, part.head));
-            let queries = chunk.meet(self.piece(part.head), queries);
+            let queries = chunk.project(self.piece(part.head), queries);
             part.norms.iter_mut().zip(queries.chunks_exact(chunk.width())).for_each(|(norm, row)| *norm = length(row));
             let strips: Vec<Rows> = self.pack(&queries, chunk.width()).collect();
             self.score_part(part, &strips);
@@ -232,7 +232,7 @@ impl<'a> Scan<'a> {
         Scores { numbers, peaks, norms, totals }
     }
 
-    /// The packed queries that a tile's keys are met with; `None` if no other tile's are met with the same.
+    /// The packed queries that score a tile's keys; `None` if no other tile's are scored with the same.
     fn strips(&self, tile: &Tile<'_>, head: usize) -> Option<&[Rows]> {
         let strips = self.head_rows.div_ceil(STRIP_ROWS);
         let packed = match (tile.set, tile.chunk.has_quantizers()) {
@@ -248,11 +248,11 @@ impl<'a> Scan<'a> {
         queries.chunks(STRIP_ROWS * width).map(move |strip| Rows::new(self.form, strip, width))
     }
 
-    /// The queries for older blocks as they meet a document's keys `(Hkv, strips)`; none if these have no quantizers.
+    /// The queries for older blocks projected onto a document's keys `(Hkv, strips)`; none if these have no quantizers.
     fn project(&self, keys: &DocumentKeys) -> Vec<Rows> {
         let Some(chunk) = keys.chunk_with_quantizers() else { return Vec::new() };
-        let met = (0..self.query.layout.kv_heads).map(|head| chunk.meet(self.piece(head), self.rows(0, head)));
-        met.flat_map(|queries| self.pack(&queries, chunk.width()).collect::<Vec<Rows>>()).collect()
+        let projected = (0..self.query.layout.kv_heads).map(|head| chunk.project(self.piece(head), self.rows(0, head)));
+        projected.flat_map(|queries| self.pack(&queries, chunk.width()).collect::<Vec<Rows>>()).collect()
     }
 
     fn packed(&self, set: usize) -> Set {

@@ -145,15 +145,15 @@ impl Chunk {
         }
     }
 
-    /// Queries `(rows, D)` as they meet the numbers that a scan reads `(rows, W)`.
-    pub(super) fn meet(&self, piece: usize, queries: &[f32]) -> Vec<f32> {
+    /// Projects queries `(rows, D)` onto the form of the keys that a scan reads `(rows, W)`.
+    pub(super) fn project(&self, piece: usize, queries: &[f32]) -> Vec<f32> {
         let dim = self.layout.head_dim;
         if let Some(quantizer) = self.quantizers.get(piece) {
             let width = self.width();
-            let mut meeting = vec![0.0; queries.len() / dim * width];
-            let rows = queries.chunks_exact(dim).zip(meeting.chunks_exact_mut(width));
-            rows.for_each(|(query, meeting)| quantizer.project(query, meeting));
-            return meeting;
+            let mut projected = vec![0.0; queries.len() / dim * width];
+            let rows = queries.chunks_exact(dim).zip(projected.chunks_exact_mut(width));
+            rows.for_each(|(query, projected)| quantizer.project(query, projected));
+            return projected;
         }
         let mut queries = queries.to_vec();
         if let Some(compressed) = self.compressed() {

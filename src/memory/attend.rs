@@ -1,6 +1,6 @@
 //! What do the retrieved blocks say? Attention over them, next to the data.
 //!
-//! Every piece (one layer and KV head of one block) is read once per request and meets all query rows that chose its
+//! Every piece (one layer and KV head of one block) is read once per request and scored by all query rows that chose its
 //! block. The softmax runs along: each row keeps its largest score, its sum and its weighted values so far.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,7 +52,7 @@ struct Partial {
     sums: Vec<f32>,
 }
 
-/// One piece that was read: few rows meet it as it lies, for many it is widened first.
+/// One piece that was read: a few rows read it as stored (gemv), for more it is widened first.
 struct Stored<'a> {
     layout: PieceLayout,
     bytes: &'a [u8],

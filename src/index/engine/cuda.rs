@@ -38,7 +38,7 @@ struct Part<M> {
     document: u32,
 }
 
-/// Whether the kernels take the keys of a query: they meet keys of one length at once.
+/// Whether the kernels take the keys of a query: a launch scores keys of one width.
 pub fn is_supported(query: &Query<'_>) -> bool {
     let mut widths = chunks(query).map(Chunk::width);
     let width = widths.next().unwrap_or(query.layout.head_dim);
@@ -72,7 +72,7 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
             keys_per_block: query.layout.keys_per_block as u32,
             head_dim: chunks(query).next().map_or(query.layout.head_dim, Chunk::width),
             dtype: query.layout.dtype,
-            queries: &met(query),
+            queries: &projected(query),
             spans: &spans(query, &parts),
             top_k: query.top_k.min(query.eligible()) as u32,
             block_score: query.block_score,
@@ -84,20 +84,20 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
     Ok(Found { rows, k, positions, scores })
 }
 
-/// The queries as they meet keys `(sets, T, Hq, W)`: one set for the older blocks of every document with keys, then one for each
+/// The queries projected onto keys `(sets, T, Hq, W)`: one set for the older blocks of every document with keys, then one for each
 /// recent block, all of which are the last document's.
-fn met(query: &Query<'_>) -> Vec<f32> {
+fn projected(query: &Query<'_>) -> Vec<f32> {
     let recent = query.recent_queries.chunks_exact(query.queries.len().max(1));
     let of_last = chunks(query).last().into_iter().cycle();
     let sets = chunks(query).map(|chunk| (chunk, query.queries)).chain(of_last.zip(recent));
-    let mut met = Vec::new();
+    let mut projected = Vec::new();
     for (chunk, queries) in sets {
         for (row, numbers) in queries.chunks_exact(query.layout.head_dim).enumerate() {
             let kv_head = row % query.query_heads / (query.query_heads / query.layout.kv_heads);
-            met.extend(chunk.meet(query.layer * query.layout.kv_heads + kv_head, numbers));
+            projected.extend(chunk.project(query.layer * query.layout.kv_heads + kv_head, numbers));
         }
     }
-    met
+    projected
 }
 
 /// Older blocks of a chunk are one span; each recent block is one, for it has queries of its own.

@@ -1,7 +1,7 @@
 //! Scores of some query rows against some panels of keys: `scores[row][key] = queries[row] . keys[key]`.
 //!
-//! Up to [`ROWS`] rows meet the keys as they are stored, each number widened in a register or multiplied as an integer.
-//! More rows meet panels that the caller widened to f32 once, so that the widening is not repeated for every few rows.
+//! Up to [`ROWS`] rows score the keys as they are stored, each value widened in a register or multiplied as an integer.
+//! More rows score panels that the caller widened to f32 once, so that the widening is not repeated for every few rows.
 //!
 //! A panel is scored in strips, as wide as the vector registers hold sums of all rows: a strip that does not fit is spilled
 //! to memory in every dimension, which costs more than half of the speed.
@@ -27,7 +27,7 @@ pub(super) const ROWS: usize = 4;
 const WIDE: usize = PANEL;
 const NARROW: usize = 16;
 
-/// How queries and keys meet.
+/// The forms of keys and queries that a kernel multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     /// f16 keys as they are stored.
@@ -55,7 +55,7 @@ impl Form {
 /// Some query rows in the order in which the kernels read them.
 #[derive(Clone, Debug)]
 pub(super) enum Rows {
-    /// Every [`ROWS`] rows (fewer at the end) as `(D, ROWS)`: the numbers that meet one dimension of the keys lie together.
+    /// Every [`ROWS`] rows (fewer at the end) as `(D, ROWS)`: the values of one dimension lie together.
     Floats {
         numbers: Vec<f32>,
         dim: usize,

@@ -406,7 +406,7 @@ fn indexes_of_int8_keys_name_blocks_that_are_compared_by_their_quantizers() {
         world.memory.set_engine(world.collection, Engine::Flat).unwrap();
         let right = world.memory.lookup(request).unwrap();
         world.memory.set_engine(world.collection, "faiss:Flat@1".parse().unwrap()).unwrap();
-        // A query meets int8 keys with a rounding of its own, which a near tie may turn on.
+        // Against int8 keys a query is rounded too, which may decide a near tie.
         assert!(share_found(&world.memory.lookup(request).unwrap(), &right) > 0.97);
     }
 }

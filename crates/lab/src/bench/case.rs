@@ -282,7 +282,7 @@ impl Case {
         }
     }
 
-    /// The queries `(T, Hq, D)` of the `index`-th lookup as they meet the keys: turned for where all blocks are scored.
+    /// The queries `(T, Hq, D)` of the `index`-th lookup, rotated to the slot in which all blocks are scored.
     pub(super) fn turned(&self, index: usize, top_k: u32) -> Vec<f32> {
         let asked = &self.asked[index];
         let slots = top_k.min(self.blocks as u32) + 1;

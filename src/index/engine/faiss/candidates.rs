@@ -152,7 +152,7 @@ impl Candidates<'_> {
         let piece = query.layer * query.layout.kv_heads + members[0].head;
         scores.clear();
         scores.resize(members.len() * positions.len(), 0.0);
-        let (mut queries, mut met) = (None, None);
+        let (mut queries, mut projected_for) = (None, None);
         let (mut wide, mut of_keys, mut next) = (Vec::new(), Vec::new(), 0);
         for tile in &self.tiles {
             let end = positions[next..].partition_point(|&p| (p as usize) < tile.start + tile.blocks.len()) + next;
@@ -161,12 +161,12 @@ impl Candidates<'_> {
             if inside.is_empty() {
                 continue;
             }
-            if met != Some((tile.set, tile.entry)) {
+            if projected_for != Some((tile.set, tile.entry)) {
                 let scaled = |number: &f32| number * query.softmax_scale;
                 let rows: Vec<f32> =
                     members.iter().flat_map(|&member| query.row(tile.set, member)).map(scaled).collect();
-                queries = Some(Rows::new(form, &tile.chunk.meet(piece, &rows), tile.chunk.width()));
-                met = Some((tile.set, tile.entry));
+                queries = Some(Rows::new(form, &tile.chunk.project(piece, &rows), tile.chunk.width()));
+                projected_for = Some((tile.set, tile.entry));
             }
             let Some(queries) = &queries else { continue };
             let first_key = |i: usize| (positions[i] as usize - tile.start + tile.blocks.start) * m;
