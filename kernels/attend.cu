@@ -1,7 +1,7 @@
 // What do the chosen blocks say? Attention of each query row over its k blocks, ready to merge with a local window. The
 // definition is `Partial::weigh` in src/memory/attend.rs.
 //
-//   s(j)    = R(turn) (softmax_scale * q) . k(j)          for the tokens j of a block, turned for the block's slot
+//   s(j)    = R(rotation) (softmax_scale * q) . k(j)      for the tokens j of a block, rotated for the block's slot
 //   plain   all tokens of all k blocks compete: weight e^s(j) / sum of e^s
 //   hidden  as plain, without each block's last token, its landmark
 //   grouped weight e^landmark / (sum of the blocks' e^landmark)  *  e^s(j) / (sum of e^s over the block's other tokens)
@@ -39,12 +39,12 @@ constexpr unsigned GROUPED = 1;
 struct AttendArguments {
     // (T, Hq, D)
     const float* queries;
-    // (turns, 2, half), cosines then sines.
-    const float* turns;
+    // (rotations, 2, half), cosines then sines.
+    const float* rotations;
     // (T, Hq / sharing, k)
     const void* const* pages;
     // (T, Hq / sharing, k)
-    const unsigned* turn_of;
+    const unsigned* rotation_of;
     // (parts, T, Hq, D), out.
     float* out;
     // (parts, T, Hq), out.
@@ -54,7 +54,7 @@ struct AttendArguments {
     unsigned sharing;
     unsigned head_dim;
     unsigned block_tokens;
-    // Half of the dimensions that are turned.
+    // Half of the dimensions that are rotated.
     unsigned half;
     unsigned normalisation;
     float softmax_scale;
@@ -74,10 +74,10 @@ struct CombineArguments {
     unsigned head_dim;
 };
 
-// Dimension d of a query turned by cosines and sines (2, half).
-static __device__ __forceinline__ float turned(const float* query, const float* turn, unsigned half, unsigned d) {
-    if (d < half) return query[d] * turn[d] - query[d + half] * turn[half + d];
-    if (d < 2 * half) return query[d] * turn[d - half] + query[d - half] * turn[d];
+// Dimension d of a query rotated by cosines and sines (2, half).
+static __device__ __forceinline__ float rotated(const float* query, const float* rotation, unsigned half, unsigned d) {
+    if (d < half) return query[d] * rotation[d] - query[d + half] * rotation[half + d];
+    if (d < 2 * half) return query[d] * rotation[d - half] + query[d - half] * rotation[d];
     return query[d];
 }
 
@@ -122,7 +122,7 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
     const Place place = place_of_lane(dim);
     const unsigned padded = 8 * place.eights, at_once = EIGHTS * place.stride;
     float* plain = reinterpret_cast<float*>(shared_memory);  // (8 C)
-    float* query = plain + padded;                           // (8 C), turned
+    float* query = plain + padded;                           // (8 C), rotated
     float* scores = query + padded;                          // (B)
     float* warp_sums = scores + tokens;                      // (WARPS, 8 C)
 
@@ -134,7 +134,7 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
     float top = -infinity(), sum = 0, values[8] = {};
     for (unsigned rank = first; rank < last; rank++) {
         const size_t entry = size_t(row / a.sharing) * a.k + rank;
-        const float* turn = a.turns + size_t(a.turn_of[entry]) * 2 * a.half;
+        const float* rotation = a.rotations + size_t(a.rotation_of[entry]) * 2 * a.half;
         const float* scales = static_cast<const float*>(a.pages[entry]);
         const Eight* keys = reinterpret_cast<const Eight*>(scales + (SCALED ? (dim + tokens + 3) / 4 * 4 : 0));
         Eight eights[EIGHTS];
@@ -142,7 +142,7 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
         // The block before is done with, and `plain` is written.
         __syncthreads();
         for (unsigned d = threadIdx.x; d < dim; d += THREADS) {
-            query[d] = turned(plain, turn, a.half, d) * (SCALED ? scales[d] : 1);
+            query[d] = rotated(plain, rotation, a.half, d) * (SCALED ? scales[d] : 1);
         }
         __syncthreads();
         float of_lane[8];

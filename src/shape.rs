@@ -11,11 +11,11 @@ use sha2::{Digest, Sha256};
 use crate::limits;
 use crate::types::{DType, KeyRule};
 
-/// Rotary position embedding (Su et al. 2021) in the half-split layout: dimension `i` turns with `i + rotary_dims / 2`.
+/// Rotary position embedding (Su et al. 2021) in the half-split layout: dimension `i` rotates with `i + rotary_dims / 2`.
 /// Scaling rules are folded into the frequencies by whoever loads the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
-    /// Radians per token, one per rotated pair: `(rotary_dims / 2)`. Dimensions beyond `rotary_dims` do not turn.
+    /// Radians per token, one per rotated pair: `(rotary_dims / 2)`. Dimensions beyond `rotary_dims` are not rotated.
     pub frequencies: Vec<f32>,
 }
 
@@ -78,7 +78,7 @@ impl Rope {
         Rope { frequencies }
     }
 
-    /// Turns one head vector `(D)` by `position` tokens, in place. Negative positions turn back.
+    /// Rotates one head vector `(D)` by `position` tokens, in place. Negative positions rotate back.
     ///
     /// The angle is formed in double precision: at a million tokens single precision is off by whole degrees.
     pub fn rotate(&self, head: &mut [f32], position: i64) {
@@ -91,8 +91,8 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of one position, each `(rotary_dims / 2)`, for callers that turn many heads by it.
-    pub fn turn(&self, position: i64) -> Turn {
+    /// The rotation by one position, for callers that rotate many heads by it.
+    pub fn rotation(&self, position: i64) -> Rotation {
         let (sin, cos) = self
             .frequencies
             .iter()
@@ -101,24 +101,24 @@ impl Rope {
                 (sin as f32, cos as f32)
             })
             .unzip();
-        Turn { cos, sin }
+        Rotation { cos, sin }
     }
 }
 
-/// The rotation by one position, ready to apply. Gives exactly what [`Rope::rotate`] gives.
+/// Cosines and sines of one position. Gives exactly what [`Rope::rotate`] gives.
 #[derive(Clone, Debug)]
-pub struct Turn {
+pub struct Rotation {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-impl Turn {
+impl Rotation {
     /// `(2, rotary_dims / 2)`: cosines, then sines.
     pub fn numbers(&self) -> impl Iterator<Item = f32> {
         self.cos.iter().chain(&self.sin).copied()
     }
 
-    /// Turns one head vector `(D)` in place.
+    /// Rotates one head vector `(D)` in place.
     pub fn apply(&self, head: &mut [f32]) {
         let half = self.cos.len();
         let (low, rest) = head.split_at_mut(half);
@@ -351,17 +351,17 @@ mod tests {
     }
 
     #[test]
-    fn turning_there_and_back_is_the_identity_and_turns_add_up() {
+    fn rotating_there_and_back_is_the_identity_and_rotations_add_up() {
         let rope = Rope::from_base(10_000.0, 6);
         let head: Vec<f32> = (0..8).map(|i| i as f32 - 3.0).collect();
-        let mut turned = head.clone();
-        rope.rotate(&mut turned, 1000);
-        rope.turn(-997).apply(&mut turned);
-        rope.rotate(&mut turned, -3);
-        for (a, b) in head.iter().zip(&turned) {
-            assert!((a - b).abs() < 1e-5, "{head:?} {turned:?}");
+        let mut rotated = head.clone();
+        rope.rotate(&mut rotated, 1000);
+        rope.rotation(-997).apply(&mut rotated);
+        rope.rotate(&mut rotated, -3);
+        for (a, b) in head.iter().zip(&rotated) {
+            assert!((a - b).abs() < 1e-5, "{head:?} {rotated:?}");
         }
-        assert_eq!(head[6..], turned[6..], "dimensions beyond the rotary ones stay");
+        assert_eq!(head[6..], rotated[6..], "dimensions beyond the rotary ones stay");
     }
 
     #[test]

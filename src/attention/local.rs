@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use crate::types::Normalisation;
 use linalg::{Matrix, Write};
 
-/// Keys and values of one KV head, `(S, D)` each, keys turned to their positions.
+/// Keys and values of one KV head, `(S, D)` each, keys rotated to their positions.
 #[derive(Clone, Copy)]
 pub(crate) struct HeadKv<'a> {
     pub(crate) k: &'a [f32],
@@ -25,9 +25,9 @@ thread_local! {
 
 /// Queries `(T, G, D)` of one KV head, multiplied with the softmax scale.
 pub(crate) struct HeadQueries<'a> {
-    /// Turned to their positions.
+    /// Rotated to their positions.
     pub(crate) window: &'a [f32],
-    /// Turned for the sink; empty where there is none.
+    /// Rotated for the sink; empty where there is none.
     pub(crate) sink: &'a [f32],
     pub(crate) group: usize,
     pub(crate) head_dim: usize,

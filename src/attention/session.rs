@@ -13,7 +13,7 @@ use crate::attention::window::{Lead, LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
 use crate::limits::TAIL_TOKENS_MAX;
-use crate::shape::{ModelShape, Turn};
+use crate::shape::{ModelShape, Rotation};
 use crate::types::{BlockId, BlockRange, CollectionId, DType, DocumentId, Normalisation};
 
 /// Attention of all layers of one sequence. What it does depends on how it was made:
@@ -88,7 +88,7 @@ struct Sliding {
 struct Group {
     tokens: usize,
     /// `(T)`: rotation by each token's position.
-    turns: Vec<Turn>,
+    rotations: Vec<Rotation>,
     next_layer: usize,
 }
 
@@ -198,8 +198,8 @@ impl BlockAttention {
             let request = FetchRequest { document: document.id, blocks: vec![document.blocks], dtype: DType::F32 };
             for block in memory.fetch(&request)? {
                 let count = block.token_ids.len();
-                let turn = self.shape.rope.turn(self.position as i64 - count as i64);
-                self.lead.push(&self.shape, &block.k.to_f32()?, &block.v.to_f32()?, &turn);
+                let rotation = self.shape.rope.rotation(self.position as i64 - count as i64);
+                self.lead.push(&self.shape, &block.k.to_f32()?, &block.v.to_f32()?, &rotation);
                 longest = longest.max(count);
             }
         }
@@ -249,7 +249,7 @@ impl BlockAttention {
         let mut tail = None;
         for block in fetch(last.id, at_hand.collect())? {
             let start = block.id.index as usize * block_tokens;
-            session.window.push_block(&block.k.to_f32()?, &block.v.to_f32()?, &shape.rope.turn(start as i64));
+            session.window.push_block(&block.k.to_f32()?, &block.v.to_f32()?, &shape.rope.rotation(start as i64));
             session.position = start + block.token_ids.len();
             if block.token_ids.len() < block_tokens {
                 tail = Some(block);
@@ -352,7 +352,7 @@ impl BlockAttention {
         self.window.forget_before(self.window_start(self.position));
         let positions = self.position..self.position + tokens;
         self.group =
-            Group { tokens, turns: positions.map(|p| self.shape.rope.turn(p as i64)).collect(), next_layer: 0 };
+            Group { tokens, rotations: positions.map(|p| self.shape.rope.rotation(p as i64)).collect(), next_layer: 0 };
         Ok(())
     }
 
@@ -438,11 +438,11 @@ impl BlockAttention {
         let mut sink_queries = if sink.k.is_empty() { Vec::new() } else { queries.clone() };
         for (index, token) in run.tokens.clone().enumerate() {
             let of_token = index * group * d..(index + 1) * group * d;
-            queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.turns[token].apply(head));
+            queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.rotations[token].apply(head));
             if !sink_queries.is_empty() {
                 let distance = self.distance(run, token) + (slots + 1) * block_tokens;
-                let turn = shape.rope.turn(distance as i64);
-                sink_queries[of_token].chunks_exact_mut(d).for_each(|head| turn.apply(head));
+                let rotation = shape.rope.rotation(distance as i64);
+                sink_queries[of_token].chunks_exact_mut(d).for_each(|head| rotation.apply(head));
             }
         }
         let visible = self.position + run.tokens.start - run.start + 1;
@@ -523,7 +523,7 @@ impl SequenceAttention for BlockAttention {
         v: &[f32],
     ) -> Result<Vec<f32>, AttentionError> {
         self.begin_layer(layer, tokens, [q.len(), k.len(), v.len()])?;
-        self.window.push(layer, k, v, &self.group.turns);
+        self.window.push(layer, k, v, &self.group.rotations);
         self.fill_sink(layer);
         let out = self.attend_group(layer, q)?;
         if layer + 1 == self.shape.layers as usize {

@@ -1,10 +1,10 @@
 //! The tokens at hand: K and V of the local window and of the sink, for all layers.
 
 use crate::attention::local::HeadKv;
-use crate::shape::{ModelShape, Turn};
+use crate::shape::{ModelShape, Rotation};
 
-/// K and V of recent tokens for each layer and KV head. Keys are turned to their position in the text, so a query
-/// turned to its own position meets them at their true distances.
+/// K and V of recent tokens for each layer and KV head. Keys are rotated to their position in the text, so a query
+/// rotated to its own position scores them at their true distances.
 pub(crate) struct LocalWindow {
     /// `(L, Hkv)` heads.
     heads: Vec<Head>,
@@ -22,7 +22,7 @@ struct Head {
     v: Vec<f32>,
 }
 
-/// The first block of the text, its keys turned by their offset in the block only: `(L, Hkv)` heads of `(B, D)`.
+/// The first block of the text, its keys rotated by their offset in the block only: `(L, Hkv)` heads of `(B, D)`.
 pub(crate) struct Sink {
     heads: Vec<Head>,
     /// Whether it was read back, and not filled by the window.
@@ -37,12 +37,12 @@ pub(crate) struct Lead {
 }
 
 impl Lead {
-    /// Adds a stored tail of all layers, `k~` and `v (L, Hkv, tokens, D)`, whose first token is at the position of `turn`.
-    pub(crate) fn push(&mut self, shape: &ModelShape, k: &[f32], v: &[f32], turn: &Turn) {
+    /// Adds a stored tail of all layers, `k~` and `v (L, Hkv, tokens, D)`, whose first token is at the position of `rotation`.
+    pub(crate) fn push(&mut self, shape: &ModelShape, k: &[f32], v: &[f32], rotation: &Rotation) {
         let (d, head_len) = (shape.head_dim as usize, k.len() / shape.pieces());
         self.heads.resize(shape.pieces(), Head::default());
         for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
-            head.push(k, v, d, turn);
+            head.push(k, v, d, rotation);
         }
     }
 
@@ -53,11 +53,11 @@ impl Lead {
 }
 
 impl Head {
-    /// Adds stored tokens, `(tokens, D)`, turning their keys from their places in their block to those of the text.
-    fn push(&mut self, k: &[f32], v: &[f32], head_dim: usize, turn: &Turn) {
+    /// Adds stored tokens, `(tokens, D)`, rotating their keys from their places in their block to those of the text.
+    fn push(&mut self, k: &[f32], v: &[f32], head_dim: usize, rotation: &Rotation) {
         let from = self.k.len();
         self.k.extend_from_slice(k);
-        self.k[from..].chunks_exact_mut(head_dim).for_each(|key| turn.apply(key));
+        self.k[from..].chunks_exact_mut(head_dim).for_each(|key| rotation.apply(key));
         self.v.extend_from_slice(v);
     }
 }
@@ -77,27 +77,27 @@ impl LocalWindow {
         self.base
     }
 
-    /// Adds tokens of one layer, `k (T, Hkv, D)` before RoPE and `v (T, Hkv, D)`; `turns (T)` are their positions.
-    pub(crate) fn push(&mut self, layer: usize, k: &[f32], v: &[f32], turns: &[Turn]) {
+    /// Adds tokens of one layer, `k (T, Hkv, D)` before RoPE and `v (T, Hkv, D)`; `rotations (T)` are their positions.
+    pub(crate) fn push(&mut self, layer: usize, k: &[f32], v: &[f32], rotations: &[Rotation]) {
         let d = self.head_dim;
         let row = self.kv_heads * d;
-        for ((k, v), turn) in k.chunks_exact(row).zip(v.chunks_exact(row)).zip(turns) {
+        for ((k, v), rotation) in k.chunks_exact(row).zip(v.chunks_exact(row)).zip(rotations) {
             for (head, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
                 let head = &mut self.heads[layer * self.kv_heads + head];
                 let from = head.k.len();
                 head.k.extend_from_slice(k);
-                turn.apply(&mut head.k[from..]);
+                rotation.apply(&mut head.k[from..]);
                 head.v.extend_from_slice(v);
             }
         }
     }
 
     /// Adds the tokens of a stored block of all layers, `k~ (L, Hkv, tokens, D)` and `v (L, Hkv, tokens, D)`, whose
-    /// first token is at the position of `turn`.
-    pub(crate) fn push_block(&mut self, k: &[f32], v: &[f32], turn: &Turn) {
+    /// first token is at the position of `rotation`.
+    pub(crate) fn push_block(&mut self, k: &[f32], v: &[f32], rotation: &Rotation) {
         let head_len = k.len() / self.heads.len();
         for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
-            head.push(k, v, self.head_dim, turn);
+            head.push(k, v, self.head_dim, rotation);
         }
     }
 
@@ -121,8 +121,8 @@ impl LocalWindow {
     }
 
     /// Tokens `position .. position + tokens` of all layers as they are stored: `k~` and `v`, both
-    /// `(L, Hkv, tokens, D)`. `back` turns by `-position`.
-    pub(crate) fn block(&self, position: usize, tokens: usize, back: &Turn) -> (Vec<f32>, Vec<f32>) {
+    /// `(L, Hkv, tokens, D)`. `back` rotates by `-position`.
+    pub(crate) fn block(&self, position: usize, tokens: usize, back: &Rotation) -> (Vec<f32>, Vec<f32>) {
         let rows = (position - self.base) * self.head_dim..(position - self.base + tokens) * self.head_dim;
         let mut k: Vec<f32> = self.heads.iter().flat_map(|head| &head.k[rows.clone()]).copied().collect();
         k.chunks_exact_mut(self.head_dim).for_each(|key| back.apply(key));
@@ -148,7 +148,7 @@ impl Sink {
     }
 
     /// Takes the first block of the text from a window that begins with the text, once it is there: at position 0
-    /// turned keys are as they are stored.
+    /// rotated keys are as they are stored.
     pub(crate) fn fill(&mut self, layer: usize, window: &LocalWindow, block_tokens: usize) {
         let block_len = block_tokens * window.head_dim;
         let heads = layer * window.kv_heads..(layer + 1) * window.kv_heads;

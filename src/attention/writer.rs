@@ -129,7 +129,7 @@ impl Writer {
         let block_tokens = shape.block_tokens as usize;
         let index = self.blocks + block;
         let position = index * block_tokens;
-        let back = shape.rope.turn(-(position as i64));
+        let back = shape.rope.rotation(-(position as i64));
         let (k, v) = window.block(position, tokens, &back);
         let dims = vec![shape.layers, shape.kv_heads, tokens as u32, shape.head_dim];
 

@@ -54,11 +54,11 @@ pub struct Attention<'a, M> {
     pub tokens: u32,
     /// Hq
     pub query_heads: u32,
-    /// `(T, Hq, D)`, not turned.
+    /// `(T, Hq, D)`, not rotated.
     pub queries: &'a [f32],
     /// Blocks per row.
     pub k: u32,
-    /// Neighbouring query heads that share an entry of `page_of` and `turn_of`: 1, or up to G that choose together.
+    /// Neighbouring query heads that share an entry of `page_of` and `rotation_of`: 1, or up to G that choose together.
     pub sharing: u32,
     /// Of every page.
     pub layout: PageLayout,
@@ -66,11 +66,11 @@ pub struct Attention<'a, M> {
     pub pages: &'a [&'a Page<M>],
     /// `(T, Hq / sharing, k)`: the entry of `pages`, of the heads' own KV head, in document order.
     pub page_of: &'a [u32],
-    /// `(T, Hq / sharing, k)`: the entry of `turns` that turns the query for that block's slot.
-    pub turn_of: &'a [u32],
-    /// `(turns, 2, half)`, cosines then sines.
-    pub turns: &'a [f32],
-    /// Half of the dimensions that are turned.
+    /// `(T, Hq / sharing, k)`: the entry of `rotations` that rotates the query for that block's slot.
+    pub rotation_of: &'a [u32],
+    /// `(rotations, 2, half)`, cosines then sines.
+    pub rotations: &'a [f32],
+    /// Half of the dimensions that are rotated.
     pub half: u32,
     pub normalisation: Normalisation,
     /// What `q . key` is multiplied with.
@@ -194,8 +194,8 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
     let address = |&page: &u32| runner.address(&attention.pages[page as usize].memory);
     let addresses: Vec<u64> = attention.page_of.iter().map(address).collect();
     let mut work = Work::default();
-    let (queries, turns) = (work.input(attention.queries), work.input(attention.turns));
-    let (pages, turn_of) = (work.input(&addresses), work.input(attention.turn_of));
+    let (queries, rotations) = (work.input(attention.queries), work.input(attention.rotations));
+    let (pages, rotation_of) = (work.input(&addresses), work.input(attention.rotation_of));
     let (part_out, part_lse) = (work.room(parts as usize * numbers), work.room(parts as usize * row_count));
     // One part is all there is to say.
     let (out, lse) = if parts > 1 { (work.room(numbers), work.room(row_count)) } else { (part_out, part_lse) };
@@ -203,9 +203,9 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
 
     let attend = AttendArguments {
         queries: work.address(queries),
-        turns: work.address(turns),
+        rotations: work.address(rotations),
         pages: work.address(pages),
-        turn_of: work.address(turn_of),
+        rotation_of: work.address(rotation_of),
         out: work.address(part_out),
         lse: work.address(part_lse),
         k: attention.k,
@@ -233,7 +233,7 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
     let attend_kernel = if attention.layout.dtype == DType::Int8 { Kernel::AttendInt8 } else { Kernel::AttendF16 };
     let padded = attention.layout.padded() as u32;
     let shared_bytes = 4 * (2 * padded + attend.block_tokens + WARPS * padded);
-    // SAFETY: each kernel gets its own structure. `check` has compared the tables with the pages, the turns and the
+    // SAFETY: each kernel gets its own structure. `check` has compared the tables with the pages, the rotations and the
     // number of rows, the pages with the layout, as long as which they were made, and every size with its limit, so
     // that no product above wraps; all other memory was planned above in the shapes that the kernels' sources give for
     // these very fields. It lives until `read` below has waited, or a launch has failed, which leaves nothing running,
@@ -263,7 +263,7 @@ impl<M> Attention<'_, M> {
         length("queries", rows * head_dim, self.queries.len())?;
         let entries = rows / sharing as usize * self.k as usize;
         length("page_of", entries, self.page_of.len())?;
-        length("turn_of", entries, self.turn_of.len())?;
+        length("rotation_of", entries, self.rotation_of.len())?;
         self.page_of.iter().try_for_each(|&page| below("page_of", self.pages.len(), page.into()))?;
         for Page { layout: found, .. } in self.pages {
             if found.dtype != self.layout.dtype {
@@ -272,11 +272,11 @@ impl<M> Attention<'_, M> {
             length("block_tokens of a page", self.layout.block_tokens, found.block_tokens)?;
             length("head_dim of a page", head_dim, found.head_dim)?;
         }
-        let turn_numbers = 2 * self.half as usize;
-        multiple("turns", turn_numbers as u64, self.turns.len() as u64)?;
-        // Where nothing is turned, no entry of `turns` is read.
-        if let Some(turns) = self.turns.len().checked_div(turn_numbers) {
-            self.turn_of.iter().try_for_each(|&turn| below("turn_of", turns, turn.into()))?;
+        let rotation_len = 2 * self.half as usize;
+        multiple("rotations", rotation_len as u64, self.rotations.len() as u64)?;
+        // Where nothing is rotated, no entry of `rotations` is read.
+        if let Some(rotations) = self.rotations.len().checked_div(rotation_len) {
+            self.rotation_of.iter().try_for_each(|&rotation| below("rotation_of", rotations, rotation.into()))?;
         }
         Ok(())
     }

@@ -197,9 +197,9 @@ arguments!(MergeArguments { candidates: u64, positions: u64, scores: u64, count:
 
 arguments!(AttendArguments {
     queries: u64,
-    turns: u64,
+    rotations: u64,
     pages: u64,
-    turn_of: u64,
+    rotation_of: u64,
     out: u64,
     lse: u64,
     k: u32,

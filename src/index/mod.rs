@@ -50,7 +50,7 @@ pub struct Query<'a> {
     pub tokens: usize,
     /// Hq, a multiple of the layout's Hkv.
     pub query_heads: usize,
-    /// `(T, Hq, D)`, turned for the slot that older blocks are scored in.
+    /// `(T, Hq, D)`, rotated for the slot that older blocks are scored in.
     pub queries: &'a [f32],
     /// `(r, T, Hq, D)`: the last r eligible blocks are scored with these instead, in document order.
     pub recent_queries: &'a [f32],

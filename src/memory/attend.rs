@@ -136,7 +136,7 @@ impl LocalMemory {
     fn attend_prepared(&self, prepared: &Prepared, normalisation: Normalisation) -> Result<Attended> {
         let plan = AttendPlan::new(&prepared.plan, normalisation);
         let gpu = self.gpu_of(&prepared.plan.collection);
-        let found = prepared.search(&plan.turns, gpu)?;
+        let found = prepared.search(&plan.rotations, gpu)?;
         let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
         let attention = Attention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
         let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
@@ -262,7 +262,7 @@ impl Attention<'_> {
         Ok(partial)
     }
 
-    /// Appends one row's query, turned for its block's slot and times the softmax scale.
+    /// Appends one row's query, rotated for its block's slot and times the softmax scale.
     fn push_query(&self, head: usize, block_use: &Use, queries: &mut Vec<f32>) {
         let (request, shape) = (self.plan.lookup.request, &self.plan.lookup.collection.spec.shape);
         let row = block_use.row as usize;
@@ -271,7 +271,7 @@ impl Attention<'_> {
         let start = queries.len();
         queries.extend(request.queries[from..][..self.plan.dim].iter().map(|number| number * shape.softmax_scale));
         let reach = self.plan.lookup.geometry.reach(request.distances[token], block_use.slot as usize);
-        self.plan.turns.apply(reach, &mut queries[start..], self.plan.dim);
+        self.plan.rotations.apply(reach, &mut queries[start..], self.plan.dim);
     }
 
     /// `(out (T, Hq, D), lse (T, Hq))` from the parts of all KV heads.

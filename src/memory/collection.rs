@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::geometry::LastTurns;
+use super::geometry::LastRotations;
 use crate::index::{self, KeyLayout, SearchEngine};
 use crate::shape::CollectionSpec;
 use crate::store::{CollectionEntry, Manifest};
@@ -14,7 +14,7 @@ pub(super) struct Collection {
     /// What answers lookups here: the engine that was set, or `flat` where this program does not have it.
     pub(super) engine: Arc<dyn SearchEngine>,
     pub(super) layout: KeyLayout,
-    pub(super) turns: LastTurns,
+    pub(super) rotations: LastRotations,
 }
 
 impl Collection {
@@ -32,7 +32,7 @@ impl Collection {
             dtype: spec.key_dtype,
             compressed: engine.compression(spec.key_dtype),
         };
-        Collection { spec, engine, layout, turns: LastTurns::default() }
+        Collection { spec, engine, layout, rotations: LastRotations::default() }
     }
 
     /// Tokens of a document.

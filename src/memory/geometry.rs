@@ -1,10 +1,10 @@
-//! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the turns that queries need for them.
+//! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the rotations that queries need for them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use crate::lock::IgnorePoison;
-use crate::shape::{Rope, Turn};
+use crate::shape::{Rope, Rotation};
 
 /// The slots before the window for one request.
 #[derive(Clone, Copy, Debug)]
@@ -44,8 +44,8 @@ impl Geometry {
         rank + (is_recent && self.older_exist()) as usize
     }
 
-    /// How many different turns queries need at most.
-    pub(super) fn turns_max(&self, distances: &[u32]) -> u64 {
+    /// How many different rotations queries need at most.
+    pub(super) fn rotations_max(&self, distances: &[u32]) -> u64 {
         let apart = distances.iter().max().zip(distances.iter().min()).map_or(0, |(max, min)| max - min);
         let reached = apart as u64 + (self.slots * self.block_tokens) as u64;
         reached.min(distances.len() as u64 * self.slots as u64)
@@ -58,64 +58,68 @@ impl Geometry {
 }
 
 /// One rotation per distinct number of tokens: neighbouring queries and slots share most of them.
-pub(super) struct Turns(HashMap<i64, Turn>);
+pub(super) struct Rotations(HashMap<i64, Rotation>);
 
-/// The turns of the last requests: the layers of a model ask one after the other from the same places.
+/// The rotations of the last requests: the layers of a model ask one after the other from the same places.
 #[derive(Default)]
-pub(super) struct LastTurns(Mutex<VecDeque<Kept>>);
+pub(super) struct LastRotations(Mutex<VecDeque<Kept>>);
 
 struct Kept {
     distances: Vec<u32>,
     slots: usize,
-    turns: Arc<Turns>,
+    rotations: Arc<Rotations>,
 }
 
-/// Sequences that may be under way at once before their turns are made anew in every layer.
+/// Sequences that may be under way at once before their rotations are made anew in every layer.
 const KEPT_MAX: usize = 8;
 
-/// Turns of one request that are worth keeping: more than a prefill chunk's are large, and soon outweighed by the work itself.
-const KEPT_TURNS_MAX: usize = 4096;
+/// Rotations of one request that are worth keeping: more than a prefill chunk's are large, and soon outweighed by the work itself.
+const KEPT_ROTATIONS_MAX: usize = 4096;
 
-impl LastTurns {
-    /// The turns for all slots, made if they are not here.
-    pub(super) fn get(&self, rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Arc<Turns> {
+impl LastRotations {
+    /// The rotations for all slots, made if they are not here.
+    pub(super) fn get(&self, rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Arc<Rotations> {
         let lock = || self.0.lock().ignore_poison();
         let same = |kept: &&Kept| kept.slots == geometry.slots && kept.distances == distances;
         if let Some(kept) = lock().iter().find(same) {
-            return kept.turns.clone();
+            return kept.rotations.clone();
         }
-        let turns = Arc::new(Turns::new(rope, geometry, distances));
-        if turns.0.len() <= KEPT_TURNS_MAX {
+        let rotations = Arc::new(Rotations::new(rope, geometry, distances));
+        if rotations.0.len() <= KEPT_ROTATIONS_MAX {
             let mut kept = lock();
             kept.truncate(KEPT_MAX - 1);
-            kept.push_front(Kept { distances: distances.to_vec(), slots: geometry.slots, turns: turns.clone() });
+            kept.push_front(Kept {
+                distances: distances.to_vec(),
+                slots: geometry.slots,
+                rotations: rotations.clone(),
+            });
         }
-        turns
+        rotations
     }
 }
 
-impl Turns {
+impl Rotations {
     /// For all slots.
     fn new(rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Self {
-        let mut turns = HashMap::new();
+        let mut rotations = HashMap::new();
         for slot in 0..geometry.slots {
             for &distance in distances {
                 let tokens = geometry.reach(distance, slot);
-                turns.entry(tokens).or_insert_with(|| rope.turn(tokens));
+                rotations.entry(tokens).or_insert_with(|| rope.rotation(tokens));
             }
         }
-        Turns(turns)
+        Rotations(rotations)
     }
 
-    /// The turn by `tokens`, which must be among those that [`Turns::new`] was asked for.
-    pub(super) fn by(&self, tokens: i64) -> &Turn {
+    /// The rotation by `tokens`, which must be among those that [`Rotations::new`] was asked for.
+    pub(super) fn by(&self, tokens: i64) -> &Rotation {
         &self.0[&tokens]
     }
 
-    /// Turns heads `(_, D)` by `tokens`, as [`Turns::by`].
+    /// Rotates heads `(_, D)` by `tokens`, as [`Rotations::by`].
     pub(super) fn apply(&self, tokens: i64, heads: &mut [f32], dim: usize) {
-        let turn = self.by(tokens);
-        heads.chunks_exact_mut(dim).for_each(|head| turn.apply(head));
+        let rotation = self.by(tokens);
+        heads.chunks_exact_mut(dim).for_each(|head| rotation.apply(head));
     }
 }
 
@@ -143,11 +147,11 @@ mod tests {
     }
 
     #[test]
-    fn turns_are_counted_before_they_are_made() {
+    fn rotations_are_counted_before_they_are_made() {
         for distances in [vec![0], vec![7, 8, 9], vec![0, 1 << 20], (0..100).collect()] {
             let geometry = Geometry::new(10, 10, 3, 4);
-            let made = Turns::new(&Rope::from_base(100.0, 4), &geometry, &distances).0.len() as u64;
-            let counted = geometry.turns_max(&distances);
+            let made = Rotations::new(&Rope::from_base(100.0, 4), &geometry, &distances).0.len() as u64;
+            let counted = geometry.rotations_max(&distances);
             assert!(made <= counted && counted <= made + 3, "{made} of {counted} for {} distances", distances.len());
         }
     }
@@ -163,8 +167,8 @@ mod tests {
     }
 
     #[test]
-    fn turns_are_kept_for_the_same_places_only() {
-        let (rope, last) = (Rope::from_base(100.0, 4), LastTurns::default());
+    fn rotations_are_kept_for_the_same_places_only() {
+        let (rope, last) = (Rope::from_base(100.0, 4), LastRotations::default());
         let (near, far) = (Geometry::new(10, 10, 3, 4), Geometry::new(10, 10, 5, 4));
         let first = last.get(&rope, &near, &[0, 1]);
         assert!(Arc::ptr_eq(&first, &last.get(&rope, &near, &[0, 1])));

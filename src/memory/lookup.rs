@@ -1,11 +1,11 @@
-//! Which blocks does a request want? Finds the snapshots it reads, turns its queries and asks the index.
+//! Which blocks does a request want? Finds the snapshots it reads, rotates its queries and asks the index.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{not_finite, query_place};
-use super::geometry::Turns;
+use super::geometry::Rotations;
 use super::gpu::Gpu;
 use super::keys::{self, Held, Pass};
 use super::local::LocalMemory;
@@ -48,7 +48,7 @@ impl LocalMemory {
         let _taken = work::take(&self.work, working + answer, until)?;
         let prepared = self.prepare(plan)?;
         work::run(&[request], || {
-            let found = prepared.search(&prepared.plan.turns(), self.gpu_of(&prepared.plan.collection))?;
+            let found = prepared.search(&prepared.plan.rotations(), self.gpu_of(&prepared.plan.collection))?;
             self.counters.lookups.add(1);
             Ok(prepared.plan.hits(found))
         })
@@ -119,8 +119,8 @@ impl LocalMemory {
 
 impl Prepared<'_> {
     /// Asks the index, on a GPU if one is given and can answer.
-    pub(super) fn search(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
-        let found = self.search_parts(turns, gpu)?;
+    pub(super) fn search(&self, rotations: &Rotations, gpu: Option<&Gpu>) -> Result<Found> {
+        let found = self.search_parts(rotations, gpu)?;
         let Some(at) = found.scores.iter().position(|score| !score.is_finite()) else { return Ok(found) };
         let (row, shape) = (at / found.k, &self.plan.collection.spec.shape);
         let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
@@ -135,15 +135,15 @@ impl Prepared<'_> {
     }
 
     /// For as many query tokens at once as memory is meant for.
-    fn search_parts(&self, turns: &Turns, gpu: Option<&Gpu>) -> Result<Found> {
+    fn search_parts(&self, rotations: &Rotations, gpu: Option<&Gpu>) -> Result<Found> {
         let tokens = self.plan.request.distances.len();
         let at_once = self.plan.tokens_at_once();
         if at_once >= tokens {
-            return self.search_some(turns, 0..tokens, gpu);
+            return self.search_some(rotations, 0..tokens, gpu);
         }
         let mut found = Found::default();
         for first in (0..tokens).step_by(at_once) {
-            let part = self.search_some(turns, first..tokens.min(first + at_once), gpu)?;
+            let part = self.search_some(rotations, first..tokens.min(first + at_once), gpu)?;
             found.rows += part.rows;
             found.k = part.k;
             found.positions.extend(part.positions);
@@ -152,16 +152,16 @@ impl Prepared<'_> {
         Ok(found)
     }
 
-    fn search_some(&self, turns: &Turns, tokens: Range<usize>, gpu: Option<&Gpu>) -> Result<Found> {
+    fn search_some(&self, rotations: &Rotations, tokens: Range<usize>, gpu: Option<&Gpu>) -> Result<Found> {
         self.plan.until.check()?;
         let Plan { request, geometry, .. } = &self.plan;
         let shape = &self.plan.collection.spec.shape;
         let older = match geometry.recent < geometry.eligible {
-            true => self.turned(turns, &tokens, 0),
+            true => self.rotated(rotations, &tokens, 0),
             false => self.queries(&tokens).to_vec(),
         };
         let recent: Vec<f32> =
-            (0..geometry.recent).flat_map(|i| self.turned(turns, &tokens, geometry.recent_slot(i))).collect();
+            (0..geometry.recent).flat_map(|i| self.rotated(rotations, &tokens, geometry.recent_slot(i))).collect();
         let query = Query {
             layout: self.layout,
             layer: self.layer,
@@ -190,13 +190,13 @@ impl Prepared<'_> {
         &request.queries[tokens.start * token_numbers..tokens.end * token_numbers]
     }
 
-    /// The same, turned for one slot.
-    fn turned(&self, turns: &Turns, tokens: &Range<usize>, slot: usize) -> Vec<f32> {
+    /// The same, rotated for one slot.
+    fn rotated(&self, rotations: &Rotations, tokens: &Range<usize>, slot: usize) -> Vec<f32> {
         let (request, dim) = (self.plan.request, self.plan.collection.layout.head_dim);
         let mut queries = self.queries(tokens).to_vec();
         let token_numbers = request.queries.len() / request.distances.len();
         for (heads, &distance) in queries.chunks_exact_mut(token_numbers).zip(&request.distances[tokens.clone()]) {
-            turns.apply(self.plan.geometry.reach(distance, slot), heads, dim);
+            rotations.apply(self.plan.geometry.reach(distance, slot), heads, dim);
         }
         queries
     }

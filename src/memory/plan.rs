@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::collection::Collection;
 use super::error::{at_most, invalid, query_place};
-use super::geometry::{Geometry, Turns};
+use super::geometry::{Geometry, Rotations};
 use crate::api::{Hits, LookupRequest, MemoryError, Result};
 use crate::index::Found;
 use crate::limits;
@@ -28,8 +28,8 @@ const HIT_BYTES: u64 = 40;
 /// Bytes of one hit while it is searched and attended to: position, score, row and slot.
 const USE_BYTES: u64 = 20;
 
-/// Copies of a turned query: turned, in the order of KV heads, packed.
-const TURNED_COPIES: u64 = 3;
+/// Copies of a rotated query: rotated, in the order of KV heads, packed.
+const ROTATED_COPIES: u64 = 3;
 
 /// Copies of the attention's output: one for each of at most four tasks per KV head, their sum, the answer, its message.
 const OUT_COPIES: u64 = 7;
@@ -51,7 +51,7 @@ pub(super) struct Plan<'a> {
 /// A checked request to attend to the blocks that a lookup finds.
 pub(super) struct AttendPlan<'a> {
     pub(super) lookup: &'a Plan<'a>,
-    pub(super) turns: Arc<Turns>,
+    pub(super) rotations: Arc<Rotations>,
     pub(super) normalisation: Normalisation,
     /// G
     pub(super) group: usize,
@@ -126,11 +126,11 @@ impl<'a> Plan<'a> {
         let (heads, dim, numbers) = (shape.query_heads as u64, shape.head_dim as u64, request.queries.len() as u64);
         let rows = request.granularity.rows(tokens as usize, heads as usize, shape.kv_heads as usize) as u64;
         let hits = geometry.k as u64;
-        let turn_bytes = 8 * shape.rope.frequencies.len() as u64 + 64;
+        let rotation_bytes = 8 * shape.rope.frequencies.len() as u64 + 64;
         let mut need = Need {
             working: self.token_bytes() * self.tokens_at_once() as u64
                 + rows * hits * USE_BYTES
-                + geometry.turns_max(&request.distances) * turn_bytes,
+                + geometry.rotations_max(&request.distances) * rotation_bytes,
             answer: rows * hits * HIT_BYTES,
         };
         if then == Then::Attend {
@@ -153,11 +153,11 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Bytes to score one query token with: a score for every eligible block, its queries turned for every slot.
+    /// Bytes to score one query token with: a score for every eligible block, its queries rotated for every slot.
     fn token_bytes(&self) -> u64 {
         let shape = &self.collection.spec.shape;
-        let turned = (self.geometry.recent as u64 + 1) * shape.head_dim as u64 * TURNED_COPIES;
-        shape.query_heads as u64 * 4 * (self.geometry.eligible as u64 + turned)
+        let rotated = (self.geometry.recent as u64 + 1) * shape.head_dim as u64 * ROTATED_COPIES;
+        shape.query_heads as u64 * 4 * (self.geometry.eligible as u64 + rotated)
     }
 
     /// Bytes of the scores of all eligible blocks for all query rows.
@@ -166,9 +166,9 @@ impl<'a> Plan<'a> {
         query_rows * self.geometry.eligible as u64 * 4
     }
 
-    /// The turns that scoring and attention need.
-    pub(super) fn turns(&self) -> Arc<Turns> {
-        self.collection.turns.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
+    /// The rotations that scoring and attention need.
+    pub(super) fn rotations(&self) -> Arc<Rotations> {
+        self.collection.rotations.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
     }
 
     /// The block at a position among the eligible ones.
@@ -194,7 +194,7 @@ impl<'a> AttendPlan<'a> {
     pub(super) fn new(lookup: &'a Plan<'a>, normalisation: Normalisation) -> AttendPlan<'a> {
         let shape = &lookup.collection.spec.shape;
         let (group, dim) = (shape.group(), shape.head_dim as usize);
-        AttendPlan { lookup, turns: lookup.turns(), normalisation, group, dim }
+        AttendPlan { lookup, rotations: lookup.rotations(), normalisation, group, dim }
     }
 }
 

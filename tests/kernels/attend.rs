@@ -37,13 +37,13 @@ struct Tables {
     /// `(T, Hq / sharing, k)`
     page_of: Vec<u32>,
     /// `(T, Hq / sharing, k)`
-    turn_of: Vec<u32>,
-    /// `(turns, 2, half)`
-    turns: Vec<f32>,
+    rotation_of: Vec<u32>,
+    /// `(rotations, 2, half)`
+    rotations: Vec<f32>,
 }
 
 const PAGES: usize = 5;
-const TURNS: usize = 4;
+const ROTATIONS: usize = 4;
 
 impl Case {
     fn check<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R) {
@@ -51,14 +51,14 @@ impl Case {
         let (pages, decoded) = self.fill(runner, &mut rng);
         let rows = self.tokens * self.query_heads;
         let entries = rows / self.sharing * self.k;
-        let angles: Vec<f32> = (0..TURNS * self.half).map(|_| rng.random_range(-3.0..3.0)).collect();
-        let turn =
+        let angles: Vec<f32> = (0..ROTATIONS * self.half).map(|_| rng.random_range(-3.0..3.0)).collect();
+        let rotation =
             |angles: &[f32]| [angles.iter().map(|a| a.cos()).collect(), angles.iter().map(|a| a.sin()).collect()];
         let tables = Tables {
             queries: (0..rows * self.head_dim).map(|_| rng.random_range(-3.0..3.0)).collect(),
             page_of: (0..entries).map(|_| rng.random_range(0..PAGES as u32)).collect(),
-            turn_of: (0..entries).map(|_| rng.random_range(0..TURNS as u32)).collect(),
-            turns: angles.chunks(self.half.max(1)).flat_map(turn).flat_map(|part: Vec<f32>| part).collect(),
+            rotation_of: (0..entries).map(|_| rng.random_range(0..ROTATIONS as u32)).collect(),
+            rotations: angles.chunks(self.half.max(1)).flat_map(rotation).flat_map(|part: Vec<f32>| part).collect(),
         };
         for normalisation in NORMALISATIONS {
             let attention = Attention {
@@ -70,8 +70,8 @@ impl Case {
                 layout: self.layout(),
                 pages: &pages.iter().collect::<Vec<_>>(),
                 page_of: &tables.page_of,
-                turn_of: &tables.turn_of,
-                turns: &tables.turns,
+                rotation_of: &tables.rotation_of,
+                rotations: &tables.rotations,
                 half: self.half as u32,
                 normalisation,
                 softmax_scale: self.softmax_scale(),
@@ -152,11 +152,11 @@ impl Case {
         let mut sum = 0.0;
         for rank in 0..self.k {
             let entry = row / self.sharing * self.k + rank;
-            let (page, turn) = (&pages[t.page_of[entry] as usize], t.turn_of[entry] as usize);
+            let (page, rotation) = (&pages[t.page_of[entry] as usize], t.rotation_of[entry] as usize);
             let mut query = plain.clone();
             for i in 0..half {
-                let cos = t.turns[turn * 2 * half + i] as f64;
-                let sin = t.turns[turn * 2 * half + half + i] as f64;
+                let cos = t.rotations[rotation * 2 * half + i] as f64;
+                let sin = t.rotations[rotation * 2 * half + half + i] as f64;
                 query[i] = plain[i] * cos - plain[i + half] * sin;
                 query[i + half] = plain[i + half] * cos + plain[i] * sin;
             }
@@ -177,7 +177,7 @@ impl Case {
     }
 }
 
-/// Every head dim, block length and number of blocks, rows that share their entries, dimensions that are not turned.
+/// Every head dim, block length and number of blocks, rows that share their entries, dimensions that are not rotated.
 pub fn shapes<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     for int8 in [false, true] {
         for (head_dim, block_tokens, tokens, query_heads, k, sharing, half) in [
@@ -214,32 +214,33 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     assert!(page(PageLayout { dtype: DType::F32, ..layout }, &zeros).is_err(), "numbers that no kernel reads");
     assert!(page(PageLayout { head_dim: 257, ..layout }, &[f16::ZERO; 2 * 257]).is_err(), "too large a head dim");
     assert!(page(PageLayout { block_tokens: 1, ..layout }, &zeros[..4]).is_err(), "a landmark and nothing else");
-    let attention = |page: u32, turn: u32, sharing: u32, half: u32, layout: PageLayout, pages: &[&Page<R::Memory>]| {
-        let attention = Attention {
-            tokens: 1,
-            query_heads: 2,
-            queries: &vec![1.0; 2 * layout.head_dim],
-            k: 1,
-            sharing,
-            layout,
-            pages,
-            page_of: &[0, page][..2 / sharing as usize],
-            turn_of: &[turn, 0][..2 / sharing as usize],
-            turns: &[0.0; 8],
-            half,
-            normalisation: Normalisation::Plain,
-            softmax_scale: 1.0,
+    let attention =
+        |page: u32, rotation: u32, sharing: u32, half: u32, layout: PageLayout, pages: &[&Page<R::Memory>]| {
+            let attention = Attention {
+                tokens: 1,
+                query_heads: 2,
+                queries: &vec![1.0; 2 * layout.head_dim],
+                k: 1,
+                sharing,
+                layout,
+                pages,
+                page_of: &[0, page][..2 / sharing as usize],
+                rotation_of: &[rotation, 0][..2 / sharing as usize],
+                rotations: &[0.0; 8],
+                half,
+                normalisation: Normalisation::Plain,
+                softmax_scale: 1.0,
+            };
+            attend(runner, &attention).is_err()
         };
-        attend(runner, &attention).is_err()
-    };
     let pages: Vec<&Page<R::Memory>> = pages.iter().collect();
-    let refused = |page, turn, sharing, half| attention(page, turn, sharing, half, layout, &pages);
+    let refused = |page, rotation, sharing, half| attention(page, rotation, sharing, half, layout, &pages);
     assert!(!refused(1, 1, 1, 2));
     assert!(refused(2, 1, 1, 2), "a page beyond the last");
-    assert!(refused(1, 2, 1, 2), "a turn beyond the last");
-    assert!(refused(1, 1, 1, 3), "more dimensions turned than there are");
-    assert!(!refused(1, 3, 1, 1), "the last of four turns of one pair each");
-    assert!(refused(1, 4, 1, 1), "a turn beyond four of one pair each");
+    assert!(refused(1, 2, 1, 2), "a rotation beyond the last");
+    assert!(refused(1, 1, 1, 3), "more dimensions rotated than there are");
+    assert!(!refused(1, 3, 1, 1), "the last of four rotations of one pair each");
+    assert!(refused(1, 4, 1, 1), "a rotation beyond four of one pair each");
     assert!(refused(1, 1, 3, 2), "heads that are not whole groups of sharers");
     for (longer, what) in [
         (PageLayout { block_tokens: 3, ..layout }, "pages of fewer tokens"),

@@ -143,7 +143,7 @@ where
         (DType::Int8, DType::F16, KeyRule::Landmark),
     ] {
         let mut spec = CollectionSpec { key_dtype, key_rule, ..spec("c", payload_dtype) };
-        // The last two dimensions are not turned, and do not fill what lies together of int8 keys.
+        // The last two dimensions are not rotated, and do not fill what lies together of int8 keys.
         spec.shape.head_dim = 10;
         let mut world = World::new(open.clone(), spec, LARGE_CACHE);
         let (a, b) = (world.document("a", 9), world.document("b", 6));

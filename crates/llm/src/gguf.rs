@@ -1,7 +1,7 @@
 //! GGUF files: the configuration and tokenizer in their metadata, and weights: as f32, or in the quantized blocks of the file.
 //!
-//! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i turns with 2i + 1). Here
-//! they are put back into the half-split order (i turns with i + rotary_dims / 2) that the rest of the crate uses.
+//! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i rotates with 2i + 1). Here
+//! they are put back into the half-split order (i rotates with i + rotary_dims / 2) that the rest of the crate uses.
 //!
 //! Whatever a file says that could change a logit is either computed or refused by name: see [`SETTINGS`] and
 //! [`Gguf::refuse_unknown_tensors`].
@@ -466,7 +466,7 @@ mod tests {
 
     #[test]
     fn interleaved_rows_become_half_split_and_the_rest_stays() {
-        // Two heads of 6 rows, of which 4 turn.
+        // Two heads of 6 rows, of which 4 rotate.
         assert_eq!(half_split(12, 2, 4), [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]);
     }
 }

@@ -33,7 +33,7 @@ const NEUTRAL: [(&str, f64); 8] = [
     ("num_local_experts", 0.0),
 ];
 
-/// What a rotation may say, used or not. Whatever else is there might turn keys in another way.
+/// What a rotation may say, used or not. Whatever else is there might rotate keys in another way.
 const ROPE_FIELDS: [&str; 9] = [
     "rope_type",
     "type",
@@ -177,7 +177,7 @@ fn rope(json: &Fields, head_dim: u32) -> Result<Rope, LoadError> {
     if !(0.0..=1.0).contains(&share) {
         return Err(json.refuse("partial_rotary_factor", "0 to 1", None));
     }
-    // Pairs turn, so an odd share of the head leaves its last dimension still.
+    // Pairs rotate, so an odd share of the head leaves its last dimension still.
     let rotary_dims = (head_dim as f64 * share) as usize / 2 * 2;
     let scaling = scaling.map_or(Ok(RopeScaling::None), |scaling| scaling.scaling())?;
     Ok(scaling.rope(base, rotary_dims))

@@ -12,16 +12,16 @@ use crate::memory::plan::AttendPlan;
 use crate::store::Store;
 use crate::types::Granularity;
 
-/// Which pieces each row reads, and how its query is turned for them.
+/// Which pieces each row reads, and how its query is rotated for them.
 struct Tables {
     /// Neighbouring query heads that share an entry.
     sharing: usize,
     /// `(T, Hq / sharing, k)`
     pieces: Vec<PieceId>,
-    /// `(T, Hq / sharing, k)`: entries of `turns`.
-    turn_of: Vec<u32>,
-    /// `(turns, 2, half)`, cosines then sines.
-    turns: Vec<f32>,
+    /// `(T, Hq / sharing, k)`: entries of `rotations`.
+    rotation_of: Vec<u32>,
+    /// `(rotations, 2, half)`, cosines then sines.
+    rotations: Vec<f32>,
 }
 
 /// How a GPU holds the pieces of a collection's blocks.
@@ -56,8 +56,8 @@ pub(super) fn attend<R: Runner>(
             layout,
             pages: &run_pages.iter().map(|page| &**page).collect::<Vec<&Page<_>>>(),
             page_of: &page_of,
-            turn_of: &tables.turn_of[entries],
-            turns: &tables.turns,
+            rotation_of: &tables.rotation_of[entries],
+            rotations: &tables.rotations,
             half: shape.rope.frequencies.len() as u32,
             normalisation: plan.normalisation,
             softmax_scale: shape.softmax_scale,
@@ -79,8 +79,8 @@ impl Tables {
             Granularity::Token | Granularity::KvGroup | Granularity::Shared => plan.group,
         };
         let first_piece = request.layer as usize * kv_heads;
-        let mut tables = Tables { sharing, pieces: Vec::new(), turn_of: Vec::new(), turns: Vec::new() };
-        let mut turn_by_reach = HashMap::new();
+        let mut tables = Tables { sharing, pieces: Vec::new(), rotation_of: Vec::new(), rotations: Vec::new() };
+        let mut rotation_by_reach = HashMap::new();
         for (token, &distance) in request.distances.iter().enumerate() {
             for head in (0..heads).step_by(sharing) {
                 let row = request.granularity.row(token, head, heads, kv_heads);
@@ -88,12 +88,12 @@ impl Tables {
                     let piece = first_piece + head / plan.group;
                     tables.pieces.push((plan.lookup.block(position as usize), piece));
                     let reach = geometry.reach(distance, geometry.slot(rank, position as usize));
-                    let next = turn_by_reach.len() as u32;
-                    let turn = *turn_by_reach.entry(reach).or_insert_with(|| {
-                        tables.turns.extend(plan.turns.by(reach).numbers());
+                    let next = rotation_by_reach.len() as u32;
+                    let rotation = *rotation_by_reach.entry(reach).or_insert_with(|| {
+                        tables.rotations.extend(plan.rotations.by(reach).numbers());
                         next
                     });
-                    tables.turn_of.push(turn);
+                    tables.rotation_of.push(rotation);
                 }
             }
         }

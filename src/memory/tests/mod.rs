@@ -18,7 +18,7 @@ use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::*;
 use crate::until::Until;
 
-/// A spec with L = 2, Hq = 4, Hkv = 2, D = 8 of which 6 turn, B = 5.
+/// A spec with L = 2, Hq = 4, Hkv = 2, D = 8 of which 6 rotate, B = 5.
 fn spec(name: &str) -> CollectionSpec {
     CollectionSpec {
         name: name.into(),
@@ -118,14 +118,14 @@ fn range(document: DocumentId, blocks: std::ops::Range<u32>) -> BlockRange {
 
 /// `head` as it is at an absolute position, in double precision.
 fn at_position(rope: &Rope, head: &[f32], position: i64) -> Vec<f64> {
-    let mut turned: Vec<f64> = head.iter().map(|&number| number as f64).collect();
+    let mut rotated: Vec<f64> = head.iter().map(|&number| number as f64).collect();
     let half = rope.frequencies.len();
     for (i, &frequency) in rope.frequencies.iter().enumerate() {
         let (sin, cos) = (frequency as f64 * position as f64).sin_cos();
-        let (a, b) = (turned[i], turned[i + half]);
-        (turned[i], turned[i + half]) = (a * cos - b * sin, b * cos + a * sin);
+        let (a, b) = (rotated[i], rotated[i + half]);
+        (rotated[i], rotated[i + half]) = (a * cos - b * sin, b * cos + a * sin);
     }
-    turned
+    rotated
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

@@ -5,7 +5,7 @@ use rand::RngExt;
 use v1::{BlockScore, Engine, Granularity, Normalisation};
 
 use crate::data::{Model, World, bytes_of, numbers_of, seeded};
-use crate::definition::{Block, Blocks, turned};
+use crate::definition::{Block, Blocks, rotated};
 use crate::harness::{Named, cases};
 use crate::judge::{SUMS, close};
 use crate::suite::Suite;
@@ -173,9 +173,9 @@ fn everything_retrieved_is_full_attention(suite: &Suite) {
         for position in 0..7 * size {
             let block = &sent[&(document, (position / size) as u32)];
             let at = (piece * size + position % size) * dim;
-            // Token `j` of a block is stored turned by `j`; the window begins behind the last block.
-            let turn = (7 * size + distances[token] as usize - position / size * size) as f64;
-            let query = turned(&model.frequencies, &query, turn);
+            // Token `j` of a block is stored rotated by `j`; the window begins behind the last block.
+            let distance = (7 * size + distances[token] as usize - position / size * size) as f64;
+            let query = rotated(&model.frequencies, &query, distance);
             let score: f64 = query.iter().zip(&block.k[at..]).map(|(q, k)| q * k).sum::<f64>() * model.scale as f64;
             sum += score.exp();
             values.iter_mut().zip(&block.v[at..]).for_each(|(value, v)| *value += score.exp() * v);

@@ -68,7 +68,7 @@ pub(crate) fn numbers_of(bytes: &[u8]) -> Vec<f32> {
 }
 
 impl Model {
-    /// L = 2, Hq = 4, Hkv = 2, D = 8 of which 6 turn, B = 4, token keys.
+    /// L = 2, Hq = 4, Hkv = 2, D = 8 of which 6 rotate, B = 4, token keys.
     pub(crate) fn small() -> Model {
         Model {
             layers: 2,
@@ -88,7 +88,7 @@ impl Model {
     /// Shapes, key rules and dtypes that differ in every respect, by name.
     pub(crate) fn all() -> Vec<(&'static str, Model)> {
         let small = Model::small();
-        let turns = |pairs: usize| (0..pairs).map(|i| 1000f32.powf(-(i as f32) / pairs as f32)).collect();
+        let frequencies = |pairs: usize| (0..pairs).map(|i| 1000f32.powf(-(i as f32) / pairs as f32)).collect();
         vec![
             ("f16 tokens", small.clone()),
             ("f32 landmark", Model { payload: Dtype::F32, rule: KeyRule::Landmark, ..small.clone() }),
@@ -99,7 +99,7 @@ impl Model {
                     kv_heads: 4,
                     head_dim: 16,
                     block_tokens: 8,
-                    frequencies: turns(8),
+                    frequencies: frequencies(8),
                     payload: Dtype::Bf16,
                     rule: KeyRule::Mean,
                     ..small.clone()
@@ -111,7 +111,7 @@ impl Model {
                     query_heads: 6,
                     head_dim: 12,
                     block_tokens: 3,
-                    frequencies: turns(6),
+                    frequencies: frequencies(6),
                     payload: Dtype::Int8,
                     keys: Dtype::Int8,
                     ..small.clone()

@@ -61,8 +61,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// `head` (D) turned by so many tokens, half-split layout.
-pub(crate) fn turned(frequencies: &[f32], head: &[f64], tokens: f64) -> Vec<f64> {
+/// `head` (D) rotated by so many tokens, half-split layout.
+pub(crate) fn rotated(frequencies: &[f32], head: &[f64], tokens: f64) -> Vec<f64> {
     let mut out = head.to_vec();
     let half = frequencies.len();
     for (i, &frequency) in frequencies.iter().enumerate() {
@@ -101,11 +101,11 @@ impl<'a> Definition<'a> {
     }
 
     /// Slot `s` begins `(slots - s) B` tokens before the window.
-    fn turned_query(&self, token: usize, head: usize, slot: usize) -> Vec<f64> {
+    fn rotated_query(&self, token: usize, head: usize, slot: usize) -> Vec<f64> {
         let dim = self.model.head_dim;
         let query = &self.queries[(token * self.model.query_heads + head) * dim..][..dim];
         let before = (self.slots - slot) * self.model.block_tokens;
-        turned(&self.model.frequencies, query, self.distances[token] as f64 + before as f64)
+        rotated(&self.model.frequencies, query, self.distances[token] as f64 + before as f64)
     }
 
     /// One layer and KV head of a block's K or V: (B, D).
@@ -133,7 +133,7 @@ impl<'a> Definition<'a> {
     fn shares_of(&self, token: usize, head: usize) -> Vec<f64> {
         let score = |position: usize| {
             let slot = if self.is_recent(position) { self.slots - (self.eligible.len() - position) } else { 0 };
-            let query = self.turned_query(token, head, slot);
+            let query = self.rotated_query(token, head, slot);
             let keys = self.landmark_keys(self.blocks[position], head);
             let scores: Vec<f64> = keys.iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
             match self.score {
@@ -199,7 +199,7 @@ impl<'a> Definition<'a> {
         for (rank, &position) in row.iter().enumerate() {
             let older_exist = self.recent < self.eligible.len();
             let slot = rank + (self.is_recent(position) && older_exist) as usize;
-            let query = self.turned_query(token, head, slot);
+            let query = self.rotated_query(token, head, slot);
             let block = self.blocks[position];
             let scores: Vec<f64> =
                 self.piece(&block.k, head).iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();

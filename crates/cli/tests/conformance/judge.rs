@@ -27,7 +27,7 @@ fn share_tolerance(model: &Model, request: &v1::LookupRequest) -> f64 {
     let of_payload = if model.payload == Dtype::Int8 { INT8_STEP } else { 0.0 };
     let queries = numbers_of(&request.queries);
     let longest = queries.chunks(model.head_dim).map(|q| q.iter().map(|q| q.abs() as f64).sum::<f64>());
-    // A turned query is longer than it was by at most the square root of 2.
+    // A rotated query is longer than it was by at most the square root of 2.
     let score = longest.fold(0.0, f64::max) * 1.42 * model.scale as f64 * (of_keys + of_payload);
     // The block's own score and the denominator.
     SUMS + 2.0 * score

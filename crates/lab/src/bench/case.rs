@@ -283,14 +283,14 @@ impl Case {
     }
 
     /// The queries `(T, Hq, D)` of the `index`-th lookup, rotated to the slot in which all blocks are scored.
-    pub(super) fn turned(&self, index: usize, top_k: u32) -> Vec<f32> {
+    pub(super) fn rotated(&self, index: usize, top_k: u32) -> Vec<f32> {
         let asked = &self.asked[index];
         let slots = top_k.min(self.blocks as u32) + 1;
         let mut queries = asked.queries.clone();
         let row = (self.shape.query_heads * self.shape.head_dim) as usize;
         for (token, &distance) in queries.chunks_exact_mut(row).zip(&asked.distances) {
-            let turn = self.shape.rope.turn((distance + slots * self.shape.block_tokens) as i64);
-            token.chunks_exact_mut(self.shape.head_dim as usize).for_each(|head| turn.apply(head));
+            let rotation = self.shape.rope.rotation((distance + slots * self.shape.block_tokens) as i64);
+            token.chunks_exact_mut(self.shape.head_dim as usize).for_each(|head| rotation.apply(head));
         }
         queries
     }
@@ -301,7 +301,7 @@ impl Case {
         let [query_heads, kv_heads, dim] =
             [self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim].map(|n| n as usize);
         let (keys, m) = (&self.keys[self.asked[index].layer], self.keys_per_block());
-        let queries = self.turned(index, top_k);
+        let queries = self.rotated(index, top_k);
         let best = queries.par_chunks_exact(dim).enumerate().map(|(row, query)| {
             let head = row % query_heads / (query_heads / kv_heads);
             let of_head = &keys[head * self.blocks * m * dim..][..self.blocks * m * dim];

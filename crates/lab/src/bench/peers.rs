@@ -177,7 +177,7 @@ pub(super) fn lookup(
         peers: &settings.peers,
     };
     let keys = case.keys.iter().map(|keys| bytemuck::cast_slice(keys)).collect();
-    let turned: Vec<f32> = (0..truth.len()).flat_map(|index| case.turned(index, top_k)).collect();
+    let rotated: Vec<f32> = (0..truth.len()).flat_map(|index| case.rotated(index, top_k)).collect();
     let row = |truth: &Truth| {
         let blocks = truth.as_good.iter().map(|&block| block as i32).chain(std::iter::repeat(-1));
         blocks.take(truth_width).collect::<Vec<i32>>()
@@ -185,7 +185,7 @@ pub(super) fn lookup(
     let rows: Vec<i32> = truth.iter().flatten().flat_map(row).collect();
     let files = [
         ("keys.f32", keys),
-        ("queries.f32", vec![bytemuck::cast_slice(&turned)]),
+        ("queries.f32", vec![bytemuck::cast_slice(&rotated)]),
         ("truth.i32", vec![bytemuck::cast_slice(&rows)]),
     ];
     run(&settings.python, LOOKUP, &json, &files)

@@ -10,7 +10,7 @@ use super::attention::{Attention, Softmax};
 use super::batch::Batch;
 use super::error::TrainError;
 use super::grouped::GroupDropout;
-use super::ops::{Targets, Turns, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
+use super::ops::{Rotations, Targets, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
 use super::weights::{self, Parameter};
 use landmarkdb::types::DType;
 use landmarkdb_llm::{Landmark, ModelConfig, NamedTensor, read_tensors, write_model};
@@ -41,7 +41,7 @@ struct Layer {
     down: Tensor,
 }
 
-/// What a plain model keeps of the tokens before a batch (Dai et al. 2019, Transformer-XL): per layer the keys, turned
+/// What a plain model keeps of the tokens before a batch (Dai et al. 2019, Transformer-XL): per layer the keys, rotated
 /// to their positions, and the values, `(N, P, Hkv * D)` each. No gradient flows into it.
 #[derive(Clone)]
 pub struct Past {
@@ -158,14 +158,14 @@ impl TrainingModel {
 
     /// Logits `(N, T, vocab)`; keys and values of all layers if there is a past, which then is their beginning.
     fn forward(&self, batch: &Batch, dropout: GroupDropout, past: Option<&Past>) -> Result<(Tensor, Past), TrainError> {
-        let turns = Arc::new(Turns::new(&self.config.rope, &batch.positions));
+        let rotations = Arc::new(Rotations::new(&self.config.rope, &batch.positions));
         let mut x = embed(&self.embedding, batch.ids.as_slice().into(), batch.sequences)?;
         let mut seen = Past { layers: Vec::new() };
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.attention_norm, self.config.norm_epsilon)?;
             let head_dim = self.config.head_dim as usize;
-            let q = rotate(&linear(&normed, &layer.query)?, &turns, head_dim)?;
-            let mut k = rotate(&linear(&normed, &layer.key)?, &turns, head_dim)?;
+            let q = rotate(&linear(&normed, &layer.query)?, &rotations, head_dim)?;
+            let mut k = rotate(&linear(&normed, &layer.key)?, &rotations, head_dim)?;
             let mut v = linear(&normed, &layer.value)?;
             if let Some(past) = past {
                 if let Some((past_k, past_v)) = past.layers.get(index) {

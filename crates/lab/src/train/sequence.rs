@@ -55,7 +55,7 @@ impl Layout {
 
     /// Rows `(N, T)` of documents of [`Layout::document_tokens`] each. A landmark has no target, and the token before
     /// it predicts the token after it. Positions begin at `first_position` and count landmarks. They jump behind a
-    /// landmark, never inside a block: a memory turns a block's keys by their places in it. `rng` gives the random
+    /// landmark, never inside a block: a memory rotates a block's keys by their places in it. `rng` gives the random
     /// numbers of a row.
     pub(super) fn step<R: Rng>(&self, documents: &[Vec<Token>], first_position: u32, rng: impl Fn(usize) -> R) -> Step {
         let (sequences, tokens) = (documents.len(), self.tokens());

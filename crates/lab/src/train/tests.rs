@@ -359,10 +359,10 @@ fn a_step_takes() {
             let attention = Attention { query_heads: 4, kv_heads: 2, head_dim: 32, softmax };
             part(name, 3, &|| attention.clone().apply(&q, &k, &k));
         }
-        let turns = std::sync::Arc::new(Turns::new(&shipped.rope, &batch.positions));
-        let turn = fastest(10, || drop(Turns::new(&shipped.rope, &batch.positions)));
-        println!("  1 x turns                   {turn:9.2} ms");
-        part("rotate q", 3, &|| rotate(&q, &turns, 32));
+        let rotations = std::sync::Arc::new(Rotations::new(&shipped.rope, &batch.positions));
+        let rotation = fastest(10, || drop(Rotations::new(&shipped.rope, &batch.positions)));
+        println!("  1 x rotations               {rotation:9.2} ms");
+        part("rotate q", 3, &|| rotate(&q, &rotations, 32));
         part("rms norm", 7, &|| rms_norm(&x, &var(&[128]), 1e-5));
         part("swiglu", 3, &|| swiglu(&ffn, &ffn));
         for (times, ins, outs) in [(6, 128, 128), (6, 128, 64), (6, 128, 256), (3, 256, 128), (1, 128, 512)] {

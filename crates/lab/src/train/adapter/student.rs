@@ -9,7 +9,7 @@ use candle_core::{D, Result, Tensor, Var};
 use super::Choices;
 use super::teacher::{BlockText, Lesson};
 use crate::train::numbers::numbers;
-use crate::train::ops::{Turns, linear, rms_norm, rotate, swiglu};
+use crate::train::ops::{Rotations, linear, rms_norm, rotate, swiglu};
 use crate::train::weights::Parameter;
 use landmarkdb::shape::Rope;
 use landmarkdb_llm::{Adapter, LANDMARK_EMBEDDING, ModelConfig, update_names};
@@ -104,22 +104,22 @@ impl Student {
         }
     }
 
-    /// The landmarks' keys in each layer but the first, `(Hkv, D, n)`, turned to their places in the block.
+    /// The landmarks' keys in each layer but the first, `(Hkv, D, n)`, rotated to their places in the block.
     fn keys(&self, lesson: &Lesson) -> Result<Vec<Tensor>> {
-        let turns = Arc::new(Turns::new(&self.rope, &vec![self.block_tokens - 1; lesson.blocks]));
+        let rotations = Arc::new(Rotations::new(&self.rope, &vec![self.block_tokens - 1; lesson.blocks]));
         let mut x = self.embedding.as_tensor().broadcast_left((1, lesson.blocks))?.contiguous()?;
         let mut keys = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.attention_norm, self.norm_epsilon)?;
             if index > 0 {
-                let k = rotate(&layer.key.apply(&normed)?, &turns, self.head_dim)?;
+                let k = rotate(&layer.key.apply(&normed)?, &rotations, self.head_dim)?;
                 let k = k.reshape((lesson.blocks, self.kv_heads, self.head_dim))?;
                 keys.push(k.permute((1, 2, 0))?.contiguous()?);
             }
             if index + 1 == self.layers.len() {
                 break;
             }
-            let q = rotate(&layer.query.apply(&normed)?, &turns, self.head_dim)?;
+            let q = rotate(&layer.query.apply(&normed)?, &rotations, self.head_dim)?;
             let attended = self.attend(&q, &lesson.text[index])?;
             x = (x + layer.attention_output.apply(&attended)?)?;
             let normed = rms_norm(&x, &layer.ffn_norm, self.norm_epsilon)?;

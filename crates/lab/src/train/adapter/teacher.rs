@@ -40,14 +40,14 @@ pub(super) struct Lesson {
 
 /// What landmarks read in one layer: `(n, Hkv, B - 1, D)` each.
 pub(super) struct BlockText {
-    /// Turned to their places in the block.
+    /// Rotated to their places in the block.
     pub(super) k: Tensor,
     pub(super) v: Tensor,
 }
 
 /// What they should be chosen by in one layer.
 pub(super) struct LayerLesson {
-    /// `(Hkv, M * G, D)`: queries, turned to the distance at which they look blocks up, multiplied with the softmax scale.
+    /// `(Hkv, M * G, D)`: queries, rotated to the distance at which they look blocks up, multiplied with the softmax scale.
     pub(super) q: Tensor,
     /// `(Hkv, M * G, n)`: how likely token keys choose each block, times the share that the query has in the loss.
     pub(super) p: Tensor,
@@ -143,8 +143,8 @@ impl Teacher {
             (0..blocks).flat_map(block).copied().collect::<Vec<f32>>()
         };
         let mut k = by_block(k);
-        let turns: Vec<_> = (0..inner).map(|place| self.shape.rope.turn(place as i64)).collect();
-        k.chunks_exact_mut(d).enumerate().for_each(|(i, key)| turns[i % inner].apply(key));
+        let rotations: Vec<_> = (0..inner).map(|place| self.shape.rope.rotation(place as i64)).collect();
+        k.chunks_exact_mut(d).enumerate().for_each(|(i, key)| rotations[i % inner].apply(key));
         let tensor = |numbers| Tensor::from_vec(numbers, (blocks, kv_heads, inner, d), &Device::Cpu);
         Ok(BlockText { k: tensor(k)?, v: tensor(by_block(v))? })
     }
@@ -154,7 +154,7 @@ impl Teacher {
         let shape = &self.shape;
         let (blocks, kv_heads, inner, d) = text.k.dims4()?;
         let (group, k) = (shape.group(), numbers(&text.k)?);
-        let reach = shape.rope.turn(self.reach());
+        let reach = shape.rope.rotation(self.reach());
         let mut queries = Vec::with_capacity(rows.queries.len() * kv_heads * group * d);
         for head in 0..kv_heads {
             for &token in rows.queries {

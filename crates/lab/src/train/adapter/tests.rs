@@ -78,9 +78,9 @@ fn defined(model: &LoadedModel, batch: &Batch) -> f64 {
     let (d, heads, group) = (shape.head_dim as usize, shape.query_heads as usize, shape.group());
     let kv_heads = heads / group;
     let reach = (Retrieval::default().top_k as usize + 1) * BLOCK_TOKENS + config.window().tokens + BLOCK_TOKENS / 2;
-    let turned = |x: &[f32], position: usize| {
+    let rotated = |x: &[f32], position: usize| {
         let mut x = x.to_vec();
-        shape.rope.turn(position as i64).apply(&mut x);
+        shape.rope.rotation(position as i64).apply(&mut x);
         x
     };
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
@@ -97,10 +97,10 @@ fn defined(model: &LoadedModel, batch: &Batch) -> f64 {
                     continue;
                 }
                 for head in 0..heads {
-                    let q = turned(&q[(token * heads + head) * d..][..d], reach);
+                    let q = rotated(&q[(token * heads + head) * d..][..d], reach);
                     let score = |block: usize, place: usize| {
                         let token = block * BLOCK_TOKENS + place;
-                        let key = turned(&k[(token * kv_heads + head / group) * d..][..d], place);
+                        let key = rotated(&k[(token * kv_heads + head / group) * d..][..d], place);
                         dot(&q, &key) * shape.softmax_scale as f64
                     };
                     let blocks = 1..token / BLOCK_TOKENS;

@@ -5,7 +5,7 @@
 //! dW = dout v^T      dS from W and dW row by row                   dv = W^T dout, dq = scale dS k, dk = scale dS^T q
 //! ```
 //!
-//! `q (N, T, Hq, D)`, `k` and `v (N, P + T, Hkv, D)`, `q` and `k` turned to their positions; the first `P` keys are a
+//! `q (N, T, Hq, D)`, `k` and `v (N, P + T, Hkv, D)`, `q` and `k` rotated to their positions; the first `P` keys are a
 //! past that every query sees. A task is one sequence and one KV head with its `G` query heads, whose rows `(T, G)` it
 //! goes through in tiles: a tile of `R` rows needs the keys up to its last token only, so half of the square of scores
 //! is never computed, and what is computed stays in the second-level cache. Nothing is kept for the backward pass but

@@ -17,7 +17,7 @@ pub(super) use cross_entropy::{Targets, cross_entropy};
 pub(super) use embedding::embed;
 pub(super) use linear::linear;
 pub(super) use rms_norm::rms_norm;
-pub(super) use rotate::{Turns, rotate};
+pub(super) use rotate::{Rotations, rotate};
 pub(super) use swiglu::swiglu;
 
 /// Rows of one task: some tens of microseconds of work at the width of a small model.

@@ -99,11 +99,11 @@ fn swiglu_gates() {
 }
 
 #[test]
-fn heads_turn_by_their_tokens_position() {
+fn heads_rotate_by_their_tokens_position() {
     let rope = Rope::from_base(100.0, 4);
     let positions: Vec<u32> = (0..70).map(|token| token * 3 + 5).collect();
-    let turns = Arc::new(Turns::new(&rope, &positions));
-    let turned = |inputs: &[Vec<f64>]| {
+    let rotations = Arc::new(Rotations::new(&rope, &positions));
+    let rotated = |inputs: &[Vec<f64>]| {
         let mut x = inputs[0].clone();
         for (row, x) in x.chunks_mut(6).enumerate() {
             for i in 0..2 {
@@ -113,7 +113,7 @@ fn heads_turn_by_their_tokens_position() {
         }
         x
     };
-    check(&[(&[2, 35, 12], 1)], |x| rotate(x[0], &turns, 6), turned);
+    check(&[(&[2, 35, 12], 1)], |x| rotate(x[0], &rotations, 6), rotated);
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn shapes_that_do_not_fit_are_refused() {
     assert!(linear(&zeros(&[2, 3]), &zeros(&[4, 5])).is_err());
     assert!(rms_norm(&zeros(&[2, 3]), &zeros(&[2]), 0.0).is_err());
     assert!(swiglu(&zeros(&[2]), &zeros(&[3])).is_err());
-    let turns = Arc::new(Turns::new(&Rope::from_base(10.0, 2), &[1, 2]));
-    assert!(rotate(&zeros(&[1, 3, 2]), &turns, 2).is_err());
+    let rotations = Arc::new(Rotations::new(&Rope::from_base(10.0, 2), &[1, 2]));
+    assert!(rotate(&zeros(&[1, 3, 2]), &rotations, 2).is_err());
     assert!(embed(&zeros(&[2, 3]), [2].into(), 1).is_err());
 }
