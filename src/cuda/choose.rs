@@ -13,8 +13,8 @@ use super::launch::{
 use crate::limits;
 use crate::types::{BlockScore, DType, Granularity};
 
-/// Keys of a panel: `PANEL` of the kernels.
-const PANEL: usize = 64;
+/// Keys of a panel: `PANEL` of the kernels, and of the index.
+pub const PANEL: usize = 64;
 
 /// Query rows that pass over the keys together: `FEW_ROWS` and `MANY_ROWS` of the kernels.
 const FEW_ROWS: u32 = 4;
@@ -50,12 +50,13 @@ pub struct Keys<M> {
     piece_panels: usize,
 }
 
-/// Keys in panels of 64, those of each layer and KV head together, the last panel of each filled up with anything.
+/// Keys in host memory, in panels of [`PANEL`], those of each layer and KV head together, the last panel of each filled up
+/// with anything.
 #[derive(Clone, Copy, Debug)]
-pub enum Panels<'a> {
-    /// `(L * Hkv, panels, D, 64)`
+pub enum HostKeys<'a> {
+    /// `(L * Hkv, panels, D, PANEL)`
     F16(&'a [f16]),
-    /// Numbers `(L * Hkv, panels, D, 64)`, scales `(L * Hkv, panels, 64)`.
+    /// Numbers `(L * Hkv, panels, D, PANEL)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 { numbers: &'a [i8], scales: &'a [f32] },
 }
 
@@ -125,23 +126,23 @@ impl<M> Keys<M> {
     /// Copies keys of so many pieces (L * Hkv) to the runner's memory.
     pub fn upload<R: Runner<Memory = M>>(
         runner: &R,
-        panels: Panels<'_>,
+        panels: HostKeys<'_>,
         head_dim: usize,
         pieces: usize,
     ) -> Result<Self, R::Error> {
         within("head_dim", 1..=HEAD_DIM_MAX as u64, head_dim as u64)?;
         within("pieces", 1..=u32::MAX.into(), pieces as u64)?;
         let count = match panels {
-            Panels::F16(numbers) => numbers.len(),
-            Panels::Int8 { numbers, .. } => numbers.len(),
+            HostKeys::F16(numbers) => numbers.len(),
+            HostKeys::Int8 { numbers, .. } => numbers.len(),
         };
         let panel_numbers = head_dim * PANEL;
         multiple("numbers", (pieces * panel_numbers) as u64, count as u64)?;
         let panel_count = count / panel_numbers;
         within("panels", 0..=u32::MAX.into(), panel_count as u64)?;
         let (numbers, scales) = match panels {
-            Panels::F16(numbers) => (upload(runner, numbers)?, None),
-            Panels::Int8 { numbers, scales } => {
+            HostKeys::F16(numbers) => (upload(runner, numbers)?, None),
+            HostKeys::Int8 { numbers, scales } => {
                 length("scales", panel_count * PANEL, scales.len())?;
                 (upload(runner, numbers)?, Some(upload(runner, scales)?))
             }

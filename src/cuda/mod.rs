@@ -20,7 +20,7 @@ mod device;
 mod launch;
 
 pub use attend::{Attention, Page, PageLayout, Part, Piece, attend};
-pub use choose::{Choice, Chosen, Keys, Panels, Span, choose};
+pub use choose::{Choice, Chosen, HostKeys, Keys, PANEL, Span, choose};
 pub use device::{CudaError, Device, Session};
 pub use launch::{ArgumentError, Arguments, Kernel, Launch, Runner};
 

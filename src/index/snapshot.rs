@@ -50,7 +50,7 @@ enum Numbers {
 
 /// Some panels of one layer and KV head.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Panels<'a> {
+pub(super) enum KeyPanels<'a> {
     /// `(panels, D, PANEL)`
     F16(&'a [f16]),
     /// Numbers `(panels, W / 4, PANEL, 4)`, scales `(panels, PANEL)`.
@@ -195,23 +195,25 @@ impl Chunk {
     }
 
     /// The panels of all pieces.
-    pub(super) fn all_panels(&self) -> Panels<'_> {
+    pub(super) fn all_panels(&self) -> KeyPanels<'_> {
         self.panels(0, 0..self.layout.pieces() * self.piece_keys() / PANEL)
     }
 
     /// Some panels of one piece.
-    pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> Panels<'_> {
+    pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> KeyPanels<'_> {
         let first = piece * self.piece_keys() + panels.start * PANEL;
         let (keys, dim) = (first..first + panels.len() * PANEL, self.lane(piece, 0).padded);
         let numbers_at = keys.start * dim..keys.end * dim;
         match &self.numbers {
-            Numbers::F16(numbers) => Panels::F16(&numbers[numbers_at]),
-            Numbers::Int8 { numbers, scales } => Panels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] },
+            Numbers::F16(numbers) => KeyPanels::F16(&numbers[numbers_at]),
+            Numbers::Int8 { numbers, scales } => {
+                KeyPanels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] }
+            }
             Numbers::Compressed(compressed) => {
                 let (numbers, scales) = compressed.panels(piece, panels);
                 match self.layout.scanned() {
-                    Scanned::Int4 => Panels::Int4 { numbers, scales },
-                    Scanned::Int8 | Scanned::F16 => Panels::Int8 { numbers, scales },
+                    Scanned::Int4 => KeyPanels::Int4 { numbers, scales },
+                    Scanned::Int8 | Scanned::F16 => KeyPanels::Int8 { numbers, scales },
                 }
             }
         }
@@ -384,18 +386,18 @@ impl DocumentKeys {
     }
 }
 
-impl Panels<'_> {
+impl KeyPanels<'_> {
     /// The same panels as single-precision numbers `(panels, D, PANEL)`, scales not yet applied.
     pub(super) fn widen(self, dim: usize, into: &mut [f32]) {
         match self {
-            Panels::F16(numbers) => linalg::widen_f16(numbers, into),
-            Panels::Int8 { numbers, .. } => {
+            KeyPanels::F16(numbers) => linalg::widen_f16(numbers, into),
+            KeyPanels::Int8 { numbers, .. } => {
                 let panels = numbers.chunks_exact(dim.next_multiple_of(QUAD) * PANEL);
                 for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
                     widen_quads(numbers, into);
                 }
             }
-            Panels::Int4 { numbers, .. } => {
+            KeyPanels::Int4 { numbers, .. } => {
                 let panels = numbers.chunks_exact(dim.next_multiple_of(OCTET) / 2 * PANEL);
                 for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
                     widen_octets(numbers, into);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use landmarkdb::cuda::{Choice, Chosen, Keys, Panels, Runner, Span, choose};
+use landmarkdb::cuda::{Choice, Chosen, HostKeys, Keys, PANEL, Runner, Span, choose};
 use landmarkdb::index::{Chunk, DocumentKeys, Found, KeyLayout, Keys as ExactKeys, Query, Scoped, exact};
 use landmarkdb::types::{BlockScore, DType, Granularity};
 use landmarkdb::until::Until;
@@ -13,8 +13,6 @@ use rand_chacha::ChaCha8Rng;
 /// Both read the same stored numbers, so only the order of f32 sums differs, for scores of up to about 20.
 const TOLERANCE_F16: f64 = 1e-4;
 const TOLERANCE_INT8: f64 = 1e-4;
-
-const PANEL: usize = 64;
 
 const GRANULARITIES: [Granularity; 5] =
     [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
@@ -91,8 +89,8 @@ impl Case {
                 }
             }
             let panels = match self.dtype {
-                DType::Int8 => Panels::Int8 { numbers: &bytes, scales: &all_scales },
-                _ => Panels::F16(&halves),
+                DType::Int8 => HostKeys::Int8 { numbers: &bytes, scales: &all_scales },
+                _ => HostKeys::F16(&halves),
             };
             stored.keys.push(Keys::upload(runner, panels, dim, layout.pieces()).unwrap());
             let keys = Arc::new(DocumentKeys::empty(layout).extended([chunk]));
@@ -272,7 +270,7 @@ fn plain<'a, M>(queries: &'a [f32], spans: &'a [Span<'a, M>], top_k: u32) -> Cho
 pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let blocks = 3000usize;
     let numbers = vec![f16::ONE; blocks.next_multiple_of(PANEL) * 4];
-    let keys = Keys::upload(runner, Panels::F16(&numbers), 4, 1).unwrap();
+    let keys = Keys::upload(runner, HostKeys::F16(&numbers), 4, 1).unwrap();
     let spans = [Span { keys: &keys, blocks: 10..blocks as u32, set: 0 }];
     let chosen = choose(runner, &plain(&[1.0; 4], &spans, 3)).unwrap();
     assert_eq!(chosen.positions, [0, 1, 2]);
@@ -282,10 +280,10 @@ pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
 /// What would read beyond its memory is refused before anything runs.
 pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let halves = vec![f16::ONE; 2 * PANEL * 5];
-    let keys = Keys::upload(runner, Panels::F16(&halves[..2 * PANEL * 4]), 4, 1).unwrap();
-    let wider = Keys::upload(runner, Panels::F16(&halves), 5, 1).unwrap();
+    let keys = Keys::upload(runner, HostKeys::F16(&halves[..2 * PANEL * 4]), 4, 1).unwrap();
+    let wider = Keys::upload(runner, HostKeys::F16(&halves), 5, 1).unwrap();
     let (numbers, scales) = (&[1; 2 * PANEL * 4], &[1.0; 2 * PANEL]);
-    let bytes = Keys::upload(runner, Panels::Int8 { numbers, scales }, 4, 1).unwrap();
+    let bytes = Keys::upload(runner, HostKeys::Int8 { numbers, scales }, 4, 1).unwrap();
     let refused = |keys: &Keys<R::Memory>, blocks, set, query_numbers: usize, layer: u32, top_k: u32| {
         let (queries, spans) = (vec![1.0; query_numbers], [Span { keys, blocks, set }]);
         choose(runner, &Choice { layer, ..plain(&queries, &spans, top_k) }).is_err()
@@ -298,7 +296,7 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     assert!(refused(&keys, 0..128, 1, 4, 0, 5), "queries that are not there");
     assert!(refused(&wider, 0..128, 0, 4, 0, 5), "keys of another head dim");
     assert!(refused(&bytes, 0..128, 0, 4, 0, 5), "keys of another dtype");
-    assert!(Keys::upload(runner, Panels::F16(&[f16::ONE; 70]), 1, 1).is_err(), "part of a panel");
-    assert!(Keys::upload(runner, Panels::F16(&halves[..3 * PANEL]), 1, 2).is_err(), "panels that no piece has");
-    assert!(Keys::upload(runner, Panels::F16(&[]), 257, 1).is_err(), "a head dim that is too large");
+    assert!(Keys::upload(runner, HostKeys::F16(&[f16::ONE; 70]), 1, 1).is_err(), "part of a panel");
+    assert!(Keys::upload(runner, HostKeys::F16(&halves[..3 * PANEL]), 1, 2).is_err(), "panels that no piece has");
+    assert!(Keys::upload(runner, HostKeys::F16(&[]), 257, 1).is_err(), "a head dim that is too large");
 }

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-use landmarkdb::cuda::{ArgumentError, Arguments, Kernel, Launch, Runner, SOURCE};
+use landmarkdb::cuda::{ArgumentError, Arguments, Kernel, Launch, PANEL, Runner, SOURCE};
 use libloading::Library;
 
 /// Memory behind what was asked for, which nobody may write.
@@ -41,7 +41,8 @@ pub fn host() -> Host {
 fn compile() -> Library {
     let folder = tempfile::tempdir().unwrap();
     let (source, library) = (folder.path().join("kernels.cpp"), folder.path().join("kernels.so"));
-    std::fs::write(&source, format!("#include \"shim.hpp\"\n{SOURCE}")).unwrap();
+    let panel = format!("static_assert(PANEL == {PANEL}, \"cuda::PANEL\");\n");
+    std::fs::write(&source, format!("#include \"shim.hpp\"\n{SOURCE}{panel}")).unwrap();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     // Where a distribution checks jumps between stacks by default, the shim's fibers would be taken for a mistake.
     let flags = "-std=c++17 -O1 -shared -fPIC -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas".split(' ');

@@ -11,9 +11,11 @@ use rayon::prelude::*;
 use super::SearchEngine;
 use crate::cuda::{self, ArgumentError, Choice, Chosen, HEAD_DIM_MAX, Keys, Runner, Span};
 use crate::index::layout::{PANEL, QUAD};
-use crate::index::snapshot::{Chunk, Copied, Panels};
+use crate::index::snapshot::{Chunk, Copied, KeyPanels};
 use crate::index::{Found, Query, fast};
 use crate::types::DType;
+
+const _: () = assert!(PANEL == cuda::PANEL, "the kernels read the panels of a chunk as they lie");
 
 /// The engine as the CPU stands in for it: a GPU is asked by whoever has one ([`search`]).
 #[derive(Debug)]
@@ -125,8 +127,8 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
     let (width, pieces) = (chunk.width(), chunk.layout().pieces());
     // Before the lock is taken: a thread that waits for others of the pool may meanwhile begin a request over the same chunk.
     let rearranged = match chunk.all_panels() {
-        Panels::Int8 { numbers, .. } => by_dimension(numbers, width),
-        Panels::F16(_) | Panels::Int4 { .. } => Vec::new(),
+        KeyPanels::Int8 { numbers, .. } => by_dimension(numbers, width),
+        KeyPanels::F16(_) | KeyPanels::Int4 { .. } => Vec::new(),
     };
     let mut copy = chunk.copy();
     if let Some(keys) = here(&copy) {
@@ -134,11 +136,11 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
         return Ok(keys);
     }
     let keys = Arc::new(match chunk.all_panels() {
-        Panels::F16(numbers) => Keys::upload(runner, cuda::Panels::F16(numbers), width, pieces)?,
-        Panels::Int8 { scales, .. } => {
-            Keys::upload(runner, cuda::Panels::Int8 { numbers: &rearranged, scales }, width, pieces)?
+        KeyPanels::F16(numbers) => Keys::upload(runner, cuda::HostKeys::F16(numbers), width, pieces)?,
+        KeyPanels::Int8 { scales, .. } => {
+            Keys::upload(runner, cuda::HostKeys::Int8 { numbers: &rearranged, scales }, width, pieces)?
         }
-        Panels::Int4 { .. } => {
+        KeyPanels::Int4 { .. } => {
             return Err(ArgumentError::Dtype { expected: chunk.layout().dtype, found: DType::Int8 }.into());
         }
     });

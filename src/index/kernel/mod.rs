@@ -9,7 +9,7 @@
 use half::f16;
 
 use super::layout::{PANEL, Scanned};
-use super::snapshot::Panels;
+use super::snapshot::KeyPanels;
 use linalg::{HALVES, Level, fma, level, simd, widen};
 
 #[cfg(target_arch = "x86_64")]
@@ -36,7 +36,7 @@ pub(super) enum Form {
     Integers,
     /// int4 keys as they are stored, and queries as bytes.
     Bytes,
-    /// Keys widened by [`Panels::widen`].
+    /// Keys widened by [`KeyPanels::widen`].
     Wide,
 }
 
@@ -82,21 +82,23 @@ impl Rows {
     }
 
     /// Scores `(rows, panels * PANEL)`. `wide` is the panels widened where the form is [`Form::Wide`], and else empty.
-    pub(super) fn score(&self, panels: Panels<'_>, wide: &[f32], scores: &mut [f32]) {
+    pub(super) fn score(&self, panels: KeyPanels<'_>, wide: &[f32], scores: &mut [f32]) {
         match (self, panels) {
-            (Rows::Floats { numbers, dim }, Panels::F16(halves)) if wide.is_empty() => {
+            (Rows::Floats { numbers, dim }, KeyPanels::F16(halves)) if wide.is_empty() => {
                 score_halves(halves, *dim, numbers, scores);
             }
             (Rows::Floats { numbers, dim }, panels) => {
                 score_wide(wide, *dim, numbers, scores);
-                if let Panels::Int8 { scales, .. } | Panels::Int4 { scales, .. } = panels {
+                if let KeyPanels::Int8 { scales, .. } | KeyPanels::Int4 { scales, .. } = panels {
                     for row in scores.chunks_exact_mut(scales.len()) {
                         row.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
                     }
                 }
             }
-            (Rows::Integers(rows), Panels::Int8 { numbers, scales }) => score_integers(rows, numbers, scales, scores),
-            (Rows::Bytes(rows), Panels::Int4 { numbers, scales }) => score_nibbles(rows, numbers, scales, scores),
+            (Rows::Integers(rows), KeyPanels::Int8 { numbers, scales }) => {
+                score_integers(rows, numbers, scales, scores)
+            }
+            (Rows::Bytes(rows), KeyPanels::Int4 { numbers, scales }) => score_nibbles(rows, numbers, scales, scores),
             (Rows::Integers(_) | Rows::Bytes(_), _) => {
                 unreachable!("the form of queries follows from that of the keys")
             }
@@ -283,7 +285,7 @@ mod tests {
             for rows in 1..=ROWS {
                 let queries: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-8.0..8.0)).collect();
                 let mut scores = vec![f32::NAN; rows * 2 * PANEL];
-                let panels = Panels::Int8 { numbers: &bytes, scales: &scales };
+                let panels = KeyPanels::Int8 { numbers: &bytes, scales: &scales };
                 Rows::new(Form::Integers, &queries, dim).score(panels, &[], &mut scores);
                 // A query's number is off by at most 1 / 64,516 of the row's largest.
                 check("integers", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 2.54 / 64_516.0);
@@ -306,7 +308,7 @@ mod tests {
                 *byte |= ((number + NIBBLE_OFFSET) << (d % OCTET / QUAD * 4)) as i8;
                 wide[panel * dim + d * PANEL + key % PANEL] = number as f32 * scales[key];
             }
-            let panels = Panels::Int4 { numbers: &packed, scales: &scales };
+            let panels = KeyPanels::Int4 { numbers: &packed, scales: &scales };
             for rows in 1..=ROWS {
                 let queries: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-8.0..8.0)).collect();
                 let (mut scores, mut widened) = (vec![f32::NAN; rows * 2 * PANEL], vec![f32::NAN; wide.len()]);
