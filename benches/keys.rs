@@ -2,7 +2,7 @@
 //! keys are at hand, come back after others took their room, or are read in passing.
 //!
 //! `cargo bench --bench keys -- --documents 200 --tokens 32768 --append-tokens 10000000 --keys-mib 128`; `cargo test` runs it once
-//! with tiny parameters. Numbers are random by seed. The shape is small (2 layers, 1 KV head of 64, int8 token keys: 152 bytes of
+//! with tiny parameters. Values are random by seed. The shape is small (2 layers, 1 KV head of 64, int8 token keys: 152 bytes of
 //! keys per token), so that ten million tokens fit a small disk; times for other shapes go with the bytes of keys. The last lines
 //! read a file of as many bytes, from the page cache: what keys in a derived file would cost at least.
 
@@ -24,7 +24,7 @@ const HEAD_DIM: u32 = 64;
 const QUERY_HEADS: u32 = 4;
 const BLOCK_TOKENS: u32 = 64;
 
-/// Blocks whose numbers differ; the following repeat them.
+/// Blocks whose values differ; the following repeat them.
 const DISTINCT_BLOCKS: usize = 64;
 
 /// Lookups of one document whose keys are at hand.
@@ -114,8 +114,8 @@ fn append_all(memory: &LocalMemory, collection: CollectionId, run: &Parameters) 
     let shape = vec![LAYERS, 1, BLOCK_TOKENS, HEAD_DIM];
     let count = shape.iter().product::<u32>() as usize;
     let mut tensor = || {
-        let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
-        Tensor { dtype: DType::F32, shape: shape.clone(), data: Bytes::from(bytemuck::cast_slice(&numbers).to_vec()) }
+        let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+        Tensor { dtype: DType::F32, shape: shape.clone(), data: Bytes::from(bytemuck::cast_slice(&values).to_vec()) }
     };
     let pool: Vec<(Tensor, Tensor)> = (0..DISTINCT_BLOCKS).map(|_| (tensor(), tensor())).collect();
     let blocks = run.tokens / BLOCK_TOKENS;
@@ -160,12 +160,12 @@ fn lookup(
     documents: &[DocumentId],
     layer: u32,
 ) -> Result<Duration, Error> {
-    let numbers = QUERY_HEADS * HEAD_DIM;
+    let row_len = QUERY_HEADS * HEAD_DIM;
     let blocks = run.tokens / BLOCK_TOKENS;
     let request = LookupRequest {
         collection,
         layer,
-        queries: (0..numbers).map(|i| ((i as u64 + run.seed) as f32).sin()).collect(),
+        queries: (0..row_len).map(|i| ((i as u64 + run.seed) as f32).sin()).collect(),
         distances: vec![0],
         scope: documents.iter().map(|&document| BlockRange { document, blocks: 0..blocks }).collect(),
         top_k: 4,

@@ -84,12 +84,12 @@ fn keys(shape: &Shape, rng: &mut ChaCha8Rng) -> DocumentKeys {
             for piece in 0..layout.pieces() {
                 let count = shape.keys_per_block * shape.head_dim;
                 if shape.keys == DType::Int8 {
-                    let numbers: Vec<i8> = (0..count).map(|_| rng.random_range(-127..=127)).collect();
+                    let values: Vec<i8> = (0..count).map(|_| rng.random_range(-127..=127)).collect();
                     let scales = vec![1.0 / 127.0; shape.keys_per_block];
-                    chunk.put(block, piece, Keys::Int8 { numbers: &numbers, scales: &scales });
+                    chunk.put(block, piece, Keys::Int8 { values: &values, scales: &scales });
                 } else {
-                    let numbers: Vec<f16> = (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect();
-                    chunk.put(block, piece, Keys::F16(&numbers));
+                    let values: Vec<f16> = (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect();
+                    chunk.put(block, piece, Keys::F16(&values));
                 }
             }
         }

@@ -14,8 +14,8 @@
 //
 // With one part per row `attend` alone is the answer: a part is what any partial attention is, an out and an lse.
 //
-// A page is one piece (K and V of one block, layer and KV head) in memory of its own, in the numbers of
-// src/store/piece.rs, every token's D numbers filled up with zeros to a multiple of eight, C eights: halves (2, B, 8 C),
+// A page is one piece (K and V of one block, layer and KV head) in memory of its own, in the form of
+// src/store/piece.rs, every token's D values filled up with zeros to a multiple of eight, C eights: halves (2, B, 8 C),
 // K then V; or scales (D + B) of K's channels, then of V's tokens, filled up to a multiple of four, and behind them
 // signed bytes (2, B, 8 C). GQA is in the tables: a query head's ranks name pages of its own KV head. Where a KV group
 // shares its choice, its `sharing` = G heads share an entry of the tables; they are neighbours in the grid and find each
@@ -152,10 +152,10 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
             if (begin > 0) load(keys, place, begin, tokens, eights);
 #pragma unroll
             for (unsigned i = 0; i < EIGHTS; i++) {
-                float numbers[8], score = 0;
-                widen(eights[i], numbers);
+                float wide[8], score = 0;
+                widen(eights[i], wide);
 #pragma unroll
-                for (unsigned j = 0; j < 8; j++) score = fmaf(of_lane[j], numbers[j], score);
+                for (unsigned j = 0; j < 8; j++) score = fmaf(of_lane[j], wide[j], score);
                 score = lanes_sum(score, place.width);
                 const unsigned token = begin + place.token + i * place.stride;
                 if (place.eight == 0 && token < tokens) scores[token] = score;
@@ -166,7 +166,7 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
         load(block_values, place, 0, competing, eights);
         __syncthreads();
 
-        // Every warp for itself: the same numbers, and no barrier.
+        // Every warp for itself: the same values, and no barrier.
         const TopSum inner = warp_top_sum(scores, competing);
         // The block counts as mass * e^claim.
         const bool grouped = a.normalisation == GROUPED;
@@ -185,10 +185,10 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
                 const unsigned token = begin + place.token + i * place.stride;
                 if (token >= competing) continue;
                 const float share = expf(scores[token] - inner.top) * weight * (SCALED ? scales[dim + token] : 1);
-                float numbers[8];
-                widen(eights[i], numbers);
+                float wide[8];
+                widen(eights[i], wide);
 #pragma unroll
-                for (unsigned j = 0; j < 8; j++) values[j] = fmaf(share, numbers[j], values[j]);
+                for (unsigned j = 0; j < 8; j++) values[j] = fmaf(share, wide[j], values[j]);
             }
         }
     }

@@ -64,18 +64,18 @@ static __device__ __forceinline__ float lanes_sum(float number, unsigned width) 
     return number;
 }
 
-// The largest of `count` numbers, and the sum of e^(number - top). All lanes of a warp get the same.
+// The largest of `count` values, and the sum of e^(value - top). All lanes of a warp get the same.
 struct TopSum {
     float top;
     float sum;
 };
 
-static __device__ __forceinline__ TopSum warp_top_sum(const float* numbers, unsigned count) {
+static __device__ __forceinline__ TopSum warp_top_sum(const float* values, unsigned count) {
     const unsigned lane = threadIdx.x % WARP;
     float top = -infinity();
-    for (unsigned i = lane; i < count; i += WARP) top = fmaxf(top, numbers[i]);
+    for (unsigned i = lane; i < count; i += WARP) top = fmaxf(top, values[i]);
     top = lanes_max(top, WARP);
     float sum = 0;
-    for (unsigned i = lane; i < count; i += WARP) sum += expf(numbers[i] - top);
+    for (unsigned i = lane; i < count; i += WARP) sum += expf(values[i] - top);
     return {top, lanes_sum(sum, WARP)};
 }

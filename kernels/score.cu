@@ -19,7 +19,7 @@
 // for `token_span` tokens and `head_span` query heads.
 //
 // Keys lie in panels (D, 64), as f16 keys do in the snapshots of src/index/snapshot.rs. A lane reads eight consecutive
-// keys' numbers of one dimension at once; eight lanes read a dimension, a warp four of them, so that its loads are the
+// keys' values of one dimension at once; eight lanes read a dimension, a warp four of them, so that its loads are the
 // widest there are and many are under way. What the lanes of the four summed up for a key is added at the end. A tile is
 // some consecutive blocks that lie together and are scored by the same queries (older blocks share one set, recent ones
 // have their own); it says where its keys are, so that documents, chunks and recent blocks are one launch.
@@ -35,7 +35,7 @@
 // has 256, or one block). choose: 4 bytes for each block of a slice, for each warp. merge: 4 bytes for each warp, twice.
 // total: none.
 //
-// Versions tried, on an H100 (docs/performance.md): lanes that read two keys' numbers; loops that the compiler was to
+// Versions tried, on an H100 (docs/performance.md): lanes that read two keys' values; loops that the compiler was to
 // unroll; 2 and 8 warps; 4 and 16 loads, and loads ahead of the work on those before; choices by sorting.
 
 constexpr unsigned PANEL = 64;
@@ -64,7 +64,7 @@ static_assert(WARP_DIMS == 4, "two steps add up what the lanes have of a key");
 
 struct Tile {
     // (L * Hkv, piece_panels, D, PANEL): halves or signed bytes.
-    const void* numbers;
+    const void* values;
     // (L * Hkv, piece_panels, PANEL), for bytes only.
     const float* scales;
     // Panels of each piece.
@@ -233,9 +233,9 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
     const size_t piece = size_t(a.first_piece + head) * tile.piece_panels;
     const bool first_upper = lane & PANEL_LANES, second_upper = lane & 2 * PANEL_LANES;
     for (unsigned panel = tile.key / PANEL + warp; panel <= last_panel; panel += SCORE_WARPS) {
-        const Eight* numbers = static_cast<const Eight*>(tile.numbers) + (piece + panel) * a.head_dim * PANEL_LANES;
+        const Eight* values = static_cast<const Eight*>(tile.values) + (piece + panel) * a.head_dim * PANEL_LANES;
         float sums[LANE_KEYS][ROWS];
-        lane_sums<Eight, ROWS>(numbers, shared_memory, a.head_dim, sums);
+        lane_sums<Eight, ROWS>(values, shared_memory, a.head_dim, sums);
         halve<LANE_KEYS, ROWS>(sums, PANEL_LANES, first_upper);
         halve<LANE_KEYS / 2, ROWS>(sums, 2 * PANEL_LANES, second_upper);
         const unsigned in_panel = lane % PANEL_LANES * LANE_KEYS + first_upper * 4 + second_upper * 2;
@@ -375,14 +375,14 @@ struct Block {
 
 static_assert(MERGE_WARPS == WARP, "a lane reads what a warp says");
 
-// A slice's scores as `ordered` numbers; 0 where there is none.
+// A slice's scores as `ordered` values; 0 where there is none.
 struct SliceScores {
-    const unsigned* numbers;
+    const unsigned* values;
 
     // So that loops over them are none.
     static __device__ constexpr unsigned count() { return SLICE; }
 
-    __device__ unsigned operator[](unsigned i) const { return numbers[i]; }
+    __device__ unsigned operator[](unsigned i) const { return values[i]; }
 };
 
 // Those of candidates.

@@ -13,13 +13,13 @@ use crate::types::{
 };
 use crate::until::Until;
 
-/// A tensor as raw little-endian numbers in row-major order.
+/// A tensor as raw little-endian values in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
     /// f32, f16 or bf16; never int8.
     pub dtype: DType,
     pub shape: Vec<u32>,
-    /// Exactly `shape` numbers of `dtype`.
+    /// Exactly `shape` values of `dtype`.
     pub data: Bytes,
 }
 
@@ -559,14 +559,14 @@ impl From<InvalidShape> for MemoryError {
 }
 
 impl Tensor {
-    /// Wraps f32 numbers. `shape` must have `numbers.len()` elements.
-    pub fn from_f32(shape: Vec<u32>, numbers: &[f32]) -> Self {
-        debug_assert_eq!(shape.iter().map(|&n| n as usize).product::<usize>(), numbers.len());
-        let data = numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+    /// Wraps f32 values. `shape` must have `values.len()` elements.
+    pub fn from_f32(shape: Vec<u32>, values: &[f32]) -> Self {
+        debug_assert_eq!(shape.iter().map(|&n| n as usize).product::<usize>(), values.len());
+        let data = values.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
         Tensor { dtype: DType::F32, shape, data: data.into() }
     }
 
-    /// The numbers widened to f32.
+    /// The values widened to f32.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let pairs = || self.data.chunks_exact(2).map(|b| [b[0], b[1]]);
         Ok(match self.dtype {

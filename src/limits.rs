@@ -28,7 +28,7 @@ pub const BLOCK_TEXT_BYTES_MAX: usize = 1 << 20;
 /// Blocks of one append request: one durable flush is spread over at most this many.
 pub const APPEND_BLOCKS_MAX: usize = 1024;
 
-/// Largest magnitude of a number of K, V or a query. A model's are below a hundred thousand. Products of two such numbers, summed
+/// Largest magnitude of a value of K, V or a query. A model's are below a hundred thousand. Products of two such values, summed
 /// over a head and squared where bounds of scores are taken, stay inside single precision: what is finite gives finite answers.
 pub const NUMBER_MAX: f32 = 1e12;
 
@@ -77,7 +77,7 @@ pub const FETCH_BLOCKS_MAX: usize = 4096;
 /// ids and headers.
 pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + BLOCK_TEXT_BYTES_MAX + (1 << 20);
 
-/// One lookup or attend on the wire, or many in one message: queries of 512 tokens of 128 heads of 256 numbers.
+/// One lookup or attend on the wire, or many in one message: queries of 512 tokens of 128 heads of 256 values.
 pub const LOOKUP_MESSAGE_BYTES_MAX: usize = (64 << 20) + (1 << 20);
 
 /// One request for blocks on the wire: 4,096 block positions of at most 6 bytes.

@@ -114,7 +114,7 @@ pub struct Rotation {
 
 impl Rotation {
     /// `(2, rotary_dims / 2)`: cosines, then sines.
-    pub fn numbers(&self) -> impl Iterator<Item = f32> {
+    pub fn values(&self) -> impl Iterator<Item = f32> {
         self.cos.iter().chain(&self.sin).copied()
     }
 

@@ -37,14 +37,14 @@ pub struct BlockRange {
     pub blocks: Range<u32>,
 }
 
-/// How numbers are laid out, in memory, on the wire (floats only) and on disk. Always little-endian.
+/// How values are laid out, in memory, on the wire (floats only) and on disk. Always little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
     F32,
     F16,
     BF16,
-    /// Signed 8 bit with scales beside the numbers; where they lie is said by whoever stores it.
+    /// Signed 8 bit with scales beside the values; where they lie is said by whoever stores it.
     Int8,
 }
 

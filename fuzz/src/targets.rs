@@ -216,8 +216,8 @@ pub fn append(document: DocumentId, full: u32, tail: u32) -> AppendRequest {
 }
 
 pub fn block(index: u32, tokens: u32) -> NewBlock {
-    let numbers: Vec<f32> = (0..4 * tokens).map(|i| (i + index) as f32 / 8.0 - 1.0).collect();
-    let tensor = || Tensor::from_f32(vec![1, 1, tokens, 4], &numbers);
+    let values: Vec<f32> = (0..4 * tokens).map(|i| (i + index) as f32 / 8.0 - 1.0).collect();
+    let tensor = || Tensor::from_f32(vec![1, 1, tokens, 4], &values);
     let text = BlockText { start: 6 * index as u64, bytes: b"blocks".to_vec(), offsets: (0..tokens).collect() };
     NewBlock { index, token_ids: (0..tokens).map(|token| 2 * index + token).collect(), text, k: tensor(), v: tensor() }
 }

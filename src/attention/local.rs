@@ -154,7 +154,7 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
     let window_rows = visible + rows / group - 1;
     let before = lead_rows + sink_rows;
     let columns = before + window_rows;
-    let matrix = |numbers, rows| Matrix::new(numbers, rows, head_dim);
+    let matrix = |values, rows| Matrix::new(values, rows, head_dim);
 
     SCORES.with_borrow_mut(|scores| {
         scores.resize(rows * columns, 0.0);
@@ -220,7 +220,7 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    fn values(count: usize, seed: u64) -> Vec<f32> {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
         (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
@@ -279,10 +279,10 @@ mod tests {
             (9, 3, 16, 5, 12, hidden(5)),
             (70, 2, 8, 17, 3, hidden(17)),
         ] {
-            let q = numbers(tokens * group * d, 1);
-            let (sink_k, sink_v) = (numbers(sink * d, 2), numbers(sink * d, 3));
+            let q = values(tokens * group * d, 1);
+            let (sink_k, sink_v) = (values(sink * d, 2), values(sink * d, 3));
             let rows = visible + tokens - 1;
-            let (k, v) = (numbers(rows * d, 4), numbers(rows * d, 5));
+            let (k, v) = (values(rows * d, 4), values(rows * d, 5));
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v } };
@@ -306,9 +306,9 @@ mod tests {
         for normalisation in [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden] {
             let rule = Rule { normalisation, block_tokens: 5 };
             let rows = visible + tokens - 1;
-            let (q, lead_k, lead_v) = (numbers(tokens * group * d, 1), numbers(lead * d, 2), numbers(lead * d, 3));
-            let (sink_k, sink_v) = (numbers(sink * d, 4), numbers(sink * d, 5));
-            let (k, v) = (numbers(rows * d, 6), numbers(rows * d, 7));
+            let (q, lead_k, lead_v) = (values(tokens * group * d, 1), values(lead * d, 2), values(lead * d, 3));
+            let (sink_k, sink_v) = (values(sink * d, 4), values(sink * d, 5));
+            let (k, v) = (values(rows * d, 6), values(rows * d, 7));
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let (lead, sink) = (HeadKv { k: &lead_k, v: &lead_v }, HeadKv { k: &sink_k, v: &sink_v });
             let window = HeadKv { k: &k, v: &v };
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn merging_two_halves_is_attention_over_both() {
         let d = 16;
-        let (q, k, v) = (numbers(d, 1), numbers(40 * d, 2), numbers(40 * d, 3));
+        let (q, k, v) = (values(d, 1), values(40 * d, 2), values(40 * d, 3));
         let part = |range: std::ops::Range<usize>| {
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
             let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };

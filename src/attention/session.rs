@@ -598,10 +598,10 @@ mod tests {
     fn run(mut session: BlockAttention, groups: &[usize]) -> Vec<Vec<f32>> {
         let shape = shape();
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
-        let mut numbers = |heads: u32| -> Vec<f32> {
+        let mut values = |heads: u32| -> Vec<f32> {
             (0..TOKENS * (heads * shape.head_dim) as usize).map(|_| rng.random_range(-2.0..2.0)).collect()
         };
-        let layers: Vec<_> = (0..2).map(|_| (numbers(4), numbers(2), numbers(2))).collect();
+        let layers: Vec<_> = (0..2).map(|_| (values(4), values(2), values(2))).collect();
         let mut outs = vec![Vec::new(); 2];
         let mut from = 0;
         for &tokens in groups.iter().cycle() {

@@ -39,12 +39,12 @@ pub struct Page<M> {
     layout: PageLayout,
 }
 
-/// What a page is made of, in the numbers that are stored.
+/// What a page is made of, in the dtype that is stored.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece<'a> {
     /// Each `(B, D)`.
     F16 { k: &'a [f16], v: &'a [f16] },
-    /// Numbers each `(B, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(B)`.
+    /// Values each `(B, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(B)`.
     Int8 { k: &'a [i8], k_scales: &'a [f32], v: &'a [i8], v_scales: &'a [f32] },
 }
 
@@ -108,16 +108,16 @@ impl PageLayout {
     }
 
     /// Of K, and of V.
-    fn numbers(&self) -> usize {
+    fn len(&self) -> usize {
         self.block_tokens * self.head_dim
     }
 
     /// K or V `(B, D)`, every token's filled up with zeros.
-    fn extend_padded<N: NoUninit>(&self, bytes: &mut Vec<u8>, numbers: &[N]) {
+    fn extend_padded<N: NoUninit>(&self, bytes: &mut Vec<u8>, values: &[N]) {
         if self.padded() == self.head_dim {
-            return bytes.extend_from_slice(bytemuck::cast_slice(numbers));
+            return bytes.extend_from_slice(bytemuck::cast_slice(values));
         }
-        for token in numbers.chunks_exact(self.head_dim) {
+        for token in values.chunks_exact(self.head_dim) {
             let end = bytes.len() + self.padded() * size_of::<N>();
             bytes.extend_from_slice(bytemuck::cast_slice(token));
             bytes.resize(end, 0);
@@ -147,7 +147,7 @@ impl<M> Page<M> {
         pieces: &[Piece<'_>],
     ) -> Result<Vec<Self>, R::Error> {
         layout.check()?;
-        let (numbers, tokens, dim) = (layout.numbers(), layout.block_tokens, layout.head_dim);
+        let (len, tokens, dim) = (layout.len(), layout.block_tokens, layout.head_dim);
         let mut bytes = Vec::with_capacity(layout.bytes());
         let mut pages = Vec::with_capacity(pieces.len());
         for piece in pieces {
@@ -157,15 +157,15 @@ impl<M> Page<M> {
             bytes.clear();
             match *piece {
                 Piece::F16 { k, v } => {
-                    length("k", numbers, k.len())?;
-                    length("v", numbers, v.len())?;
+                    length("k", len, k.len())?;
+                    length("v", len, v.len())?;
                     layout.extend_padded(&mut bytes, k);
                     layout.extend_padded(&mut bytes, v);
                 }
                 Piece::Int8 { k, k_scales, v, v_scales } => {
-                    length("k", numbers, k.len())?;
+                    length("k", len, k.len())?;
                     length("k_scales", dim, k_scales.len())?;
-                    length("v", numbers, v.len())?;
+                    length("v", len, v.len())?;
                     length("v_scales", tokens, v_scales.len())?;
                     bytes.extend_from_slice(bytemuck::cast_slice(k_scales));
                     bytes.extend_from_slice(bytemuck::cast_slice(v_scales));
@@ -186,9 +186,9 @@ impl<M> Page<M> {
 pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Result<Part, R::Error> {
     attention.check()?;
     let (rows, dim) = (attention.tokens * attention.query_heads, attention.layout.head_dim as u32);
-    let (numbers, row_count) = (attention.queries.len(), rows as usize);
+    let (out_len, row_count) = (attention.queries.len(), rows as usize);
     if row_count == 0 || attention.k == 0 {
-        return Ok(Part { out: vec![0.0; numbers], lse: vec![f32::NEG_INFINITY; row_count] });
+        return Ok(Part { out: vec![0.0; out_len], lse: vec![f32::NEG_INFINITY; row_count] });
     }
     let parts = THREAD_BLOCKS_WANTED.div_ceil(rows).min(attention.k);
     let address = |&page: &u32| runner.address(&attention.pages[page as usize].memory);
@@ -196,9 +196,9 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
     let mut work = Work::default();
     let (queries, rotations) = (work.input(attention.queries), work.input(attention.rotations));
     let (pages, rotation_of) = (work.input(&addresses), work.input(attention.rotation_of));
-    let (part_out, part_lse) = (work.room(parts as usize * numbers), work.room(parts as usize * row_count));
+    let (part_out, part_lse) = (work.room(parts as usize * out_len), work.room(parts as usize * row_count));
     // One part is all there is to say.
-    let (out, lse) = if parts > 1 { (work.room(numbers), work.room(row_count)) } else { (part_out, part_lse) };
+    let (out, lse) = if parts > 1 { (work.room(out_len), work.room(row_count)) } else { (part_out, part_lse) };
     let work = work.place(runner)?;
 
     let attend = AttendArguments {

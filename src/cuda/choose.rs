@@ -41,7 +41,7 @@ const _: () = assert!(limits::LOOKUP_SCORES_MAX <= BLOCKS_MAX);
 
 /// Keys that stand for consecutive blocks, for all layers and KV heads, where kernels find them. They never change.
 pub struct Keys<M> {
-    numbers: M,
+    values: M,
     /// Of bytes only.
     scales: Option<M>,
     head_dim: usize,
@@ -56,8 +56,8 @@ pub struct Keys<M> {
 pub enum HostKeys<'a> {
     /// `(L * Hkv, panels, D, PANEL)`
     F16(&'a [f16]),
-    /// Numbers `(L * Hkv, panels, D, PANEL)`, scales `(L * Hkv, panels, PANEL)`.
-    Int8 { numbers: &'a [i8], scales: &'a [f32] },
+    /// Values `(L * Hkv, panels, D, PANEL)`, scales `(L * Hkv, panels, PANEL)`.
+    Int8 { values: &'a [i8], scales: &'a [f32] },
 }
 
 /// Consecutive blocks that lie together and are scored with the same queries.
@@ -112,7 +112,7 @@ pub struct Chosen {
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 struct Tile {
-    numbers: u64,
+    values: u64,
     scales: u64,
     piece_panels: u32,
     key: u32,
@@ -133,23 +133,23 @@ impl<M> Keys<M> {
         within("head_dim", 1..=HEAD_DIM_MAX as u64, head_dim as u64)?;
         within("pieces", 1..=u32::MAX.into(), pieces as u64)?;
         let count = match panels {
-            HostKeys::F16(numbers) => numbers.len(),
-            HostKeys::Int8 { numbers, .. } => numbers.len(),
+            HostKeys::F16(values) => values.len(),
+            HostKeys::Int8 { values, .. } => values.len(),
         };
-        let panel_numbers = head_dim * PANEL;
-        multiple("numbers", (pieces * panel_numbers) as u64, count as u64)?;
-        let panel_count = count / panel_numbers;
+        let panel_len = head_dim * PANEL;
+        multiple("values", (pieces * panel_len) as u64, count as u64)?;
+        let panel_count = count / panel_len;
         within("panels", 0..=u32::MAX.into(), panel_count as u64)?;
-        let (numbers, scales) = match panels {
-            HostKeys::F16(numbers) => (upload(runner, numbers)?, None),
-            HostKeys::Int8 { numbers, scales } => {
+        let (values, scales) = match panels {
+            HostKeys::F16(values) => (upload(runner, values)?, None),
+            HostKeys::Int8 { values, scales } => {
                 length("scales", panel_count * PANEL, scales.len())?;
-                (upload(runner, numbers)?, Some(upload(runner, scales)?))
+                (upload(runner, values)?, Some(upload(runner, scales)?))
             }
         };
         // Other runners of the same device may use them from now on.
         runner.wait()?;
-        Ok(Keys { numbers, scales, head_dim, pieces, piece_panels: panel_count / pieces })
+        Ok(Keys { values, scales, head_dim, pieces, piece_panels: panel_count / pieces })
     }
 
     fn dtype(&self) -> DType {
@@ -277,9 +277,9 @@ impl<M> Choice<'_, M> {
         within("top_k", 0..=limits::TOP_K_MAX.into(), self.top_k.into())?;
         within("keys_per_block", 1..=limits::BLOCK_TOKENS_MAX.into(), m.into())?;
         within("head_dim", 1..=HEAD_DIM_MAX as u64, self.head_dim as u64)?;
-        let set_numbers = self.tokens as usize * heads as usize * self.head_dim;
-        multiple("queries", set_numbers as u64, self.queries.len() as u64)?;
-        let sets = self.queries.len().checked_div(set_numbers);
+        let set_len = self.tokens as usize * heads as usize * self.head_dim;
+        multiple("queries", set_len as u64, self.queries.len() as u64)?;
+        let sets = self.queries.len().checked_div(set_len);
         let rows = self.tokens as u64 * heads as u64;
 
         let mut tiles = Vec::new();
@@ -320,12 +320,12 @@ impl<M> Choice<'_, M> {
         tiles: &mut Vec<Tile>,
     ) -> u64 {
         let tile_blocks = (TILE_KEYS / self.keys_per_block as usize).max(1);
-        let numbers = runner.address(&span.keys.numbers);
+        let values = runner.address(&span.keys.values);
         let scales = span.keys.scales.as_ref().map_or(0, |scales| runner.address(scales));
         for first in span.blocks.clone().step_by(tile_blocks) {
             let blocks = (span.blocks.end - first).min(tile_blocks as u32);
             tiles.push(Tile {
-                numbers,
+                values,
                 scales,
                 piece_panels: span.keys.piece_panels as u32,
                 key: first * self.keys_per_block,

@@ -54,7 +54,7 @@ pub unsafe trait Runner {
 /// What one kernel takes.
 ///
 /// # Safety
-/// The twin of a structure in `kernels/`: `repr(C)`, of the same addresses and 4-byte numbers in the same order.
+/// The twin of a structure in `kernels/`: `repr(C)`, of the same addresses and 4-byte values in the same order.
 pub unsafe trait Arguments: Copy {}
 
 /// Something that the kernels cannot do or must not be asked. Nothing has run.
@@ -214,9 +214,9 @@ arguments!(AttendArguments {
 
 arguments!(CombineArguments { part_out: u64, part_lse: u64, out: u64, lse: u64, rows: u32, parts: u32, head_dim: u32 });
 
-/// Numbers, copied to new memory. No number makes one byte, so that there is an address.
-pub(super) fn upload<R: Runner, N: bytemuck::NoUninit>(runner: &R, numbers: &[N]) -> Result<R::Memory, R::Error> {
-    let bytes: &[u8] = bytemuck::cast_slice(numbers);
+/// Copies values to new memory; none take one byte, so that there is an address.
+pub(super) fn upload<R: Runner, N: bytemuck::NoUninit>(runner: &R, values: &[N]) -> Result<R::Memory, R::Error> {
+    let bytes: &[u8] = bytemuck::cast_slice(values);
     let mut memory = runner.memory(bytes.len().max(1))?;
     runner.write(&mut memory, 0, bytes)?;
     Ok(memory)
@@ -235,7 +235,7 @@ pub(super) struct Work {
 #[derive(Clone, Copy)]
 pub(super) struct Place<N> {
     at: usize,
-    numbers: usize,
+    len: usize,
     of: PhantomData<N>,
 }
 
@@ -247,18 +247,18 @@ pub(super) struct Placed<'a, R: Runner> {
 
 impl Work {
     /// An array that goes there. Before all that do not.
-    pub(super) fn input<N: bytemuck::NoUninit>(&mut self, numbers: &[N]) -> Place<N> {
-        let place = self.room(numbers.len());
+    pub(super) fn input<N: bytemuck::NoUninit>(&mut self, values: &[N]) -> Place<N> {
+        let place = self.room(values.len());
         self.inputs.resize(place.at, 0);
-        self.inputs.extend_from_slice(bytemuck::cast_slice(numbers));
+        self.inputs.extend_from_slice(bytemuck::cast_slice(values));
         place
     }
 
     /// An array that kernels write.
-    pub(super) fn room<N>(&mut self, numbers: usize) -> Place<N> {
+    pub(super) fn room<N>(&mut self, len: usize) -> Place<N> {
         let at = self.bytes.next_multiple_of(ALIGNMENT);
-        self.bytes = at + numbers * size_of::<N>();
-        Place { at, numbers, of: PhantomData }
+        self.bytes = at + len * size_of::<N>();
+        Place { at, len, of: PhantomData }
     }
 
     /// Asks for the memory and copies what goes there.
@@ -282,9 +282,9 @@ impl<R: Runner> Placed<'_, R> {
         second: Place<N>,
     ) -> Result<(Vec<M>, Vec<N>), R::Error> {
         let apart = second.at - first.at;
-        let mut bytes = vec![0; apart + second.numbers * size_of::<N>()];
+        let mut bytes = vec![0; apart + second.len * size_of::<N>()];
         self.runner.read(&self.memory, first.at, &mut bytes)?;
-        let firsts = &bytes[..first.numbers * size_of::<M>()];
+        let firsts = &bytes[..first.len * size_of::<M>()];
         Ok((bytemuck::pod_collect_to_vec(firsts), bytemuck::pod_collect_to_vec(&bytes[apart..])))
     }
 }
@@ -297,7 +297,7 @@ pub(super) fn within(field: &'static str, range: RangeInclusive<u64>, found: u64
     Err(ArgumentError::Range { field, least: *range.start(), most: *range.end(), found })
 }
 
-/// Refuses another number of numbers.
+/// Refuses another length.
 pub(super) fn length(field: &'static str, expected: usize, found: usize) -> Result<(), ArgumentError> {
     if found == expected {
         return Ok(());

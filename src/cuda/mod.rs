@@ -1,5 +1,5 @@
 //! How does a GPU run the kernels of `kernels/`? Nothing here knows models, documents or bytes on disk: keys, pages and
-//! queries come in as numbers, choices and attention go out.
+//! queries come in as values, choices and attention go out.
 //!
 //! Two operations, [`choose()`](fn@choose) and [`attend()`](fn@attend), say which kernels run over which memory, and
 //! check every size and index first. They do so through a narrow seam, [`Runner`]: memory, copies, launches. With the

@@ -179,7 +179,7 @@ impl Choice<'_> {
         let Rough { shares, errors, .. } = rough;
         shares.clear();
         shares.resize(range.len(), f32::NEG_INFINITY);
-        self.aggregate(|member| &self.numbers(tile, member)[range.clone()], shares);
+        self.aggregate(|member| &self.values(tile, member)[range.clone()], shares);
         let slack = self.slack();
         if let Some(compressed) = tile.chunk.compressed() {
             errors.clear();
@@ -210,7 +210,7 @@ impl Choice<'_> {
         let share = |&member: &Member, keys: &mut Vec<f32>| {
             let score = match tile.chunk.compressed() {
                 Some(compressed) => self.refined(tile, compressed, block, member, keys),
-                None => self.numbers(tile, member)[block],
+                None => self.values(tile, member)[block],
             };
             score - self.total(member)
         };
@@ -239,10 +239,10 @@ impl Choice<'_> {
     }
 
     /// Scores of one query row against one tile.
-    fn numbers(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
+    fn values(&self, tile: &Tile<'_>, member: Member) -> &[f32] {
         let (scan, blocks) = (self.scan, tile.blocks.len());
         let start = (member.head * scan.eligible + tile.start) * scan.head_rows + member.row * blocks;
-        &self.scores.numbers[start..][..blocks]
+        &self.scores.values[start..][..blocks]
     }
 
     /// The largest of them, by stride.
@@ -285,9 +285,9 @@ impl Choice<'_> {
     }
 }
 
-/// Where the largest of some numbers is.
-fn largest_of(numbers: &[f32]) -> usize {
-    (0..numbers.len()).fold(0, |top, i| if numbers[i] > numbers[top] { i } else { top })
+/// Where the largest of some values is.
+fn largest_of(values: &[f32]) -> usize {
+    (0..values.len()).fold(0, |top, i| if values[i] > values[top] { i } else { top })
 }
 
 /// How far one call of [`add_shares`] is off at most: the polynomial and the rounding of logs down to -100.
@@ -321,10 +321,10 @@ simd! {
 }
 
 simd! {
-    /// A bit for each of up to 64 numbers that is not below `least`.
-    fn reaching(numbers: &[f32], least: f32) -> u64 {
+    /// A bit for each of up to 64 values that is not below `least`.
+    fn reaching(values: &[f32], least: f32) -> u64 {
         const { assert!(STRIDE == u64::BITS as usize) };
-        numbers.iter().enumerate().fold(0, |bits, (i, number)| bits | (((*number < least) as u64 ^ 1) << i))
+        values.iter().enumerate().fold(0, |bits, (i, number)| bits | (((*number < least) as u64 ^ 1) << i))
     }
 }
 

@@ -19,7 +19,7 @@ use linalg::{larger, nearest, simd};
 const QUERY_STEPS_INT8: f32 = 127.0 * 508.0;
 const QUERY_STEPS_INT4: f32 = 127.0;
 
-/// Numbers side by side: one AVX-512 register.
+/// Values side by side: one AVX-512 register.
 const LANES: usize = 16;
 
 /// Standard deviations that the error of a score from int4 keys stays within.
@@ -34,7 +34,7 @@ pub(super) struct Compressed {
     blocks: usize,
     /// `(L * Hkv, panels, D / 4, PANEL, 4)` int8, or `(L * Hkv, panels, D / 8, PANEL, 4)` pairs of int4: the low half
     /// of a byte is of the first four of eight dimensions, the high half of the others.
-    numbers: Vec<i8>,
+    values: Vec<i8>,
     /// `(L * Hkv, panels, PANEL)`
     scales: Vec<f32>,
     /// `(L * Hkv, D)`: what keys were divided by. A few channels of keys are large, and would make the steps of all
@@ -58,7 +58,7 @@ impl Compression {
         }
     }
 
-    /// How far scores are off for a query of length 1, if a key of D numbers became one of length `kept` and lost a
+    /// How far scores are off for a query of length 1, if a key of D values became one of length `kept` and lost a
     /// vector of length `missed`.
     fn error(self, dim: usize, missed: f32, kept: f32) -> f32 {
         let root = (dim as f32).sqrt();
@@ -86,7 +86,7 @@ impl Compressed {
             dim,
             keys_per_block,
             blocks,
-            numbers: linalg::zeroed(lanes * compression.key_bytes(dim)),
+            values: linalg::zeroed(lanes * compression.key_bytes(dim)),
             scales: linalg::zeroed(lanes),
             channels: vec![1.0; pieces * dim],
             halves: linalg::zeroed(pieces * blocks * keys_per_block * dim),
@@ -108,15 +108,15 @@ impl Compressed {
         let piece_keys = self.piece_keys();
         let key_bytes = self.compression.key_bytes(dim);
         let pieces = self.halves.chunks_exact(self.blocks * count * dim).zip(self.channels.chunks_exact_mut(dim));
-        let into = self.numbers.chunks_exact_mut(piece_keys * key_bytes).zip(self.scales.chunks_exact_mut(piece_keys));
+        let into = self.values.chunks_exact_mut(piece_keys * key_bytes).zip(self.scales.chunks_exact_mut(piece_keys));
         let errors = self.errors.chunks_exact_mut(self.blocks).zip(&mut self.largest_errors);
         let mut bytes = vec![0; dim.next_multiple_of(LANES)];
         let mut divided = vec![0.0; bytes.len()];
         let mut inverses = vec![0.0; dim];
-        for (((halves, channels), (numbers, scales)), (errors, largest_error)) in pieces.zip(into).zip(errors) {
+        for (((halves, channels), (values, scales)), (errors, largest_error)) in pieces.zip(into).zip(errors) {
             largest_by_channel(halves, channels);
             inverses.iter_mut().zip(&*channels).for_each(|(inverse, channel)| *inverse = channel.recip());
-            let panels = numbers.as_chunks_mut::<QUAD>().0;
+            let panels = values.as_chunks_mut::<QUAD>().0;
             for (key, (halves, scale)) in halves.chunks_exact(dim).zip(&mut *scales).enumerate() {
                 let (of_key, missed, kept) =
                     quantise(halves, &inverses, self.compression.largest(), &mut divided, &mut bytes);
@@ -161,16 +161,16 @@ impl Compressed {
         self.largest_errors[piece]
     }
 
-    /// Numbers and scales of some panels of one piece.
+    /// Values and scales of some panels of one piece.
     pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> (&[i8], &[f32]) {
         let first = piece * self.piece_keys() + panels.start * PANEL;
         let keys = first..first + panels.len() * PANEL;
         let key_bytes = self.compression.key_bytes(self.dim);
-        (&self.numbers[keys.start * key_bytes..keys.end * key_bytes], &self.scales[keys])
+        (&self.values[keys.start * key_bytes..keys.end * key_bytes], &self.scales[keys])
     }
 
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&*self.numbers)
+        size_of_val(&*self.values)
             + size_of_val(&*self.scales)
             + size_of_val(&*self.channels)
             + size_of_val(&*self.halves)
@@ -183,7 +183,7 @@ impl Compressed {
     }
 }
 
-/// Eight numbers in four bytes.
+/// Eight values in four bytes.
 fn packed(octet: &[i8; OCTET]) -> [i8; QUAD] {
     let nibble = |number: i8| number as i32 + NIBBLE_OFFSET;
     std::array::from_fn(|d| (nibble(octet[d]) | nibble(octet[d + QUAD]) << 4) as i8)

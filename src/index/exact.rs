@@ -68,10 +68,10 @@ fn block_scores(query: &Query<'_>, token: usize, head: usize) -> Vec<f64> {
     scores
 }
 
-fn log_sum_exp(numbers: &[f64]) -> f64 {
-    let top = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+fn log_sum_exp(values: &[f64]) -> f64 {
+    let top = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if top == f64::NEG_INFINITY {
         return top;
     }
-    top + numbers.iter().map(|number| (number - top).exp()).sum::<f64>().ln()
+    top + values.iter().map(|number| (number - top).exp()).sum::<f64>().ln()
 }

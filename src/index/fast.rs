@@ -40,7 +40,7 @@ fn tokens_at_once(query: &Query<'_>) -> usize {
     match query.granularity {
         Granularity::Head | Granularity::Shared => query.tokens,
         Granularity::TokenHead | Granularity::Token | Granularity::KvGroup => {
-            let fit = scratch::KEPT_NUMBERS_MAX / (query.query_heads * query.eligible());
+            let fit = scratch::KEPT_LEN_MAX / (query.query_heads * query.eligible());
             let group = query.query_heads / query.layout.kv_heads;
             let whole_strips = STRIP_ROWS.div_ceil(group);
             (fit / whole_strips * whole_strips).clamp(whole_strips.min(query.tokens), query.tokens)

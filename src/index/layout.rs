@@ -112,7 +112,7 @@ impl KeyLayout {
 }
 
 impl Compression {
-    /// Bytes of a key of D numbers in a panel, filling included.
+    /// Bytes of a key of D values in a panel, filling included.
     pub(super) fn key_bytes(self, dim: usize) -> usize {
         match self {
             Compression::Int8 => dim.next_multiple_of(QUAD),

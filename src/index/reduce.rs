@@ -21,14 +21,14 @@ pub(super) fn reduce(rule: BlockScore, keys: &[f32], per_block: usize, scores: &
     }
 }
 
-/// Numbers that are compared or summed side by side: one AVX-512 register.
+/// Values that are compared or summed side by side: one AVX-512 register.
 const LANES: usize = 16;
 
-/// The largest of some numbers; -inf for none.
+/// The largest of some values; -inf for none.
 #[inline(always)]
-fn largest(numbers: &[f32]) -> f32 {
+fn largest(values: &[f32]) -> f32 {
     let mut tops = [f32::NEG_INFINITY; LANES];
-    let (parts, rest) = numbers.as_chunks::<LANES>();
+    let (parts, rest) = values.as_chunks::<LANES>();
     for part in parts {
         for lane in 0..LANES {
             tops[lane] = larger(tops[lane], part[lane]);
@@ -41,25 +41,25 @@ fn largest(numbers: &[f32]) -> f32 {
 }
 
 simd! {
-    /// The largest of every `count` numbers, fewer at the end.
-    pub(super) fn maxima(numbers: &[f32], count: usize, into: &mut [f32]) {
-        for (top, numbers) in into.iter_mut().zip(numbers.chunks(count)) {
-            *top = largest(numbers);
+    /// The largest of every `count` values, fewer at the end.
+    pub(super) fn maxima(values: &[f32], count: usize, into: &mut [f32]) {
+        for (top, values) in into.iter_mut().zip(values.chunks(count)) {
+            *top = largest(values);
         }
     }
 }
 
 simd! {
-    /// The log-sum-exp of every `count` numbers.
-    fn log_sum_exps(numbers: &[f32], count: usize, into: &mut [f32]) {
+    /// The log-sum-exp of every `count` values.
+    fn log_sum_exps(values: &[f32], count: usize, into: &mut [f32]) {
         /// Results whose logarithms are taken together: one alone waits for every step of its polynomial.
         const TOGETHER: usize = 64;
-        for (results, numbers) in into.chunks_mut(TOGETHER).zip(numbers.chunks(TOGETHER * count)) {
+        for (results, values) in into.chunks_mut(TOGETHER).zip(values.chunks(TOGETHER * count)) {
             let (mut tops, mut totals) = ([0f32; TOGETHER], [1f32; TOGETHER]);
-            for ((top, total), numbers) in tops.iter_mut().zip(&mut totals).zip(numbers.chunks_exact(count)) {
-                *top = largest(numbers);
+            for ((top, total), values) in tops.iter_mut().zip(&mut totals).zip(values.chunks_exact(count)) {
+                *top = largest(values);
                 let mut sums = [0f32; LANES];
-                let (parts, rest) = numbers.as_chunks::<LANES>();
+                let (parts, rest) = values.as_chunks::<LANES>();
                 for part in parts {
                     for lane in 0..LANES {
                         sums[lane] += exp::<FMA>(part[lane] - *top);

@@ -17,7 +17,7 @@ use super::{DocumentKeys, Query};
 /// Multiplications below which waking other threads costs more than it saves: about 20 us of one core.
 const PARALLEL_WORK_MIN: usize = 1 << 18;
 
-/// Query rows whose scores against a tile are kept at once: 64 x 2048 numbers stay in a core's own cache. A multiple of
+/// Query rows whose scores against a tile are kept at once: 64 x 2048 values stay in a core's own cache. A multiple of
 /// the rows that the kernel packs together.
 pub(super) const STRIP_ROWS: usize = 16 * kernel::ROWS;
 
@@ -44,7 +44,7 @@ pub(super) struct Tile<'a> {
 /// The queries of one set, times the softmax scale.
 struct Set {
     /// `(Hkv, T * G, D)`
-    numbers: Vec<f32>,
+    values: Vec<f32>,
     /// `(Hkv, strips)`; none where every tile's keys need a projection of their own.
     strips: Vec<Rows>,
 }
@@ -72,7 +72,7 @@ pub(super) struct Scan<'a> {
 /// Scores of all eligible blocks for all query rows, with what choosing needs to know about many at once.
 pub(super) struct Scores {
     /// `(Hkv, tile, T * G, blocks of the tile)`
-    pub(super) numbers: Scratch,
+    pub(super) values: Scratch,
     /// `(Hkv, tile, T * G, strides of the tile)`: the largest score of each.
     pub(super) peaks: Scratch,
     /// `(Hkv, tile, T * G)`: lengths of the queries times the tile's channels; empty where blocks are not scored again.
@@ -140,7 +140,7 @@ impl<'a> Scan<'a> {
     pub(super) fn new(query: &'a Query<'a>, tiles: &'a [Tile<'a>], tokens: Range<usize>) -> Self {
         let eligible = query.eligible();
         let keys = eligible * query.layout.keys_per_block;
-        let numbers = tokens.len() * query.query_heads * query.layout.head_dim;
+        let query_len = tokens.len() * query.query_heads * query.layout.head_dim;
         let head_rows = tokens.len() * query.query_heads / query.layout.kv_heads;
         let mut scan = Scan {
             query,
@@ -151,7 +151,7 @@ impl<'a> Scan<'a> {
             form: Form::of(query.layout.scanned(), head_rows),
             sets: Vec::new(),
             projected: Vec::new(),
-            parallel: numbers * keys >= PARALLEL_WORK_MIN,
+            parallel: query_len * keys >= PARALLEL_WORK_MIN,
             tokens,
         };
         scan.sets = (0..=query.recent()).map(|set| scan.packed(set)).collect();
@@ -171,8 +171,8 @@ impl<'a> Scan<'a> {
 
     /// Queries of one KV head `(T * G, D)` times the softmax scale.
     fn rows(&self, set: usize, head: usize) -> &[f32] {
-        let head_numbers = self.head_rows * self.query.layout.head_dim;
-        &self.sets[set].numbers[head * head_numbers..][..head_numbers]
+        let head_len = self.head_rows * self.query.layout.head_dim;
+        &self.sets[set].values[head * head_len..][..head_len]
     }
 
     /// One of them `(D)`.
@@ -193,13 +193,13 @@ impl<'a> Scan<'a> {
     /// Scores everything.
     pub(super) fn score(&self) -> Scores {
         let (kv_heads, rows) = (self.query.layout.kv_heads, self.head_rows);
-        let mut numbers = Scratch::take(kv_heads * rows * self.eligible);
+        let mut values = Scratch::take(kv_heads * rows * self.eligible);
         let mut peaks = Scratch::take(kv_heads * rows * self.strides);
         let mut tile_totals = Scratch::take(kv_heads * self.tiles.len() * rows);
         let norms_count = if self.refines() { rows } else { 0 };
         let mut norms = Scratch::take(kv_heads * self.tiles.len() * norms_count);
         let mut parts = Vec::with_capacity(kv_heads * self.tiles.len());
-        let (mut scores_left, mut peaks_left) = (&mut *numbers, &mut *peaks);
+        let (mut scores_left, mut peaks_left) = (&mut *values, &mut *peaks);
         let (mut totals_left, mut norms_left) = (&mut *tile_totals, &mut *norms);
         for head in 0..kv_heads {
             for tile in self.tiles {
@@ -229,7 +229,7 @@ impl<'a> Scan<'a> {
                 totals.iter_mut().zip(tile).for_each(|(total, tile)| *total = add_logs(*total, *tile));
             }
         }
-        Scores { numbers, peaks, norms, totals }
+        Scores { values, peaks, norms, totals }
     }
 
     /// The packed queries that score a tile's keys; `None` if no other tile's are scored with the same.
@@ -259,21 +259,21 @@ impl<'a> Scan<'a> {
         let query = self.query;
         let dim = query.layout.head_dim;
         let group = query.query_heads / query.layout.kv_heads;
-        let token_numbers = query.query_heads * dim;
-        let queries = &query.query_set(set)[self.tokens.start * token_numbers..self.tokens.end * token_numbers];
-        let mut numbers = Vec::with_capacity(queries.len());
+        let token_len = query.query_heads * dim;
+        let queries = &query.query_set(set)[self.tokens.start * token_len..self.tokens.end * token_len];
+        let mut values = Vec::with_capacity(queries.len());
         for head in 0..query.layout.kv_heads {
-            for token in queries.chunks_exact(token_numbers) {
+            for token in queries.chunks_exact(token_len) {
                 let rows = &token[head * group * dim..][..group * dim];
-                numbers.extend(rows.iter().map(|number| number * query.softmax_scale));
+                values.extend(rows.iter().map(|number| number * query.softmax_scale));
             }
         }
         if self.refines() || query.scope.iter().all(|scoped| scoped.keys.chunk_with_quantizers().is_some()) {
-            return Set { numbers, strips: Vec::new() };
+            return Set { values, strips: Vec::new() };
         }
-        let heads = numbers.chunks_exact(self.head_rows * dim);
+        let heads = values.chunks_exact(self.head_rows * dim);
         let strips = heads.flat_map(|rows| self.pack(rows, dim)).collect();
-        Set { numbers, strips }
+        Set { values, strips }
     }
 
     /// Fills a part with the scores of packed `queries (strips)`.
@@ -314,6 +314,6 @@ impl<'a> Scan<'a> {
     }
 }
 
-fn length(numbers: &[f32]) -> f32 {
-    linalg::dot(numbers, numbers).sqrt()
+fn length(values: &[f32]) -> f32 {
+    linalg::dot(values, values).sqrt()
 }

@@ -5,34 +5,34 @@ use std::sync::Mutex;
 
 use crate::lock::IgnorePoison;
 
-/// Numbers that a buffer may hold and still be kept: 32 MiB.
-pub(super) const KEPT_NUMBERS_MAX: usize = 8 << 20;
+/// Values that a buffer may hold and still be kept: 32 MiB.
+pub(super) const KEPT_LEN_MAX: usize = 8 << 20;
 
-/// Numbers of all buffers that are kept: 128 MiB, some for every thread that searches.
-const KEPT_IN_ALL_MAX: usize = 4 * KEPT_NUMBERS_MAX;
+/// Values of all buffers that are kept: 128 MiB, some for every thread that searches.
+const KEPT_IN_ALL_MAX: usize = 4 * KEPT_LEN_MAX;
 
 /// Buffers that nobody uses now.
 static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 
-/// Some numbers, given back when dropped.
+/// Some values, given back when dropped.
 pub(super) struct Scratch {
     buffer: Vec<f32>,
-    numbers: usize,
+    len: usize,
 }
 
 impl Scratch {
-    /// So many numbers, of any value.
-    pub(super) fn take(numbers: usize) -> Scratch {
-        if numbers == 0 {
-            return Scratch { buffer: Vec::new(), numbers };
+    /// `len` values, whatever they are.
+    pub(super) fn take(len: usize) -> Scratch {
+        if len == 0 {
+            return Scratch { buffer: Vec::new(), len };
         }
         let mut free = FREE.lock().ignore_poison();
-        let fits = |buffer: &Vec<f32>| buffer.len() >= numbers;
+        let fits = |buffer: &Vec<f32>| buffer.len() >= len;
         let smallest =
             free.iter().enumerate().filter(|(_, buffer)| fits(buffer)).min_by_key(|(_, buffer)| buffer.len());
         let buffer = smallest.map(|(i, _)| i).map(|i| free.swap_remove(i));
         drop(free);
-        Scratch { buffer: buffer.unwrap_or_else(|| vec![0.0; numbers]), numbers }
+        Scratch { buffer: buffer.unwrap_or_else(|| vec![0.0; len]), len }
     }
 }
 
@@ -41,7 +41,7 @@ impl Drop for Scratch {
         let buffer = std::mem::take(&mut self.buffer);
         let mut free = FREE.lock().ignore_poison();
         let kept: usize = free.iter().map(Vec::len).sum();
-        if !buffer.is_empty() && buffer.len() <= KEPT_NUMBERS_MAX && kept + buffer.len() <= KEPT_IN_ALL_MAX {
+        if !buffer.is_empty() && buffer.len() <= KEPT_LEN_MAX && kept + buffer.len() <= KEPT_IN_ALL_MAX {
             free.push(buffer);
         }
     }
@@ -51,13 +51,13 @@ impl Deref for Scratch {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.buffer[..self.numbers]
+        &self.buffer[..self.len]
     }
 }
 
 impl DerefMut for Scratch {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.buffer[..self.numbers]
+        &mut self.buffer[..self.len]
     }
 }
 
@@ -75,7 +75,7 @@ mod tests {
         };
         let free = |address| FREE.lock().unwrap().iter().any(|buffer| buffer.as_ptr() == address);
         assert!(free(address));
-        let too_large = Scratch::take(KEPT_NUMBERS_MAX + 1).as_ptr();
+        let too_large = Scratch::take(KEPT_LEN_MAX + 1).as_ptr();
         assert!(!free(too_large));
     }
 }

@@ -17,8 +17,8 @@ use linalg::{ChannelQuantizer, simd};
 pub enum Keys<'a> {
     /// `(m, D)`
     F16(&'a [f16]),
-    /// Numbers `(m, W)`, scales `(m)`. W is D unless the chunk has quantizers.
-    Int8 { numbers: &'a [i8], scales: &'a [f32] },
+    /// Values `(m, W)`, scales `(m)`. W is D unless the chunk has quantizers.
+    Int8 { values: &'a [i8], scales: &'a [f32] },
 }
 
 /// Keys of some consecutive blocks, for all layers and KV heads.
@@ -28,7 +28,7 @@ pub struct Chunk {
     blocks: usize,
     /// `(L * Hkv)`, equal in all chunks of a document, or none: how its keys became int8.
     quantizers: Arc<[ChannelQuantizer]>,
-    numbers: Numbers,
+    data: ChunkData,
     /// Made by whoever needs it.
     copy: Mutex<Option<Copied>>,
 }
@@ -37,12 +37,12 @@ pub struct Chunk {
 pub(super) type Copied = Arc<dyn Any + Send + Sync>;
 
 #[derive(Debug)]
-enum Numbers {
+enum ChunkData {
     /// `(L * Hkv, panels, D, PANEL)`
     F16(Vec<f16>),
-    /// Numbers `(L * Hkv, panels, W / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
+    /// Values `(L * Hkv, panels, W / 4, PANEL, 4)`, scales `(L * Hkv, panels, PANEL)`.
     Int8 {
-        numbers: Vec<i8>,
+        values: Vec<i8>,
         scales: Vec<f32>,
     },
     Compressed(Compressed),
@@ -53,10 +53,10 @@ enum Numbers {
 pub(super) enum KeyPanels<'a> {
     /// `(panels, D, PANEL)`
     F16(&'a [f16]),
-    /// Numbers `(panels, W / 4, PANEL, 4)`, scales `(panels, PANEL)`.
-    Int8 { numbers: &'a [i8], scales: &'a [f32] },
-    /// Numbers `(panels, D / 8, PANEL, 4)`, two in a byte, scales `(panels, PANEL)`.
-    Int4 { numbers: &'a [i8], scales: &'a [f32] },
+    /// Values `(panels, W / 4, PANEL, 4)`, scales `(panels, PANEL)`.
+    Int8 { values: &'a [i8], scales: &'a [f32] },
+    /// Values `(panels, D / 8, PANEL, 4)`, two in a byte, scales `(panels, PANEL)`.
+    Int4 { values: &'a [i8], scales: &'a [f32] },
 }
 
 /// All keys of one document's first blocks. Immutable: a longer document is a new value that shares the old chunks.
@@ -79,15 +79,21 @@ impl Chunk {
         assert!(quantizers.is_empty() || (quantizers.len() == layout.pieces() && layout.dtype == DType::Int8));
         let keys = layout.pieces() * (blocks * layout.keys_per_block).next_multiple_of(PANEL);
         let count = keys * width(&layout, &quantizers).next_multiple_of(layout.quad());
-        let numbers = match (layout.compressed, layout.dtype) {
+        let data = match (layout.compressed, layout.dtype) {
             (Some(compression), _) => {
                 let KeyLayout { head_dim, keys_per_block, .. } = layout;
-                Numbers::Compressed(Compressed::zeroed(compression, head_dim, keys_per_block, layout.pieces(), blocks))
+                ChunkData::Compressed(Compressed::zeroed(
+                    compression,
+                    head_dim,
+                    keys_per_block,
+                    layout.pieces(),
+                    blocks,
+                ))
             }
-            (None, DType::Int8) => Numbers::Int8 { numbers: linalg::zeroed(count), scales: linalg::zeroed(keys) },
-            (None, _) => Numbers::F16(linalg::zeroed(count)),
+            (None, DType::Int8) => ChunkData::Int8 { values: linalg::zeroed(count), scales: linalg::zeroed(keys) },
+            (None, _) => ChunkData::F16(linalg::zeroed(count)),
         };
-        Chunk { layout, blocks, quantizers, numbers, copy: Mutex::default() }
+        Chunk { layout, blocks, quantizers, data, copy: Mutex::default() }
     }
 
     pub(super) fn layout(&self) -> KeyLayout {
@@ -99,7 +105,7 @@ impl Chunk {
         !self.quantizers.is_empty()
     }
 
-    /// Numbers of one key that a scan reads.
+    /// Values of one key that a scan reads.
     pub(super) fn width(&self) -> usize {
         width(&self.layout, &self.quantizers)
     }
@@ -114,24 +120,24 @@ impl Chunk {
         let (dim, count) = (self.layout.head_dim, self.layout.keys_per_block);
         assert!(block < self.blocks && piece < self.layout.pieces());
         let at = self.lane(piece, block * count);
-        match (&mut self.numbers, keys) {
-            (Numbers::F16(into), Keys::F16(numbers)) => {
-                assert_eq!(numbers.len(), count * dim);
-                at.scatter(numbers, into);
+        match (&mut self.data, keys) {
+            (ChunkData::F16(into), Keys::F16(values)) => {
+                assert_eq!(values.len(), count * dim);
+                at.scatter(values, into);
             }
-            (Numbers::Int8 { numbers: into, scales: scales_into }, Keys::Int8 { numbers, scales }) => {
-                assert_eq!((numbers.len(), scales.len()), (count * at.dim, count));
-                at.scatter(numbers, into);
+            (ChunkData::Int8 { values: into, scales: scales_into }, Keys::Int8 { values, scales }) => {
+                assert_eq!((values.len(), scales.len()), (count * at.dim, count));
+                at.scatter(values, into);
                 scales_into[piece * at.piece_keys + at.key..][..count].copy_from_slice(scales);
             }
-            (Numbers::Compressed(compressed), Keys::F16(numbers)) => compressed.put(block, piece, numbers),
+            (ChunkData::Compressed(compressed), Keys::F16(values)) => compressed.put(block, piece, values),
             _ => panic!("keys of another dtype than the chunk's {}", self.layout.dtype),
         }
     }
 
     /// Makes the compressed form, once every key is there.
     fn compress(&mut self) {
-        if let Numbers::Compressed(compressed) = &mut self.numbers {
+        if let ChunkData::Compressed(compressed) = &mut self.data {
             compressed.finish();
         }
     }
@@ -139,9 +145,9 @@ impl Chunk {
     /// The keys before they were compressed, and how far scores from the compressed ones may be off; `None` if they are
     /// as stored.
     pub(super) fn compressed(&self) -> Option<&Compressed> {
-        match &self.numbers {
-            Numbers::Compressed(compressed) => Some(compressed),
-            Numbers::F16(_) | Numbers::Int8 { .. } => None,
+        match &self.data {
+            ChunkData::Compressed(compressed) => Some(compressed),
+            ChunkData::F16(_) | ChunkData::Int8 { .. } => None,
         }
     }
 
@@ -165,23 +171,23 @@ impl Chunk {
         queries
     }
 
-    /// One key `(D)` as single-precision numbers.
+    /// One key `(D)` as single-precision values.
     pub(super) fn key(&self, piece: usize, key: usize) -> Vec<f32> {
         let at = self.lane(piece, key);
-        match &self.numbers {
-            Numbers::F16(numbers) => at.gather(numbers).map(f16::to_f32).collect(),
-            Numbers::Int8 { numbers, scales } => {
+        match &self.data {
+            ChunkData::F16(values) => at.gather(values).map(f16::to_f32).collect(),
+            ChunkData::Int8 { values, scales } => {
                 let scale = scales[piece * self.piece_keys() + key];
                 match self.quantizers.get(piece) {
                     Some(quantizer) => {
                         let mut wide = vec![0.0; self.layout.head_dim];
-                        quantizer.decode(&at.gather(numbers).collect::<Vec<i8>>(), scale, &mut wide);
+                        quantizer.decode(&at.gather(values).collect::<Vec<i8>>(), scale, &mut wide);
                         wide
                     }
-                    None => at.gather(numbers).map(|number| number as f32 * scale).collect(),
+                    None => at.gather(values).map(|number| number as f32 * scale).collect(),
                 }
             }
-            Numbers::Compressed(compressed) => {
+            ChunkData::Compressed(compressed) => {
                 let (block, key) = (key / self.layout.keys_per_block, key % self.layout.keys_per_block);
                 let halves = &compressed.halves(piece, block)[key * self.layout.head_dim..][..self.layout.head_dim];
                 halves.iter().map(|half| half.to_f32()).collect()
@@ -203,17 +209,15 @@ impl Chunk {
     pub(super) fn panels(&self, piece: usize, panels: Range<usize>) -> KeyPanels<'_> {
         let first = piece * self.piece_keys() + panels.start * PANEL;
         let (keys, dim) = (first..first + panels.len() * PANEL, self.lane(piece, 0).padded);
-        let numbers_at = keys.start * dim..keys.end * dim;
-        match &self.numbers {
-            Numbers::F16(numbers) => KeyPanels::F16(&numbers[numbers_at]),
-            Numbers::Int8 { numbers, scales } => {
-                KeyPanels::Int8 { numbers: &numbers[numbers_at], scales: &scales[keys] }
-            }
-            Numbers::Compressed(compressed) => {
-                let (numbers, scales) = compressed.panels(piece, panels);
+        let values_at = keys.start * dim..keys.end * dim;
+        match &self.data {
+            ChunkData::F16(values) => KeyPanels::F16(&values[values_at]),
+            ChunkData::Int8 { values, scales } => KeyPanels::Int8 { values: &values[values_at], scales: &scales[keys] },
+            ChunkData::Compressed(compressed) => {
+                let (values, scales) = compressed.panels(piece, panels);
                 match self.layout.scanned() {
-                    Scanned::Int4 => KeyPanels::Int4 { numbers, scales },
-                    Scanned::Int8 | Scanned::F16 => KeyPanels::Int8 { numbers, scales },
+                    Scanned::Int4 => KeyPanels::Int4 { values, scales },
+                    Scanned::Int8 | Scanned::F16 => KeyPanels::Int8 { values, scales },
                 }
             }
         }
@@ -229,10 +233,10 @@ impl Chunk {
     }
 
     fn bytes(&self) -> u64 {
-        let bytes = match &self.numbers {
-            Numbers::F16(numbers) => size_of_val(numbers.as_slice()),
-            Numbers::Int8 { numbers, scales } => size_of_val(numbers.as_slice()) + size_of_val(scales.as_slice()),
-            Numbers::Compressed(compressed) => compressed.bytes(),
+        let bytes = match &self.data {
+            ChunkData::F16(values) => size_of_val(values.as_slice()),
+            ChunkData::Int8 { values, scales } => size_of_val(values.as_slice()) + size_of_val(scales.as_slice()),
+            ChunkData::Compressed(compressed) => compressed.bytes(),
         };
         bytes as u64
     }
@@ -261,10 +265,10 @@ impl Chunk {
         }
         for key in 0..from.blocks * layout.keys_per_block {
             let (source, target) = (from.lane(piece, key), self.lane(piece, first_key + key));
-            match (&mut self.numbers, &from.numbers) {
-                (Numbers::F16(to), Numbers::F16(numbers)) => target.copy(source, numbers, to),
-                (Numbers::Int8 { numbers: to, scales: to_scales }, Numbers::Int8 { numbers, scales }) => {
-                    target.copy(source, numbers, to);
+            match (&mut self.data, &from.data) {
+                (ChunkData::F16(to), ChunkData::F16(values)) => target.copy(source, values, to),
+                (ChunkData::Int8 { values: to, scales: to_scales }, ChunkData::Int8 { values, scales }) => {
+                    target.copy(source, values, to);
                     to_scales[piece * target.piece_keys + target.key] = scales[piece * source.piece_keys + key];
                 }
                 _ => unreachable!("chunks of one document have one dtype"),
@@ -277,12 +281,12 @@ fn width(layout: &KeyLayout, quantizers: &[ChannelQuantizer]) -> usize {
     if quantizers.is_empty() { layout.head_dim } else { ChannelQuantizer::width(layout.head_dim) }
 }
 
-/// Where one key lies in a chunk's numbers.
+/// Where one key lies in a chunk's values.
 #[derive(Clone, Copy)]
 struct Lane {
     /// Keys of one piece, filled up to whole panels.
     piece_keys: usize,
-    /// Numbers of one key.
+    /// Values of one key.
     dim: usize,
     /// `dim`, filled up to a multiple of `quad`.
     padded: usize,
@@ -299,8 +303,8 @@ impl Lane {
         panel + (d / self.quad * PANEL + self.key % PANEL) * self.quad + d % self.quad
     }
 
-    fn gather<N: Copy>(self, numbers: &[N]) -> impl Iterator<Item = N> {
-        (0..self.dim).map(move |d| numbers[self.at(d)])
+    fn gather<N: Copy>(self, values: &[N]) -> impl Iterator<Item = N> {
+        (0..self.dim).map(move |d| values[self.at(d)])
     }
 
     /// Writes consecutive keys `(count, D)` from this one on.
@@ -387,20 +391,20 @@ impl DocumentKeys {
 }
 
 impl KeyPanels<'_> {
-    /// The same panels as single-precision numbers `(panels, D, PANEL)`, scales not yet applied.
+    /// The same panels as single-precision values `(panels, D, PANEL)`, scales not yet applied.
     pub(super) fn widen(self, dim: usize, into: &mut [f32]) {
         match self {
-            KeyPanels::F16(numbers) => linalg::widen_f16(numbers, into),
-            KeyPanels::Int8 { numbers, .. } => {
-                let panels = numbers.chunks_exact(dim.next_multiple_of(QUAD) * PANEL);
-                for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
-                    widen_quads(numbers, into);
+            KeyPanels::F16(values) => linalg::widen_f16(values, into),
+            KeyPanels::Int8 { values, .. } => {
+                let panels = values.chunks_exact(dim.next_multiple_of(QUAD) * PANEL);
+                for (values, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
+                    widen_quads(values, into);
                 }
             }
-            KeyPanels::Int4 { numbers, .. } => {
-                let panels = numbers.chunks_exact(dim.next_multiple_of(OCTET) / 2 * PANEL);
-                for (numbers, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
-                    widen_octets(numbers, into);
+            KeyPanels::Int4 { values, .. } => {
+                let panels = values.chunks_exact(dim.next_multiple_of(OCTET) / 2 * PANEL);
+                for (values, into) in panels.zip(into.chunks_exact_mut(dim * PANEL)) {
+                    widen_octets(values, into);
                 }
             }
         }
@@ -409,8 +413,8 @@ impl KeyPanels<'_> {
 
 simd! {
     /// One panel `(D / 4, PANEL, 4)` to `(D, PANEL)`.
-    fn widen_quads(numbers: &[i8], into: &mut [f32]) {
-        for (quads, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * QUAD)) {
+    fn widen_quads(values: &[i8], into: &mut [f32]) {
+        for (quads, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * QUAD)) {
             for (d, row) in rows.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
                 for (number, quad) in row.iter_mut().zip(quads.as_chunks::<QUAD>().0) {
                     // The d-th byte, with its sign.
@@ -423,8 +427,8 @@ simd! {
 
 simd! {
     /// One panel `(D / 8, PANEL, 4)` of pairs to `(D, PANEL)`.
-    fn widen_octets(numbers: &[i8], into: &mut [f32]) {
-        for (pairs, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * OCTET)) {
+    fn widen_octets(values: &[i8], into: &mut [f32]) {
+        for (pairs, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(into.chunks_mut(PANEL * OCTET)) {
             for (d, row) in rows.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
                 let shift = d % QUAD * 8 + d / QUAD * 4;
                 for (number, pair) in row.iter_mut().zip(pairs.as_chunks::<QUAD>().0) {

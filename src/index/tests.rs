@@ -11,7 +11,7 @@ use crate::types::DType;
 use crate::until::Until;
 use linalg::ChannelQuantizer;
 
-/// Both searches read the same stored numbers. Against f16 keys only the order of f32 sums differs: the error of a score
+/// Both searches read the same stored values. Against f16 keys only the order of f32 sums differs: the error of a score
 /// grows with its size (here up to about 20). Against int8 keys queries may be integers of 15 bits.
 const TOLERANCE_F16: f64 = 1e-4;
 const TOLERANCE_INT8: f64 = 1e-3;
@@ -35,13 +35,13 @@ fn chunk(rng: &mut ChaCha8Rng, layout: KeyLayout, quantizers: &Arc<[ChannelQuant
         for piece in 0..layout.pieces() {
             if layout.dtype == DType::Int8 {
                 let count = layout.keys_per_block * chunk.width();
-                let numbers: Vec<i8> = (0..count).map(|_| rng.random_range(-127i8..=127)).collect();
+                let values: Vec<i8> = (0..count).map(|_| rng.random_range(-127i8..=127)).collect();
                 let scale = |_| rng.random_range(0.002..0.02) / steps;
                 let scales: Vec<f32> = (0..layout.keys_per_block).map(scale).collect();
-                chunk.put(block, piece, Keys::Int8 { numbers: &numbers, scales: &scales });
+                chunk.put(block, piece, Keys::Int8 { values: &values, scales: &scales });
             } else {
-                let numbers: Vec<f16> = gaussian(rng, count).into_iter().map(f16::from_f32).collect();
-                chunk.put(block, piece, Keys::F16(&numbers));
+                let values: Vec<f16> = gaussian(rng, count).into_iter().map(f16::from_f32).collect();
+                chunk.put(block, piece, Keys::F16(&values));
             }
         }
     }
@@ -87,9 +87,9 @@ impl Case {
                 Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32, indexes: None }
             })
             .collect();
-        let numbers = self.tokens * self.query_heads * layout.head_dim;
-        let queries = gaussian(&mut rng, numbers);
-        let recent_queries = gaussian(&mut rng, self.recent * numbers);
+        let set_len = self.tokens * self.query_heads * layout.head_dim;
+        let queries = gaussian(&mut rng, set_len);
+        let recent_queries = gaussian(&mut rng, self.recent * set_len);
         for granularity in GRANULARITIES {
             for block_score in [BlockScore::Max, BlockScore::LogSumExp] {
                 compare(&Query {

@@ -16,7 +16,7 @@ use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together}
 use crate::cuda::Part;
 use crate::index::Found;
 use crate::store::Store;
-use crate::store::piece::{Numbers, PieceLayout, PieceView};
+use crate::store::piece::{PieceData, PieceLayout, PieceView};
 use crate::types::Normalisation;
 use crate::until::Until;
 use linalg::{GEMV_ROWS_MAX, Matrix, Number, Write};
@@ -309,24 +309,18 @@ fn times(rows: &mut [f32], scales: &[f32]) {
     }
 }
 
-/// `out` = rows of `a` times stored numbers of a `shape`, or times their transpose.
-fn multiply_stored(a: &[f32], numbers: &Numbers, shape: (usize, usize), transposed: bool, out: &mut [f32]) {
-    fn multiply<N: Number>(
-        a: &[f32],
-        numbers: &[N],
-        (rows, columns): (usize, usize),
-        transposed: bool,
-        out: &mut [f32],
-    ) {
-        let b = Matrix::new(numbers, rows, columns);
+/// `out` = rows of `a` times stored data of `shape`, or times their transpose.
+fn multiply_stored(a: &[f32], data: &PieceData, shape: (usize, usize), transposed: bool, out: &mut [f32]) {
+    fn multiply<N: Number>(a: &[f32], data: &[N], (rows, columns): (usize, usize), transposed: bool, out: &mut [f32]) {
+        let b = Matrix::new(data, rows, columns);
         let (b, from, to) = if transposed { (b.transposed(), columns, rows) } else { (b, rows, columns) };
         linalg::gemv(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);
     }
-    match numbers {
-        Numbers::F32(numbers) => multiply(a, numbers, shape, transposed, out),
-        Numbers::F16(numbers) => multiply(a, numbers, shape, transposed, out),
-        Numbers::BF16(numbers) => multiply(a, numbers, shape, transposed, out),
-        Numbers::Int8(numbers) => multiply(a, numbers, shape, transposed, out),
+    match data {
+        PieceData::F32(data) => multiply(a, data, shape, transposed, out),
+        PieceData::F16(data) => multiply(a, data, shape, transposed, out),
+        PieceData::BF16(data) => multiply(a, data, shape, transposed, out),
+        PieceData::Int8(data) => multiply(a, data, shape, transposed, out),
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) fn query_place(row: usize, query_heads: usize) -> String {
     format!("query token {}, query head {}", row / query_heads, row % query_heads)
 }
 
-/// What stored numbers are too large for, where an earlier version let them in.
+/// What stored values are too large for, where an earlier version let them in.
 pub(super) fn not_finite(number: f32, place: String) -> MemoryError {
     let expected = "queries that the stored keys and values give finite answers to";
     invalid("queries", expected, format!("{number} for {place}"))

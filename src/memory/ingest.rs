@@ -174,7 +174,7 @@ fn check_length(collection: &Collection, manifest: &Manifest, request: &AppendRe
     }
 }
 
-/// Checks everything but the numbers themselves.
+/// Checks everything but the values themselves.
 fn check_request(collection: &Collection, blocks: &[NewBlock]) -> Result<()> {
     let Some(first) = blocks.first() else { return Err(missing("blocks".into())) };
     at_most("blocks", limits::APPEND_BLOCKS_MAX as u64, blocks.len() as u64)?;
@@ -253,23 +253,23 @@ fn largest(dtype: DType) -> f32 {
     }
 }
 
-/// The numbers `(L, Hkv, T, D)` of block `index` as f32, all of size `limit` or less.
-fn numbers(field: String, index: u32, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
-    let numbers = tensor.to_f32()?;
-    let Some(at) = numbers.iter().position(|number| number.is_nan() || number.abs() > limit) else {
-        return Ok(numbers);
+/// The values `(L, Hkv, T, D)` of block `index` as f32, all of size `limit` or less.
+fn values(field: String, index: u32, tensor: &Tensor, limit: f32) -> Result<Vec<f32>> {
+    let values = tensor.to_f32()?;
+    let Some(at) = values.iter().position(|number| number.is_nan() || number.abs() > limit) else {
+        return Ok(values);
     };
     let axis = |axis: usize| tensor.shape.get(axis).map_or(1, |&count| count as usize).max(1);
     let (row, layer_rows) = (at / axis(3), axis(1) * axis(2));
     let (layer, head, token) = (row / layer_rows, row / axis(2) % axis(1), row % axis(2));
     let place = format!("block {index}, layer {layer}, KV head {head}, token {token}");
-    Err(invalid(field, format!("finite numbers up to {limit:e}"), format!("{} in {place}", numbers[at])))
+    Err(invalid(field, format!("finite numbers up to {limit:e}"), format!("{} in {place}", values[at])))
 }
 
 /// K `(L, Hkv, tokens, D)` of a checked block. `i` is its place in the request.
-fn k_numbers(spec: &CollectionSpec, block: &NewBlock, i: usize) -> Result<Vec<f32>> {
+fn k_values(spec: &CollectionSpec, block: &NewBlock, i: usize) -> Result<Vec<f32>> {
     let limit = largest(spec.payload_dtype).min(largest(spec.key_dtype));
-    numbers(format!("blocks[{i}].k"), block.index, &block.k, limit)
+    values(format!("blocks[{i}].k"), block.index, &block.k, limit)
 }
 
 /// The channel quantizers `(L * Hkv)` of a document that begins with this block; none if its keys need none, or if it is a tail.
@@ -279,7 +279,7 @@ fn first_quantizers(collection: &Collection, block: &NewBlock, i: usize) -> Resu
     if !KeysLayout::of(spec).has_quantizers() || tokens < spec.shape.block_tokens as usize {
         return Ok(Arc::default());
     }
-    let (k, dim) = (k_numbers(spec, block, i)?, collection.layout.head_dim);
+    let (k, dim) = (k_values(spec, block, i)?, collection.layout.head_dim);
     Ok(k.chunks_exact(tokens * dim).map(|k| ChannelQuantizer::fit(k, dim)).collect())
 }
 
@@ -292,8 +292,8 @@ pub(super) fn encode(
 ) -> Result<BlockRecord> {
     let (spec, dim) = (&collection.spec, collection.layout.head_dim);
     let tokens = block.token_ids.len();
-    let k = k_numbers(spec, block, i)?;
-    let v = numbers(format!("blocks[{i}].v"), block.index, &block.v, largest(spec.payload_dtype))?;
+    let k = k_values(spec, block, i)?;
+    let v = values(format!("blocks[{i}].v"), block.index, &block.v, largest(spec.payload_dtype))?;
 
     let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
     let mut pieces = Vec::with_capacity(layout.bytes() * spec.shape.pieces());

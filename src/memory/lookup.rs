@@ -92,8 +92,8 @@ impl LocalMemory {
         let mut bytes = wanted.iter().map(|&(_, blocks)| layout.bytes(blocks)).sum();
         if plan.collection.engine.indexes().is_some() {
             // Indexes have keys in a form of their own, in f32 at most.
-            let numbers = layout.pieces() * layout.keys_per_block * layout.head_dim;
-            bytes += wanted.iter().map(|&(_, blocks)| blocks as u64 * numbers as u64 * 4).sum::<u64>();
+            let block_len = layout.pieces() * layout.keys_per_block * layout.head_dim;
+            bytes += wanted.iter().map(|&(_, blocks)| blocks as u64 * block_len as u64 * 4).sum::<u64>();
         }
         let pass = self.keys.passing().take(bytes, plan.until)?;
         let mut loaded = HashMap::new();
@@ -186,16 +186,16 @@ impl Prepared<'_> {
     /// The queries `(T, Hq, D)` of some tokens.
     fn queries(&self, tokens: &Range<usize>) -> &[f32] {
         let request = self.plan.request;
-        let token_numbers = request.queries.len() / request.distances.len();
-        &request.queries[tokens.start * token_numbers..tokens.end * token_numbers]
+        let token_len = request.queries.len() / request.distances.len();
+        &request.queries[tokens.start * token_len..tokens.end * token_len]
     }
 
     /// The same, rotated for one slot.
     fn rotated(&self, rotations: &Rotations, tokens: &Range<usize>, slot: usize) -> Vec<f32> {
         let (request, dim) = (self.plan.request, self.plan.collection.layout.head_dim);
         let mut queries = self.queries(tokens).to_vec();
-        let token_numbers = request.queries.len() / request.distances.len();
-        for (heads, &distance) in queries.chunks_exact_mut(token_numbers).zip(&request.distances[tokens.clone()]) {
+        let token_len = request.queries.len() / request.distances.len();
+        for (heads, &distance) in queries.chunks_exact_mut(token_len).zip(&request.distances[tokens.clone()]) {
             rotations.apply(self.plan.geometry.reach(distance, slot), heads, dim);
         }
         queries

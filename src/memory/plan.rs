@@ -123,7 +123,7 @@ impl<'a> Plan<'a> {
     pub(super) fn need(&self, then: Then) -> Need {
         let (request, shape, geometry) = (self.request, &self.collection.spec.shape, &self.geometry);
         let tokens = request.distances.len() as u64;
-        let (heads, dim, numbers) = (shape.query_heads as u64, shape.head_dim as u64, request.queries.len() as u64);
+        let (heads, dim, query_len) = (shape.query_heads as u64, shape.head_dim as u64, request.queries.len() as u64);
         let rows = request.granularity.rows(tokens as usize, heads as usize, shape.kv_heads as usize) as u64;
         let hits = geometry.k as u64;
         let rotation_bytes = 8 * shape.rope.frequencies.len() as u64 + 64;
@@ -135,7 +135,7 @@ impl<'a> Plan<'a> {
         };
         if then == Then::Attend {
             need.working += tokens * heads * hits * USE_BYTES;
-            need.answer += (numbers + numbers / dim) * 4 * OUT_COPIES;
+            need.answer += (query_len + query_len / dim) * 4 * OUT_COPIES;
         }
         need
     }
@@ -211,9 +211,9 @@ fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()>
     }
     let tokens = request.distances.len();
     at_most("query tokens", limits::QUERY_TOKENS_MAX as u64, tokens as u64)?;
-    let numbers = tokens * shape.query_heads as usize * shape.head_dim as usize;
-    if request.queries.len() != numbers {
-        let expected = format!("{tokens} x {} x {} = {numbers} numbers", shape.query_heads, shape.head_dim);
+    let query_len = tokens * shape.query_heads as usize * shape.head_dim as usize;
+    if request.queries.len() != query_len {
+        let expected = format!("{tokens} x {} x {} = {query_len} numbers", shape.query_heads, shape.head_dim);
         return Err(invalid("queries", expected, request.queries.len()));
     }
     // Scores take the scale into the query.

@@ -60,12 +60,12 @@ impl LocalMemory {
         }
         let tensor_bytes = shape.pieces() * tokens * dim * dtype.size_bytes();
         let (mut k, mut v) = (Vec::with_capacity(tensor_bytes), Vec::with_capacity(tensor_bytes));
-        let mut numbers = vec![0.0; tokens * dim];
+        let mut values = vec![0.0; tokens * dim];
         for piece in bytes.chunks_exact(layout.bytes()) {
-            layout.decode_k(piece, &mut numbers);
-            push_numbers(dtype, &numbers, &mut k);
-            layout.decode_v(piece, &mut numbers);
-            push_numbers(dtype, &numbers, &mut v);
+            layout.decode_k(piece, &mut values);
+            push_values(dtype, &values, &mut k);
+            layout.decode_v(piece, &mut values);
+            push_values(dtype, &values, &mut v);
         }
         let tensor = |data: Vec<u8>| Tensor {
             dtype,
@@ -95,11 +95,11 @@ fn parts(meta: BlockMeta) -> (Vec<u32>, BlockText) {
     (meta.token_ids, BlockText { start: meta.text_start, bytes: meta.text, offsets: meta.text_offsets })
 }
 
-/// Appends numbers in a float dtype, little-endian. Exact when they were stored in that dtype.
-fn push_numbers(dtype: DType, numbers: &[f32], bytes: &mut Vec<u8>) {
+/// Appends values in a float dtype, little-endian. Exact when they were stored in that dtype.
+fn push_values(dtype: DType, values: &[f32], bytes: &mut Vec<u8>) {
     match dtype {
-        DType::F16 => bytes.extend(numbers.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes())),
-        DType::BF16 => bytes.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes())),
-        _ => bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
+        DType::F16 => bytes.extend(values.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes())),
+        DType::BF16 => bytes.extend(values.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes())),
+        _ => bytes.extend(values.iter().flat_map(|number| number.to_le_bytes())),
     }
 }

@@ -1,4 +1,4 @@
-//! How numbers become stored bytes and back: payload pieces (K and V of one block, layer and KV head) and landmark
+//! How values become stored bytes and back: payload pieces (K and V of one block, layer and KV head) and landmark
 //! keys. Pure functions; little-endian.
 //!
 //! ```text
@@ -49,7 +49,7 @@ impl PieceLayout {
         self.count() * self.dtype.size_bytes() + if self.dtype == DType::Int8 { 4 * self.tokens } else { 0 }
     }
 
-    /// Numbers of K, and of V.
+    /// Values of K, and of V.
     fn count(&self) -> usize {
         self.tokens * self.head_dim
     }
@@ -75,21 +75,21 @@ impl PieceLayout {
         let (k, v) = piece.split_at(self.k_bytes());
         let (k_scales, k) = self.split_scales(k, self.head_dim);
         let (v_scales, v) = self.split_scales(v, self.tokens);
-        PieceView { k: self.numbers_of(k), k_scales, v: self.numbers_of(v), v_scales }
+        PieceView { k: self.values_of(k), k_scales, v: self.values_of(v), v_scales }
     }
 
-    /// The scales in front of K or V, none but for int8, and the numbers.
+    /// The scales in front of K or V, none but for int8, and the values.
     fn split_scales<'a>(&self, bytes: &'a [u8], count: usize) -> (Cow<'a, [f32]>, &'a [u8]) {
-        let (scales, numbers) = bytes.split_at(if self.dtype == DType::Int8 { 4 * count } else { 0 });
-        (floats(scales), numbers)
+        let (scales, values) = bytes.split_at(if self.dtype == DType::Int8 { 4 * count } else { 0 });
+        (floats(scales), values)
     }
 
-    fn numbers_of<'a>(&self, bytes: &'a [u8]) -> Numbers<'a> {
+    fn values_of<'a>(&self, bytes: &'a [u8]) -> PieceData<'a> {
         match self.dtype {
-            DType::F32 => Numbers::F32(floats(bytes)),
-            DType::F16 => Numbers::F16(halves(bytes)),
-            DType::BF16 => Numbers::BF16(halves(bytes)),
-            DType::Int8 => Numbers::Int8(bytemuck::cast_slice(bytes)),
+            DType::F32 => PieceData::F32(floats(bytes)),
+            DType::F16 => PieceData::F16(halves(bytes)),
+            DType::BF16 => PieceData::BF16(halves(bytes)),
+            DType::Int8 => PieceData::Int8(bytemuck::cast_slice(bytes)),
         }
     }
 
@@ -98,8 +98,8 @@ impl PieceLayout {
         assert_eq!(k.len(), self.count(), "K of {self:?}");
         let view = self.view(piece);
         match &view.k {
-            Numbers::Int8(numbers) => widen_channels(numbers, &view.k_scales, k),
-            numbers => numbers.widen(k),
+            PieceData::Int8(values) => widen_channels(values, &view.k_scales, k),
+            values => values.widen(k),
         }
     }
 
@@ -108,11 +108,11 @@ impl PieceLayout {
         assert_eq!(v.len(), self.count(), "V of {self:?}");
         let view = self.view(piece);
         match &view.v {
-            Numbers::Int8(numbers) => {
-                let rows = numbers.chunks_exact(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
-                rows.zip(view.v_scales.iter()).for_each(|((numbers, v), &scale)| widen_int8(numbers, scale, v));
+            PieceData::Int8(values) => {
+                let rows = values.chunks_exact(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
+                rows.zip(view.v_scales.iter()).for_each(|((values, v), &scale)| widen_int8(values, scale, v));
             }
-            numbers => numbers.widen(v),
+            values => values.widen(v),
         }
     }
 }
@@ -121,18 +121,18 @@ impl PieceLayout {
 #[derive(Clone, Debug, PartialEq)]
 pub struct PieceView<'a> {
     /// `(T, D)`, each column times its scale.
-    pub k: Numbers<'a>,
+    pub k: PieceData<'a>,
     /// `(D)`; empty but for int8.
     pub k_scales: Cow<'a, [f32]>,
     /// `(T, D)`, each row times its scale.
-    pub v: Numbers<'a>,
+    pub v: PieceData<'a>,
     /// `(T)`; empty but for int8.
     pub v_scales: Cow<'a, [f32]>,
 }
 
-/// Numbers of a dtype.
+/// Values of a dtype.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Numbers<'a> {
+pub enum PieceData<'a> {
     F32(Cow<'a, [f32]>),
     F16(Cow<'a, [f16]>),
     BF16(Cow<'a, [bf16]>),
@@ -179,7 +179,7 @@ impl KeysLayout {
         sizes.into_iter().map(|bytes| bytes as u32).collect()
     }
 
-    /// Numbers stored of one key.
+    /// Values stored of one key.
     fn width(&self, by_channel: bool) -> usize {
         if by_channel { ChannelQuantizer::width(self.head_dim) } else { self.head_dim }
     }
@@ -251,31 +251,31 @@ impl KeysLayout {
         &self,
         by_channel: bool,
         bytes: &'a [u8],
-    ) -> Result<impl ExactSizeIterator<Item = KeyNumbers<'a>>, StoreError> {
+    ) -> Result<impl ExactSizeIterator<Item = KeyData<'a>>, StoreError> {
         if bytes.len() != self.bytes(by_channel) {
             return Err(self.wrong_bytes(by_channel, bytes.len()));
         }
         let KeysLayout { dtype, keys, .. } = *self;
         Ok(bytes.chunks_exact(self.piece_bytes(self.width(by_channel)).max(1)).map(move |part| match dtype {
             DType::Int8 => {
-                let (scales, numbers) = part.split_at(4 * keys);
-                KeyNumbers::Int8 { numbers: bytemuck::cast_slice(numbers), scales: floats(scales) }
+                let (scales, values) = part.split_at(4 * keys);
+                KeyData::Int8 { values: bytemuck::cast_slice(values), scales: floats(scales) }
             }
-            _ => KeyNumbers::F16(halves(part)),
+            _ => KeyData::F16(halves(part)),
         }))
     }
 }
 
 /// The landmark keys of one block, layer and KV head, borrowed from the bytes they were read as where alignment allows.
 #[derive(Clone, Debug, PartialEq)]
-pub enum KeyNumbers<'a> {
+pub enum KeyData<'a> {
     /// `(m, D)`
     F16(Cow<'a, [f16]>),
-    /// `numbers` `(m, W)`, each row times its scale in `scales` `(m)`.
-    Int8 { numbers: &'a [i8], scales: Cow<'a, [f32]> },
+    /// `values` `(m, W)`, each row times its scale in `scales` `(m)`.
+    Int8 { values: &'a [i8], scales: Cow<'a, [f32]> },
 }
 
-/// One scale per row of `(rows, D)`, then the numbers.
+/// One scale per row of `(rows, D)`, then the values.
 fn encode_rows_int8(head_dim: usize, rows: &[f32], out: &mut Vec<u8>) {
     let scales: Vec<f32> = rows.chunks_exact(head_dim).map(|row| int8_scale(row.iter().copied())).collect();
     out.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
@@ -299,34 +299,34 @@ fn channel_scales(k: &[f32], head_dim: usize) -> Vec<f32> {
     (0..head_dim).map(|channel| int8_scale(k.iter().skip(channel).step_by(head_dim).copied())).collect()
 }
 
-fn encode_floats(dtype: DType, numbers: &[f32], out: &mut Vec<u8>) {
+fn encode_floats(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
     match dtype {
-        DType::F32 => out.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
-        DType::F16 => out.extend(numbers.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes())),
-        DType::BF16 => out.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes())),
+        DType::F32 => out.extend(values.iter().flat_map(|number| number.to_le_bytes())),
+        DType::F16 => out.extend(values.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes())),
+        DType::BF16 => out.extend(values.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes())),
         DType::Int8 => unreachable!("int8 has scales and is encoded by rows"),
     }
 }
 
-impl Numbers<'_> {
+impl PieceData<'_> {
     /// To single ones, exactly and without scales.
     fn widen(&self, out: &mut [f32]) {
         match self {
-            Numbers::F32(numbers) => out.copy_from_slice(numbers),
-            Numbers::F16(numbers) => widen_f16(numbers, out),
-            Numbers::BF16(numbers) => {
-                out.iter_mut().zip(numbers.iter()).for_each(|(out, number)| *out = number.to_f32())
+            PieceData::F32(values) => out.copy_from_slice(values),
+            PieceData::F16(values) => widen_f16(values, out),
+            PieceData::BF16(values) => {
+                out.iter_mut().zip(values.iter()).for_each(|(out, number)| *out = number.to_f32())
             }
-            Numbers::Int8(numbers) => widen_int8(numbers, 1.0, out),
+            PieceData::Int8(values) => widen_int8(values, 1.0, out),
         }
     }
 }
 
 simd! {
     /// Rows of D signed bytes, each channel times its own scale: `(T, D)`.
-    fn widen_channels(numbers: &[i8], scales: &[f32], out: &mut [f32]) {
-        for (numbers, out) in numbers.chunks_exact(scales.len()).zip(out.chunks_exact_mut(scales.len())) {
-            for ((out, number), scale) in out.iter_mut().zip(numbers).zip(scales) {
+    fn widen_channels(values: &[i8], scales: &[f32], out: &mut [f32]) {
+        for (values, out) in values.chunks_exact(scales.len()).zip(out.chunks_exact_mut(scales.len())) {
+            for ((out, number), scale) in out.iter_mut().zip(values).zip(scales) {
                 *out = *number as f32 * scale;
             }
         }

@@ -6,7 +6,7 @@ use landmarkdb::types::{DType, Normalisation};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Both read the same stored numbers: only f32 sums and exponentials of numbers of a few units differ.
+/// Both read the same stored values: only f32 sums and exponentials of values of a few units differ.
 const TOLERANCE_F16: f64 = 2e-5;
 const TOLERANCE_INT8: f64 = 2e-5;
 
@@ -207,7 +207,7 @@ pub fn many_rows<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
 pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let layout = PageLayout { dtype: DType::F16, block_tokens: 2, head_dim: 4 };
     let zeros = [f16::ZERO; 8];
-    let page = |layout, numbers: &[f16]| Page::upload(runner, layout, &[Piece::F16 { k: numbers, v: numbers }]);
+    let page = |layout, values: &[f16]| Page::upload(runner, layout, &[Piece::F16 { k: values, v: values }]);
     let pages = Page::upload(runner, layout, &[Piece::F16 { k: &zeros, v: &zeros }; 2]).unwrap();
     assert!(page(layout, &zeros[..7]).is_err(), "part of a page");
     assert!(page(PageLayout { dtype: DType::Int8, ..layout }, &zeros).is_err(), "a page of another dtype");

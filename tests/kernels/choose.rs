@@ -1,4 +1,4 @@
-//! Choices against `index::exact`, which is given the same stored numbers.
+//! Choices against `index::exact`, which is given the same stored values.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use landmarkdb::until::Until;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Both read the same stored numbers, so only the order of f32 sums differs, for scores of up to about 20.
+/// Both read the same stored values, so only the order of f32 sums differs, for scores of up to about 20.
 const TOLERANCE_F16: f64 = 1e-4;
 const TOLERANCE_INT8: f64 = 1e-4;
 
@@ -70,26 +70,26 @@ impl Case {
                         (panel * dim * PANEL + key % PANEL, panel * PANEL + key % PANEL)
                     };
                     if self.dtype == DType::Int8 {
-                        let numbers: Vec<i8> = (0..m * dim).map(|_| rng.random_range(-127i8..=127)).collect();
+                        let values: Vec<i8> = (0..m * dim).map(|_| rng.random_range(-127i8..=127)).collect();
                         let scales: Vec<f32> = (0..m).map(|_| rng.random_range(0.002..0.02)).collect();
                         for key in 0..m {
                             let (at, scale_at) = place(key);
-                            (0..dim).for_each(|d| bytes[at + d * PANEL] = numbers[key * dim + d]);
+                            (0..dim).for_each(|d| bytes[at + d * PANEL] = values[key * dim + d]);
                             all_scales[scale_at] = scales[key];
                         }
-                        chunk.put(block, piece, ExactKeys::Int8 { numbers: &numbers, scales: &scales });
+                        chunk.put(block, piece, ExactKeys::Int8 { values: &values, scales: &scales });
                     } else {
-                        let numbers: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
+                        let values: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
                         for key in 0..m {
                             let (at, _) = place(key);
-                            (0..dim).for_each(|d| halves[at + d * PANEL] = numbers[key * dim + d]);
+                            (0..dim).for_each(|d| halves[at + d * PANEL] = values[key * dim + d]);
                         }
-                        chunk.put(block, piece, ExactKeys::F16(&numbers));
+                        chunk.put(block, piece, ExactKeys::F16(&values));
                     }
                 }
             }
             let panels = match self.dtype {
-                DType::Int8 => HostKeys::Int8 { numbers: &bytes, scales: &all_scales },
+                DType::Int8 => HostKeys::Int8 { values: &bytes, scales: &all_scales },
                 _ => HostKeys::F16(&halves),
             };
             stored.keys.push(Keys::upload(runner, panels, dim, layout.pieces()).unwrap());
@@ -120,8 +120,8 @@ impl Case {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let stored = self.store(runner, &mut rng);
         let query_heads = self.kv_heads * self.group;
-        let numbers = self.tokens * query_heads * self.head_dim;
-        let queries: Vec<f32> = (0..(1 + self.recent) * numbers).map(|_| gaussian(&mut rng)).collect();
+        let set_len = self.tokens * query_heads * self.head_dim;
+        let queries: Vec<f32> = (0..(1 + self.recent) * set_len).map(|_| gaussian(&mut rng)).collect();
         let spans = self.spans(&stored);
         for &granularity in granularities {
             for block_score in BLOCK_SCORES {
@@ -147,8 +147,8 @@ impl Case {
                     layer: 1,
                     tokens: self.tokens,
                     query_heads,
-                    queries: &queries[..numbers],
-                    recent_queries: &queries[numbers..],
+                    queries: &queries[..set_len],
+                    recent_queries: &queries[set_len..],
                     scope: &stored.scope,
                     top_k: usize::MAX,
                     block_score,
@@ -269,8 +269,8 @@ fn plain<'a, M>(queries: &'a [f32], spans: &'a [Span<'a, M>], top_k: u32) -> Cho
 /// Equal keys, in several tiles and slices.
 pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let blocks = 3000usize;
-    let numbers = vec![f16::ONE; blocks.next_multiple_of(PANEL) * 4];
-    let keys = Keys::upload(runner, HostKeys::F16(&numbers), 4, 1).unwrap();
+    let values = vec![f16::ONE; blocks.next_multiple_of(PANEL) * 4];
+    let keys = Keys::upload(runner, HostKeys::F16(&values), 4, 1).unwrap();
     let spans = [Span { keys: &keys, blocks: 10..blocks as u32, set: 0 }];
     let chosen = choose(runner, &plain(&[1.0; 4], &spans, 3)).unwrap();
     assert_eq!(chosen.positions, [0, 1, 2]);
@@ -282,10 +282,10 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let halves = vec![f16::ONE; 2 * PANEL * 5];
     let keys = Keys::upload(runner, HostKeys::F16(&halves[..2 * PANEL * 4]), 4, 1).unwrap();
     let wider = Keys::upload(runner, HostKeys::F16(&halves), 5, 1).unwrap();
-    let (numbers, scales) = (&[1; 2 * PANEL * 4], &[1.0; 2 * PANEL]);
-    let bytes = Keys::upload(runner, HostKeys::Int8 { numbers, scales }, 4, 1).unwrap();
-    let refused = |keys: &Keys<R::Memory>, blocks, set, query_numbers: usize, layer: u32, top_k: u32| {
-        let (queries, spans) = (vec![1.0; query_numbers], [Span { keys, blocks, set }]);
+    let (values, scales) = (&[1; 2 * PANEL * 4], &[1.0; 2 * PANEL]);
+    let bytes = Keys::upload(runner, HostKeys::Int8 { values, scales }, 4, 1).unwrap();
+    let refused = |keys: &Keys<R::Memory>, blocks, set, query_len: usize, layer: u32, top_k: u32| {
+        let (queries, spans) = (vec![1.0; query_len], [Span { keys, blocks, set }]);
         choose(runner, &Choice { layer, ..plain(&queries, &spans, top_k) }).is_err()
     };
     assert!(!refused(&keys, 0..128, 0, 4, 0, 5));

@@ -17,7 +17,7 @@ use rand_chacha::ChaCha8Rng;
 use super::common::spec;
 use super::watched::{Seen, Watched};
 
-/// f32 sums and exponentials in another order than the CPU's, for numbers of a few units.
+/// f32 sums and exponentials in another order than the CPU's, for values of a few units.
 const TOLERANCE: f32 = 1e-4;
 
 const LARGE_CACHE: u64 = 1 << 30;
@@ -50,7 +50,7 @@ impl World {
         World { memory, seen, collection, spec, rng, _directory: directory }
     }
 
-    fn numbers(&mut self, count: usize) -> Vec<f32> {
+    fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.rng.random_range(-2.0f32..2.0)).collect()
     }
 
@@ -66,8 +66,8 @@ impl World {
                     index,
                     token_ids: vec![index; tokens as usize],
                     text: BlockText { start: 0, bytes: vec![], offsets: vec![0; tokens as usize] },
-                    k: Tensor::from_f32(sizes.clone(), &self.numbers(count)),
-                    v: Tensor::from_f32(sizes, &self.numbers(count)),
+                    k: Tensor::from_f32(sizes.clone(), &self.values(count)),
+                    v: Tensor::from_f32(sizes, &self.values(count)),
                 }
             })
             .collect();
@@ -92,7 +92,7 @@ impl World {
         let lookup = LookupRequest {
             collection: self.collection,
             layer: 1,
-            queries: self.numbers(count),
+            queries: self.values(count),
             distances: distances.to_vec(),
             scope,
             top_k: 3,
@@ -229,7 +229,7 @@ where
     F: Fn() -> R + Clone + Send + Sync + 'static,
 {
     let spec = spec("c", DType::F16);
-    // Both draw the same numbers; one of them never uses its runners.
+    // Both draw the same values; one of them never uses its runners.
     let mut worlds = [0, 1].map(|_| World::new(open.clone(), spec.clone(), LARGE_CACHE));
     let [long, short] = [("a", 513), ("b", 4)].map(|(name, blocks)| {
         let [_, document] = worlds.each_mut().map(|world| world.document(name, blocks));

@@ -176,8 +176,8 @@ fn fill(memory: &RemoteMemory) -> (CollectionId, DocumentId) {
     let shape = vec![4, 2, BLOCK_TOKENS, HEAD_DIM as u32];
     let count = shape.iter().product::<u32>();
     let mut tensor = || {
-        let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-2.0..2.0)).collect();
-        Tensor::from_f32(shape.clone(), &numbers)
+        let values: Vec<f32> = (0..count).map(|_| rng.random_range(-2.0..2.0)).collect();
+        Tensor::from_f32(shape.clone(), &values)
     };
     let blocks: Vec<NewBlock> = (document.blocks..BLOCKS)
         .map(|index| {
@@ -195,11 +195,11 @@ fn fill(memory: &RemoteMemory) -> (CollectionId, DocumentId) {
 
 /// So many tokens over the document, so many times.
 fn lookup(rng: &mut ChaCha8Rng, flooded: &Flooded<'_>, tokens: u32, times: usize, top_k: u32) -> LookupRequest {
-    let numbers = tokens as usize * QUERY_HEADS * HEAD_DIM;
+    let query_len = tokens as usize * QUERY_HEADS * HEAD_DIM;
     LookupRequest {
         collection: flooded.collection,
         layer: 0,
-        queries: (0..numbers).map(|_| rng.random_range(-2.0..2.0)).collect(),
+        queries: (0..query_len).map(|_| rng.random_range(-2.0..2.0)).collect(),
         distances: (0..tokens).collect(),
         scope: vec![BlockRange { document: flooded.document, blocks: 0..BLOCKS }; times],
         top_k,

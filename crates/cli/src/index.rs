@@ -230,9 +230,9 @@ fn request(collection: &CollectionInfo, document: &DocumentInfo, layer: u32, que
 fn random_queries(seed: u64, collection: &CollectionInfo) -> Vec<TuneQuery> {
     let shape = &collection.spec.shape;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let numbers = (shape.query_heads * shape.head_dim) as usize;
+    let row_len = (shape.query_heads * shape.head_dim) as usize;
     let queries = (0..RANDOM_QUERIES.max(shape.layers as usize)).map(|index| {
-        let values = (0..numbers).map(|_| rng.random_range(-4.0..4.0)).collect();
+        let values = (0..row_len).map(|_| rng.random_range(-4.0..4.0)).collect();
         TuneQuery { layer: index as u32 % shape.layers, distance: 0, values }
     });
     queries.collect()
@@ -249,11 +249,11 @@ fn captured_queries(path: &Path, collection: &CollectionInfo) -> Result<Vec<Tune
         let error = MemoryError::Invalid { field: "captured".into(), expected, found: about.model };
         return Err(error.into());
     }
-    let numbers = (shape.query_heads * shape.head_dim) as usize;
+    let row_len = (shape.query_heads * shape.head_dim) as usize;
     let tokens = distances.iter().enumerate();
     let queries = tokens.flat_map(|(token, &distance)| {
         about.layers.iter().zip(&queries).map(move |(&layer, queries)| {
-            let values = queries[token * numbers..][..numbers].to_vec();
+            let values = queries[token * row_len..][..row_len].to_vec();
             TuneQuery { layer, distance, values }
         })
     });

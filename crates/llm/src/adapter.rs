@@ -37,7 +37,7 @@ pub const LAYERS_MIN: u32 = 2;
 /// The landmark's row of the embedding, `(hidden)`.
 pub const LANDMARK_EMBEDDING: &str = "landmark_embedding";
 
-/// What an adapter is, beside its numbers.
+/// What an adapter is, beside its values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     /// The model that it changes, as [`resolve`] takes it.
@@ -124,7 +124,7 @@ fn sizes(config: &ModelConfig, tensor: LayerTensor) -> (usize, usize) {
     }
 }
 
-/// Writes `adapter_model.safetensors`, its numbers as `dtype`, and then `adapter_config.json` into `folder`. Each file
+/// Writes `adapter_model.safetensors`, its values as `dtype`, and then `adapter_config.json` into `folder`. Each file
 /// replaces an older one at once or not at all. The tensors are those of [`adapter_shapes`].
 pub fn write_adapter(folder: &Path, adapter: &Adapter, tensors: &[NamedTensor], dtype: DType) -> Result<(), SaveError> {
     let convert = |named: &NamedTensor| Ok((named.name.clone(), named.tensor.to_dtype(dtype)?));
@@ -282,11 +282,11 @@ mod tests {
 
     const RANK: usize = 2;
 
-    /// Numbers that tell their tensor and their place.
+    /// Values that tell their tensor and their place.
     fn numbered((index, (name, shape)): (usize, (String, Vec<usize>))) -> NamedTensor {
         let count = shape.iter().product::<usize>();
-        let numbers = (0..count).map(|i| ((i * 7 + index * 3) % 11) as f32 / 4.0 - 1.0).collect();
-        NamedTensor { name, tensor: Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap() }
+        let values = (0..count).map(|i| ((i * 7 + index * 3) % 11) as f32 / 4.0 - 1.0).collect();
+        NamedTensor { name, tensor: Tensor::from_vec(values, shape, &Device::Cpu).unwrap() }
     }
 
     /// A folder with a base and an adapter of it.

@@ -56,9 +56,9 @@ impl Parts {
         self
     }
 
-    fn with(mut self, name: &str, numbers: Vec<f32>) -> Self {
-        let count = numbers.len();
-        let tensor = Tensor::from_vec(numbers, count, &Device::Cpu).unwrap();
+    fn with(mut self, name: &str, values: Vec<f32>) -> Self {
+        let count = values.len();
+        let tensor = Tensor::from_vec(values, count, &Device::Cpu).unwrap();
         self.tensors.retain(|(known, _)| known != name);
         self.tensors.push((name.into(), QTensor::quantize(&tensor, GgmlDType::F32).unwrap()));
         self
@@ -253,7 +253,7 @@ fn no_change_of_a_byte_of_the_header_makes_it_panic() {
             let mut bytes = whole.clone();
             bytes[at] = byte;
             std::fs::write(&path, &bytes).unwrap();
-            // Only what is opened may run, and what runs gives numbers.
+            // Only what is opened may run, and what runs gives finite values.
             if let Ok((gguf, config)) = gguf::Gguf::open(&path) {
                 let _ = tokenizer_gguf::from_gguf(&gguf);
                 let _ = Llama::load(config, &gguf);

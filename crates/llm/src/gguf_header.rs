@@ -187,12 +187,12 @@ impl TensorEntry {
 
 /// Bytes of a tensor; none if they are no whole number of blocks, or too many to count.
 fn tensor_bytes(dims: &[usize], format: GgmlDType) -> Option<u64> {
-    let numbers = dims.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
+    let elements = dims.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
     let block = format.block_size() as u64;
-    if !numbers.is_multiple_of(block) || dims.last().is_some_and(|&row| !(row as u64).is_multiple_of(block)) {
+    if !elements.is_multiple_of(block) || dims.last().is_some_and(|&row| !(row as u64).is_multiple_of(block)) {
         return None;
     }
-    (numbers / block).checked_mul(format.type_size() as u64)
+    (elements / block).checked_mul(format.type_size() as u64)
 }
 
 fn alignment(path: &Path, settings: &BTreeMap<String, Value>) -> Result<u64, LoadError> {

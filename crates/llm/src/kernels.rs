@@ -1,6 +1,6 @@
 //! The loops of a forward pass that are not attention, over f32 slices.
 //!
-//! All of them are bound by memory: one fused pass over the numbers, spread over the cores, costs a fraction of a chain of
+//! All of them are bound by memory: one fused pass over the values, spread over the cores, costs a fraction of a chain of
 //! tensor operations.
 
 use rayon::prelude::*;
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    fn values(count: usize, seed: u64) -> Vec<f32> {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
         (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn norm_and_gate_agree_with_their_formulas() {
         let (tokens, width) = (19, 37);
-        let (x, w) = (numbers(tokens * width, 4), numbers(width, 5));
+        let (x, w) = (values(tokens * width, 4), values(width, 5));
         let mut out = vec![0.0; tokens * width];
         rms_norm(&x, &w, 1e-5, &mut out);
         for (x, out) in x.chunks(width).zip(out.chunks(width)) {
@@ -83,7 +83,7 @@ mod tests {
             }
         }
 
-        let gate_up: Vec<f32> = numbers(tokens * 2 * width, 6).iter().map(|x| x * 20.0).collect();
+        let gate_up: Vec<f32> = values(tokens * 2 * width, 6).iter().map(|x| x * 20.0).collect();
         swiglu(&gate_up, width, &mut out);
         for (both, out) in gate_up.chunks(2 * width).zip(out.chunks(width)) {
             for i in 0..width {

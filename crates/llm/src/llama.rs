@@ -271,16 +271,16 @@ fn vector(tensor: &Tensor) -> Vec<f32> {
 
 impl Scratch {
     fn new(config: &ModelConfig, tokens: usize) -> Self {
-        let numbers = |width: usize| vec![0.0; tokens * width];
+        let values = |width: usize| vec![0.0; tokens * width];
         let (query_width, kv_width) = (config.query_width(), config.kv_width());
         Scratch {
-            normed: numbers(config.hidden),
-            qkv: numbers(query_width + 2 * kv_width),
-            q: numbers(query_width),
-            k: numbers(kv_width),
-            v: numbers(kv_width),
-            gate_up: numbers(2 * config.ffn),
-            gated: numbers(config.ffn),
+            normed: values(config.hidden),
+            qkv: values(query_width + 2 * kv_width),
+            q: values(query_width),
+            k: values(kv_width),
+            v: values(kv_width),
+            gate_up: values(2 * config.ffn),
+            gated: values(config.ffn),
         }
     }
 }

@@ -27,7 +27,7 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     table(config).into_iter().map(|(name, shape)| (huggingface_name(name), shape)).collect()
 }
 
-/// A model whose configuration is read and whose numbers are not.
+/// A model whose configuration is read and whose values are not.
 pub(super) struct Opened {
     pub(super) config: ModelConfig,
     pub(super) weights: Box<dyn TensorSource>,
@@ -66,7 +66,7 @@ pub fn put_row(table: &Tensor, at: usize, row: &Tensor) -> candle_core::Result<T
     Tensor::cat(&[&table.narrow(0, 0, at)?, row, &table.narrow(0, rest, rows - rest)?], 0)
 }
 
-/// Writes `config.json` and `model.safetensors` into `folder`, the numbers as `dtype`. Each file replaces an older one
+/// Writes `config.json` and `model.safetensors` into `folder`, the values as `dtype`. Each file replaces an older one
 /// at once or not at all.
 pub fn write_model(
     folder: &Path,

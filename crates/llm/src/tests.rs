@@ -201,8 +201,8 @@ fn write_folder(folder: &Path, dtype: DType, shards: usize) {
     for (number, (name, shape)) in tensors.into_iter().enumerate() {
         let count: usize = shape.iter().product();
         // Halves, quarters, ..: exact in every dtype.
-        let numbers: Vec<f32> = (0..count).map(|i| ((i * 7 + number * 13) % 17) as f32 / 16.0 - 0.5).collect();
-        let tensor = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let values: Vec<f32> = (0..count).map(|i| ((i * 7 + number * 13) % 17) as f32 / 16.0 - 0.5).collect();
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         weight_map.insert(name.clone(), shard_name(number % shards, shards));
         files[number % shards].insert(name, tensor);
     }

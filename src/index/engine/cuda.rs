@@ -94,9 +94,9 @@ fn projected(query: &Query<'_>) -> Vec<f32> {
     let sets = chunks(query).map(|chunk| (chunk, query.queries)).chain(of_last.zip(recent));
     let mut projected = Vec::new();
     for (chunk, queries) in sets {
-        for (row, numbers) in queries.chunks_exact(query.layout.head_dim).enumerate() {
+        for (row, values) in queries.chunks_exact(query.layout.head_dim).enumerate() {
             let kv_head = row % query.query_heads / (query.query_heads / query.layout.kv_heads);
-            projected.extend(chunk.project(query.layer * query.layout.kv_heads + kv_head, numbers));
+            projected.extend(chunk.project(query.layer * query.layout.kv_heads + kv_head, values));
         }
     }
     projected
@@ -127,7 +127,7 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
     let (width, pieces) = (chunk.width(), chunk.layout().pieces());
     // Before the lock is taken: a thread that waits for others of the pool may meanwhile begin a request over the same chunk.
     let rearranged = match chunk.all_panels() {
-        KeyPanels::Int8 { numbers, .. } => by_dimension(numbers, width),
+        KeyPanels::Int8 { values, .. } => by_dimension(values, width),
         KeyPanels::F16(_) | KeyPanels::Int4 { .. } => Vec::new(),
     };
     let mut copy = chunk.copy();
@@ -136,9 +136,9 @@ fn on_gpu<R: Runner>(runner: &R, chunk: &Chunk) -> Result<Arc<Keys<R::Memory>>, 
         return Ok(keys);
     }
     let keys = Arc::new(match chunk.all_panels() {
-        KeyPanels::F16(numbers) => Keys::upload(runner, cuda::HostKeys::F16(numbers), width, pieces)?,
+        KeyPanels::F16(values) => Keys::upload(runner, cuda::HostKeys::F16(values), width, pieces)?,
         KeyPanels::Int8 { scales, .. } => {
-            Keys::upload(runner, cuda::HostKeys::Int8 { numbers: &rearranged, scales }, width, pieces)?
+            Keys::upload(runner, cuda::HostKeys::Int8 { values: &rearranged, scales }, width, pieces)?
         }
         KeyPanels::Int4 { .. } => {
             return Err(ArgumentError::Dtype { expected: chunk.layout().dtype, found: DType::Int8 }.into());

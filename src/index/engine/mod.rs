@@ -19,7 +19,7 @@ mod sq;
 
 /// What an engine does differently from others; what it does not say is as for `flat`.
 pub trait SearchEngine: Debug + Send + Sync {
-    /// Whether this program, on this machine, can do it for keys of D numbers.
+    /// Whether this program, on this machine, can do it for keys of D values.
     ///
     /// # Errors
     /// Why not, and what to do about it.

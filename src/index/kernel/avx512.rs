@@ -10,7 +10,7 @@ use super::nibbles::Bytes;
 use crate::index::layout::{NIBBLE_OFFSET, PANEL, QUAD};
 use linalg::prefetch;
 
-/// Numbers in a register.
+/// Values in a register.
 const LANES: usize = 16;
 
 /// Registers of one dimension of a panel.
@@ -34,14 +34,14 @@ fn halves_rows<const R: usize>(halves: &[f16], dim: usize, queries: &[f32], scor
         let mut sums = [[_mm512_setzero_ps(); PARTS]; R];
         for (halves, queries) in halves.as_chunks::<PANEL>().0.iter().zip(queries.as_chunks::<R>().0) {
             prefetch::<{ size_of::<[f16; PANEL]>() }>(halves.as_ptr().cast());
-            let numbers: [__m512; PARTS] = from_fn(|part| {
-                // SAFETY: 16 of the panel's 64 numbers; the load needs no alignment.
+            let values: [__m512; PARTS] = from_fn(|part| {
+                // SAFETY: 16 of the panel's 64 values; the load needs no alignment.
                 _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().add(part * LANES).cast()) })
             });
             for (sums, &query) in sums.iter_mut().zip(queries) {
                 let query = _mm512_set1_ps(query);
-                for (sum, numbers) in sums.iter_mut().zip(numbers) {
-                    *sum = _mm512_fmadd_ps(query, numbers, *sum);
+                for (sum, values) in sums.iter_mut().zip(values) {
+                    *sum = _mm512_fmadd_ps(query, values, *sum);
                 }
             }
         }
@@ -53,24 +53,24 @@ fn halves_rows<const R: usize>(halves: &[f16], dim: usize, queries: &[f32], scor
 
 /// Scores `(rows, panels * PANEL)` of up to four rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn score_integers(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+pub(super) fn score_integers(queries: &Integers, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     match queries.rows.len() {
-        4 => integers_rows::<4>(queries, numbers, scales, scores),
-        3 => integers_rows::<3>(queries, numbers, scales, scores),
-        2 => integers_rows::<2>(queries, numbers, scales, scores),
-        _ => integers_rows::<1>(queries, numbers, scales, scores),
+        4 => integers_rows::<4>(queries, values, scales, scores),
+        3 => integers_rows::<3>(queries, values, scales, scores),
+        2 => integers_rows::<2>(queries, values, scales, scores),
+        _ => integers_rows::<1>(queries, values, scales, scores),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn integers_rows<const R: usize>(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+fn integers_rows<const R: usize>(queries: &Integers, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     /// Registers of four dimensions of a strip: half a panel, so that all sums stay in registers.
     const STRIP: usize = PARTS / 2;
     let quads = queries.quads.as_chunks::<R>().0;
     let keys = scales.len();
     let offset = _mm512_set1_epi8(KEY_OFFSET as u8 as i8);
-    for (panel, (numbers, scales)) in
-        numbers.chunks_exact(quads.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
+    for (panel, (values, scales)) in
+        values.chunks_exact(quads.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
     {
         for strip in [0, STRIP] {
             let mut sums = [[[_mm512_setzero_si512(); STRIP]; 2]; R];
@@ -78,11 +78,11 @@ fn integers_rows<const R: usize>(queries: &Integers, numbers: &[i8], scales: &[f
                 // What the offset of the keys will have added.
                 *sums = row.sums.map(|sum| [_mm512_set1_epi32(-KEY_OFFSET * sum); STRIP]);
             }
-            for (numbers, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(quads) {
-                let from = numbers[strip * LANES * QUAD..].as_ptr();
+            for (values, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(quads) {
+                let from = values[strip * LANES * QUAD..].as_ptr();
                 prefetch::<{ STRIP * LANES * QUAD }>(from);
                 let strip_keys: [__m512i; STRIP] = from_fn(|part| {
-                    // SAFETY: 64 of the strip's 128 numbers; the load needs no alignment.
+                    // SAFETY: 64 of the strip's 128 values; the load needs no alignment.
                     _mm512_xor_si512(unsafe { _mm512_loadu_si512(from.add(part * LANES * QUAD).cast()) }, offset)
                 });
                 for (sums, row) in sums.iter_mut().zip(rows) {
@@ -110,33 +110,33 @@ fn integers_rows<const R: usize>(queries: &Integers, numbers: &[i8], scales: &[f
 
 /// Scores `(rows, panels * PANEL)` of up to four rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn score_nibbles(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+pub(super) fn score_nibbles(queries: &Bytes, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     match queries.rows.len() {
-        4 => nibbles_rows::<4>(queries, numbers, scales, scores),
-        3 => nibbles_rows::<3>(queries, numbers, scales, scores),
-        2 => nibbles_rows::<2>(queries, numbers, scales, scores),
-        _ => nibbles_rows::<1>(queries, numbers, scales, scores),
+        4 => nibbles_rows::<4>(queries, values, scales, scores),
+        3 => nibbles_rows::<3>(queries, values, scales, scores),
+        2 => nibbles_rows::<2>(queries, values, scales, scores),
+        _ => nibbles_rows::<1>(queries, values, scales, scores),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn nibbles_rows<const R: usize>(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+fn nibbles_rows<const R: usize>(queries: &Bytes, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     let octets = queries.octets.as_chunks::<R>().0;
     let keys = scales.len();
     let mask = _mm512_set1_epi8(0x0f);
-    for (panel, (numbers, scales)) in
-        numbers.chunks_exact(octets.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
+    for (panel, (values, scales)) in
+        values.chunks_exact(octets.len() * PANEL * QUAD).zip(scales.as_chunks::<PANEL>().0).enumerate()
     {
         let mut sums = [[_mm512_setzero_si512(); PARTS]; R];
         for (sums, row) in sums.iter_mut().zip(&queries.rows) {
             // What the offset of the keys will have added.
             *sums = [_mm512_set1_epi32(-NIBBLE_OFFSET * row.sums[0]); PARTS];
         }
-        for (numbers, rows) in numbers.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(octets) {
-            prefetch::<{ PANEL * QUAD }>(numbers.as_ptr());
+        for (values, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(octets) {
+            prefetch::<{ PANEL * QUAD }>(values.as_ptr());
             let pairs: [__m512i; PARTS] = from_fn(|part| {
                 // SAFETY: 64 of the octet's 256 bytes; the load needs no alignment.
-                unsafe { _mm512_loadu_si512(numbers.as_ptr().add(part * LANES * QUAD).cast()) }
+                unsafe { _mm512_loadu_si512(values.as_ptr().add(part * LANES * QUAD).cast()) }
             });
             let low = pairs.map(|pair| _mm512_and_si512(pair, mask));
             let high = pairs.map(|pair| _mm512_and_si512(_mm512_srli_epi16::<4>(pair), mask));
@@ -163,9 +163,9 @@ fn nibbles_rows<const R: usize>(queries: &Bytes, numbers: &[i8], scales: &[f32],
 /// Stores registers one after the other.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store<const N: usize>(numbers: &[__m512; N], into: &mut [f32]) {
-    for (numbers, into) in numbers.iter().zip(into.as_chunks_mut::<LANES>().0) {
-        // SAFETY: 16 numbers.
-        unsafe { _mm512_storeu_ps(into.as_mut_ptr(), *numbers) };
+fn store<const N: usize>(values: &[__m512; N], into: &mut [f32]) {
+    for (values, into) in values.iter().zip(into.as_chunks_mut::<LANES>().0) {
+        // SAFETY: 16 values.
+        unsafe { _mm512_storeu_ps(into.as_mut_ptr(), *values) };
     }
 }

@@ -12,7 +12,7 @@ pub(super) const KEY_OFFSET: i32 = 128;
 /// Steps of `low` in one of `high`: half of them fit a byte in either direction.
 pub(super) const LOW_STEPS: f32 = 254.0;
 
-/// Numbers that are compared side by side: one AVX-512 register.
+/// Values that are compared side by side: one AVX-512 register.
 const LANES: usize = 16;
 
 /// Some query rows.
@@ -24,7 +24,7 @@ pub(in crate::index) struct Integers {
     pub(super) rows: Vec<Row>,
 }
 
-/// What holds for all numbers of a row.
+/// What holds for all values of a row.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Row {
     pub(super) scale: f32,
@@ -42,11 +42,11 @@ pub(super) fn available() -> bool {
 }
 
 simd! {
-    /// Splits numbers, in steps of `1 / inverse`, into two bytes each.
-    fn split(numbers: &[f32], inverse: f32, high: &mut [i8], low: &mut [i8]) {
+    /// Splits values, in steps of `1 / inverse`, into two bytes each.
+    fn split(values: &[f32], inverse: f32, high: &mut [i8], low: &mut [i8]) {
         // Added to a number, it leaves the nearest whole one in the lowest bits.
         const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-        for ((number, high), low) in numbers.iter().zip(high).zip(low) {
+        for ((number, high), low) in values.iter().zip(high).zip(low) {
             let steps = number * inverse;
             let shifted = steps + ROUND;
             *high = shifted.to_bits() as i8;
@@ -57,9 +57,9 @@ simd! {
 
 simd! {
     /// The largest size of a number.
-    pub(super) fn largest(numbers: &[f32]) -> f32 {
+    pub(super) fn largest(values: &[f32]) -> f32 {
         let mut tops = [0f32; LANES];
-        for part in numbers.chunks(LANES) {
+        for part in values.chunks(LANES) {
             for (top, number) in tops.iter_mut().zip(part) {
                 *top = larger(*top, number.abs());
             }
@@ -81,10 +81,10 @@ impl Integers {
         let padded = dim.next_multiple_of(QUAD);
         let mut quads = vec![[[0; QUAD]; 2]; padded / QUAD * count];
         let (mut high, mut low) = (vec![0; padded], vec![0; padded]);
-        let rows = queries.chunks_exact(dim).enumerate().map(|(row, numbers)| {
-            let scale = largest(numbers) / i8::MAX as f32;
+        let rows = queries.chunks_exact(dim).enumerate().map(|(row, values)| {
+            let scale = largest(values) / i8::MAX as f32;
             let inverse = if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 };
-            split(numbers, inverse, &mut high, &mut low);
+            split(values, inverse, &mut high, &mut low);
             let parts = high.as_chunks().0.iter().zip(low.as_chunks().0);
             for (quad, (&high, &low)) in quads[row..].iter_mut().step_by(count).zip(parts) {
                 *quad = [high, low];

@@ -57,7 +57,7 @@ impl Form {
 pub(super) enum Rows {
     /// Every [`ROWS`] rows (fewer at the end) as `(D, ROWS)`: the values of one dimension lie together.
     Floats {
-        numbers: Vec<f32>,
+        values: Vec<f32>,
         dim: usize,
     },
     Integers(Integers),
@@ -72,33 +72,31 @@ impl Rows {
             Form::Bytes => return Rows::Bytes(Bytes::new(queries, dim)),
             Form::Halves | Form::Wide => {}
         }
-        let mut numbers = Vec::with_capacity(queries.len());
+        let mut values = Vec::with_capacity(queries.len());
         for rows in queries.chunks(ROWS * dim) {
             for d in 0..dim {
-                numbers.extend(rows[d..].iter().step_by(dim));
+                values.extend(rows[d..].iter().step_by(dim));
             }
         }
-        Rows::Floats { numbers, dim }
+        Rows::Floats { values, dim }
     }
 
     /// Scores `(rows, panels * PANEL)`. `wide` is the panels widened where the form is [`Form::Wide`], and else empty.
     pub(super) fn score(&self, panels: KeyPanels<'_>, wide: &[f32], scores: &mut [f32]) {
         match (self, panels) {
-            (Rows::Floats { numbers, dim }, KeyPanels::F16(halves)) if wide.is_empty() => {
-                score_halves(halves, *dim, numbers, scores);
+            (Rows::Floats { values, dim }, KeyPanels::F16(halves)) if wide.is_empty() => {
+                score_halves(halves, *dim, values, scores);
             }
-            (Rows::Floats { numbers, dim }, panels) => {
-                score_wide(wide, *dim, numbers, scores);
+            (Rows::Floats { values, dim }, panels) => {
+                score_wide(wide, *dim, values, scores);
                 if let KeyPanels::Int8 { scales, .. } | KeyPanels::Int4 { scales, .. } = panels {
                     for row in scores.chunks_exact_mut(scales.len()) {
                         row.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
                     }
                 }
             }
-            (Rows::Integers(rows), KeyPanels::Int8 { numbers, scales }) => {
-                score_integers(rows, numbers, scales, scores)
-            }
-            (Rows::Bytes(rows), KeyPanels::Int4 { numbers, scales }) => score_nibbles(rows, numbers, scales, scores),
+            (Rows::Integers(rows), KeyPanels::Int8 { values, scales }) => score_integers(rows, values, scales, scores),
+            (Rows::Bytes(rows), KeyPanels::Int4 { values, scales }) => score_nibbles(rows, values, scales, scores),
             (Rows::Integers(_) | Rows::Bytes(_), _) => {
                 unreachable!("the form of queries follows from that of the keys")
             }
@@ -117,27 +115,27 @@ fn score_halves(halves: &[f16], dim: usize, queries: &[f32], scores: &mut [f32])
 }
 
 /// Scores `(rows, keys)` of panels `(panels, D / 4, PANEL, 4)` with their scales.
-fn score_integers(queries: &Integers, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+fn score_integers(queries: &Integers, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     assert!(integers::available(), "the form is chosen where it is available");
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the machine has the instructions.
     unsafe {
-        avx512::score_integers(queries, numbers, scales, scores)
+        avx512::score_integers(queries, values, scales, scores)
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (queries, numbers, scales, scores);
+    let _ = (queries, values, scales, scores);
 }
 
 /// Scores `(rows, keys)` of panels `(panels, D / 8, PANEL, 4)` with their scales.
-fn score_nibbles(queries: &Bytes, numbers: &[i8], scales: &[f32], scores: &mut [f32]) {
+fn score_nibbles(queries: &Bytes, values: &[i8], scales: &[f32], scores: &mut [f32]) {
     assert!(integers::available(), "the form is chosen where it is available");
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the machine has the instructions.
     unsafe {
-        avx512::score_nibbles(queries, numbers, scales, scores)
+        avx512::score_nibbles(queries, values, scales, scores)
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (queries, numbers, scales, scores);
+    let _ = (queries, values, scales, scores);
 }
 
 fn score_wide(wide: &[f32], dim: usize, queries: &[f32], scores: &mut [f32]) {
@@ -149,28 +147,28 @@ fn score_wide(wide: &[f32], dim: usize, queries: &[f32], scores: &mut [f32]) {
 
 /// A number that widens to f32 in a register.
 trait Number: Copy {
-    fn wide<const FMA: bool>(numbers: &[Self; HALVES]) -> [f32; HALVES];
+    fn wide<const FMA: bool>(values: &[Self; HALVES]) -> [f32; HALVES];
 }
 
 impl Number for f32 {
     #[inline(always)]
-    fn wide<const FMA: bool>(numbers: &[f32; HALVES]) -> [f32; HALVES] {
-        *numbers
+    fn wide<const FMA: bool>(values: &[f32; HALVES]) -> [f32; HALVES] {
+        *values
     }
 }
 
 impl Number for f16 {
     #[inline(always)]
-    fn wide<const FMA: bool>(numbers: &[f16; HALVES]) -> [f32; HALVES] {
-        widen::<FMA>(numbers)
+    fn wide<const FMA: bool>(values: &[f16; HALVES]) -> [f32; HALVES] {
+        widen::<FMA>(values)
     }
 }
 
 macro_rules! score {
     ($name:ident, $number:ty, $strip:expr) => {
         simd! {
-            fn $name(numbers: &[$number], dim: usize, queries: &[f32], scores: &mut [f32]) {
-                score_numbers::<FMA, { $strip }, $number>(numbers, dim, queries, scores)
+            fn $name(values: &[$number], dim: usize, queries: &[f32], scores: &mut [f32]) {
+                score_values::<FMA, { $strip }, $number>(values, dim, queries, scores)
             }
         }
     };
@@ -181,17 +179,17 @@ score!(score_f32_wide, f32, WIDE);
 score!(score_f32_narrow, f32, NARROW);
 
 #[inline(always)]
-fn score_numbers<const FMA: bool, const STRIP: usize, N: Number>(
-    numbers: &[N],
+fn score_values<const FMA: bool, const STRIP: usize, N: Number>(
+    values: &[N],
     dim: usize,
     queries: &[f32],
     scores: &mut [f32],
 ) {
-    let keys = numbers.len() / dim;
-    for (panel, numbers) in numbers.chunks_exact(dim * PANEL).enumerate() {
+    let keys = values.len() / dim;
+    for (panel, values) in values.chunks_exact(dim * PANEL).enumerate() {
         for (group, rows) in queries.chunks(ROWS * dim).enumerate() {
             for strip in (0..PANEL).step_by(STRIP) {
-                let from = &numbers[strip..];
+                let from = &values[strip..];
                 let into = &mut scores[group * ROWS * keys + panel * PANEL + strip..];
                 match rows.len() / dim {
                     4 => score_strip::<FMA, STRIP, 4, N>(from, rows, into, keys),
@@ -204,7 +202,7 @@ fn score_numbers<const FMA: bool, const STRIP: usize, N: Number>(
     }
 }
 
-/// `R` rows `(D, R)` against one strip, the first `STRIP` numbers of every [`PANEL`]; row r's scores begin at
+/// `R` rows `(D, R)` against one strip, the first `STRIP` values of every [`PANEL`]; row r's scores begin at
 /// `scores[r * stride]`.
 #[inline(always)]
 fn score_strip<const FMA: bool, const STRIP: usize, const R: usize, N: Number>(
@@ -214,10 +212,10 @@ fn score_strip<const FMA: bool, const STRIP: usize, const R: usize, N: Number>(
     stride: usize,
 ) {
     let mut sums = [[0f32; STRIP]; R];
-    for (numbers, queries) in panel.chunks(PANEL).zip(queries.chunks_exact(R)) {
+    for (values, queries) in panel.chunks(PANEL).zip(queries.chunks_exact(R)) {
         let mut keys = [0f32; STRIP];
-        for (wide, numbers) in keys.as_chunks_mut().0.iter_mut().zip(numbers[..STRIP].as_chunks().0) {
-            *wide = N::wide::<FMA>(numbers);
+        for (wide, values) in keys.as_chunks_mut().0.iter_mut().zip(values[..STRIP].as_chunks().0) {
+            *wide = N::wide::<FMA>(values);
         }
         for row in 0..R {
             for lane in 0..STRIP {
@@ -244,19 +242,19 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut number = |_| rng.random_range(-8.0..8.0f32);
         for dim in [1, 5, 64] {
-            let numbers: Vec<f32> = (0..2 * PANEL * dim).map(&mut number).collect();
-            let halves: Vec<f16> = numbers.iter().map(|&number| f16::from_f32(number)).collect();
+            let values: Vec<f32> = (0..2 * PANEL * dim).map(&mut number).collect();
+            let halves: Vec<f16> = values.iter().map(|&number| f16::from_f32(number)).collect();
             let wide_halves: Vec<f32> = halves.iter().map(|half| half.to_f32()).collect();
             for rows in [1, 2, 3, 4, 5, 11] {
                 let queries: Vec<f32> = (0..rows * dim).map(&mut number).collect();
-                let Rows::Floats { numbers: packed, .. } = Rows::new(Form::Wide, &queries, dim) else { unreachable!() };
+                let Rows::Floats { values: packed, .. } = Rows::new(Form::Wide, &queries, dim) else { unreachable!() };
                 let compare = |name: &str, as_f32: &[f32], score: &dyn Fn(&mut [f32])| {
                     let mut scores = vec![f32::NAN; rows * 2 * PANEL];
                     score(&mut scores);
                     check(name, as_f32, dim, &queries, &scores, 1e-3);
                 };
-                compare("f32 wide", &numbers, &|scores| score_f32_wide(&numbers, dim, &packed, scores));
-                compare("f32 narrow", &numbers, &|scores| score_f32_narrow(&numbers, dim, &packed, scores));
+                compare("f32 wide", &values, &|scores| score_f32_wide(&values, dim, &packed, scores));
+                compare("f32 narrow", &values, &|scores| score_f32_narrow(&values, dim, &packed, scores));
                 compare("f16", &wide_halves, &|scores| score_f16(&halves, dim, &packed, scores));
                 if rows <= ROWS {
                     compare("f16 chosen", &wide_halves, &|scores| score_halves(&halves, dim, &packed, scores));
@@ -285,7 +283,7 @@ mod tests {
             for rows in 1..=ROWS {
                 let queries: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-8.0..8.0)).collect();
                 let mut scores = vec![f32::NAN; rows * 2 * PANEL];
-                let panels = KeyPanels::Int8 { numbers: &bytes, scales: &scales };
+                let panels = KeyPanels::Int8 { values: &bytes, scales: &scales };
                 Rows::new(Form::Integers, &queries, dim).score(panels, &[], &mut scores);
                 // A query's number is off by at most 1 / 64,516 of the row's largest.
                 check("integers", &wide, dim, &queries, &scores, dim as f64 * 8.0 * 2.54 / 64_516.0);
@@ -308,7 +306,7 @@ mod tests {
                 *byte |= ((number + NIBBLE_OFFSET) << (d % OCTET / QUAD * 4)) as i8;
                 wide[panel * dim + d * PANEL + key % PANEL] = number as f32 * scales[key];
             }
-            let panels = KeyPanels::Int4 { numbers: &packed, scales: &scales };
+            let panels = KeyPanels::Int4 { values: &packed, scales: &scales };
             for rows in 1..=ROWS {
                 let queries: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-8.0..8.0)).collect();
                 let (mut scores, mut widened) = (vec![f32::NAN; rows * 2 * PANEL], vec![f32::NAN; wide.len()]);

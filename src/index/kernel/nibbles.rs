@@ -18,9 +18,9 @@ pub(in crate::index) struct Bytes {
 }
 
 simd! {
-    /// The nearest bytes to numbers in steps of `1 / inverse`.
-    fn round(numbers: &[f32], inverse: f32, into: &mut [i8]) {
-        for (number, into) in numbers.iter().zip(into) {
+    /// The nearest bytes to values in steps of `1 / inverse`.
+    fn round(values: &[f32], inverse: f32, into: &mut [i8]) {
+        for (number, into) in values.iter().zip(into) {
             *into = nearest(number * inverse);
         }
     }
@@ -32,9 +32,9 @@ impl Bytes {
         let count = queries.len() / dim;
         let mut octets = vec![[[0; QUAD]; 2]; dim.div_ceil(OCTET) * count];
         let mut bytes = vec![0i8; dim.next_multiple_of(OCTET)];
-        let rows = queries.chunks_exact(dim).enumerate().map(|(row, numbers)| {
-            let scale = largest(numbers) / i8::MAX as f32;
-            round(numbers, if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 }, &mut bytes);
+        let rows = queries.chunks_exact(dim).enumerate().map(|(row, values)| {
+            let scale = largest(values) / i8::MAX as f32;
+            round(values, if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 }, &mut bytes);
             let halves = bytes.as_chunks::<QUAD>().0.as_chunks::<2>().0;
             octets[row..].iter_mut().step_by(count).zip(halves).for_each(|(octet, halves)| *octet = *halves);
             Row { scale, sums: [sum(&bytes), 0] }

@@ -41,7 +41,7 @@ pub(super) fn attend<R: Runner>(
     let (request, shape) = (plan.lookup.request, &plan.lookup.collection.spec.shape);
     let (layout, tables) = (page_layout(plan), Tables::new(plan, found));
     let tokens = request.distances.len();
-    let (token_entries, token_numbers) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
+    let (token_entries, token_len) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
     let mut all = Part { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
     for run in runs(&tables.pieces, tokens, pages.at_once(layout)) {
         let entries = run.start * token_entries..run.end * token_entries;
@@ -50,7 +50,7 @@ pub(super) fn attend<R: Runner>(
         let read = cuda::Attention {
             tokens: run.len() as u32,
             query_heads: shape.query_heads,
-            queries: &request.queries[run.start * token_numbers..run.end * token_numbers],
+            queries: &request.queries[run.start * token_len..run.end * token_len],
             k: found.k as u32,
             sharing: tables.sharing as u32,
             layout,
@@ -90,7 +90,7 @@ impl Tables {
                     let reach = geometry.reach(distance, geometry.slot(rank, position as usize));
                     let next = rotation_by_reach.len() as u32;
                     let rotation = *rotation_by_reach.entry(reach).or_insert_with(|| {
-                        tables.rotations.extend(plan.rotations.by(reach).numbers());
+                        tables.rotations.extend(plan.rotations.by(reach).values());
                         next
                     });
                     tables.rotation_of.push(rotation);

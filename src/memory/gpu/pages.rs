@@ -9,7 +9,7 @@ use super::failure::Failure;
 use crate::cuda::{Page, PageLayout, Piece, Runner};
 use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
-use crate::store::piece::{Numbers, PieceLayout, PieceView};
+use crate::store::piece::{PieceData, PieceLayout, PieceView};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 
@@ -88,8 +88,8 @@ fn load<R: Runner>(
     let of_block = PieceLayout { dtype: layout.dtype, tokens: layout.block_tokens, head_dim: layout.head_dim };
     let views: Vec<PieceView<'_>> = stored.iter().map(|bytes| of_block.view(bytes)).collect();
     let pieces = views.iter().map(|view| match (&view.k, &view.v) {
-        (Numbers::F16(k), Numbers::F16(v)) => Ok(Piece::F16 { k, v }),
-        (&Numbers::Int8(k), &Numbers::Int8(v)) => {
+        (PieceData::F16(k), PieceData::F16(v)) => Ok(Piece::F16 { k, v }),
+        (&PieceData::Int8(k), &PieceData::Int8(v)) => {
             Ok(Piece::Int8 { k, k_scales: &view.k_scales, v, v_scales: &view.v_scales })
         }
         _ => Err(Failure::Gpu(format!("pages are f16 or int8, found {}", layout.dtype))),

@@ -10,7 +10,7 @@ use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
 use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
 use crate::memory::collection::Collection;
-use crate::store::piece::{KeyNumbers, KeysLayout};
+use crate::store::piece::{KeyData, KeysLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
@@ -117,10 +117,10 @@ impl Loader<'_> {
         let layout = KeysLayout::of(&self.collection.spec);
         let bytes = if block.index == 0 { layout.split_quantizers(bytes).map_err(data_loss(block))?.1 } else { bytes };
         let decoded = layout.decode(chunk.has_quantizers(), bytes).map_err(data_loss(block))?;
-        for (piece, numbers) in decoded.skip(pieces.start).take(pieces.len()).enumerate() {
-            let keys = match &numbers {
-                KeyNumbers::F16(numbers) => Keys::F16(numbers),
-                KeyNumbers::Int8 { numbers, scales } => Keys::Int8 { numbers, scales },
+        for (piece, values) in decoded.skip(pieces.start).take(pieces.len()).enumerate() {
+            let keys = match &values {
+                KeyData::F16(values) => Keys::F16(values),
+                KeyData::Int8 { values, scales } => Keys::Int8 { values, scales },
             };
             chunk.put(at, piece, keys);
         }

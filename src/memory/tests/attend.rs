@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// f32 sums over a few hundred products of numbers around 1; the stored numbers themselves are read back.
+/// f32 sums over a few hundred products of values around 1; the stored values themselves are read back.
 const TOLERANCE: f64 = 2e-5;
 
 /// One query's attention over blocks, each in a slot: `(out (D), lse)`.

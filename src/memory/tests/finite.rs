@@ -1,4 +1,4 @@
-//! NaN and infinity neither enter nor leave, whatever finite numbers come.
+//! NaN and infinity neither enter nor leave, whatever finite values come.
 
 use super::*;
 
@@ -21,7 +21,7 @@ fn worlds() -> Vec<World> {
     worlds
 }
 
-/// The largest numbers that K, and V, of a collection may have.
+/// The largest values that K, and V, of a collection may have.
 fn largest(spec: &CollectionSpec) -> (f32, f32) {
     let of = |dtype| if dtype == DType::F16 { 65_504.0 } else { limits::NUMBER_MAX };
     (of(spec.payload_dtype).min(of(spec.key_dtype)), of(spec.payload_dtype))
@@ -107,7 +107,7 @@ fn the_largest_numbers_that_enter_give_finite_answers() {
     }
 }
 
-/// A mean of rounded numbers is no larger than the largest of them, also where f16 ends.
+/// A mean of rounded values is no larger than the largest of them, also where f16 ends.
 #[test]
 fn means_of_the_largest_numbers_are_stored_finite() {
     for (key_dtype, payload_dtype) in [(DType::F16, DType::F32), (DType::Int8, DType::BF16)] {

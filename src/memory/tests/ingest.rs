@@ -8,7 +8,7 @@ fn append(world: &World, document: DocumentId, blocks: Vec<NewBlock>) -> Result<
 
 #[test]
 fn blocks_come_back_as_they_were_stored_also_after_reopening() {
-    // The largest error of a stored number, for numbers up to 4.
+    // The largest error of a stored number, for values up to 4.
     for (payload_dtype, error_max) in
         [(DType::F32, 0.0), (DType::F16, 2e-3), (DType::BF16, 1.6e-2), (DType::Int8, 3.2e-2)]
     {
@@ -145,9 +145,9 @@ fn of_many_writers_one_is_next() {
 
 /// Puts `number` at the start of an f32 tensor.
 fn poisoned(tensor: &Tensor, number: f32) -> Tensor {
-    let mut numbers = tensor.to_f32().unwrap();
-    numbers[3] = number;
-    Tensor::from_f32(tensor.shape.clone(), &numbers)
+    let mut values = tensor.to_f32().unwrap();
+    values[3] = number;
+    Tensor::from_f32(tensor.shape.clone(), &values)
 }
 
 #[test]
@@ -181,9 +181,9 @@ fn impossible_blocks_are_refused_by_field_and_leave_nothing() {
     assert_eq!(refused(&|blocks| blocks[0].k = empty.clone()), "missing blocks[0].k");
     let mut blocks = good.to_vec();
     // Layer 1, KV head 0, token 4, dim 3 of (2, 2, 5, 8).
-    let mut numbers = blocks[1].v.to_f32().unwrap();
-    numbers[(2 * 5 + 4) * 8 + 3] = f32::NAN;
-    blocks[1].v = Tensor::from_f32(blocks[1].v.shape.clone(), &numbers);
+    let mut values = blocks[1].v.to_f32().unwrap();
+    values[(2 * 5 + 4) * 8 + 3] = f32::NAN;
+    blocks[1].v = Tensor::from_f32(blocks[1].v.shape.clone(), &values);
     let message = append(&world, document, blocks).unwrap_err().to_string();
     assert!(message.ends_with("found NaN in block 1, layer 1, KV head 0, token 4"), "{message}");
     for bad in [f32::NAN, f32::INFINITY, -70_000.0] {

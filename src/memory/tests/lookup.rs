@@ -382,8 +382,8 @@ fn an_index_that_finds_nothing_eligible_names_all_that_it_covers() {
     let document = world.document("long", eligible);
     for first in (eligible..blocks).step_by(limits::APPEND_BLOCKS_MAX) {
         let larger = |mut block: NewBlock| {
-            let numbers: Vec<f32> = block.k.to_f32().unwrap().iter().map(|number| number * 100.0).collect();
-            block.k = Tensor::from_f32(block.k.shape.clone(), &numbers);
+            let values: Vec<f32> = block.k.to_f32().unwrap().iter().map(|number| number * 100.0).collect();
+            block.k = Tensor::from_f32(block.k.shape.clone(), &values);
             block
         };
         let end = blocks.min(first + limits::APPEND_BLOCKS_MAX as u32);

@@ -65,7 +65,7 @@ impl World {
         World { dir, memory, collection, spec, rng }
     }
 
-    fn numbers(&mut self, count: usize) -> Vec<f32> {
+    fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| (0..4).map(|_| self.rng.random_range(-1.0f32..1.0)).sum()).collect()
     }
 
@@ -73,7 +73,7 @@ impl World {
     fn block(&mut self, index: u32, tokens: u32) -> NewBlock {
         let shape = [self.spec.shape.layers, self.spec.shape.kv_heads, tokens, self.spec.shape.head_dim];
         let count = shape.iter().product::<u32>() as usize;
-        let (k, v) = (self.numbers(count), self.numbers(count));
+        let (k, v) = (self.values(count), self.values(count));
         let text = format!("block {index} ").into_bytes();
         NewBlock {
             index,
@@ -102,7 +102,7 @@ impl World {
         LookupRequest {
             collection: self.collection,
             layer: 1,
-            queries: self.numbers(count),
+            queries: self.values(count),
             distances: distances.to_vec(),
             scope,
             top_k: 3,
@@ -132,9 +132,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn log_sum_exp(numbers: &[f64]) -> f64 {
-    let top = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if top == f64::NEG_INFINITY { top } else { top + numbers.iter().map(|n| (n - top).exp()).sum::<f64>().ln() }
+fn log_sum_exp(values: &[f64]) -> f64 {
+    let top = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if top == f64::NEG_INFINITY { top } else { top + values.iter().map(|n| (n - top).exp()).sum::<f64>().ln() }
 }
 
 /// K or V of one block as it was stored, for one layer and KV head: `(tokens, D)`.

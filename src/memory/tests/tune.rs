@@ -4,7 +4,7 @@ use super::*;
 
 fn request(world: &mut World, queries: usize) -> TuneRequest {
     let query = |values| TuneQuery { layer: 1, distance: 3, values };
-    let queries = (0..queries).map(|_| query(world.numbers(4 * 8))).collect();
+    let queries = (0..queries).map(|_| query(world.values(4 * 8))).collect();
     TuneRequest { collection: world.collection, queries, top_k: 3, recall: 0.99, lookups: 4, indexes: Vec::new() }
 }
 

@@ -125,9 +125,9 @@ impl Fixture {
         let coded = self.coded && spec.key_rule == KeyRule::Tokens;
         let (mut keys, mut pieces) = (Vec::new(), Vec::new());
         for piece in 0..PIECES {
-            let numbers = tokens as usize * HEAD_DIM;
-            encode(spec.payload_dtype, HEAD_DIM, numbers, seed, index, 10 + 2 * piece, &mut pieces);
-            encode(spec.payload_dtype, tokens as usize, numbers, seed, index, 11 + 2 * piece, &mut pieces);
+            let count = tokens as usize * HEAD_DIM;
+            encode(spec.payload_dtype, HEAD_DIM, count, seed, index, 10 + 2 * piece, &mut pieces);
+            encode(spec.payload_dtype, tokens as usize, count, seed, index, 11 + 2 * piece, &mut pieces);
         }
         if tokens == BLOCK_TOKENS {
             if coded && index == 0 {
@@ -220,13 +220,13 @@ impl Fixture {
     }
 }
 
-/// Scales, which only int8 has, and numbers.
-fn encode(dtype: DType, scales: usize, numbers: usize, seed: u32, index: u32, salt: u32, out: &mut Vec<u8>) {
+/// Scales, which only int8 has, and values.
+fn encode(dtype: DType, scales: usize, count: usize, seed: u32, index: u32, salt: u32, out: &mut Vec<u8>) {
     if dtype == DType::Int8 {
         let scale = |i: u32| (1 + (seed + index + salt + i) % 4) as f32 / 64.0;
         out.extend((0..scales as u32).map(scale).flat_map(f32::to_le_bytes));
     }
-    for i in 0..numbers as u32 {
+    for i in 0..count as u32 {
         let number = ((seed * 31 + index * 17 + salt * 7 + i * 5) % 61) as i8 - 30;
         let float = number as f32 / 16.0;
         match dtype {

@@ -4,10 +4,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::store::piece::KeyNumbers;
+use crate::store::piece::KeyData;
 use linalg::ChannelQuantizer;
 
-/// Standard normal numbers, times a factor per channel so that some channels are outliers, as keys have them.
+/// Standard normal values, times a factor per channel so that some channels are outliers, as keys have them.
 fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
     (0..rows * head_dim)
         .map(|i| {
@@ -17,9 +17,9 @@ fn gaussian(rows: usize, head_dim: usize, channel_factor: fn(usize) -> f32, rng:
         .collect()
 }
 
-/// Root of the mean square error over that of the numbers.
+/// Root of the mean square error over that of the values.
 fn relative_error(want: &[f32], got: &[f32]) -> f32 {
-    let square = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| x * x).sum::<f32>();
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
     (square(&mut want.iter().zip(got).map(|(a, b)| a - b)) / square(&mut want.iter().copied())).sqrt()
 }
 
@@ -40,7 +40,7 @@ fn round_trip(layout: PieceLayout, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>)
 
 #[test]
 fn payload_errors_stay_within_their_dtype() {
-    // Relative RMS. int8: a step is 1/127 of the largest of some tens of normal numbers (about 2.5), and the error
+    // Relative RMS. int8: a step is 1/127 of the largest of some tens of normal values (about 2.5), and the error
     // of rounding is a step / sqrt(12): 0.0057.
     let bounds = [(DType::F32, 0.0), (DType::F16, 3e-4), (DType::BF16, 2.4e-3), (DType::Int8, 8e-3)];
     let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -64,7 +64,7 @@ fn an_outlier_channel_does_not_drown_the_others() {
     let layout = PieceLayout { dtype: DType::Int8, tokens, head_dim };
     let (k_back, _) = round_trip(layout, &k, &k);
     let rest =
-        |numbers: &[f32]| -> Vec<f32> { numbers.chunks_exact(head_dim).flat_map(|row| row[1..].to_vec()).collect() };
+        |values: &[f32]| -> Vec<f32> { values.chunks_exact(head_dim).flat_map(|row| row[1..].to_vec()).collect() };
     let error = relative_error(&rest(&k), &rest(&k_back));
     assert!(error < 8e-3, "{error}");
 }
@@ -82,10 +82,10 @@ fn zeros_and_the_extremes_are_exact_in_int8() {
 }
 
 /// Keys `(m, D)` of a part, by its quantizer if there is one.
-fn widened(part: KeyNumbers<'_>, quantizer: Option<&ChannelQuantizer>, head_dim: usize) -> Vec<f32> {
+fn widened(part: KeyData<'_>, quantizer: Option<&ChannelQuantizer>, head_dim: usize) -> Vec<f32> {
     match part {
-        KeyNumbers::F16(numbers) => numbers.iter().map(|number| number.to_f32()).collect(),
-        KeyNumbers::Int8 { numbers, scales } => {
+        KeyData::F16(values) => values.iter().map(|number| number.to_f32()).collect(),
+        KeyData::Int8 { values, scales } => {
             let row = |(row, &scale): (&[i8], &f32)| match quantizer {
                 Some(quantizer) => {
                     let mut wide = vec![f32::NAN; head_dim];
@@ -94,7 +94,7 @@ fn widened(part: KeyNumbers<'_>, quantizer: Option<&ChannelQuantizer>, head_dim:
                 }
                 None => row.iter().map(|&number| number as f32 * scale).collect(),
             };
-            numbers.chunks_exact(numbers.len() / scales.len()).zip(scales.iter()).flat_map(row).collect()
+            values.chunks_exact(values.len() / scales.len()).zip(scales.iter()).flat_map(row).collect()
         }
     }
 }

@@ -77,7 +77,7 @@ impl Output {
             agrees: output.agrees(),
             case: output.case,
             output: output.output,
-            numbers: output.numbers,
+            numbers: output.compared,
             difference: output.difference,
             tolerance: output.tolerance,
         }

@@ -192,7 +192,7 @@ fn spec(name: &str) -> CollectionSpec {
 fn block(index: usize, text: &[u8]) -> NewBlock {
     // (L, Hkv, tokens, D)
     let shape = vec![1, 1, text.len() as u32, HEAD_DIM as u32];
-    let numbers = vec![1.0; text.len() * HEAD_DIM];
+    let values = vec![1.0; text.len() * HEAD_DIM];
     NewBlock {
         index: index as u32,
         token_ids: text.iter().map(|&byte| byte.into()).collect(),
@@ -201,7 +201,7 @@ fn block(index: usize, text: &[u8]) -> NewBlock {
             bytes: text.to_vec(),
             offsets: (0..text.len() as u32).collect(),
         },
-        k: Tensor::from_f32(shape.clone(), &numbers),
-        v: Tensor::from_f32(shape, &numbers),
+        k: Tensor::from_f32(shape.clone(), &values),
+        v: Tensor::from_f32(shape, &values),
     }
 }

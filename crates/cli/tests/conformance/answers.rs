@@ -4,7 +4,7 @@ use landmarkdb_grpc::wire::v1;
 use rand::RngExt;
 use v1::{BlockScore, Engine, Granularity, Normalisation};
 
-use crate::data::{Model, World, bytes_of, numbers_of, seeded};
+use crate::data::{Model, World, bytes_of, seeded, values_of};
 use crate::definition::{Block, Blocks, rotated};
 use crate::harness::{Named, cases};
 use crate::judge::{SUMS, close};
@@ -146,8 +146,8 @@ fn nothing_eligible_is_nothing_read(suite: &Suite) {
         let reply = world.client.attend(world.attend_question(1, scope)).expect("an attend");
         let hits = reply.hits.expect("always present");
         assert_eq!((hits.k, hits.documents.len(), hits.indices.len(), hits.scores.len()), (0, 0, 0, 0));
-        assert_eq!(numbers_of(&reply.lse), vec![f32::NEG_INFINITY; 2 * world.model.query_heads]);
-        assert_eq!(numbers_of(&reply.out), vec![0.0; 2 * world.model.query_heads * world.model.head_dim]);
+        assert_eq!(values_of(&reply.lse), vec![f32::NEG_INFINITY; 2 * world.model.query_heads]);
+        assert_eq!(values_of(&reply.out), vec![0.0; 2 * world.model.query_heads * world.model.head_dim]);
     }
 }
 
@@ -160,7 +160,7 @@ fn everything_retrieved_is_full_attention(suite: &Suite) {
     let mut request = world.attend_question(2, vec![range(document, 0, 7)]);
     let lookup = request.lookup.as_mut().expect("a lookup");
     (lookup.top_k, lookup.layer) = (7, 1);
-    let (queries, distances) = (numbers_of(&lookup.queries), lookup.distances.clone());
+    let (queries, distances) = (values_of(&lookup.queries), lookup.distances.clone());
     let reply = world.client.attend(request).expect("an attend");
 
     let (dim, size) = (model.head_dim, model.block_tokens);
@@ -183,8 +183,8 @@ fn everything_retrieved_is_full_attention(suite: &Suite) {
         out.extend(values.into_iter().map(|value| value / sum));
         lse.push(sum.ln());
     }
-    close("out", &numbers_of(&reply.out), &out, SUMS);
-    close("lse", &numbers_of(&reply.lse), &lse, SUMS);
+    close("out", &values_of(&reply.out), &out, SUMS);
+    close("lse", &values_of(&reply.lse), &lse, SUMS);
 }
 
 fn equal_scores_go_to_the_lower_block(suite: &Suite) {
@@ -220,8 +220,8 @@ fn exact_engines_choose_the_same_blocks(suite: &Suite) {
         assert_eq!(info.engine(), engine);
         for (flat, found) in flat.iter().zip(ask()) {
             assert_eq!((&flat.documents, &flat.indices), (&found.documents, &found.indices), "{engine:?}");
-            let expected: Vec<f64> = numbers_of(&flat.scores).into_iter().map(f64::from).collect();
-            close("scores", &numbers_of(&found.scores), &expected, SCANNED);
+            let expected: Vec<f64> = values_of(&flat.scores).into_iter().map(f64::from).collect();
+            close("scores", &values_of(&found.scores), &expected, SCANNED);
         }
     }
 }

@@ -396,7 +396,7 @@ fn swapped_pieces_are_never_an_answer(suite: &Suite) {
     }
 }
 
-/// The same names and shapes in another directory, and other numbers: a backup that was mixed up.
+/// The same names and shapes in another directory, and other values: a backup that was mixed up.
 fn files_of_another_directory_are_never_an_answer(suite: &Suite) {
     let other = exhibit(suite, 900).files.clone();
     let mut exhibit = exhibit(suite, 100);

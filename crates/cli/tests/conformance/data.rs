@@ -1,6 +1,6 @@
-//! What is stored? Models of a few numbers, and texts with random K and V for them.
+//! What is stored? Small models, and texts with random K and V for them.
 //!
-//! Numbers are sixty-fourths below 2: f32, f16 and bf16 hold each of them exactly, so that whatever comes back rounded was
+//! Values are sixty-fourths below 2: f32, f16 and bf16 hold each of them exactly, so that whatever comes back rounded was
 //! changed by the service.
 
 use std::ops::Range;
@@ -58,11 +58,11 @@ pub(crate) struct World {
     pub(crate) collection: u32,
 }
 
-pub(crate) fn bytes_of(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+pub(crate) fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-pub(crate) fn numbers_of(bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn values_of(bytes: &[u8]) -> Vec<f32> {
     assert_eq!(bytes.len() % 4, 0, "bytes of f32");
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
@@ -157,8 +157,8 @@ impl Model {
         }
     }
 
-    /// Numbers of K, and of V, of one token.
-    pub(crate) fn token_numbers(&self) -> usize {
+    /// Values of K, and of V, of one token.
+    pub(crate) fn token_len(&self) -> usize {
         self.layers * self.kv_heads * self.head_dim
     }
 
@@ -184,8 +184,8 @@ impl Text {
         let mut text = Text { model: model.clone(), ids: Vec::new(), k: Vec::new(), v: Vec::new() };
         for _ in 0..tokens {
             text.ids.push(rng.random_range(0..50_000));
-            for numbers in [&mut text.k, &mut text.v] {
-                numbers.extend((0..model.token_numbers()).map(|_| rng.random_range(-127..=127) as f32 / 64.0));
+            for values in [&mut text.k, &mut text.v] {
+                values.extend((0..model.token_len()).map(|_| rng.random_range(-127..=127) as f32 / 64.0));
             }
         }
         text
@@ -197,7 +197,7 @@ impl Text {
 
     /// K and V of one token: (L, Hkv, D).
     pub(crate) fn token(&self, token: usize) -> (&[f32], &[f32]) {
-        let count = self.model.token_numbers();
+        let count = self.model.token_len();
         (&self.k[token * count..][..count], &self.v[token * count..][..count])
     }
 
@@ -219,16 +219,16 @@ impl Text {
     /// (L, Hkv, tokens, D)
     fn tensor(&self, of: impl Fn(usize) -> (usize, bool), tokens: usize) -> v1::Tensor {
         let model = &self.model;
-        let mut numbers = Vec::with_capacity(tokens * model.token_numbers());
+        let mut values = Vec::with_capacity(tokens * model.token_len());
         for head in 0..model.layers * model.kv_heads {
             for i in 0..tokens {
                 let (token, is_k) = of(i);
                 let (k, v) = self.token(token);
-                numbers.extend(&(if is_k { k } else { v })[head * model.head_dim..][..model.head_dim]);
+                values.extend(&(if is_k { k } else { v })[head * model.head_dim..][..model.head_dim]);
             }
         }
         let shape = [model.layers, model.kv_heads, tokens, model.head_dim].map(|axis| axis as u32);
-        v1::Tensor { dtype: Dtype::F32.into(), shape: shape.to_vec(), data: bytes_of(&numbers).into() }
+        v1::Tensor { dtype: Dtype::F32.into(), shape: shape.to_vec(), data: bytes_of(&values).into() }
     }
 
     /// The block, or part of a block, of these tokens.
@@ -257,7 +257,7 @@ impl Text {
 
     /// This text with tokens of K and V in place of its own: what a session that fetched them goes on with.
     pub(crate) fn with_token(&mut self, token: usize, k: &[f32], v: &[f32]) {
-        let count = self.model.token_numbers();
+        let count = self.model.token_len();
         self.k[token * count..][..count].copy_from_slice(k);
         self.v[token * count..][..count].copy_from_slice(v);
     }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use landmarkdb_grpc::wire::v1;
 use v1::{BlockScore, Granularity, KeyRule, Normalisation};
 
-use crate::data::{Model, numbers_of};
+use crate::data::{Model, values_of};
 
 /// K and V of a full block: (L, Hkv, B, D).
 #[derive(Clone, Debug, PartialEq)]
@@ -40,8 +40,8 @@ pub(crate) struct Definition<'a> {
 impl Block {
     /// Of the tensors of a block.
     pub(crate) fn of(k: &v1::Tensor, v: &v1::Tensor) -> Block {
-        let numbers = |tensor: &v1::Tensor| numbers_of(&tensor.data).into_iter().map(f64::from).collect();
-        Block { k: numbers(k), v: numbers(v) }
+        let values = |tensor: &v1::Tensor| values_of(&tensor.data).into_iter().map(f64::from).collect();
+        Block { k: values(k), v: values(v) }
     }
 
     /// The blocks of a text as they are sent, but for its tail.
@@ -52,9 +52,9 @@ impl Block {
     }
 }
 
-fn log_sum_exp(numbers: &[f64]) -> f64 {
-    let top = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if top == f64::NEG_INFINITY { top } else { top + numbers.iter().map(|x| (x - top).exp()).sum::<f64>().ln() }
+fn log_sum_exp(values: &[f64]) -> f64 {
+    let top = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if top == f64::NEG_INFINITY { top } else { top + values.iter().map(|x| (x - top).exp()).sum::<f64>().ln() }
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -84,7 +84,7 @@ impl<'a> Definition<'a> {
         Definition {
             model,
             layer: request.layer as usize,
-            queries: numbers_of(&request.queries).into_iter().map(f64::from).collect(),
+            queries: values_of(&request.queries).into_iter().map(f64::from).collect(),
             distances: request.distances.clone(),
             blocks: eligible.iter().map(|id| blocks.get(id).expect("a block that was stored")).collect(),
             k,
@@ -109,11 +109,11 @@ impl<'a> Definition<'a> {
     }
 
     /// One layer and KV head of a block's K or V: (B, D).
-    fn piece<'b>(&self, numbers: &'b [f64], head: usize) -> Vec<&'b [f64]> {
+    fn piece<'b>(&self, data: &'b [f64], head: usize) -> Vec<&'b [f64]> {
         let model = self.model;
         let kv_head = head / (model.query_heads / model.kv_heads);
         let size = model.block_tokens * model.head_dim;
-        numbers[(self.layer * model.kv_heads + kv_head) * size..][..size].chunks_exact(model.head_dim).collect()
+        data[(self.layer * model.kv_heads + kv_head) * size..][..size].chunks_exact(model.head_dim).collect()
     }
 
     /// The keys that stand for a block: (m, D).

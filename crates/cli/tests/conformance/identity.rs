@@ -49,7 +49,7 @@ fn the_same_model_finds_its_collection(suite: &Suite) {
     assert_eq!(elsewhere.fingerprint, info.fingerprint, "blocks of one are those of the other");
 }
 
-/// Every field that gives stored numbers their meaning, changed a little.
+/// Every field that gives stored values their meaning, changed a little.
 fn another_model_is_refused(suite: &Suite) {
     let client = suite.shared().client();
     let model = Model { scale: 0.5, ..Model::small() };

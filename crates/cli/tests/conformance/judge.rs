@@ -1,19 +1,19 @@
 //! Is an answer right? Compares it with the definition, within a tolerance that follows from the dtypes.
 //!
-//! f32, f16 and bf16 hold the numbers of our texts exactly, so that only sums are rounded: [`SUMS`]. A key in int8 is off by
+//! f32, f16 and bf16 hold the values of our texts exactly, so that only sums are rounded: [`SUMS`]. A key in int8 is off by
 //! half a step of its largest number, a mean in f16 by its last bit; what this does to a score is bounded for each request.
 
 use landmarkdb_grpc::wire::v1;
 use v1::{Dtype, KeyRule};
 
 use crate::client::Answer;
-use crate::data::{LARGEST, Model, World, numbers_of};
+use crate::data::{LARGEST, Model, World, values_of};
 use crate::definition::{Block, Blocks, Definition};
 
 /// What single precision may lose in a score, a log-sum-exp or a mixture of values up to 2.
 pub(crate) const SUMS: f64 = 2e-4;
 
-/// Stored numbers in int8 are off by at most this: a step of the largest.
+/// Stored values in int8 are off by at most this: a step of the largest.
 pub(crate) const INT8_STEP: f64 = LARGEST / 127.0;
 
 /// How far the logarithm of a share may be off.
@@ -25,7 +25,7 @@ fn share_tolerance(model: &Model, request: &v1::LookupRequest) -> f64 {
     };
     // A service may take keys from K as it was sent or as it is stored.
     let of_payload = if model.payload == Dtype::Int8 { INT8_STEP } else { 0.0 };
-    let queries = numbers_of(&request.queries);
+    let queries = values_of(&request.queries);
     let longest = queries.chunks(model.head_dim).map(|q| q.iter().map(|q| q.abs() as f64).sum::<f64>());
     // A rotated query is longer than it was by at most the square root of 2.
     let score = longest.fold(0.0, f64::max) * 1.42 * model.scale as f64 * (of_keys + of_payload);
@@ -47,7 +47,7 @@ pub(crate) fn close(what: &str, found: &[f32], expected: &[f64], tolerance: f64)
 pub(crate) fn choices(definition: &Definition, hits: &v1::LookupReply, tolerance: f64) -> Vec<Vec<usize>> {
     let (rows, k) = (definition.rows(), definition.k);
     assert_eq!((hits.rows as usize, hits.k as usize), (rows, k), "rows and k");
-    let scores = numbers_of(&hits.scores);
+    let scores = values_of(&hits.scores);
     assert_eq!((hits.documents.len(), hits.indices.len(), scores.len()), (rows * k, rows * k, rows * k), "hits");
     if k == 0 {
         return vec![Vec::new(); rows];
@@ -95,8 +95,8 @@ impl World {
         let choices = choices(&Definition::of(&self.model, lookup, blocks), hits, share_tolerance(&self.model, lookup));
         let read = self.fetched(lookup).expect("blocks in the scope");
         let (out, lse) = Definition::of(&self.model, lookup, &read).attend(&choices, request.normalisation());
-        close("out", &numbers_of(&reply.out), &out, SUMS);
-        close("lse", &numbers_of(&reply.lse), &lse, SUMS);
+        close("out", &values_of(&reply.out), &out, SUMS);
+        close("lse", &values_of(&reply.lse), &lse, SUMS);
     }
 
     /// The blocks of a scope as the service hands them out.
@@ -124,8 +124,8 @@ impl World {
             if self.model.is_exact() {
                 assert!(found.data == sent.data, "{what} of block {} came back with other bytes", sent.shape.len());
             } else {
-                let sent: Vec<f64> = numbers_of(&sent.data).into_iter().map(f64::from).collect();
-                close(what, &numbers_of(&found.data), &sent, INT8_STEP);
+                let sent: Vec<f64> = values_of(&sent.data).into_iter().map(f64::from).collect();
+                close(what, &values_of(&found.data), &sent, INT8_STEP);
             }
         }
     }
@@ -157,7 +157,7 @@ pub(crate) fn same_reply(found: &v1::AttendReply, right: &v1::AttendReply) -> Re
     for (what, (found, right)) in
         [("out", (&found.out, &right.out)), ("lse", (&found.lse, &right.lse)), ("scores", scores)]
     {
-        let pairs = numbers_of(found).into_iter().zip(numbers_of(right));
+        let pairs = values_of(found).into_iter().zip(values_of(right));
         let off = pairs.map(|(found, right)| f64::from(found - right).abs()).fold(0.0, f64::max);
         if found.len() != right.len() || off > SUMS {
             return Err(format!("{what} is off by {off}"));

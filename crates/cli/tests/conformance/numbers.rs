@@ -8,7 +8,7 @@ use v1::{BlockScore, Dtype, Normalisation};
 use crate::answers::{GRANULARITIES, any_question, stored};
 use crate::appends::{refused, world};
 use crate::client::Refusal;
-use crate::data::{Model, Text, World, bytes_of, numbers_of};
+use crate::data::{Model, Text, World, bytes_of, values_of};
 use crate::harness::{Named, cases};
 use crate::suite::Suite;
 
@@ -28,11 +28,11 @@ fn is_invalid(refusal: Refusal, field: &str) {
 
 /// A tensor of a dtype with one number in place of its `at`-th.
 fn with_number(tensor: &mut v1::Tensor, dtype: Dtype, at: usize, bits: u32) {
-    let numbers = numbers_of(&tensor.data);
+    let values = values_of(&tensor.data);
     let mut bytes: Vec<Vec<u8>> = match dtype {
-        Dtype::F16 => numbers.iter().map(|&x| half::f16::from_f32(x).to_le_bytes().to_vec()).collect(),
-        Dtype::Bf16 => numbers.iter().map(|&x| half::bf16::from_f32(x).to_le_bytes().to_vec()).collect(),
-        _ => numbers.iter().map(|&x| x.to_le_bytes().to_vec()).collect(),
+        Dtype::F16 => values.iter().map(|&x| half::f16::from_f32(x).to_le_bytes().to_vec()).collect(),
+        Dtype::Bf16 => values.iter().map(|&x| half::bf16::from_f32(x).to_le_bytes().to_vec()).collect(),
+        _ => values.iter().map(|&x| x.to_le_bytes().to_vec()).collect(),
     };
     let size = bytes[at].len();
     bytes[at] = bits.to_le_bytes()[..size].to_vec();
@@ -82,7 +82,7 @@ fn queries_that_are_no_numbers_are_refused(suite: &Suite) {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut request = any_question(&world, document, 3);
         let lookup = request.lookup.as_mut().expect("a lookup");
-        let mut queries = numbers_of(&lookup.queries);
+        let mut queries = values_of(&lookup.queries);
         *queries.last_mut().expect("a number") = bad;
         lookup.queries = bytes_of(&queries).into();
         is_invalid(world.client.lookup(lookup.clone()).expect_err("no number"), "queries");
@@ -112,10 +112,10 @@ fn finite_queries_get_finite_answers_or_none(suite: &Suite) {
                         lookup.queries = bytes_of(&vec![size; lookup.queries.len() / 4]).into();
                         match world.client.attend(request) {
                             Ok(reply) => {
-                                let scores = numbers_of(&reply.hits.expect("always present").scores);
+                                let scores = values_of(&reply.hits.expect("always present").scores);
                                 assert!(scores.iter().all(|score| !score.is_nan() && *score < f32::INFINITY), "scores");
-                                assert!(numbers_of(&reply.out).iter().all(|number| number.is_finite()), "out");
-                                assert!(numbers_of(&reply.lse).iter().all(|number| number.is_finite()), "lse");
+                                assert!(values_of(&reply.out).iter().all(|number| number.is_finite()), "out");
+                                assert!(values_of(&reply.lse).iter().all(|number| number.is_finite()), "lse");
                             }
                             Err(refusal) => is_invalid(refusal, "queries"),
                         }
@@ -132,8 +132,8 @@ fn zeros_and_tiny_numbers_are_numbers(suite: &Suite) {
         let _named = Named(name);
         let world = World::new(suite, &client, &model);
         let mut text = world.text(4, 1);
-        let zero = vec![0.0; model.token_numbers()];
-        let tiny = vec![-1e-30; model.token_numbers()];
+        let zero = vec![0.0; model.token_len()];
+        let tiny = vec![-1e-30; model.token_len()];
         for token in 0..text.tokens() / 2 {
             text.with_token(token, &zero, if token % 2 == 0 { &zero } else { &tiny });
         }
@@ -146,10 +146,10 @@ fn zeros_and_tiny_numbers_are_numbers(suite: &Suite) {
             let reply = client.attend(request.clone()).expect("an attend");
             // Every token weighs the same, and every block has a quarter.
             let tokens = (4 * model.block_tokens) as f32;
-            assert!(numbers_of(&reply.lse).iter().all(|lse| (lse - tokens.ln()).abs() < 1e-4), "{:?}", reply.lse);
-            let scores = numbers_of(&reply.hits.expect("always present").scores);
+            assert!(values_of(&reply.lse).iter().all(|lse| (lse - tokens.ln()).abs() < 1e-4), "{:?}", reply.lse);
+            let scores = values_of(&reply.hits.expect("always present").scores);
             assert!(scores.iter().all(|score| (score + 4f32.ln()).abs() < 1e-4), "{scores:?}");
-            assert!(numbers_of(&reply.out).iter().all(|number| number.is_finite()));
+            assert!(values_of(&reply.out).iter().all(|number| number.is_finite()));
         }
     }
 }

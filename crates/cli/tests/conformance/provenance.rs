@@ -4,7 +4,7 @@ use landmarkdb_grpc::wire::v1;
 use v1::Normalisation;
 
 use crate::answers::{range, stored};
-use crate::data::{Model, World, numbers_of};
+use crate::data::{Model, World, values_of};
 use crate::definition::{Blocks, Definition};
 use crate::harness::{Named, cases};
 use crate::judge::{SUMS, close};
@@ -33,7 +33,7 @@ fn hits_are_what_attention_read(suite: &Suite) {
             let choices: Vec<Vec<usize>> =
                 hits.indices.chunks(3).map(|row| row.iter().map(|&index| index as usize - 1).collect()).collect();
             assert!(hits.documents.iter().all(|&named| named == document));
-            // Blocks that were not named are made of numbers that would show.
+            // Blocks that were not named are made of values that would show.
             let mut read: Blocks = world.fetched(&lookup).expect("the scope");
             for ((_, index), block) in &mut read {
                 if !hits.indices.contains(index) {
@@ -41,8 +41,8 @@ fn hits_are_what_attention_read(suite: &Suite) {
                 }
             }
             let (out, lse) = Definition::of(&world.model, &lookup, &read).attend(&choices, normalisation);
-            close("out", &numbers_of(&reply.out), &out, SUMS);
-            close("lse", &numbers_of(&reply.lse), &lse, SUMS);
+            close("out", &values_of(&reply.out), &out, SUMS);
+            close("lse", &values_of(&reply.lse), &lse, SUMS);
         }
     }
 }
@@ -62,8 +62,8 @@ fn blocks_come_back_as_they_were_sent(suite: &Suite) {
             let indices: Vec<u32> = blocks.iter().filter_map(|block| Some(block.id?.index)).collect();
             assert_eq!(indices, [2, 5, 2], "the order of the request, repeats included");
             for tensor in blocks.iter().flat_map(|block| [&block.k, &block.v]).flatten() {
-                let numbers: usize = tensor.shape.iter().map(|&axis| axis as usize).product();
-                assert_eq!((tensor.dtype(), tensor.data.len()), (dtype, 2 * numbers));
+                let len: usize = tensor.shape.iter().map(|&axis| axis as usize).product();
+                assert_eq!((tensor.dtype(), tensor.data.len()), (dtype, 2 * len));
             }
         }
     }

@@ -4,7 +4,7 @@ use landmarkdb_grpc::wire::v1;
 
 use crate::answers::range;
 use crate::client::Client;
-use crate::data::{Model, Text, World, numbers_of};
+use crate::data::{Model, Text, World, values_of};
 use crate::definition::{Block, Blocks};
 use crate::harness::{Named, cases};
 use crate::judge::{SUMS, close};
@@ -25,13 +25,13 @@ fn go_on(client: &Client, world: &World, document: u64, text: &Text) {
     let mut text = text.clone();
     for reply in client.fetch(document, (begin < durable).then_some(info.blocks)).expect("the tail") {
         assert_eq!(reply.token_ids, text.ids[begin..durable], "the tail's tokens");
-        let numbers = |tensor: &Option<v1::Tensor>| numbers_of(&tensor.as_ref().expect("always present").data);
-        let (k, v) = (numbers(&reply.k), numbers(&reply.v));
+        let values = |tensor: &Option<v1::Tensor>| values_of(&tensor.as_ref().expect("always present").data);
+        let (k, v) = (values(&reply.k), values(&reply.v));
         for token in begin..durable {
             // (L, Hkv, tokens, D)
             let dim = world.model.head_dim;
-            let of_token = |numbers: &[f32]| -> Vec<f32> {
-                numbers
+            let of_token = |values: &[f32]| -> Vec<f32> {
+                values
                     .chunks((durable - begin) * dim)
                     .flat_map(|head| &head[(token - begin) * dim..][..dim])
                     .copied()
@@ -63,10 +63,10 @@ fn same_answers(world: &World, whole: u64, cut: u64, sent: &Blocks, blocks: u32)
         });
         let hits = |reply: &v1::AttendReply| reply.hits.clone().expect("always present");
         assert_eq!(hits(&a).indices, hits(&b).indices);
-        let wide = |bytes: &[u8]| -> Vec<f64> { numbers_of(bytes).into_iter().map(f64::from).collect() };
-        close("scores", &numbers_of(&hits(&b).scores), &wide(&hits(&a).scores), SUMS);
-        close("out", &numbers_of(&b.out), &wide(&a.out), SUMS);
-        close("lse", &numbers_of(&b.lse), &wide(&a.lse), SUMS);
+        let wide = |bytes: &[u8]| -> Vec<f64> { values_of(bytes).into_iter().map(f64::from).collect() };
+        close("scores", &values_of(&hits(&b).scores), &wide(&hits(&a).scores), SUMS);
+        close("out", &values_of(&b.out), &wide(&a.out), SUMS);
+        close("lse", &values_of(&b.lse), &wide(&a.lse), SUMS);
     }
 }
 

@@ -57,10 +57,10 @@ struct Counts {
     reads: AtomicU64,
 }
 
-/// Every byte depends on the document, the place and the number of tokens; all numbers are exact in f16.
+/// Every byte depends on the document, the place and the number of tokens; all values are exact in f16.
 fn made(seed: u32, index: u32, tokens: u32) -> NewBlock {
     let shape = shape();
-    let numbers = |salt: u32| {
+    let values = |salt: u32| {
         let sizes = vec![shape.layers, shape.kv_heads, tokens, shape.head_dim];
         let number = |i: u32| ((seed * 7 + index * 31 + tokens * 3 + i * 5 + salt) % 199) as f32 / 8.0 - 12.0;
         let count = sizes.iter().product();
@@ -73,7 +73,7 @@ fn made(seed: u32, index: u32, tokens: u32) -> NewBlock {
         offsets: (0..tokens).map(|token| token * 50).collect(),
     };
     let token_ids = (0..tokens).map(|token| seed * 100_000 + index * 100 + token).collect();
-    NewBlock { index, token_ids, text, k: numbers(1), v: numbers(2) }
+    NewBlock { index, token_ids, text, k: values(1), v: values(2) }
 }
 
 /// Blocks that bring a document from so many tokens to so many.

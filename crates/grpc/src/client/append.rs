@@ -68,21 +68,21 @@ mod tests {
     use landmarkdb::api::{BlockText, Tensor};
     use landmarkdb::types::DocumentId;
 
-    fn block(index: u32, numbers: usize) -> NewBlock {
-        let tensor = || Tensor::from_f32(vec![numbers as u32], &vec![0.0; numbers]);
+    fn block(index: u32, len: usize) -> NewBlock {
+        let tensor = || Tensor::from_f32(vec![len as u32], &vec![0.0; len]);
         let text = BlockText { start: 0, bytes: Vec::new(), offsets: Vec::new() };
         NewBlock { index, token_ids: Vec::new(), text, k: tensor(), v: tensor() }
     }
 
     #[test]
     fn batches_keep_order_and_stay_within_bounds_where_blocks_do() {
-        let sizes = |numbers: &[usize], batch_bytes: usize| -> Vec<usize> {
-            let blocks = numbers.iter().zip(0..).map(|(&numbers, index)| block(index, numbers)).collect();
+        let sizes = |lens: &[usize], batch_bytes: usize| -> Vec<usize> {
+            let blocks = lens.iter().zip(0..).map(|(&len, index)| block(index, len)).collect();
             let batches =
                 batches(AppendRequest { document: DocumentId(3), blocks, expected_tokens: None }, batch_bytes);
             assert!(batches.iter().all(|batch| batch.document == 3));
             let indices = batches.iter().flat_map(|batch| &batch.blocks).map(|block| block.index);
-            assert!(indices.eq(0..numbers.len() as u32), "order");
+            assert!(indices.eq(0..lens.len() as u32), "order");
             batches.iter().map(|batch| batch.blocks.len()).collect()
         };
         // A number is 8 bytes: once in K and once in V.

@@ -279,11 +279,11 @@ mod tests {
 
     #[test]
     fn messages_hold_what_fits_and_at_least_one_request() {
-        let request = |numbers: usize| AttendRequest {
+        let request = |len: usize| AttendRequest {
             lookup: LookupRequest {
                 collection: CollectionId(1),
                 layer: 0,
-                queries: vec![0.0; numbers],
+                queries: vec![0.0; len],
                 distances: Vec::new(),
                 scope: Vec::new(),
                 top_k: 1,
@@ -292,11 +292,11 @@ mod tests {
             },
             normalisation: Normalisation::Plain,
         };
-        const NUMBERS_MAX: usize = BATCH_QUERIES_BYTES_MAX / 4;
-        let requests = |sizes: &[usize]| sizes.iter().map(|&numbers| request(numbers)).collect::<Vec<_>>();
+        const LEN_MAX: usize = BATCH_QUERIES_BYTES_MAX / 4;
+        let requests = |sizes: &[usize]| sizes.iter().map(|&len| request(len)).collect::<Vec<_>>();
         assert_eq!(batch_len(&requests(&[1, 2])), 2);
-        assert_eq!(batch_len(&requests(&[NUMBERS_MAX - 1, 1, 0, 1])), 3);
-        assert_eq!(batch_len(&requests(&[NUMBERS_MAX + 1, 1])), 1);
+        assert_eq!(batch_len(&requests(&[LEN_MAX - 1, 1, 0, 1])), 3);
+        assert_eq!(batch_len(&requests(&[LEN_MAX + 1, 1])), 1);
         assert_eq!(batch_len(&vec![request(0); limits::ATTEND_REQUESTS_MAX + 1]), limits::ATTEND_REQUESTS_MAX);
     }
 }

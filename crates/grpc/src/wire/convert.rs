@@ -1,4 +1,4 @@
-//! What every conversion needs: absent messages, enum numbers, raw numbers, tensors.
+//! What every conversion needs: absent messages, enum numbers, raw values, tensors.
 
 use bytes::Bytes;
 
@@ -19,16 +19,16 @@ pub(super) fn required<T>(field: &str, value: Option<T>) -> Result<T> {
     value.ok_or_else(|| missing(field))
 }
 
-/// `numbers` as little-endian bytes.
-pub(super) fn bytes_of_f32(numbers: &[f32]) -> Bytes {
-    let mut bytes = vec![0u8; numbers.len() * 4];
-    for (bytes, number) in bytes.chunks_exact_mut(4).zip(numbers) {
+/// `values` as little-endian bytes.
+pub(super) fn bytes_of_f32(values: &[f32]) -> Bytes {
+    let mut bytes = vec![0u8; values.len() * 4];
+    for (bytes, number) in bytes.chunks_exact_mut(4).zip(values) {
         bytes.copy_from_slice(&number.to_le_bytes());
     }
     bytes.into()
 }
 
-/// Little-endian bytes as numbers, whatever they are: NaN passes.
+/// Little-endian bytes as values, whatever they are: NaN passes.
 pub(super) fn f32_of_bytes(field: &str, bytes: &[u8]) -> Result<Vec<f32>> {
     if !bytes.len().is_multiple_of(4) {
         return Err(invalid(field, "a multiple of 4 bytes", format!("{} bytes", bytes.len())));
@@ -74,7 +74,7 @@ enums! {
     Normalisation = Normalisation { Plain = Plain, Grouped = Grouped, Hidden = Hidden }
 }
 
-/// The tensor called `field`, its byte count checked against its shape. Copies no numbers.
+/// The tensor called `field`, its byte count checked against its shape. Copies no values.
 pub(super) fn tensor(field: &str, wire: Option<v1::Tensor>) -> Result<Tensor> {
     /// (L, Hkv, tokens, D) is the deepest.
     const AXES_MAX: usize = 4;
@@ -88,8 +88,8 @@ pub(super) fn tensor(field: &str, wire: Option<v1::Tensor>) -> Result<Tensor> {
         return Err(invalid(field, format!("at most {AXES_MAX} axes"), format!("{} axes", wire.shape.len())));
     }
     // Four axes of u32 fit u128 whatever they are; the size of a number does too unless all are at their end.
-    let numbers = wire.shape.iter().fold(1u128, |product, &axis| product.saturating_mul(axis.into()));
-    let expected_bytes = numbers.saturating_mul(dtype.size_bytes() as u128);
+    let elements = wire.shape.iter().fold(1u128, |product, &axis| product.saturating_mul(axis.into()));
+    let expected_bytes = elements.saturating_mul(dtype.size_bytes() as u128);
     if wire.data.len() as u128 != expected_bytes {
         let expected = format!("{expected_bytes} bytes of {dtype} for shape {:?}", wire.shape);
         return Err(invalid(field, expected, format!("{} bytes", wire.data.len())));
@@ -143,10 +143,9 @@ mod tests {
 
     #[test]
     fn numbers_keep_their_bits() {
-        let numbers =
-            [0.0, -0.0, 1.5, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fc0_1234), f32::MIN_POSITIVE];
-        let back = f32_of_bytes("x", &bytes_of_f32(&numbers)).unwrap();
-        assert!(numbers.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()), "{back:?}");
+        let values = [0.0, -0.0, 1.5, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fc0_1234), f32::MIN_POSITIVE];
+        let back = f32_of_bytes("x", &bytes_of_f32(&values)).unwrap();
+        assert!(values.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()), "{back:?}");
         assert!(matches!(f32_of_bytes("x", &[0; 7]), Err(MemoryError::Invalid { .. })));
     }
 }

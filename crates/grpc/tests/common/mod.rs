@@ -26,8 +26,8 @@ pub struct Activations {
 impl Activations {
     pub fn random(tokens: usize, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut numbers = |width: usize| (0..tokens * width).map(|_| rng.random_range(-2.0..2.0)).collect();
-        Activations { tokens, layers: (0..2).map(|_| [numbers(32), numbers(16), numbers(16)]).collect() }
+        let mut values = |width: usize| (0..tokens * width).map(|_| rng.random_range(-2.0..2.0)).collect();
+        Activations { tokens, layers: (0..2).map(|_| [values(32), values(16), values(16)]).collect() }
     }
 
     /// Feeds tokens `from..to` to a session in groups of `group` and commits each: the outputs `(L, T, Hq, D)`.

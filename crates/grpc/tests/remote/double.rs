@@ -59,7 +59,7 @@ impl Double {
         until.check()
     }
 
-    /// Numbers that depend on every bit of the request.
+    /// Values that depend on every bit of the request.
     fn enter(&self, method: &str, request: impl std::fmt::Debug) -> Result<ChaCha8Rng> {
         let call = format!("{method} {request:?}");
         let mut hasher = DefaultHasher::new();
@@ -75,7 +75,7 @@ impl Double {
     }
 }
 
-fn numbers(rng: &mut impl Rng, count: usize) -> Vec<f32> {
+fn values(rng: &mut impl Rng, count: usize) -> Vec<f32> {
     // Any bits, NaN and infinities included, but for the one form of NaN that hardware may make of another.
     (0..count).map(|_| f32::from_bits(rng.random())).map(|x| if x.is_nan() { f32::NEG_INFINITY } else { x }).collect()
 }
@@ -131,7 +131,7 @@ fn hits(rng: &mut impl Rng, request: &LookupRequest) -> Hits {
     let rows = request.granularity.rows(request.distances.len(), 4, 2) as u32;
     let count = (rows * request.top_k) as usize;
     let blocks = (0..count).map(|_| BlockId { document: DocumentId(rng.random()), index: rng.random() }).collect();
-    Hits { rows, k: request.top_k, blocks, scores: numbers(rng, count) }
+    Hits { rows, k: request.top_k, blocks, scores: values(rng, count) }
 }
 
 impl BlockMemory for Double {
@@ -219,7 +219,7 @@ impl BlockMemory for Double {
         request.lookup.scope.iter().try_for_each(|range| known(range.document))?;
         let hits = hits(&mut rng, &request.lookup);
         let queries = request.lookup.queries.len();
-        Ok(Attended { out: numbers(&mut rng, queries), lse: numbers(&mut rng, queries / 8), hits })
+        Ok(Attended { out: values(&mut rng, queries), lse: values(&mut rng, queries / 8), hits })
     }
 
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>> {

@@ -1,7 +1,7 @@
 //! A memory in process and the same memory behind the service give the same answers, and the service keeps its
 //! promises to callers that are slow, impatient, wrong or gone.
 //!
-//! The memory here is a double: it records what it is asked and answers with numbers drawn from the request itself, so
+//! The memory here is a double: it records what it is asked and answers with values drawn from the request itself, so
 //! that a changed bit anywhere on the way in or out changes an answer.
 
 mod agreement;

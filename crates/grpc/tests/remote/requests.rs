@@ -61,8 +61,8 @@ pub(crate) fn attend(tokens: u32) -> AttendRequest {
 
 /// A full block at `index`.
 pub(crate) fn block(index: u32) -> NewBlock {
-    let numbers: Vec<f32> = (0..2 * 2 * 4 * 8).map(|i| (i as f32 + index as f32).cos()).collect();
-    let k = Tensor::from_f32(vec![2, 2, 4, 8], &numbers);
+    let values: Vec<f32> = (0..2 * 2 * 4 * 8).map(|i| (i as f32 + index as f32).cos()).collect();
+    let k = Tensor::from_f32(vec![2, 2, 4, 8], &values);
     let v = Tensor { dtype: DType::BF16, shape: k.shape.clone(), data: k.data.slice(..k.data.len() / 2) };
     let text = BlockText { start: index as u64 * 9, bytes: b"\xff words".to_vec(), offsets: vec![0, 2, 2, 5] };
     NewBlock { index, token_ids: vec![1, 0, u32::MAX, 7], text, k, v }

@@ -1,4 +1,4 @@
-//! What a lookup benchmark asks, and of which keys: a model's shape with random numbers, or what a model really asked.
+//! What a lookup benchmark asks, and of which keys: a model's shape with random values, or what a model really asked.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -126,14 +126,14 @@ impl Case {
         }
     }
 
-    /// Random numbers: `q . k` has a standard deviation of 3, much as in a model, and keys are f16 as in a model's cache.
+    /// Random values: `q . k` has a standard deviation of 3, much as in a model, and keys are f16 as in a model's cache.
     fn random(name: String, sizes: Sizes, query_tokens: usize, seed: u64) -> Self {
         let Sizes { blocks, kv_heads, query_heads, head_dim, keys_per_block } = sizes;
-        let layer_numbers = kv_heads * blocks * keys_per_block * head_dim;
-        let layers = if layer_numbers * 4 > LARGE_LAYER_BYTES { 1 } else { LAYERS };
+        let layer_len = kv_heads * blocks * keys_per_block * head_dim;
+        let layers = if layer_len * 4 > LARGE_LAYER_BYTES { 1 } else { LAYERS };
         let keys = (0..layers).into_par_iter().map(|layer| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed + 1 + layer as u64);
-            (0..layer_numbers).map(|_| f16::from_f32(rng.random_range(-1.0..1.0)).to_f32()).collect()
+            (0..layer_len).map(|_| f16::from_f32(rng.random_range(-1.0..1.0)).to_f32()).collect()
         });
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let asked = |index: usize| Asked {
@@ -236,13 +236,13 @@ impl Case {
         let dims = vec![shape.layers, shape.kv_heads, shape.block_tokens, shape.head_dim];
         let [kv_heads, tokens, dim] = [shape.kv_heads, shape.block_tokens, shape.head_dim].map(|n| n as usize);
         let (piece, m) = (tokens * dim, self.keys_per_block());
-        let numbers = self.keys.len() * kv_heads * piece;
+        let block_len = self.keys.len() * kv_heads * piece;
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let values: Vec<f32> = (0..numbers + 65_536).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let values: Vec<f32> = (0..block_len + 65_536).map(|_| rng.random_range(-1.0..1.0)).collect();
         let text = BlockText { start: 0, bytes: Vec::new(), offsets: vec![0; tokens] };
         for first in (0..self.blocks).step_by(APPEND_BLOCKS) {
             let blocks = (first..self.blocks.min(first + APPEND_BLOCKS)).map(|block| {
-                let mut k = vec![0.0; numbers];
+                let mut k = vec![0.0; block_len];
                 for (i, piece) in k.chunks_exact_mut(piece).enumerate() {
                     let (layer, head) = (i / kv_heads, i % kv_heads);
                     let keys = &self.keys[layer][(head * self.blocks + block) * m * dim..][..m * dim];
@@ -254,7 +254,7 @@ impl Case {
                     token_ids: vec![0; tokens],
                     text: text.clone(),
                     k: Tensor::from_f32(dims.clone(), &k),
-                    v: Tensor::from_f32(dims.clone(), &values[from..from + numbers]),
+                    v: Tensor::from_f32(dims.clone(), &values[from..from + block_len]),
                 }
             });
             document = memory.append(AppendRequest {

@@ -187,8 +187,8 @@ fn floor(report: &LookupReport, result: &LookupResult, peak_flops: Option<f64>) 
     ))
 }
 
-fn extremes(numbers: impl Iterator<Item = f64> + Clone) -> Option<(f64, f64)> {
-    let (least, most) = (numbers.clone().reduce(f64::min)?, numbers.reduce(f64::max)?);
+fn extremes(values: impl Iterator<Item = f64> + Clone) -> Option<(f64, f64)> {
+    let (least, most) = (values.clone().reduce(f64::min)?, values.reduce(f64::max)?);
     Some((least, most))
 }
 

@@ -35,7 +35,7 @@ pub struct Capture {
     pub distances: Vec<u32>,
 }
 
-/// What the numbers belong to.
+/// What the values belong to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct About {
     /// What the model calls itself.
@@ -292,11 +292,11 @@ mod tests {
             rope: Rope::from_base(100.0, 4),
             softmax_scale: 0.5,
         };
-        let numbers = |count: usize, first: f32| (0..count).map(|i| first + i as f32).collect::<Vec<f32>>();
+        let values = |count: usize, first: f32| (0..count).map(|i| first + i as f32).collect::<Vec<f32>>();
         Capture {
             about: About { model: "m".into(), shape, key_rule: KeyRule::Tokens, layers: vec![3, 7], blocks: 3 },
-            k: vec![numbers(24, 0.0).into_iter().map(f16::from_f32).collect(), vec![f16::ONE; 24]],
-            queries: vec![numbers(40, 9.0), numbers(40, -3.0)],
+            k: vec![values(24, 0.0).into_iter().map(f16::from_f32).collect(), vec![f16::ONE; 24]],
+            queries: vec![values(40, 9.0), values(40, -3.0)],
             distances: vec![5, 6, 7, 8, 9],
         }
     }

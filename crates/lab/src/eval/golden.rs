@@ -49,8 +49,8 @@ const GRANULARITIES: [(&str, Granularity); 5] = [
 pub struct GoldenOutput {
     pub case: String,
     pub output: String,
-    /// Numbers compared.
-    pub numbers: usize,
+    /// Values compared.
+    pub compared: usize,
     /// The largest difference; for ids, how many differ.
     pub difference: f32,
     /// What is still agreement.
@@ -205,7 +205,7 @@ fn model_case(
     let llama = Llama::open_weights(config, &weights)?;
     let recorded = Recorded::open(folder.join(format!("{file}.expected.safetensors")))?;
     let ids = recorded.ids("input_ids")?;
-    let embedded = recorded.numbers("inputs_embeds")?;
+    let embedded = recorded.values("inputs_embeds")?;
     let tokens = case.chunks * case.chunk_tokens + case.decode_steps;
     if ids.len() != tokens || embedded.len() != tokens * case.hidden_size {
         return Err(recorded.invalid(
@@ -304,7 +304,7 @@ impl ModelCase {
 
 /// The grouped softmax alone: `scores (H, T, T)`, `is_landmark (T)`, `upstream (H, T, T)`; `probs` and `grad_scores`.
 fn softmax_case(case: &str, recorded: &Recorded) -> Result<Vec<GoldenOutput>, GoldenError> {
-    let (scores, upstream) = (recorded.numbers("scores")?, recorded.numbers("upstream")?);
+    let (scores, upstream) = (recorded.values("scores")?, recorded.values("upstream")?);
     let landmarks = recorded.ids("is_landmark")?;
     let tokens = landmarks.len();
     let first = landmarks.iter().position(|&is_landmark| is_landmark != 0).unwrap_or(tokens);
@@ -352,7 +352,13 @@ fn prompt_case(case: &str, recorded: &Recorded, model: &LoadedModel) -> Result<V
         want.truncate(end.unwrap_or(want.len()));
         let unequal = want.iter().zip(&found).filter(|(want, found)| want != found).count();
         let difference = (unequal + want.len().abs_diff(found.len())) as f32;
-        outputs.push(GoldenOutput { case: case.into(), output: name, numbers: want.len(), difference, tolerance: 0.0 });
+        outputs.push(GoldenOutput {
+            case: case.into(),
+            output: name,
+            compared: want.len(),
+            difference,
+            tolerance: 0.0,
+        });
     }
     Ok(outputs)
 }
@@ -377,8 +383,8 @@ impl Recorded {
         GoldenError::Invalid { path: self.path.clone(), name: name.into(), expected, found }
     }
 
-    /// All numbers of a tensor, row-major.
-    fn numbers(&self, name: &str) -> Result<Vec<f32>, GoldenError> {
+    /// All values of a tensor, row-major.
+    fn values(&self, name: &str) -> Result<Vec<f32>, GoldenError> {
         let read = |tensor: &Tensor| tensor.to_dtype(TensorType::F32)?.flatten_all()?.to_vec1();
         self.read(name, read)
     }
@@ -401,13 +407,13 @@ impl Recorded {
     }
 
     fn compare(&self, case: &str, name: &str, found: &[f32], tolerance: f32) -> Result<GoldenOutput, GoldenError> {
-        let want = self.numbers(name)?;
+        let want = self.values(name)?;
         if want.len() != found.len() {
             return Err(self.invalid(name, format!("{} numbers", found.len()), want.len().to_string()));
         }
         // A NaN on either side is the largest difference, not none.
         let larger = |worst: f32, d: f32| if d <= worst { worst } else { d };
         let difference = want.iter().zip(found).map(|(want, found)| (want - found).abs()).fold(0.0, larger);
-        Ok(GoldenOutput { case: case.into(), output: name.into(), numbers: want.len(), difference, tolerance })
+        Ok(GoldenOutput { case: case.into(), output: name.into(), compared: want.len(), difference, tolerance })
     }
 }

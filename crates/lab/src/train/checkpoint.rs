@@ -14,8 +14,8 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::error::{Difference, TrainError};
 use super::model::Past;
-use super::numbers::numbers;
 use super::optimizer::{AdamW, Moments};
+use super::slices::values;
 use super::weights::Parameter;
 use landmarkdb_llm::replace_file;
 
@@ -43,19 +43,19 @@ pub(super) struct State<'a> {
 pub(super) fn save(path: &Path, step: u64, identity: &Identity, state: &State) -> Result<(), TrainError> {
     // Sorted by name: the checksum is over this order.
     let mut tensors = BTreeMap::new();
-    let mut put = |name: String, shape: &[usize], numbers: &[f32]| {
-        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    let mut put = |name: String, shape: &[usize], values: &[f32]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|number| number.to_le_bytes()).collect();
         tensors.insert(name, (shape.to_vec(), bytes));
     };
     for (parameter, moments) in state.parameters.iter().zip(&state.optimizer.moments) {
-        let weights = numbers(&parameter.var)?;
-        for (part, numbers) in PARTS.iter().zip([&weights[..], &moments.first, &moments.second]) {
-            put(format!("{part}.{}", parameter.name), parameter.var.dims(), numbers);
+        let weights = values(&parameter.var)?;
+        for (part, values) in PARTS.iter().zip([&weights[..], &moments.first, &moments.second]) {
+            put(format!("{part}.{}", parameter.name), parameter.var.dims(), values);
         }
     }
     for (layer, (key, value)) in state.past.iter().flat_map(|past| &past.layers).enumerate() {
-        put(past_name(layer, "key"), key.dims(), &numbers(key)?);
-        put(past_name(layer, "value"), value.dims(), &numbers(value)?);
+        put(past_name(layer, "key"), key.dims(), &values(key)?);
+        put(past_name(layer, "value"), value.dims(), &values(value)?);
     }
     let (step, recipe) = (step.to_string(), serde_json::json!(identity).to_string());
     let pieces = tensors.iter().map(|(name, (shape, bytes))| (&name[..], &shape[..], &bytes[..]));
@@ -105,7 +105,7 @@ pub(super) fn load(path: &Path, identity: &Identity, state: &mut State) -> Resul
 
     let mut read = Vec::with_capacity(state.parameters.len());
     for parameter in state.parameters {
-        let numbers = |part: &str| {
+        let values = |part: &str| {
             let name = format!("{part}.{}", parameter.name);
             let view = sorted.get(name.as_str()).ok_or_else(|| damaged(path, format!("there is no {name}")))?;
             if (view.dtype(), view.shape()) != (Dtype::F32, parameter.var.dims()) {
@@ -113,9 +113,9 @@ pub(super) fn load(path: &Path, identity: &Identity, state: &mut State) -> Resul
                 let found = format!("{:?} {:?}", view.dtype(), view.shape());
                 return Err(damaged(path, format!("{name}: expected {expected}, found {found}")));
             }
-            Ok(view_numbers(view))
+            Ok(view_values(view))
         };
-        let [weights, first, second] = PARTS.map(numbers);
+        let [weights, first, second] = PARTS.map(values);
         read.push((weights?, Moments { first: first?, second: second? }));
     }
     let past = read_past(&sorted)?;
@@ -135,7 +135,7 @@ pub(super) fn load(path: &Path, identity: &Identity, state: &mut State) -> Resul
 fn read_past(tensors: &BTreeMap<&str, TensorView>) -> Result<Option<Past>, TrainError> {
     let read = |layer: usize, what: &str| {
         let view = tensors.get(past_name(layer, what).as_str())?;
-        Some(Tensor::from_vec(view_numbers(view), view.shape(), &Device::Cpu))
+        Some(Tensor::from_vec(view_values(view), view.shape(), &Device::Cpu))
     };
     let pairs = (0..).map_while(|layer| Some((read(layer, "key")?, read(layer, "value")?)));
     let layers = pairs.map(|(key, value)| Ok((key?, value?))).collect::<Result<Vec<_>, TrainError>>()?;
@@ -146,7 +146,7 @@ fn past_name(layer: usize, what: &str) -> String {
     format!("past.{layer}.{what}")
 }
 
-fn view_numbers(view: &TensorView) -> Vec<f32> {
+fn view_values(view: &TensorView) -> Vec<f32> {
     view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
 
@@ -190,8 +190,8 @@ mod tests {
     impl Owned {
         fn new(shift: f32) -> Self {
             let parameter = |name: &str, rows: usize, columns: usize| {
-                let numbers: Vec<f32> = (0..rows * columns).map(|i| i as f32 + shift).collect();
-                let var = Var::from_slice(&numbers, (rows, columns), &Device::Cpu).unwrap();
+                let values: Vec<f32> = (0..rows * columns).map(|i| i as f32 + shift).collect();
+                let var = Var::from_slice(&values, (rows, columns), &Device::Cpu).unwrap();
                 Parameter { name: name.into(), var, decay: true }
             };
             let parameters = vec![parameter("b", 2, 3), parameter("a", 4, 1)];
@@ -206,11 +206,11 @@ mod tests {
         }
 
         /// Everything but the step.
-        fn numbers(&self) -> Vec<Vec<f32>> {
-            let weights = self.parameters.iter().map(|parameter| numbers(&parameter.var).unwrap().to_vec());
+        fn values(&self) -> Vec<Vec<f32>> {
+            let weights = self.parameters.iter().map(|parameter| values(&parameter.var).unwrap().to_vec());
             let moments = self.optimizer.moments.iter().flat_map(|m| [m.first.clone(), m.second.clone()]);
             let past = self.past.iter().flat_map(|past| &past.layers).flat_map(|(key, value)| [key, value]);
-            weights.chain(moments).chain(past.map(|tensor| numbers(tensor).unwrap().to_vec())).collect()
+            weights.chain(moments).chain(past.map(|tensor| values(tensor).unwrap().to_vec())).collect()
         }
     }
 
@@ -229,7 +229,7 @@ mod tests {
             save(&path, 42, &identity("100"), &saved.state()).unwrap();
             let mut loaded = Owned::new(-7.25);
             assert_eq!(load(&path, &identity("100"), &mut loaded.state()).unwrap(), Some(42));
-            assert_eq!(loaded.numbers(), saved.numbers());
+            assert_eq!(loaded.values(), saved.values());
             assert_eq!(loaded.optimizer.steps, 42);
         }
         let none = load(&folder.path().join("none"), &identity("100"), &mut Owned::new(0.0).state());
@@ -254,12 +254,12 @@ mod tests {
         save(&path, 42, &identity("100"), &Owned::new(0.5).state()).unwrap();
         let whole = std::fs::read(&path).unwrap();
         let mut loaded = Owned::new(0.0);
-        let before = loaded.numbers();
+        let before = loaded.values();
         let mut refuses = |bytes: &[u8], what: &str| {
             std::fs::write(&path, bytes).unwrap();
             let error = load(&path, &identity("100"), &mut loaded.state()).unwrap_err();
             assert!(matches!(error, TrainError::CheckpointDamaged { .. }), "{what}: {error}");
-            assert_eq!(loaded.numbers(), before, "{what}");
+            assert_eq!(loaded.values(), before, "{what}");
         };
         for length in (0..whole.len()).step_by(7).chain([whole.len() - 1]) {
             refuses(&whole[..length], &format!("cut to {length}"));

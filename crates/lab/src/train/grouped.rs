@@ -30,7 +30,7 @@
 
 use linalg::{exp, fma, fold, larger, simd};
 
-/// Numbers that one step of a loop takes: one AVX-512 register. The tokens of a block are few, so loops that the
+/// Values that one step of a loop takes: one AVX-512 register. The tokens of a block are few, so loops that the
 /// compiler unrolls further would spend their time in the remainder.
 const STEP: usize = 16;
 
@@ -161,10 +161,10 @@ pub fn grouped_softmax(scores: &[f32], upstream: &[f32], tokens: usize, block_to
     (weights, gradient)
 }
 
-/// `numbers[i] = change(numbers[i])`
+/// `values[i] = change(values[i])`
 #[inline(always)]
-fn each(numbers: &mut [f32], change: impl Fn(f32) -> f32) {
-    let (steps, rest) = numbers.as_chunks_mut::<STEP>();
+fn each(values: &mut [f32], change: impl Fn(f32) -> f32) {
+    let (steps, rest) = values.as_chunks_mut::<STEP>();
     for step in steps {
         for lane in step {
             *lane = change(*lane);
@@ -189,8 +189,8 @@ fn scale(gradient: &mut [f32], mean: f32, weights: &[f32]) {
 }
 
 #[inline(always)]
-fn max(numbers: &[f32]) -> f32 {
-    let (steps, rest) = numbers.as_chunks::<STEP>();
+fn max(values: &[f32]) -> f32 {
+    let (steps, rest) = values.as_chunks::<STEP>();
     let mut lanes = [f32::NEG_INFINITY; STEP];
     for step in steps {
         for lane in 0..STEP {
@@ -204,8 +204,8 @@ fn max(numbers: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn sum(numbers: &[f32]) -> f32 {
-    let (steps, rest) = numbers.as_chunks::<STEP>();
+fn sum(values: &[f32]) -> f32 {
+    let (steps, rest) = values.as_chunks::<STEP>();
     let mut lanes = [0.0; STEP];
     for step in steps {
         for lane in 0..STEP {
@@ -239,7 +239,7 @@ mod tests {
     use candle_core::{DType, Device};
     use rand::{RngExt, SeedableRng};
 
-    fn numbers(count: usize, spread: f32, seed: u64) -> Vec<f32> {
+    fn values(count: usize, spread: f32, seed: u64) -> Vec<f32> {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
         (0..count).map(|_| rng.random_range(-spread..spread)).collect()
     }
@@ -304,7 +304,7 @@ mod tests {
         for (columns, block_tokens) in [(7, 2), (20, 5), (103, 17), (70, 33), (153, 51), (10, 64)] {
             for dropout in [GroupDropout::NONE, GroupDropout { rate: 0.4, seed: 5 }] {
                 for row in 0..columns {
-                    let scores = numbers(columns, 6.0, row as u64);
+                    let scores = values(columns, 6.0, row as u64);
                     let factors: Vec<f64> = (0..columns).map(|block| dropout.factor(block) as f64).collect();
                     let want = plain(&scores, row, block_tokens, &factors);
                     let mut weights = scores.clone();
@@ -320,7 +320,7 @@ mod tests {
 
     /// Central differences of the definition, weighed with a random upstream gradient.
     fn check_gradient(scores: &[f32], weights: &[f32], row: usize, block_tokens: usize, factors: &[f64]) {
-        let upstream = numbers(scores.len(), 1.0, 99);
+        let upstream = values(scores.len(), 1.0, 99);
         let mut gradient = upstream.clone();
         pull_back(weights, &mut gradient, row, block_tokens);
         let value = |scores: &[f32]| -> f64 {

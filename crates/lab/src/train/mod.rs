@@ -2,9 +2,9 @@
 //!
 //! The forward pass of [`model`](landmarkdb_llm) keeps nothing for a gradient. Here every step is an operation with a
 //! backward pass of its own, fused so that a small model trains in minutes on a few cores: between two operations the
-//! numbers go through memory once.
+//! values go through memory once.
 //!
-//! In reading order, the model: `numbers` (between tensors and slices), `grouped` (the softmax of landmark attention, one
+//! In reading order, the model: `slices` (between tensors and slices), `grouped` (the softmax of landmark attention, one
 //! row), `attention` (a whole layer of it), `ops` (everything else a layer does), `batch`, `model` (parameters, loss),
 //! `weights` (where parameters come from), `adapter` (landmark keys for a model that stays as it is), `learner` (either of
 //! them). What it reads: `recipe`, `vocabulary`, `texts`, `documents` (hidden keys),
@@ -24,13 +24,13 @@ mod learner;
 mod log;
 mod mixture;
 mod model;
-mod numbers;
 mod ops;
 mod optimizer;
 mod recipe;
 mod run;
 mod schedule;
 mod sequence;
+mod slices;
 mod start;
 mod texts;
 mod validation;

@@ -197,7 +197,7 @@ impl TrainingModel {
         }
     }
 
-    /// Writes `model.safetensors`, its numbers as `dtype`, and `config.json` into a folder, each in the place of an
+    /// Writes `model.safetensors`, its values as `dtype`, and `config.json` into a folder, each in the place of an
     /// older one at once. [`Llama::open`](landmarkdb_llm::Llama::open) reads them.
     ///
     /// # Errors
@@ -209,7 +209,7 @@ impl TrainingModel {
     }
 }
 
-/// The dtype of a file's numbers.
+/// The dtype of a file's values.
 pub(super) fn float(dtype: DType) -> Result<candle_core::DType, TrainError> {
     match dtype {
         DType::F32 => Ok(candle_core::DType::F32),

@@ -7,15 +7,15 @@ use candle_core::backprop::GradStore;
 use rayon::prelude::*;
 
 use super::error::TrainError;
-use super::numbers::numbers;
+use super::slices::values;
 use super::weights::Parameter;
 use linalg::simd;
 
 const BETA1: f64 = 0.9;
 const EPSILON: f64 = 1e-8;
 
-/// Numbers that one task works on: small enough to share out a small model, large enough to pay for a task.
-const TASK_NUMBERS: usize = 1 << 14;
+/// Values that one task works on: small enough to share out a small model, large enough to pay for a task.
+const TASK_LEN: usize = 1 << 14;
 
 /// The gradients of one step, in the order of the parameters.
 pub(super) struct Gradients(Vec<Vec<f32>>);
@@ -36,7 +36,7 @@ pub(super) struct Moments {
     pub(super) second: Vec<f32>,
 }
 
-/// What an update multiplies with, the same for all numbers of a parameter.
+/// What an update multiplies with, the same for all values of a parameter.
 #[derive(Clone, Copy, Debug)]
 struct Factors {
     /// Clips the gradient.
@@ -56,7 +56,7 @@ impl Gradients {
     /// Takes the gradients out of `store`. A parameter that had no part in the loss has the gradient zero.
     pub(super) fn take(store: &GradStore, parameters: &[Parameter]) -> Result<Self, TrainError> {
         let gradient = |parameter: &Parameter| match store.get(parameter.var.as_tensor()) {
-            Some(gradient) => Ok(numbers(&gradient.contiguous()?)?.to_vec()),
+            Some(gradient) => Ok(values(&gradient.contiguous()?)?.to_vec()),
             None => Ok(vec![0.0; parameter.var.elem_count()]),
         };
         parameters.iter().map(gradient).collect::<Result<_, TrainError>>().map(Gradients)
@@ -65,8 +65,8 @@ impl Gradients {
     /// The length of all gradients together.
     pub(super) fn norm(&self) -> f64 {
         // Each task's sum has its own place, so the order of the additions does not depend on the threads.
-        let square = |numbers: &[f32]| numbers.iter().map(|&x| x as f64 * x as f64).sum::<f64>();
-        let sums = |gradient: &Vec<f32>| gradient.par_chunks(TASK_NUMBERS).map(square).collect::<Vec<f64>>();
+        let square = |values: &[f32]| values.iter().map(|&x| x as f64 * x as f64).sum::<f64>();
+        let sums = |gradient: &Vec<f32>| gradient.par_chunks(TASK_LEN).map(square).collect::<Vec<f64>>();
         self.0.iter().flat_map(sums).sum::<f64>().sqrt()
     }
 }
@@ -98,12 +98,12 @@ impl AdamW {
                 second: (1.0 - self.beta2.powf(self.steps as f64)).recip() as f32,
                 epsilon: EPSILON as f32,
             };
-            let mut weights = numbers(&parameter.var)?.to_vec();
+            let mut weights = values(&parameter.var)?.to_vec();
             weights
-                .par_chunks_mut(TASK_NUMBERS)
-                .zip(gradient.par_chunks(TASK_NUMBERS))
-                .zip(moments.first.par_chunks_mut(TASK_NUMBERS))
-                .zip(moments.second.par_chunks_mut(TASK_NUMBERS))
+                .par_chunks_mut(TASK_LEN)
+                .zip(gradient.par_chunks(TASK_LEN))
+                .zip(moments.first.par_chunks_mut(TASK_LEN))
+                .zip(moments.second.par_chunks_mut(TASK_LEN))
                 .for_each(|(((weights, gradient), first), second)| update(weights, gradient, first, second, factors));
             let shape = parameter.var.shape().clone();
             parameter.var.set(&Tensor::from_vec(weights, shape, parameter.var.device())?)?;
@@ -130,9 +130,9 @@ mod tests {
     use super::*;
     use candle_core::{Device, Var};
 
-    fn parameter(numbers: &[f32], decay: bool) -> Parameter {
-        let var = Var::from_slice(numbers, numbers.len(), &Device::Cpu).unwrap();
-        Parameter { name: format!("p{}", numbers.len()), var, decay }
+    fn parameter(values: &[f32], decay: bool) -> Parameter {
+        let var = Var::from_slice(values, values.len(), &Device::Cpu).unwrap();
+        Parameter { name: format!("p{}", values.len()), var, decay }
     }
 
     /// The paper's algorithm 2, in double precision.
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn steps_agree_with_the_algorithm_in_double_precision() {
         let (beta2, decay) = (0.98, 0.05);
-        for sizes in [vec![1, 5], vec![TASK_NUMBERS + 3, 2]] {
+        for sizes in [vec![1, 5], vec![TASK_LEN + 3, 2]] {
             let start = |size: usize| (0..size).map(|i| (i % 7) as f32 / 3.0 - 1.0).collect::<Vec<_>>();
             let parameters = [parameter(&start(sizes[0]), true), parameter(&start(sizes[1]), false)];
             let mut adam = AdamW::new(&parameters, beta2, decay);
@@ -174,7 +174,7 @@ mod tests {
                 }
             }
             for (parameter, expected) in parameters.iter().zip(&expected) {
-                for (found, (expected, _)) in numbers(&parameter.var).unwrap().iter().zip(expected) {
+                for (found, (expected, _)) in values(&parameter.var).unwrap().iter().zip(expected) {
                     assert!((*found as f64 - expected).abs() < 1e-6, "{found} {expected}");
                 }
             }
@@ -186,7 +186,7 @@ mod tests {
         let parameters = [parameter(&[1.0, 1.0, 1.0], false)];
         let mut adam = AdamW::new(&parameters, 0.999, 0.0);
         adam.step(&parameters, &Gradients(vec![vec![1e-3, -50.0, 0.0]]), 1.0, 0.1).unwrap();
-        let found = numbers(&parameters[0].var).unwrap().to_vec();
+        let found = values(&parameters[0].var).unwrap().to_vec();
         assert!((found[0] - 0.9).abs() < 1e-4 && (found[1] - 1.1).abs() < 1e-4 && found[2] == 1.0, "{found:?}");
     }
 

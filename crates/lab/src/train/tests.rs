@@ -169,7 +169,7 @@ fn a_past_stands_for_the_tokens_before() {
     enlarge(&model);
     let whole = batch(&config, 2, 12, 5);
     let part = |range: std::ops::Range<usize>| {
-        let take = |numbers: &[u32]| numbers.chunks(12).flat_map(|row| row[range.clone()].to_vec()).collect();
+        let take = |values: &[u32]| values.chunks(12).flat_map(|row| row[range.clone()].to_vec()).collect();
         Batch {
             sequences: 2,
             tokens: range.len(),
@@ -259,9 +259,9 @@ fn a_landmark_added_to_a_model_begins_as_the_mean_token() {
             assert_eq!(parameter.var.dims(), [vocab, 16], "{}", parameter.name);
         }
         let after = model.parameters()[0].var.as_tensor().to_vec2::<f32>().unwrap();
-        for (row, numbers) in after.iter().enumerate() {
+        for (row, values) in after.iter().enumerate() {
             let want = if row == id as usize { &mean } else { &before[row] };
-            assert!(numbers.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "row {row} of landmark {id}");
+            assert!(values.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "row {row} of landmark {id}");
         }
     }
     assert!(matches!(open(31), Err(TrainError::Invalid { field: "landmark token", .. })));

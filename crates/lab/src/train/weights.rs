@@ -29,14 +29,14 @@ pub(super) fn random(config: &ModelConfig, seed: u64) -> Result<Vec<Parameter>, 
     let residual = DEVIATION / (2.0 * config.layers as f32).sqrt();
     let random = |(name, shape): (String, Vec<usize>)| {
         let count = shape.iter().product();
-        let numbers = if is_norm(&name) {
+        let values = if is_norm(&name) {
             vec![1.0; count]
         } else if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
             normal(&mut rng, count, residual)
         } else {
             normal(&mut rng, count, DEVIATION)
         };
-        parameter(NamedTensor { name, tensor: Tensor::from_vec(numbers, shape, &Device::Cpu)? })
+        parameter(NamedTensor { name, tensor: Tensor::from_vec(values, shape, &Device::Cpu)? })
     };
     tensor_shapes(config).into_iter().map(random).collect()
 }
@@ -76,15 +76,15 @@ fn is_norm(name: &str) -> bool {
     name.ends_with("norm.weight")
 }
 
-/// Normal numbers of mean 0, two from each pair of uniform ones (Box and Muller 1958).
+/// Normal values of mean 0, two from each pair of uniform ones (Box and Muller 1958).
 pub(super) fn normal(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
-    let mut numbers = Vec::with_capacity(count + 1);
-    while numbers.len() < count {
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
         // 1 - u is above 0, so that its logarithm is finite.
         let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt() * deviation;
         let (sin, cos) = (std::f32::consts::TAU * rng.random::<f32>()).sin_cos();
-        numbers.extend([radius * cos, radius * sin]);
+        values.extend([radius * cos, radius * sin]);
     }
-    numbers.truncate(count);
-    numbers
+    values.truncate(count);
+    values
 }

@@ -169,8 +169,8 @@ pub(super) fn base_config() -> ModelConfig {
 
 fn numbered(shapes: Vec<(String, Vec<usize>)>) -> Vec<NamedTensor> {
     let tensor = |(name, shape): (String, Vec<usize>)| {
-        let numbers: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i % 11) as f32 / 4.0 - 1.0).collect();
-        NamedTensor { name, tensor: Tensor::from_vec(numbers, shape, &Device::Cpu).expect("a number for each place") }
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i % 11) as f32 / 4.0 - 1.0).collect();
+        NamedTensor { name, tensor: Tensor::from_vec(values, shape, &Device::Cpu).expect("a number for each place") }
     };
     shapes.into_iter().map(tensor).collect()
 }

@@ -154,13 +154,13 @@ impl DocumentIndexes {
 
     fn build(&self, piece: usize, keys: &DocumentKeys) -> Result<Nearest, String> {
         let (dim, m) = (self.layout.head_dim, self.layout.keys_per_block);
-        let mut numbers = Vec::with_capacity(self.blocks as usize * m * dim);
+        let mut values = Vec::with_capacity(self.blocks as usize * m * dim);
         for (chunk, blocks) in keys.parts(0..self.blocks) {
             for key in blocks.start * m..blocks.end * m {
-                numbers.extend(chunk.key(piece, key));
+                values.extend(chunk.key(piece, key));
             }
         }
-        let nearest = Nearest::build(&self.setting.factory, dim, &numbers)?;
+        let nearest = Nearest::build(&self.setting.factory, dim, &values)?;
         if let Some(path) = self.path(piece)
             && let Err(problem) = self.write(&nearest, &path)
         {

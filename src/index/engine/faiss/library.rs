@@ -89,7 +89,7 @@ impl Nearest {
         // Two threads of OpenMP wait for each other whenever something else runs; rayon has given this thread its share.
         omp_set_num_threads(1);
         // SAFETY: the index lives as long as `self`, whose searches change nothing (FAISS allows them at the same time on
-        // indexes in main memory); `queries` has rows x D numbers, and both results have room for rows x count.
+        // indexes in main memory); `queries` has rows x D values, and both results have room for rows x count.
         let code = unsafe {
             faiss_sys::faiss_Index_search(
                 self.0.inner_ptr(),

@@ -169,7 +169,7 @@ impl AdapterModel {
         Ok(lessons)
     }
 
-    /// Writes the files of [`write_adapter`] into a folder, numbers as `dtype`.
+    /// Writes the files of [`write_adapter`] into a folder, values as `dtype`.
     ///
     /// # Errors
     /// A dtype that is no float, and those of writing files.
@@ -227,8 +227,8 @@ fn parameters(
         let tensor = match &shape[..] {
             _ if name == LANDMARK_EMBEDDING => embedding.mean(0)?,
             &[rank, ins] if name.ends_with("lora_A.weight") => {
-                let numbers = normal(&mut rng, rank * ins, (ins as f32).sqrt().recip());
-                Tensor::from_vec(numbers, shape, &Device::Cpu)?
+                let values = normal(&mut rng, rank * ins, (ins as f32).sqrt().recip());
+                Tensor::from_vec(values, shape, &Device::Cpu)?
             }
             _ => Tensor::zeros(shape, TensorType::F32, &Device::Cpu)?,
         };

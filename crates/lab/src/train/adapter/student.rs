@@ -8,8 +8,8 @@ use candle_core::{D, Result, Tensor, Var};
 
 use super::Choices;
 use super::teacher::{BlockText, Lesson};
-use crate::train::numbers::numbers;
 use crate::train::ops::{Rotations, linear, rms_norm, rotate, swiglu};
+use crate::train::slices::values;
 use crate::train::weights::Parameter;
 use landmarkdb::shape::Rope;
 use landmarkdb_llm::{Adapter, LANDMARK_EMBEDDING, ModelConfig, update_names};
@@ -162,7 +162,7 @@ impl Student {
         let group = self.query_heads / self.kv_heads;
         for (keys, layer) in self.keys(lesson)?.iter().zip(&lesson.layers) {
             let likely = log_softmax(&layer.q.matmul(keys)?.broadcast_add(&lesson.mask)?)?.exp()?;
-            let (likely, p) = (numbers(&likely)?, numbers(&layer.p)?);
+            let (likely, p) = (values(&likely)?, values(&layer.p)?);
             let rows = group * lesson.blocks;
             let queries = likely.chunks_exact(rows).zip(p.chunks_exact(rows)).zip(lesson.eligible.iter().cycle());
             for ((likely, p), eligible) in queries.filter(|(_, eligible)| eligible.len() > top_k) {

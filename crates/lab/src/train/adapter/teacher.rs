@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::FIRST_BLOCK;
 use crate::train::error::TrainError;
-use crate::train::numbers::numbers;
+use crate::train::slices::values;
 use landmarkdb::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
 use landmarkdb::shape::ModelShape;
 use landmarkdb_llm::{Llama, Logits, ModelConfig};
@@ -78,8 +78,8 @@ impl SequenceAttention for Recorder {
         k: &[f32],
         v: &[f32],
     ) -> Result<Vec<f32>, AttentionError> {
-        for (record, numbers) in self.layers[layer].iter_mut().zip([q, k, v]) {
-            record.extend_from_slice(numbers);
+        for (record, values) in self.layers[layer].iter_mut().zip([q, k, v]) {
+            record.extend_from_slice(values);
         }
         self.attention.attend(layer, tokens, q, k, v)
     }
@@ -134,9 +134,9 @@ impl Teacher {
         let (kv_heads, d) = (self.shape.kv_heads as usize, self.shape.head_dim as usize);
         let (block_tokens, row) = (self.shape.block_tokens as usize, kv_heads * d);
         let inner = block_tokens - 1;
-        let by_block = |numbers: &[f32]| {
+        let by_block = |values: &[f32]| {
             let block = |index: usize| {
-                let block = &numbers[index * block_tokens * row..][..inner * row];
+                let block = &values[index * block_tokens * row..][..inner * row];
                 (0..kv_heads)
                     .flat_map(move |head| block.chunks_exact(row).flat_map(move |token| &token[head * d..][..d]))
             };
@@ -145,7 +145,7 @@ impl Teacher {
         let mut k = by_block(k);
         let rotations: Vec<_> = (0..inner).map(|place| self.shape.rope.rotation(place as i64)).collect();
         k.chunks_exact_mut(d).enumerate().for_each(|(i, key)| rotations[i % inner].apply(key));
-        let tensor = |numbers| Tensor::from_vec(numbers, (blocks, kv_heads, inner, d), &Device::Cpu);
+        let tensor = |values| Tensor::from_vec(values, (blocks, kv_heads, inner, d), &Device::Cpu);
         Ok(BlockText { k: tensor(k)?, v: tensor(by_block(v))? })
     }
 
@@ -153,7 +153,7 @@ impl Teacher {
     fn layer(&self, q: &[f32], text: &BlockText, rows: &Rows) -> candle_core::Result<LayerLesson> {
         let shape = &self.shape;
         let (blocks, kv_heads, inner, d) = text.k.dims4()?;
-        let (group, k) = (shape.group(), numbers(&text.k)?);
+        let (group, k) = (shape.group(), values(&text.k)?);
         let reach = shape.rope.rotation(self.reach());
         let mut queries = Vec::with_capacity(rows.queries.len() * kv_heads * group * d);
         for head in 0..kv_heads {
@@ -192,7 +192,7 @@ impl Teacher {
                 }
             }
         }
-        let tensor = |numbers, shape: &[usize]| Tensor::from_vec(numbers, shape, &Device::Cpu);
+        let tensor = |values, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu);
         Ok(LayerLesson {
             q: tensor(queries, &[kv_heads, count, d])?,
             p: tensor(p, &[kv_heads, count, blocks])?,

@@ -52,8 +52,8 @@ fn open(base: &Path, landmark: u32) -> AdapterModel {
     let model = AdapterModel::open(base, known.llama, adapter, 1).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     for parameter in model.parameters().iter().filter(|parameter| !parameter.name.contains("lora_A")) {
-        let numbers = normal(&mut rng, parameter.var.elem_count(), 0.3);
-        let random = Tensor::from_vec(numbers, parameter.var.shape(), parameter.var.device()).unwrap();
+        let values = normal(&mut rng, parameter.var.elem_count(), 0.3);
+        let random = Tensor::from_vec(values, parameter.var.shape(), parameter.var.device()).unwrap();
         parameter.var.set(&random).unwrap();
     }
     model

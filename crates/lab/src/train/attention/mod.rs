@@ -13,7 +13,7 @@
 //!
 //! Cost of a layer, for `A = N Hq T (P + T / 2)` scores: forward `4 D A` flops and `A` exponentials, backward `10 D A`
 //! and `A`. Memory traffic is that of `q`, `k`, `v`, `out` and their gradients; scratch per thread is `R (P + T)`
-//! numbers forward, twice that backward, and copies of one task's rows.
+//! values forward, twice that backward, and copies of one task's rows.
 
 mod task;
 
@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 use self::task::Task;
 use super::grouped::GroupDropout;
-use super::numbers::{argument, gradient, numbers, with_width};
+use super::slices::{argument, gradient, values, with_width};
 
 /// Attention of one layer.
 #[derive(Clone, Debug)]
@@ -87,10 +87,10 @@ impl CustomOp3 for Attention {
         out_gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let sizes = self.sizes(q.shape(), k.shape(), v.shape())?;
-        let (q_numbers, k_numbers, v_numbers) = (numbers(q)?, numbers(k)?, numbers(v)?);
-        let out_gradient = numbers(out_gradient)?;
+        let (q_values, k_values, v_values) = (values(q)?, values(k)?, values(v)?);
+        let out_gradient = values(out_gradient)?;
         let gradients = {
-            let (q, k, v, g) = (&*q_numbers, &*k_numbers, &*v_numbers, &*out_gradient);
+            let (q, k, v, g) = (&*q_values, &*k_values, &*v_values, &*out_gradient);
             sizes.for_each_task(|sequence, kv_head| {
                 let g = sizes.take(g, sequence, kv_head, sizes.tokens, sizes.group);
                 Task::new(self, sizes, q, k, v, sequence, kv_head).backward(&g)

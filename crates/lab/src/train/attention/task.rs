@@ -71,9 +71,9 @@ impl Task {
         })
     }
 
-    /// Numbers of the largest tile.
-    fn tile_numbers(&self) -> usize {
-        self.tiles().map(Tile::numbers).max().unwrap_or(0)
+    /// Elements of the largest tile.
+    fn tile_len(&self) -> usize {
+        self.tiles().map(Tile::len).max().unwrap_or(0)
     }
 
     /// Rows `tile` of `x (T * G, D)`.
@@ -123,9 +123,9 @@ impl Task {
     pub(super) fn forward(&self) -> Vec<f32> {
         let width = self.sizes.head_dim;
         let mut out = vec![0.0; self.q.len()];
-        let mut weights = vec![0.0; self.tile_numbers()];
+        let mut weights = vec![0.0; self.tile_len()];
         for tile in self.tiles() {
-            let weights = &mut weights[..tile.numbers()];
+            let weights = &mut weights[..tile.len()];
             self.weigh(tile, weights);
             let weights = Matrix::new(weights, tile.end - tile.start, tile.columns);
             product(weights, self.seen(&self.v, tile), &mut out[tile.start * width..], width, Write::Replace);
@@ -138,10 +138,10 @@ impl Task {
         let width = self.sizes.head_dim;
         let mut of =
             TaskGradients { q: vec![0.0; self.q.len()], k: vec![0.0; self.k.len()], v: vec![0.0; self.v.len()] };
-        let (mut weights, mut scores) = (vec![0.0; self.tile_numbers()], vec![0.0; self.tile_numbers()]);
+        let (mut weights, mut scores) = (vec![0.0; self.tile_len()], vec![0.0; self.tile_len()]);
         for tile in self.tiles() {
-            let (weights, scores) = (&mut weights[..tile.numbers()], &mut scores[..tile.numbers()]);
-            let matrix = |numbers| Matrix::new(numbers, tile.end - tile.start, tile.columns);
+            let (weights, scores) = (&mut weights[..tile.len()], &mut scores[..tile.len()]);
+            let matrix = |values| Matrix::new(values, tile.end - tile.start, tile.columns);
             let out_gradient = self.rows(out_gradient, tile);
             self.weigh(tile, weights);
             product(matrix(&*weights).transposed(), out_gradient, &mut of.v, width, Write::Add);
@@ -160,7 +160,7 @@ impl Task {
 }
 
 impl Tile {
-    fn numbers(self) -> usize {
+    fn len(self) -> usize {
         (self.end - self.start) * self.columns
     }
 }

@@ -14,8 +14,8 @@ struct Case {
 fn random(dims: (usize, usize, usize), seed: u64) -> Var {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let count = dims.0 * dims.1 * dims.2;
-    let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-1.5..1.5)).collect();
-    Var::from_vec(numbers, dims, &Device::Cpu).unwrap()
+    let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.5..1.5)).collect();
+    Var::from_vec(values, dims, &Device::Cpu).unwrap()
 }
 
 /// Attention in plain loops and double precision, `sum(out * upstream)`.

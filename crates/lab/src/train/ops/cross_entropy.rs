@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::numbers::{argument, gradient, numbers, width};
+use crate::train::slices::{argument, gradient, values, width};
 use linalg::{exp_sum, log_sum_exp, max};
 
 /// What the rows of a batch should predict.
@@ -65,9 +65,9 @@ impl CustomOp1 for CrossEntropy {
         let vocab = logits.dims().last().copied().unwrap_or(1);
         let scale = (loss_gradient.to_scalar::<f32>()? as f64 / self.weight_sum) as f32;
         let Targets { ids, weights } = &self.targets;
-        let logit_numbers = numbers(logits)?;
-        let mut of_logits = vec![0.0; logit_numbers.len()];
-        let tasks = of_logits.par_chunks_mut(TASK_ROWS * vocab).zip(logit_numbers.par_chunks(TASK_ROWS * vocab));
+        let logit_values = values(logits)?;
+        let mut of_logits = vec![0.0; logit_values.len()];
+        let tasks = of_logits.par_chunks_mut(TASK_ROWS * vocab).zip(logit_values.par_chunks(TASK_ROWS * vocab));
         tasks.zip(ids.par_chunks(TASK_ROWS).zip(weights.par_chunks(TASK_ROWS))).for_each(
             |((of_logits, logits), (ids, weights))| {
                 let rows = of_logits.chunks_exact_mut(vocab).zip(logits.chunks_exact(vocab));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::train::numbers::{argument, gradient, numbers};
+use crate::train::slices::{argument, gradient, values};
 use linalg::add_scaled;
 
 struct Embedding {
@@ -40,7 +40,7 @@ impl CustomOp1 for Embedding {
     fn bwd(&self, table: &Tensor, _x: &Tensor, x_gradient: &Tensor) -> Result<Option<Tensor>> {
         let (_, hidden) = table.dims2()?;
         let mut of_table = vec![0.0; table.elem_count()];
-        for (&id, row) in self.ids.iter().zip(numbers(x_gradient)?.chunks_exact(hidden)) {
+        for (&id, row) in self.ids.iter().zip(values(x_gradient)?.chunks_exact(hidden)) {
             add_scaled(&mut of_table[id as usize * hidden..][..hidden], 1.0, row);
         }
         Ok(Some(gradient(of_table, table)?))

@@ -10,7 +10,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::train::numbers::{argument, numbers, wanted, width, with_width};
+use crate::train::slices::{argument, values, wanted, width, with_width};
 use linalg::{Matrix, Write, multiply};
 
 /// Tasks of one product at most. Each packs the other operand anew, so there should not be many more.
@@ -59,9 +59,9 @@ impl CustomOp2 for Linear {
         y_gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (outs, ins) = weight.dims2()?;
-        let (x_numbers, weight_numbers, y_gradient) = (numbers(x)?, numbers(weight)?, numbers(y_gradient)?);
-        let of_x = || product(&y_gradient, outs, Matrix::new(&weight_numbers, outs, ins), ins);
-        let of_weight = || outer(&y_gradient, outs, &x_numbers, ins);
+        let (x_values, weight_values, y_gradient) = (values(x)?, values(weight)?, values(y_gradient)?);
+        let of_x = || product(&y_gradient, outs, Matrix::new(&weight_values, outs, ins), ins);
+        let of_weight = || outer(&y_gradient, outs, &x_values, ins);
         Ok((wanted(x, of_x)?, wanted(weight, of_weight)?))
     }
 }

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::numbers::{argument, numbers, wanted, width};
+use crate::train::slices::{argument, values, wanted, width};
 use linalg::{LANES, add_scaled, dot, fma, simd};
 
 struct RmsNorm {
@@ -52,13 +52,13 @@ impl CustomOp2 for RmsNorm {
         _y: &Tensor,
         y_gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (x_numbers, weight_numbers, y_gradient) = (numbers(x)?, numbers(weight)?, numbers(y_gradient)?);
-        let (weights, hidden) = (&*weight_numbers, weight_numbers.len());
-        let task_numbers = TASK_ROWS * hidden;
-        let mut of_x = vec![0.0; x_numbers.len()];
-        let tasks = of_x.par_chunks_mut(task_numbers).zip(x_numbers.par_chunks(task_numbers));
+        let (x_values, weight_values, y_gradient) = (values(x)?, values(weight)?, values(y_gradient)?);
+        let (weights, hidden) = (&*weight_values, weight_values.len());
+        let task_len = TASK_ROWS * hidden;
+        let mut of_x = vec![0.0; x_values.len()];
+        let tasks = of_x.par_chunks_mut(task_len).zip(x_values.par_chunks(task_len));
         let parts: Vec<Vec<f32>> = tasks
-            .zip(y_gradient.par_chunks(task_numbers))
+            .zip(y_gradient.par_chunks(task_len))
             .map(|((of_x, x), of_y)| {
                 let mut of_weight = vec![0.0; if weight.track_op() { hidden } else { 0 }];
                 let rows = of_x.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden));

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::numbers::{argument, gradient, numbers, width};
+use crate::train::slices::{argument, gradient, values, width};
 use landmarkdb::shape::{Rope, Rotation};
 
 /// The rotations of a batch's tokens, taken once for all layers.
@@ -50,7 +50,7 @@ impl CustomOp1 for Rotate {
     }
 
     fn bwd(&self, x: &Tensor, _rotated: &Tensor, rotated_gradient: &Tensor) -> Result<Option<Tensor>> {
-        let mut of_x = numbers(rotated_gradient)?.to_vec();
+        let mut of_x = values(rotated_gradient)?.to_vec();
         self.apply(&mut of_x, &self.rotations.back);
         Ok(Some(gradient(of_x, x)?))
     }

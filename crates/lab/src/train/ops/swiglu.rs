@@ -5,11 +5,11 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::train::numbers::{argument, gradient, numbers};
+use crate::train::slices::{argument, gradient, values};
 use linalg::{exp, simd};
 
-/// Numbers of one task.
-const TASK_NUMBERS: usize = 16 * 1024;
+/// Values of one task.
+const TASK_LEN: usize = 16 * 1024;
 
 struct SwiGlu;
 
@@ -35,8 +35,8 @@ impl CustomOp2 for SwiGlu {
         }
         let (gate, up) = (argument(gate, gate_layout)?, argument(up, up_layout)?);
         let mut y = vec![0.0; gate.len()];
-        let tasks = y.par_chunks_mut(TASK_NUMBERS).zip(gate.par_chunks(TASK_NUMBERS));
-        tasks.zip(up.par_chunks(TASK_NUMBERS)).for_each(|((y, gate), up)| silu_times(gate, up, y));
+        let tasks = y.par_chunks_mut(TASK_LEN).zip(gate.par_chunks(TASK_LEN));
+        tasks.zip(up.par_chunks(TASK_LEN)).for_each(|((y, gate), up)| silu_times(gate, up, y));
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
@@ -47,12 +47,12 @@ impl CustomOp2 for SwiGlu {
         _y: &Tensor,
         y_gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (gate_numbers, up_numbers, y_gradient) = (numbers(gate)?, numbers(up)?, numbers(y_gradient)?);
-        let (mut of_gate, mut of_up) = (vec![0.0; gate_numbers.len()], vec![0.0; up_numbers.len()]);
-        let outs = of_gate.par_chunks_mut(TASK_NUMBERS).zip(of_up.par_chunks_mut(TASK_NUMBERS));
-        let ins = gate_numbers.par_chunks(TASK_NUMBERS).zip(up_numbers.par_chunks(TASK_NUMBERS));
+        let (gate_values, up_values, y_gradient) = (values(gate)?, values(up)?, values(y_gradient)?);
+        let (mut of_gate, mut of_up) = (vec![0.0; gate_values.len()], vec![0.0; up_values.len()]);
+        let outs = of_gate.par_chunks_mut(TASK_LEN).zip(of_up.par_chunks_mut(TASK_LEN));
+        let ins = gate_values.par_chunks(TASK_LEN).zip(up_values.par_chunks(TASK_LEN));
         outs.zip(ins)
-            .zip(y_gradient.par_chunks(TASK_NUMBERS))
+            .zip(y_gradient.par_chunks(TASK_LEN))
             .for_each(|(((of_gate, of_up), (gate, up)), of_y)| pull_back(gate, up, of_y, of_gate, of_up));
         Ok((Some(gradient(of_gate, gate)?), Some(gradient(of_up, up)?)))
     }

@@ -4,31 +4,31 @@ use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 
-/// The numbers of a tensor, row-major, lent.
-pub(super) struct Numbers<'a> {
+/// The values of a tensor, row-major, lent.
+pub(super) struct Values<'a> {
     storage: StorageRef<'a>,
     range: Range<usize>,
 }
 
-/// Lends the numbers of a contiguous f32 tensor.
-pub(super) fn numbers(tensor: &Tensor) -> Result<Numbers<'_>> {
+/// Lends the values of a contiguous f32 tensor.
+pub(super) fn values(tensor: &Tensor) -> Result<Values<'_>> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cpu(cpu) = &*storage else {
         bail!("expected a tensor on the CPU, found one on {:?}", tensor.device())
     };
     cpu.as_slice::<f32>()?;
     let range = range(layout)?;
-    Ok(Numbers { storage, range })
+    Ok(Values { storage, range })
 }
 
-/// The numbers of what an operation is given.
+/// The values of what an operation is given.
 pub(super) fn argument<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&storage.as_slice::<f32>()?[range(layout)?])
 }
 
 /// A tensor of what a backward pass computed, shaped like `like`.
-pub(super) fn gradient(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Tensor::from_vec(numbers, like.shape(), &Device::Cpu)
+pub(super) fn gradient(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), &Device::Cpu)
 }
 
 /// The gradient of `like`, computed if it leads to something that is trained.
@@ -57,13 +57,13 @@ fn range(layout: &Layout) -> Result<Range<usize>> {
     }
 }
 
-impl Deref for Numbers<'_> {
+impl Deref for Values<'_> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
         match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(numbers)) => &numbers[self.range.clone()],
-            _ => unreachable!("`numbers` found f32 on the CPU"),
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => unreachable!("`values` found f32 on the CPU"),
         }
     }
 }
