@@ -147,7 +147,7 @@ impl Choice<'_> {
                 reaching &= reaching - 1;
                 let bound = rough.shares[block];
                 if let Some(compressed) = part.tile.chunk.compressed() {
-                    self.ask_for(&part, compressed, block);
+                    self.prefetch(&part, compressed, block);
                     waiting.push((bound, stride, block));
                 } else if best.may_take(bound) {
                     best.offer(self.candidate(&part, block, rough));
@@ -165,11 +165,11 @@ impl Choice<'_> {
 
     /// Has memory bring the keys of a block that may be scored again: they lie anywhere, and many can be on their way
     /// at once.
-    fn ask_for(&self, part: &Part<'_>, compressed: &Compressed, block: usize) {
+    fn prefetch(&self, part: &Part<'_>, compressed: &Compressed, block: usize) {
         // Of one head and one key: with more of them there is other work to wait in, and the hardware reads on.
         let Some(member) = self.members.first() else { return };
         let keys = compressed.halves(self.scan.piece(member.head), part.tile.blocks.start + part.first + block);
-        linalg::ask_for(&keys[..self.scan.query.layout.head_dim]);
+        linalg::prefetch_slice(&keys[..self.scan.query.layout.head_dim]);
     }
 
     /// Sets `rough.shares` to what the aggregates of the blocks of a stride are at most.

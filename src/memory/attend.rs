@@ -19,7 +19,7 @@ use crate::store::Store;
 use crate::store::piece::{PieceData, PieceLayout, PieceView};
 use crate::types::Normalisation;
 use crate::until::Until;
-use linalg::{GEMV_ROWS_MAX, Matrix, Number, Write};
+use linalg::{Element, GEMV_ROWS_MAX, Matrix, Write};
 
 /// (row, block) pairs that a task should have at least; below, one task per KV head.
 const SHARD_USES_MIN: usize = 512;
@@ -311,7 +311,7 @@ fn times(rows: &mut [f32], scales: &[f32]) {
 
 /// `out` = rows of `a` times stored data of `shape`, or times their transpose.
 fn multiply_stored(a: &[f32], data: &PieceData, shape: (usize, usize), transposed: bool, out: &mut [f32]) {
-    fn multiply<N: Number>(a: &[f32], data: &[N], (rows, columns): (usize, usize), transposed: bool, out: &mut [f32]) {
+    fn multiply<N: Element>(a: &[f32], data: &[N], (rows, columns): (usize, usize), transposed: bool, out: &mut [f32]) {
         let b = Matrix::new(data, rows, columns);
         let (b, from, to) = if transposed { (b.transposed(), columns, rows) } else { (b, rows, columns) };
         linalg::gemv(Matrix::new(a, a.len() / from, from), b, out, to, Write::Replace);

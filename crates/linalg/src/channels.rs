@@ -31,7 +31,7 @@ impl ChannelQuantizer {
     pub fn fit(rows: &[f32], dim: usize) -> Self {
         let mut tops = vec![0f32; dim];
         for row in rows.chunks_exact(dim) {
-            tops.iter_mut().zip(row).for_each(|(top, number)| *top = larger(*top, number.abs()));
+            tops.iter_mut().zip(row).for_each(|(top, value)| *top = larger(*top, value.abs()));
         }
         let largest = tops.iter().copied().fold(f32::MIN_POSITIVE, larger);
         Self::with((tops.iter().map(|top| larger(1.0, top / largest * FACTOR_MAX))).collect())
@@ -75,11 +75,11 @@ impl ChannelQuantizer {
     /// Restores a row `(D)` from its bytes `(W)` and scale.
     pub fn decode(&self, bytes: &[i8], scale: f32, into: &mut [f32]) {
         let (coarse, fine) = bytes.split_at(into.len());
-        into.iter_mut().zip(coarse).for_each(|(number, &byte)| *number = byte as f32);
+        into.iter_mut().zip(coarse).for_each(|(value, &byte)| *value = byte as f32);
         for (&byte, &channel) in fine.iter().zip(&self.doubled) {
             into[channel] += byte as f32 / FINE_STEPS;
         }
-        into.iter_mut().zip(&self.factors).for_each(|(number, factor)| *number *= scale * factor);
+        into.iter_mut().zip(&self.factors).for_each(|(value, factor)| *value *= scale * factor);
     }
 
     /// Projects a query `(D)` to `(W)`: its dot product with a row's bytes, times the row's scale, approximates that of
@@ -87,7 +87,7 @@ impl ChannelQuantizer {
     pub fn project(&self, query: &[f32], into: &mut [f32]) {
         let (coarse, fine) = into.split_at_mut(query.len());
         let channels = query.iter().zip(&self.factors);
-        coarse.iter_mut().zip(channels).for_each(|(into, (number, factor))| *into = number * factor);
+        coarse.iter_mut().zip(channels).for_each(|(into, (value, factor))| *into = value * factor);
         fine.iter_mut().zip(&self.doubled).for_each(|(into, &channel)| *into = coarse[channel] / FINE_STEPS);
     }
 }
@@ -122,7 +122,7 @@ mod tests {
             quantizer.decode(&bytes, scale, &mut decoded);
             assert!((product - dot(&decoded, &query)).abs() < 1e-4 * row.iter().map(|x| x.abs()).sum::<f32>());
             let scale = int8_scale(row.iter().copied());
-            let plain: Vec<f32> = row.iter().map(|&number| to_int8(number, scale) as f32 * scale).collect();
+            let plain: Vec<f32> = row.iter().map(|&value| to_int8(value, scale) as f32 * scale).collect();
             let right = dot(row, &query);
             for (square, found) in squares.iter_mut().zip([product, dot(&plain, &query)]) {
                 *square += (found - right) * (found - right);
@@ -149,8 +149,8 @@ mod tests {
                 let (mut bytes, mut decoded) = (vec![0; ChannelQuantizer::width(dim)], vec![f32::NAN; dim]);
                 let scale = quantizer.encode(&row, &mut bytes);
                 quantizer.decode(&bytes, scale, &mut decoded);
-                for ((number, found), factor) in row.iter().zip(&decoded).zip(quantizer.factors()) {
-                    assert!((number - found).abs() <= 0.51 * scale * factor, "D = {dim}: {found} for {number}");
+                for ((value, found), factor) in row.iter().zip(&decoded).zip(quantizer.factors()) {
+                    assert!((value - found).abs() <= 0.51 * scale * factor, "D = {dim}: {found} for {value}");
                 }
             }
         }

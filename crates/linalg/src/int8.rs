@@ -1,26 +1,26 @@
-//! Symmetric int8.
+//! Symmetric int8: values in steps of a scale, -127 to 127.
 
-/// The largest size of a number in symmetric int8.
+/// The largest step, either way.
 pub(super) const INT8_LARGEST: f32 = 127.0;
 
-/// The scale of symmetric int8 for some numbers: the largest of them becomes 127 or -127.
-pub fn int8_scale(numbers: impl Iterator<Item = f32>) -> f32 {
-    numbers.fold(0.0, |top: f32, number| top.max(number.abs())) / INT8_LARGEST
+/// The scale that maps the largest magnitude to 127.
+pub fn int8_scale(values: impl Iterator<Item = f32>) -> f32 {
+    values.fold(0.0, |top: f32, value| top.max(value.abs())) / INT8_LARGEST
 }
 
-/// A number in steps of `scale`, nearest. A scale of zero means that all numbers are (or are so small that they round to it).
+/// The nearest step of `scale`, clamped to -127 to 127. A scale of 0 gives 0: all values were 0, or too small for a scale.
 #[inline]
-pub fn to_int8(number: f32, scale: f32) -> i8 {
+pub fn to_int8(value: f32, scale: f32) -> i8 {
     if scale == 0.0 {
         return 0;
     }
-    (number / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST) as i8
+    (value / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST) as i8
 }
 
-/// The whole number nearest to one between -128 and 127.
+/// The nearest integer to a value in -128 to 127, ties to even; without a call, so that loops vectorise.
 #[inline(always)]
-pub fn nearest(number: f32) -> i8 {
-    // Added to a number, it leaves the nearest whole one in the lowest bits.
+pub fn nearest(value: f32) -> i8 {
+    // Adding it leaves the nearest integer in the lowest bits.
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-    (number + ROUND).to_bits() as i8
+    (value + ROUND).to_bits() as i8
 }

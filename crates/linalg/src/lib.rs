@@ -1,5 +1,5 @@
-//! Dot products, softmax sums, conversions and matrix products, each compiled for the instruction sets a machine may
-//! have and chosen at run time. Nothing here knows what a block or a memory is.
+//! Vector and matrix kernels for AVX-512, AVX2 and plain processors, chosen at run time. Nothing here knows what a block
+//! or a memory is.
 //!
 //! ```
 //! let mut weights = vec![0.5f32, 1.5, -1.0];
@@ -7,13 +7,14 @@
 //! assert!((sum - (1.0 + (-1f32).exp() + (-2.5f32).exp())).abs() < 1e-6);
 //! ```
 //!
-//! A loop is written once, over arrays of [`LANES`] accumulators that the compiler keeps in vector registers;
-//! `simd!` compiles it for AVX-512, for AVX2 with FMA, and as it stands. Sums are therefore taken in another order
-//! than left to right, and may differ in the last bits between machines.
+//! A kernel is written once, over arrays of [`LANES`] accumulators that the compiler keeps in vector registers; [`simd!`]
+//! compiles it for every [`Level`]. Sums are reordered by lane, so results may differ in the last bits between machines.
+//!
+//! Matrices are row-major. A product is `out (M, N) = a (M, K) b (K, N)`; `_` is any number of rows.
 
 #![warn(unreachable_pub)]
 
-// How a function is compiled for the instruction set of the machine.
+// One function for every instruction set.
 #[macro_use]
 mod simd;
 
@@ -22,7 +23,7 @@ mod math;
 mod vector;
 mod widen;
 
-// Quantized rows.
+// Quantizers.
 mod channels;
 mod int8;
 
@@ -33,7 +34,7 @@ mod multiply;
 mod packed;
 mod panels;
 
-// Buffers and caches.
+// Pages and cache lines.
 mod memory;
 
 #[cfg(test)]
@@ -44,10 +45,10 @@ pub use gemv::{GEMV_ROWS_MAX, gemv};
 pub use int8::{int8_scale, nearest, to_int8};
 pub use math::{exp, ln};
 pub use matrix::{Matrix, Write};
-pub use memory::{ask_for, prefetch, zeroed};
+pub use memory::{prefetch_ahead, prefetch_slice, zeroed};
 pub use multiply::multiply;
 pub use packed::Packed;
 pub use panels::{BLOCK, BlockFormat};
 pub use simd::{LANES, Level, fma, fold, larger, level};
 pub use vector::{add_scaled, dot, dot_f16, exp_sum, log_sum_exp, log_sum_exp_below, max};
-pub use widen::{HALVES, Number, widen, widen_f16, widen_int8};
+pub use widen::{Element, HALVES, widen, widen_f16, widen_int8};

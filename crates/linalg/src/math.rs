@@ -1,19 +1,19 @@
-//! `exp` and `ln` that vectorise.
+//! `exp` and `ln` as polynomials that vectorise.
 
 use super::simd::fma;
 
-/// ln 2 in two parts, so that a whole multiple loses nothing.
+/// ln 2 in two parts, so that integer multiples of the high part are exact.
 const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 
-/// `e^x` within 2 units in the last place for `x` in -87 to 88; 0 below (there the true value is under 1.7e-38),
-/// clamped above. A polynomial that vectorises, after Cephes `expf`.
+/// `e^x` within 2 ulp for `x` in -87 to 88, after Cephes `expf`. Below it is 0 (the true value is under 1.7e-38), above it is
+/// clamped; NaN stays NaN.
 #[inline(always)]
 pub fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const SMALLEST: f32 = -87.0;
     const LARGEST: f32 = 88.0;
-    // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the lowest bits.
+    // 1.5 * 2^23: adding it rounds to the nearest integer and leaves that in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
 
     let clamped = if x < SMALLEST { SMALLEST } else { x };
@@ -29,16 +29,16 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
     p = fma::<FMA>(p, r, 0.166_666_65);
     p = fma::<FMA>(p, r, 0.5);
     let e = fma::<FMA>(p, r * r, r) + 1.0;
-    // `n` lies in -126 to 127 by the clamps, so this is its exponent; all bits above it are shifted out.
+    // `n` is in -126 to 127 by the clamps, so this is its exponent; the bits above are shifted out.
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     let value = e * power;
     if x < SMALLEST { 0.0 } else { value }
 }
 
-/// `ln(x)` within 2 units in the last place (absolute 1e-7 near 1) for normal `x`. Vectorises, after Cephes `logf`.
+/// `ln(x)` within 2 ulp (1e-7 near 1) for normal positive `x`, after Cephes `logf`.
 #[inline(always)]
 pub fn ln<const FMA: bool>(x: f32) -> f32 {
-    // x = m 2^e with m from sqrt(1/2) to sqrt(2): subtracting the bits of sqrt(1/2) carries into the exponent where m is above.
+    // x = m 2^e with m in sqrt(1/2) to sqrt(2): subtracting the bits of sqrt(1/2) leaves e in the exponent.
     const HALF_ROOT: u32 = 0x3f35_04f3;
     let shifted = x.to_bits().wrapping_sub(HALF_ROOT) as i32;
     let e = (shifted >> 23) as f32;

@@ -1,52 +1,54 @@
-//! Matrices as views of slices.
+//! Matrix views of slices.
 
 use std::ops::Range;
 
-/// Numbers read as `rows` x `columns`; strides count numbers.
+/// A view of a slice as `(rows, columns)`; strides count elements.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, N = f32> {
-    pub(super) numbers: &'a [N],
+    pub(super) data: &'a [N],
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) row_stride: usize,
     pub(super) column_stride: usize,
 }
 
-/// What a product does with what was in its place before.
+/// Whether a product replaces its output or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
+    /// `out = a b`
     Replace,
+    /// `out += a b`
     Add,
 }
 
 impl<'a, N> Matrix<'a, N> {
-    /// A row-major matrix without gaps.
+    /// A row-major `(rows, columns)` matrix without gaps.
     ///
     /// # Panics
-    /// When there are fewer numbers than that.
-    pub fn new(numbers: &'a [N], rows: usize, columns: usize) -> Self {
-        Self::with_stride(numbers, rows, columns, columns)
+    /// If `data` is shorter.
+    pub fn new(data: &'a [N], rows: usize, columns: usize) -> Self {
+        Self::with_stride(data, rows, columns, columns)
     }
 
-    /// A row-major matrix whose rows begin `stride` numbers apart.
+    /// A row-major `(rows, columns)` matrix whose rows begin `stride` elements apart.
     ///
     /// # Panics
-    /// When rows overlap or reach beyond the numbers.
-    pub fn with_stride(numbers: &'a [N], rows: usize, columns: usize, stride: usize) -> Self {
-        assert!(columns <= stride && reach(rows, columns, stride) <= numbers.len());
-        Matrix { numbers, rows, columns, row_stride: stride, column_stride: 1 }
+    /// If rows overlap or `data` is shorter.
+    pub fn with_stride(data: &'a [N], rows: usize, columns: usize, stride: usize) -> Self {
+        assert!(columns <= stride && reach(rows, columns, stride) <= data.len());
+        Matrix { data, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
-    /// Some rows and columns, in their place.
+    /// The submatrix of `rows` and `columns`.
     pub(super) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
         assert!(rows.end <= self.rows && columns.end <= self.columns);
         let first = rows.start * self.row_stride + columns.start * self.column_stride;
-        // Nothing may begin behind the last number.
-        let numbers = self.numbers.get(first..).unwrap_or_default();
-        Matrix { numbers, rows: rows.len(), columns: columns.len(), ..self }
+        // An empty submatrix may begin behind the last element.
+        let data = self.data.get(first..).unwrap_or_default();
+        Matrix { data, rows: rows.len(), columns: columns.len(), ..self }
     }
 
-    /// The same numbers read as `columns` x `rows`.
+    /// The transpose `(columns, rows)` of the same data.
     pub fn transposed(self) -> Self {
         Matrix {
             rows: self.columns,
@@ -58,7 +60,7 @@ impl<'a, N> Matrix<'a, N> {
     }
 }
 
-/// Numbers from the first to the last of a row-major matrix.
+/// Elements from the first to the last of a row-major matrix, gaps included.
 pub(super) fn reach(rows: usize, columns: usize, stride: usize) -> usize {
     if rows == 0 { 0 } else { (rows - 1) * stride + columns }
 }

@@ -1,4 +1,4 @@
-//! Products of matrices that are at hand once: in panels for many rows, as they lie where packing would not pay.
+//! Products of two matrices, neither of them packed beforehand.
 
 use std::cell::RefCell;
 
@@ -7,15 +7,15 @@ use super::matrix::{Matrix, Write, reach};
 use super::packed::{multiply_panels, pack};
 
 thread_local! {
-    /// The right factor of the last product: kept so that small products do not allocate.
+    /// The panels of the last product, kept so that small products do not allocate.
     static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// `out (a.rows, b.columns) = a b`, or `out += a b`, on the calling thread: callers share out other work. Rows of `out` begin
-/// `out_stride` numbers apart; what lies between them stays.
+/// `out (M, N) = a (M, K) b (K, N)`, or `out += a b`, on the calling thread: by [`gemv`] for a few rows, else in panels. Rows
+/// of `out` begin `out_stride` elements apart; the gaps are not written.
 ///
 /// # Panics
-/// When the sizes do not fit each other.
+/// If the shapes do not match or `out` is too short.
 pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write: Write) {
     assert_eq!(a.columns, b.rows);
     assert!(b.columns <= out_stride && reach(a.rows, b.columns, out_stride) <= out.len());
@@ -36,7 +36,7 @@ pub fn multiply(a: Matrix, b: Matrix, out: &mut [f32], out_stride: usize, write:
 mod tests {
     use super::*;
 
-    fn numbers(count: usize, step: usize) -> Vec<f32> {
+    fn values(count: usize, step: usize) -> Vec<f32> {
         (0..count).map(|i| ((i * step) % 23) as f32 / 11.0 - 1.0).collect()
     }
 
@@ -54,10 +54,10 @@ mod tests {
             (13, 130, 1030),
         ];
         for (m, n, k) in sizes {
-            let (a, b) = (numbers(m * k, 7), numbers(n * k, 5));
-            let (a_turned, b_turned) = (turned(&a, m, k), turned(&b, n, k));
-            let lefts = [Matrix::new(&a, m, k), Matrix::new(&a_turned, k, m).transposed()];
-            let rights = [Matrix::new(&b, n, k).transposed(), Matrix::new(&b_turned, k, n)];
+            let (a, b) = (values(m * k, 7), values(n * k, 5));
+            let (a_transposed, b_transposed) = (transposed(&a, m, k), transposed(&b, n, k));
+            let lefts = [Matrix::new(&a, m, k), Matrix::new(&a_transposed, k, m).transposed()];
+            let rights = [Matrix::new(&b, n, k).transposed(), Matrix::new(&b_transposed, k, n)];
             let stride = n + 3;
             for (left, right, write) in lefts.iter().flat_map(|left| {
                 rights.iter().flat_map(move |right| [Write::Replace, Write::Add].map(|write| (*left, *right, write)))
@@ -79,7 +79,7 @@ mod tests {
     }
 
     /// `(rows, columns)` as `(columns, rows)`.
-    fn turned(numbers: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-        (0..rows * columns).map(|i| numbers[i % rows * columns + i / rows]).collect()
+    fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+        (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
     }
 }

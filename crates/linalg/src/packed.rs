@@ -1,12 +1,12 @@
-//! Products with a matrix whose columns lie in panels, for many rows or one.
+//! Products with a matrix packed into panels.
 //!
 //! `out (M, N) = a (M, K) b (K, N)`. `b` is cut into panels of [`PANEL`] columns, each `(K, PANEL)`: a row of a panel is a
-//! few vector registers, and every number of `a` meets it there. Up to [`ROWS`] rows of `a` pass over a panel together, so
-//! that its numbers are read once for all of them and their sums stay in registers. `a` is read where it lies.
+//! few vector registers, multiplied with one element of each row of `a`. Up to [`ROWS`] rows of `a` pass over a panel
+//! together: a panel is read once for all of them, and their sums stay in registers. `a` is not packed.
 //!
-//! Floor: 2 M N K operations at two fused multiplications of a register per cycle when M is large (measured on one core of a
-//! Zen 5, 512 x 3072 x 576: 247 of 260 GFLOP/s; the `gemm` crate, whose AVX-512 kernel is slower than its AVX2 one, 118),
-//! and reading `b` once when M is small.
+//! Floor: 2 M N K operations at two fused multiply-adds of a register per cycle for large M (one core of a Zen 5,
+//! 512 x 3072 x 576: 247 of 260 GFLOP/s; the `gemm` crate, whose AVX-512 kernel is slower than its AVX2 one, 118), one read of
+//! `b` for small M.
 
 use std::ops::Range;
 
@@ -16,59 +16,64 @@ use super::matrix::{Matrix, Write, reach};
 use super::panels::{BLOCK, BlockFormat, PANEL, Panels, Slabs};
 use super::simd::{Level, fma, level};
 
-/// Rows that pass over a panel together: times four registers of a panel's row, 24 of AVX-512's 32 are sums.
+/// Rows of `a` that pass over a panel together: with four registers per panel row, 24 of AVX-512's 32 hold sums.
 const ROWS: usize = 6;
 
-/// Columns that are summed at once where registers hold fewer numbers, or are fewer: times [`ROWS`], 12 of AVX2's 16.
+/// Columns summed at once on AVX-512.
 const WIDE: usize = PANEL;
+
+/// Columns summed at once elsewhere: with [`ROWS`] rows, 12 of AVX2's 16 registers hold sums.
 const NARROW: usize = 16;
 
-/// Rows of a panel that all rows of `a` meet before the next ones: 256 KiB, which stay in a core's own cache.
+/// Rows of a panel that all rows of `a` pass over before the next: 256 KiB, which stay in a core's own cache.
 const DEPTH: usize = 1024;
 
-/// Operations of a task at least: waking a thread costs some microseconds.
+/// Least operations of a task: waking a thread costs some microseconds.
 const TASK_OPERATIONS_MIN: usize = 1 << 20;
 
-/// Tasks per thread at most: more than one, so that a thread that other work holds up leaves some to the others.
+/// Most tasks per thread: more than one, so that others take over from a thread that is held up.
 const TASKS_PER_THREAD: usize = 4;
 
-/// A matrix `(rows, columns)` in panels, for products that it is the right factor of.
+/// A matrix `(K, N)` packed once to be the right factor of many products.
 pub struct Packed {
-    /// The last panel is filled up with zeros.
+    /// The last panel is padded with zeros.
     panels: Panels,
     rows: usize,
     columns: usize,
 }
 
 impl Packed {
+    /// Packs `matrix (K, N)` as f32.
     pub fn new(matrix: Matrix) -> Self {
-        let mut numbers = Vec::new();
-        pack(matrix, &mut numbers);
-        Packed { panels: Panels::F32(numbers), rows: matrix.rows, columns: matrix.columns }
+        let mut values = Vec::new();
+        pack(matrix, &mut values);
+        Packed { panels: Panels::F32(values), rows: matrix.rows, columns: matrix.columns }
     }
 
-    /// From columns of `rows` numbers each, in quantized blocks, which stay quantized.
+    /// Packs N columns of `rows` values each, in quantized blocks that stay quantized.
     ///
     /// # Panics
-    /// When a column has not that many.
+    /// If `rows` is no multiple of [`BLOCK`] or a column has another length.
     pub fn from_blocks(format: BlockFormat, rows: usize, columns: &[&[u8]]) -> Self {
         let fits = |column: &&[u8]| column.len() == rows / BLOCK * format.bytes();
         assert!(rows.is_multiple_of(BLOCK) && columns.iter().all(fits));
         Packed { panels: format.panels(rows, columns), rows, columns: columns.len() }
     }
 
+    /// K, the rows of the matrix.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    /// N, the columns of the matrix.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// Appends one column, from its first row.
+    /// Appends a column `(K)` to `out`, widened.
     ///
     /// # Panics
-    /// When there are fewer columns.
+    /// If there is no such column.
     pub fn push_column(&self, column: usize, out: &mut Vec<f32>) {
         assert!(column < self.columns);
         let mut wide = Vec::new();
@@ -76,10 +81,10 @@ impl Packed {
         out.extend(panel.iter().skip(column % PANEL).step_by(PANEL));
     }
 
-    /// `out (M, columns) = a (M, rows) self`, or `out += ..`, on all threads of rayon's pool. `a` and `out` have no gaps.
+    /// `out (M, N) = a (M, K) self`, or `out += a self`, on rayon's pool. `a` and `out` have no gaps.
     ///
     /// # Panics
-    /// When the sizes do not fit each other.
+    /// If the shapes do not match.
     pub fn multiply(&self, a: &[f32], out: &mut [f32], write: Write) {
         let m = out.len().checked_div(self.columns).unwrap_or(0);
         assert!(a.len() == m * self.rows && out.len() == m * self.columns);
@@ -104,53 +109,53 @@ impl Packed {
     }
 }
 
-/// Reorders `matrix` into panels.
-pub(super) fn pack(matrix: Matrix, numbers: &mut Vec<f32>) {
+/// Packs `matrix (K, N)` into panels `(panels, K, PANEL)`, the last one padded with zeros.
+pub(super) fn pack(matrix: Matrix, values: &mut Vec<f32>) {
     let Matrix { rows, columns, .. } = matrix;
-    numbers.clear();
-    numbers.resize(columns.div_ceil(PANEL) * PANEL * rows, 0.0);
-    for (index, panel) in numbers.chunks_exact_mut((PANEL * rows).max(1)).enumerate() {
+    values.clear();
+    values.resize(columns.div_ceil(PANEL) * PANEL * rows, 0.0);
+    for (index, panel) in values.chunks_exact_mut((PANEL * rows).max(1)).enumerate() {
         let first = index * PANEL;
         let width = PANEL.min(columns - first);
         if matrix.column_stride == 1 {
             for (row, panel) in panel.chunks_exact_mut(PANEL).enumerate() {
-                panel[..width].copy_from_slice(&matrix.numbers[row * matrix.row_stride + first..][..width]);
+                panel[..width].copy_from_slice(&matrix.data[row * matrix.row_stride + first..][..width]);
             }
         } else {
             debug_assert_eq!(matrix.row_stride, 1);
-            pack_columns(&matrix.numbers[first * matrix.column_stride..], matrix.column_stride, width, panel);
+            pack_columns(&matrix.data[first * matrix.column_stride..], matrix.column_stride, width, panel);
         }
     }
 }
 
-/// Columns that are turned into rows at once.
-const TURNED: usize = 16;
+/// Columns transposed at once.
+const TRANSPOSED: usize = 16;
 
 simd! {
-    /// `width` contiguous columns, `stride` numbers apart, into `panel (rows, PANEL)`.
+    /// Packs `width` contiguous columns, `stride` elements apart, into `panel (K, PANEL)`.
     fn pack_columns(columns: &[f32], stride: usize, width: usize, panel: &mut [f32]) {
         let rows = panel.len() / PANEL;
-        for first in (0..width).step_by(TURNED) {
-            let count = TURNED.min(width - first);
-            let mut from: [&[f32]; TURNED] = [&[]; TURNED];
+        for first in (0..width).step_by(TRANSPOSED) {
+            let count = TRANSPOSED.min(width - first);
+            let mut from: [&[f32]; TRANSPOSED] = [&[]; TRANSPOSED];
             for (column, from) in from.iter_mut().enumerate() {
-                // A column that is not there is read twice, and not written.
+                // The last column stands in for missing ones and is not written.
                 *from = &columns[(first + column.min(count - 1)) * stride..][..rows];
             }
             for (row, panel) in panel.chunks_exact_mut(PANEL).enumerate() {
-                let mut turned = [0f32; TURNED];
-                for (turned, from) in turned.iter_mut().zip(from) {
-                    *turned = from[row];
+                let mut transposed = [0f32; TRANSPOSED];
+                for (transposed, from) in transposed.iter_mut().zip(from) {
+                    *transposed = from[row];
                 }
-                panel[first..][..count].copy_from_slice(&turned[..count]);
+                panel[first..][..count].copy_from_slice(&transposed[..count]);
             }
         }
         let _ = FMA;
     }
 }
 
-/// `out = a b` or `out += a b` on the calling thread, `b` in panels and `columns` wide. Rows of `out` begin `out_stride` numbers
-/// apart, and it holds all of them.
+/// `out (M, N) = a (M, K) b`, or `out += a b`, on the calling thread; `b` in panels, N = `columns`. Rows of `out` begin
+/// `out_stride` elements apart.
 pub(super) fn multiply_panels(
     a: Matrix,
     panels: &[f32],
@@ -165,30 +170,30 @@ pub(super) fn multiply_panels(
     unsafe { product.run(0..columns.div_ceil(PANEL), &Out(out.as_mut_ptr())) };
 }
 
-/// Where a product is written.
+/// The output of a product, shared by its tasks.
 struct Out(*mut f32);
 
-// SAFETY: whoever shares one writes disjoint parts: see `Product::run`.
+// SAFETY: its tasks write disjoint columns: see `Product::run`.
 unsafe impl Sync for Out {}
 
-/// A product of a matrix and panels.
+/// A product of `a` and panels.
 struct Product<'a, P: ?Sized> {
     /// `(M, K)`
     a: Matrix<'a>,
     /// `(K, PANEL)` each.
     panels: &'a P,
-    /// N
+    /// N, the columns of the matrix.
     columns: usize,
     out_stride: usize,
     write: Write,
 }
 
 impl<P: Slabs + ?Sized> Product<'_, P> {
-    /// Writes the columns of some panels.
+    /// Computes the columns of `panels`.
     ///
     /// # Safety
-    /// `out` is writable for `M` rows of `columns` numbers, `out_stride` apart, and nobody else reads or writes the columns of
-    /// these panels meanwhile.
+    /// `out` is writable for M rows of N elements, `out_stride` apart, and nobody else accesses the columns of these panels
+    /// meanwhile.
     unsafe fn run(&self, panels: Range<usize>, out: &Out) {
         let kernel = match level() {
             Level::Avx512 => rows_wide,
@@ -200,16 +205,16 @@ impl<P: Slabs + ?Sized> Product<'_, P> {
         let mut sums = [[0f32; PANEL]; ROWS];
         for index in panels {
             let width = PANEL.min(self.columns - index * PANEL);
-            // A product of no depth is all zeros: one slab of nothing.
+            // With K = 0 one empty slab writes the zeros.
             for first in (0..depth.max(1)).step_by(slab_depth) {
                 let slab = first..depth.min(first + slab_depth);
-                let numbers = self.panels.slab(depth, index, slab.clone(), &mut wide);
+                let slab_values = self.panels.slab(depth, index, slab.clone(), &mut wide);
                 let add = self.write == Write::Add || first > 0;
                 for row in (0..self.a.rows).step_by(ROWS) {
                     let a = self.a.part(row..self.a.rows.min(row + ROWS), slab.clone());
-                    kernel(a, numbers, &mut sums);
+                    kernel(a, slab_values, &mut sums);
                     for (r, sums) in sums.iter().take(a.rows).enumerate() {
-                        // SAFETY: row + r < M and the panel's columns end before `columns`: the caller keeps them for us.
+                        // SAFETY: row + r < M and the panel's columns end at N: the caller reserved them for us.
                         let out = unsafe {
                             let start = out.0.add((row + r) * self.out_stride + index * PANEL);
                             std::slice::from_raw_parts_mut(start, width)
@@ -251,19 +256,19 @@ macro_rules! kernel {
 kernel!(rows_wide, WIDE);
 kernel!(rows_narrow, NARROW);
 
-/// `R` rows against `STRIP` columns of a panel, from its column `first`.
+/// Sums `R` rows of `a` over `STRIP` columns of a panel, from its column `first`.
 #[inline(always)]
 fn strip<const FMA: bool, const STRIP: usize, const R: usize>(a: Matrix, panel: &[f32], first: usize, sums: &mut Sums) {
-    let Matrix { numbers: factors, rows, columns: depth, row_stride, column_stride } = a;
+    let Matrix { data: factors, rows, columns: depth, row_stride, column_stride } = a;
     assert!(rows == R && panel.len() == depth * PANEL);
     let mut kept = [[0f32; STRIP]; R];
-    for (k, numbers) in panel.chunks_exact(PANEL).enumerate() {
-        let numbers: &[f32; STRIP] = numbers[first..].first_chunk().expect("a strip lies inside its panel");
+    for (k, panel_row) in panel.chunks_exact(PANEL).enumerate() {
+        let panel_row: &[f32; STRIP] = panel_row[first..].first_chunk().expect("a strip lies inside its panel");
         for (row, kept) in kept.iter_mut().enumerate() {
-            // SAFETY: row < rows and k < columns, whose numbers `Matrix` keeps inside its slice.
+            // SAFETY: row < rows and k < columns, which `Matrix` keeps inside its slice.
             let factor = unsafe { *factors.get_unchecked(row * row_stride + k * column_stride) };
-            for (kept, number) in kept.iter_mut().zip(numbers) {
-                *kept = fma::<FMA>(factor, *number, *kept);
+            for (kept, value) in kept.iter_mut().zip(panel_row) {
+                *kept = fma::<FMA>(factor, *value, *kept);
             }
         }
     }

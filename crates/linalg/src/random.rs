@@ -1,4 +1,4 @@
-//! Random numbers for tests.
+//! Random values for tests.
 
 use rand::{RngExt, SeedableRng};
 

@@ -1,14 +1,17 @@
-//! Functions compiled for several instruction sets, and what their bodies are made of.
+//! [`simd!`] and the building blocks of the functions it compiles.
 
-/// The widest instruction set that `simd!` functions use here.
+/// The instruction sets that [`simd!`] compiles for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
+    /// AVX-512 F, BW, VL and DQ, with F16C.
     Avx512,
+    /// AVX2 with FMA and F16C.
     Avx2,
+    /// What the target always has.
     Portable,
 }
 
-/// What this machine has; found once.
+/// The widest level of this machine, detected once.
 #[inline]
 pub fn level() -> Level {
     #[cfg(target_arch = "x86_64")]
@@ -24,8 +27,8 @@ pub fn level() -> Level {
     Level::Portable
 }
 
-/// Compiles a function for several instruction sets. Inside the body, `fma::<FMA>(a, b, c)` is `a * b + c`, fused
-/// where the machine can.
+/// Compiles a function for every [`Level`](crate::Level) and calls the one of this machine. The body sees a constant `FMA`:
+/// `fma::<FMA>(a, b, c)` is fused where the level has the instruction.
 #[macro_export]
 macro_rules! simd {
     ($(#[$meta:meta])* $vis:vis fn $name:ident$(<$generic:ident: $bound:ident>)?($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
@@ -58,30 +61,30 @@ macro_rules! simd {
     };
 }
 
-/// `a * b + c`.
+/// `a * b + c`, fused if `FMA`.
 #[inline(always)]
 pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     // Without the instruction `mul_add` is a slow library call.
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Accumulators that a reduction keeps apart: two AVX-512 registers' worth, to hide the latency of an addition.
+/// Accumulators of a reduction: two AVX-512 registers, to hide the latency of an addition.
 pub const LANES: usize = 32;
 
-/// Joins accumulators at shrinking distance: for 16 of them four dependent steps, in registers, and not sixteen.
+/// Reduces lanes pairwise, in log2(N) dependent steps. `N` is a power of two.
 #[inline(always)]
-pub fn fold<const N: usize>(mut lanes: [f32; N], two: impl Fn(f32, f32) -> f32) -> f32 {
+pub fn fold<const N: usize>(mut lanes: [f32; N], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = N / 2;
     while width > 0 {
         for lane in 0..width {
-            lanes[lane] = two(lanes[lane], lanes[lane + width]);
+            lanes[lane] = join(lanes[lane], lanes[lane + width]);
         }
         width /= 2;
     }
     lanes[0]
 }
 
-/// The larger one; the first if the second is no number.
+/// The larger of two values; `a` if `b` is NaN.
 #[inline(always)]
 pub fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }

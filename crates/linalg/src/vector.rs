@@ -1,4 +1,4 @@
-//! Products and reductions of vectors.
+//! Dot products, reductions and softmax sums of vectors.
 
 use half::f16;
 
@@ -7,7 +7,7 @@ use super::simd::{LANES, fma, fold};
 use super::widen::{HALVES, widen, widen_one};
 
 simd! {
-    /// `sum(a[i] * b[i])`. Slices of equal length.
+    /// `sum(a[i] * b[i])` of slices of equal length.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         debug_assert_eq!(a.len(), b.len());
         let mut sums = [0f32; LANES];
@@ -26,7 +26,7 @@ simd! {
 }
 
 simd! {
-    /// `sum(a[i] * b[i])` with half floats. Slices of equal length.
+    /// `sum(a[i] * b[i])` of slices of equal length, `b` widened in registers.
     pub fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
         debug_assert_eq!(a.len(), b.len());
         let mut sums = [0f32; HALVES];
@@ -45,7 +45,7 @@ simd! {
 }
 
 simd! {
-    /// `out[i] += factor * x[i]`. Slices of equal length.
+    /// `out[i] += factor * x[i]` for slices of equal length.
     pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
         debug_assert_eq!(out.len(), x.len());
         for (out, x) in out.iter_mut().zip(x) {
@@ -55,62 +55,62 @@ simd! {
 }
 
 simd! {
-    /// The largest number; -inf for none.
-    pub fn max(numbers: &[f32]) -> f32 {
+    /// The largest value, NaN ignored; -inf if there is none.
+    pub fn max(values: &[f32]) -> f32 {
         let mut tops = [f32::NEG_INFINITY; LANES];
-        let blocks = numbers.chunks_exact(LANES);
+        let blocks = values.chunks_exact(LANES);
         let rest = blocks.remainder();
         for block in blocks {
             for lane in 0..LANES {
                 tops[lane] = if block[lane] > tops[lane] { block[lane] } else { tops[lane] };
             }
         }
-        tops.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &number| if number > top { number } else { top })
+        tops.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &value| if value > top { value } else { top })
     }
 }
 
 simd! {
-    /// Replaces each `x` by `e^(x - shift)` and returns their sum. `-inf` becomes 0.
-    pub fn exp_sum(numbers: &mut [f32], shift: f32) -> f32 {
+    /// Replaces each `x` by `e^(x - shift)` and returns the sum. -inf becomes 0.
+    pub fn exp_sum(values: &mut [f32], shift: f32) -> f32 {
         let mut sums = [0f32; LANES];
-        let mut blocks = numbers.chunks_exact_mut(LANES);
+        let mut blocks = values.chunks_exact_mut(LANES);
         for block in &mut blocks {
             for lane in 0..LANES {
                 block[lane] = exp::<FMA>(block[lane] - shift);
                 sums[lane] += block[lane];
             }
         }
-        for (sum, number) in sums.iter_mut().zip(blocks.into_remainder()) {
-            *number = exp::<FMA>(*number - shift);
-            *sum += *number;
+        for (sum, value) in sums.iter_mut().zip(blocks.into_remainder()) {
+            *value = exp::<FMA>(*value - shift);
+            *sum += *value;
         }
         sums.iter().sum()
     }
 }
 
 simd! {
-    /// `log(sum(e^x))`; -inf for none.
-    pub fn log_sum_exp(numbers: &[f32]) -> f32 {
-        log_sum_exp_below(numbers, max(numbers))
+    /// `ln(sum(e^x))`; -inf for an empty slice.
+    pub fn log_sum_exp(values: &[f32]) -> f32 {
+        log_sum_exp_below(values, max(values))
     }
 }
 
 simd! {
-    /// [`log_sum_exp`] of numbers whose largest is `top`.
-    pub fn log_sum_exp_below(numbers: &[f32], top: f32) -> f32 {
+    /// [`log_sum_exp`] of values whose maximum is `top`.
+    pub fn log_sum_exp_below(values: &[f32], top: f32) -> f32 {
         if top == f32::NEG_INFINITY {
             return top;
         }
         let mut sums = [0f32; LANES];
-        let blocks = numbers.chunks_exact(LANES);
+        let blocks = values.chunks_exact(LANES);
         let rest = blocks.remainder();
         for block in blocks {
             for lane in 0..LANES {
                 sums[lane] += exp::<FMA>(block[lane] - top);
             }
         }
-        for (sum, number) in sums.iter_mut().zip(rest) {
-            *sum += exp::<FMA>(*number - top);
+        for (sum, value) in sums.iter_mut().zip(rest) {
+            *sum += exp::<FMA>(*value - top);
         }
         top + sums.iter().sum::<f32>().ln()
     }

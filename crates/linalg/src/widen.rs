@@ -1,12 +1,12 @@
-//! Numbers as they are stored to single floats.
+//! Stored elements (f16, bf16, int8) widened to f32.
 
 use half::{bf16, f16};
 
-/// Half floats that [`widen`] takes at once: one AVX-512 register of single ones.
+/// Elements that are widened together: one AVX-512 register of f32.
 pub const HALVES: usize = 16;
 
-/// Widens half floats, by the instruction for it where the machine has one. What infinities become differs between
-/// machines; callers check for them where numbers come in.
+/// Widens f16 to f32, exactly; with F16C if `FMA`. The result for infinities differs between machines: check input before
+/// it is stored.
 #[inline(always)]
 pub fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
     #[cfg(target_arch = "x86_64")]
@@ -14,7 +14,7 @@ pub fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
         use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
         let mut wide = [0.0; HALVES];
         for (halves, wide) in halves.as_chunks::<8>().0.iter().zip(wide.as_chunks_mut::<8>().0) {
-            // SAFETY: `simd!` sets FMA only where it enables F16C too, and both sides are eight numbers long.
+            // SAFETY: `simd!` sets FMA only where it enables F16C too, and both sides have eight elements.
             unsafe { _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()))) };
         }
         return wide;
@@ -22,7 +22,7 @@ pub fn widen<const FMA: bool>(halves: &[f16; HALVES]) -> [f32; HALVES] {
     halves.map(widen_one)
 }
 
-/// Widens one half float. Vectorises, which a call per number does not. Infinities become large numbers.
+/// Widens one f16 by arithmetic, which vectorises. Infinities become large values.
 #[inline(always)]
 pub(super) fn widen_one(half: f16) -> f32 {
     let bits = half.to_bits() as u32;
@@ -30,18 +30,19 @@ pub(super) fn widen_one(half: f16) -> f32 {
     f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
-/// Numbers that a product can read.
-pub trait Number: Copy + Send + Sync + 'static {
-    /// To single ones, exactly.
-    fn widen<const FMA: bool>(numbers: &[Self; HALVES]) -> [f32; HALVES];
+/// An element type of a [`Matrix`](crate::Matrix) that [`gemv`](crate::gemv) widens as it reads.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// To f32, exactly.
+    fn widen<const FMA: bool>(elements: &[Self; HALVES]) -> [f32; HALVES];
 
+    /// One element to f32, exactly.
     fn widen_one(self) -> f32;
 }
 
-impl Number for f32 {
+impl Element for f32 {
     #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[f32; HALVES]) -> [f32; HALVES] {
-        *numbers
+    fn widen<const FMA: bool>(elements: &[f32; HALVES]) -> [f32; HALVES] {
+        *elements
     }
 
     #[inline(always)]
@@ -50,10 +51,10 @@ impl Number for f32 {
     }
 }
 
-impl Number for f16 {
+impl Element for f16 {
     #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[f16; HALVES]) -> [f32; HALVES] {
-        widen::<FMA>(numbers)
+    fn widen<const FMA: bool>(elements: &[f16; HALVES]) -> [f32; HALVES] {
+        widen::<FMA>(elements)
     }
 
     #[inline(always)]
@@ -62,10 +63,10 @@ impl Number for f16 {
     }
 }
 
-impl Number for bf16 {
+impl Element for bf16 {
     #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[bf16; HALVES]) -> [f32; HALVES] {
-        numbers.map(Number::widen_one)
+    fn widen<const FMA: bool>(elements: &[bf16; HALVES]) -> [f32; HALVES] {
+        elements.map(Element::widen_one)
     }
 
     #[inline(always)]
@@ -74,10 +75,10 @@ impl Number for bf16 {
     }
 }
 
-impl Number for i8 {
+impl Element for i8 {
     #[inline(always)]
-    fn widen<const FMA: bool>(numbers: &[i8; HALVES]) -> [f32; HALVES] {
-        numbers.map(Number::widen_one)
+    fn widen<const FMA: bool>(elements: &[i8; HALVES]) -> [f32; HALVES] {
+        elements.map(Element::widen_one)
     }
 
     #[inline(always)]
@@ -87,7 +88,7 @@ impl Number for i8 {
 }
 
 simd! {
-    /// Half floats to single. Slices of equal length.
+    /// Widens f16 to f32, slices of equal length.
     pub fn widen_f16(halves: &[f16], out: &mut [f32]) {
         debug_assert_eq!(halves.len(), out.len());
         let ((halves, rest), (wide, wide_rest)) = (halves.as_chunks(), out.as_chunks_mut());
@@ -101,7 +102,7 @@ simd! {
 }
 
 simd! {
-    /// Signed bytes to single, times one scale. Slices of equal length.
+    /// `out[i] = bytes[i] * scale` for slices of equal length.
     pub fn widen_int8(bytes: &[i8], scale: f32, out: &mut [f32]) {
         debug_assert_eq!(bytes.len(), out.len());
         for (out, byte) in out.iter_mut().zip(bytes) {
@@ -133,14 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn every_number_widens_exactly() {
+    fn every_element_widens_exactly() {
         let bytes: Vec<i8> = (i8::MIN..=i8::MAX).collect();
         for bytes in bytes.as_chunks().0 {
-            assert_eq!(<i8 as Number>::widen::<false>(bytes), bytes.map(f32::from));
+            assert_eq!(<i8 as Element>::widen::<false>(bytes), bytes.map(f32::from));
         }
         let halves: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|half| !half.is_nan()).collect();
         for halves in halves.as_chunks().0 {
-            assert_eq!(<bf16 as Number>::widen::<false>(halves), halves.map(bf16::to_f32));
+            assert_eq!(<bf16 as Element>::widen::<false>(halves), halves.map(bf16::to_f32));
         }
     }
 }

@@ -8,7 +8,7 @@ use half::f16;
 use super::integers::{Integers, KEY_OFFSET, LOW_STEPS};
 use super::nibbles::Bytes;
 use crate::index::layout::{NIBBLE_OFFSET, PANEL, QUAD};
-use linalg::prefetch;
+use linalg::prefetch_ahead;
 
 /// Values in a register.
 const LANES: usize = 16;
@@ -33,7 +33,7 @@ fn halves_rows<const R: usize>(halves: &[f16], dim: usize, queries: &[f32], scor
     for (panel, halves) in halves.chunks_exact(dim * PANEL).enumerate() {
         let mut sums = [[_mm512_setzero_ps(); PARTS]; R];
         for (halves, queries) in halves.as_chunks::<PANEL>().0.iter().zip(queries.as_chunks::<R>().0) {
-            prefetch::<{ size_of::<[f16; PANEL]>() }>(halves.as_ptr().cast());
+            prefetch_ahead::<{ size_of::<[f16; PANEL]>() }>(halves.as_ptr().cast());
             let values: [__m512; PARTS] = from_fn(|part| {
                 // SAFETY: 16 of the panel's 64 values; the load needs no alignment.
                 _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().add(part * LANES).cast()) })
@@ -80,7 +80,7 @@ fn integers_rows<const R: usize>(queries: &Integers, values: &[i8], scales: &[f3
             }
             for (values, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(quads) {
                 let from = values[strip * LANES * QUAD..].as_ptr();
-                prefetch::<{ STRIP * LANES * QUAD }>(from);
+                prefetch_ahead::<{ STRIP * LANES * QUAD }>(from);
                 let strip_keys: [__m512i; STRIP] = from_fn(|part| {
                     // SAFETY: 64 of the strip's 128 values; the load needs no alignment.
                     _mm512_xor_si512(unsafe { _mm512_loadu_si512(from.add(part * LANES * QUAD).cast()) }, offset)
@@ -133,7 +133,7 @@ fn nibbles_rows<const R: usize>(queries: &Bytes, values: &[i8], scales: &[f32], 
             *sums = [_mm512_set1_epi32(-NIBBLE_OFFSET * row.sums[0]); PARTS];
         }
         for (values, rows) in values.as_chunks::<{ PANEL * QUAD }>().0.iter().zip(octets) {
-            prefetch::<{ PANEL * QUAD }>(values.as_ptr());
+            prefetch_ahead::<{ PANEL * QUAD }>(values.as_ptr());
             let pairs: [__m512i; PARTS] = from_fn(|part| {
                 // SAFETY: 64 of the octet's 256 bytes; the load needs no alignment.
                 unsafe { _mm512_loadu_si512(values.as_ptr().add(part * LANES * QUAD).cast()) }

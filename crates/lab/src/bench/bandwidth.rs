@@ -36,7 +36,7 @@ simd! {
         let (parts, rest) = words.as_chunks::<LINES>();
         let mut sums = [0u64; LINES];
         for part in parts {
-            linalg::prefetch::<{ size_of::<[u64; LINES]>() }>(part.as_ptr().cast());
+            linalg::prefetch_ahead::<{ size_of::<[u64; LINES]>() }>(part.as_ptr().cast());
             for (sum, word) in sums.iter_mut().zip(part) {
                 *sum += word;
             }
