@@ -49,7 +49,7 @@ pub enum Piece<'a> {
 }
 
 /// Which rows read which pages, and how.
-pub struct Attention<'a, M> {
+pub struct PagedAttention<'a, M> {
     /// T
     pub tokens: u32,
     /// Hq
@@ -79,7 +79,7 @@ pub struct Attention<'a, M> {
 
 /// Part of an attention: what some blocks contribute.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct PartialAttention {
     /// `(T, Hq, D)`
     pub out: Vec<f32>,
     /// `(T, Hq)`: log-sum-exp of what competes; minus infinity where nothing does.
@@ -183,12 +183,12 @@ impl<M> Page<M> {
 }
 
 /// Attention of every query row over its blocks.
-pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Result<Part, R::Error> {
+pub fn attend<R: Runner>(runner: &R, attention: &PagedAttention<'_, R::Memory>) -> Result<PartialAttention, R::Error> {
     attention.check()?;
     let (rows, dim) = (attention.tokens * attention.query_heads, attention.layout.head_dim as u32);
     let (out_len, row_count) = (attention.queries.len(), rows as usize);
     if row_count == 0 || attention.k == 0 {
-        return Ok(Part { out: vec![0.0; out_len], lse: vec![f32::NEG_INFINITY; row_count] });
+        return Ok(PartialAttention { out: vec![0.0; out_len], lse: vec![f32::NEG_INFINITY; row_count] });
     }
     let parts = THREAD_BLOCKS_WANTED.div_ceil(rows).min(attention.k);
     let address = |&page: &u32| runner.address(&attention.pages[page as usize].memory);
@@ -245,10 +245,10 @@ pub fn attend<R: Runner>(runner: &R, attention: &Attention<'_, R::Memory>) -> Re
         }
     }
     let (out, lse) = work.read(out, lse)?;
-    Ok(Part { out, lse })
+    Ok(PartialAttention { out, lse })
 }
 
-impl<M> Attention<'_, M> {
+impl<M> PagedAttention<'_, M> {
     /// Compares every field with its limit and with the pages.
     fn check(&self) -> Result<(), ArgumentError> {
         let (heads, sharing, head_dim) = (self.query_heads, self.sharing, self.layout.head_dim);

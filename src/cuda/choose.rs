@@ -111,7 +111,7 @@ pub struct Chosen {
 /// `Tile` of the kernels.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct Tile {
+struct KernelTile {
     values: u64,
     scales: u64,
     piece_panels: u32,
@@ -267,7 +267,7 @@ impl<M> Choice<'_, M> {
     }
 
     /// Compares every field with its limit and with the keys, and cuts the spans into tiles.
-    fn tiles<R: Runner<Memory = M>>(&self, runner: &R) -> Result<Vec<Tile>, ArgumentError> {
+    fn tiles<R: Runner<Memory = M>>(&self, runner: &R) -> Result<Vec<KernelTile>, ArgumentError> {
         let (heads, m) = (self.query_heads, self.keys_per_block);
         within("layer", 0..=limits::LAYERS_MAX.into(), self.layer.into())?;
         within("tokens", 0..=limits::QUERY_TOKENS_MAX.into(), self.tokens.into())?;
@@ -317,14 +317,14 @@ impl<M> Choice<'_, M> {
         runner: &R,
         span: &Span<'_, M>,
         mut position: u64,
-        tiles: &mut Vec<Tile>,
+        tiles: &mut Vec<KernelTile>,
     ) -> u64 {
         let tile_blocks = (TILE_KEYS / self.keys_per_block as usize).max(1);
         let values = runner.address(&span.keys.values);
         let scales = span.keys.scales.as_ref().map_or(0, |scales| runner.address(scales));
         for first in span.blocks.clone().step_by(tile_blocks) {
             let blocks = (span.blocks.end - first).min(tile_blocks as u32);
-            tiles.push(Tile {
+            tiles.push(KernelTile {
                 values,
                 scales,
                 piece_panels: span.keys.piece_panels as u32,

@@ -19,7 +19,7 @@ mod device;
 mod device;
 mod launch;
 
-pub use attend::{Attention, Page, PageLayout, Part, Piece, attend};
+pub use attend::{Page, PageLayout, PagedAttention, PartialAttention, Piece, attend};
 pub use choose::{Choice, Chosen, HostKeys, Keys, PANEL, Span, choose};
 pub use device::{CudaError, Device, Session};
 pub use launch::{ArgumentError, Arguments, Kernel, Launch, Runner};

@@ -44,7 +44,7 @@ pub(super) struct Rough {
 }
 
 /// One stride of a tile.
-struct Part<'a> {
+struct Stride<'a> {
     tile: &'a Tile<'a>,
     /// In the tile.
     first: usize,
@@ -111,33 +111,33 @@ impl Choice<'_> {
             let error = self.error(tile) + self.slack();
             bounds[first..].iter_mut().for_each(|bound| *bound += error);
         }
-        let part = |stride: usize| {
+        let stride_at = |index: usize| {
             let first = tiles[0].first_stride;
-            let tile = &tiles[tiles.partition_point(|tile| tile.first_stride - first <= stride) - 1];
-            Part { tile, first: (stride - (tile.first_stride - first)) * STRIDE }
+            let tile = &tiles[tiles.partition_point(|tile| tile.first_stride - first <= index) - 1];
+            Stride { tile, first: (index - (tile.first_stride - first)) * STRIDE }
         };
         let mut promising = Best::new(k);
-        promising.offer_all(0, &bounds, |stride| bounds[stride]);
+        promising.offer_all(0, &bounds, |index| bounds[index]);
         let promising = promising.into_positions();
-        let mut promising = promising.iter().map(|stride| stride.position as usize);
+        let mut promising = promising.iter().map(|candidate| candidate.position as usize);
         // The best of each first: what is no better than all of these needs no exact score.
         let mut best = Best::new(k);
-        for stride in promising.clone() {
-            let part = part(stride);
-            self.bound(&part, rough);
-            best.offer(self.candidate(&part, largest_of(&rough.shares), rough));
+        for index in promising.clone() {
+            let stride = stride_at(index);
+            self.bound(&stride, rough);
+            best.offer(self.candidate(&stride, largest_of(&rough.shares), rough));
         }
         let mut next = promising.next();
-        for (stride, &bound) in bounds.iter().enumerate() {
-            let is_promising = next == Some(stride);
+        for (index, &bound) in bounds.iter().enumerate() {
+            let is_promising = next == Some(index);
             if is_promising {
                 next = promising.next();
             }
             if !best.may_take(bound) {
                 continue;
             }
-            let part = part(stride);
-            self.bound(&part, rough);
+            let stride = stride_at(index);
+            self.bound(&stride, rough);
             let mut reaching = reaching(&rough.shares, best.least().unwrap_or(f32::NEG_INFINITY));
             if is_promising {
                 reaching &= !(1 << largest_of(&rough.shares));
@@ -146,17 +146,17 @@ impl Choice<'_> {
                 let block = reaching.trailing_zeros() as usize;
                 reaching &= reaching - 1;
                 let bound = rough.shares[block];
-                if let Some(compressed) = part.tile.chunk.compressed() {
-                    self.prefetch(&part, compressed, block);
-                    waiting.push((bound, stride, block));
+                if let Some(compressed) = stride.tile.chunk.compressed() {
+                    self.prefetch(&stride, compressed, block);
+                    waiting.push((bound, index, block));
                 } else if best.may_take(bound) {
-                    best.offer(self.candidate(&part, block, rough));
+                    best.offer(self.candidate(&stride, block, rough));
                 }
             }
         }
-        for (bound, stride, block) in waiting.drain(..) {
+        for (bound, index, block) in waiting.drain(..) {
             if best.may_take(bound) {
-                best.offer(self.candidate(&part(stride), block, rough));
+                best.offer(self.candidate(&stride_at(index), block, rough));
             }
         }
         (rough.bounds, rough.waiting) = (bounds, waiting);
@@ -165,17 +165,17 @@ impl Choice<'_> {
 
     /// Has memory bring the keys of a block that may be scored again: they lie anywhere, and many can be on their way
     /// at once.
-    fn prefetch(&self, part: &Part<'_>, compressed: &Compressed, block: usize) {
+    fn prefetch(&self, stride: &Stride<'_>, compressed: &Compressed, block: usize) {
         // Of one head and one key: with more of them there is other work to wait in, and the hardware reads on.
         let Some(member) = self.members.first() else { return };
-        let keys = compressed.halves(self.scan.piece(member.head), part.tile.blocks.start + part.first + block);
+        let keys = compressed.halves(self.scan.piece(member.head), stride.tile.blocks.start + stride.first + block);
         linalg::prefetch_slice(&keys[..self.scan.query.layout.head_dim]);
     }
 
     /// Sets `rough.shares` to what the aggregates of the blocks of a stride are at most.
-    fn bound(&self, part: &Part<'_>, rough: &mut Rough) {
-        let tile = part.tile;
-        let range = part.first..tile.blocks.len().min(part.first + STRIDE);
+    fn bound(&self, stride: &Stride<'_>, rough: &mut Rough) {
+        let tile = stride.tile;
+        let range = stride.first..tile.blocks.len().min(stride.first + STRIDE);
         let Rough { shares, errors, .. } = rough;
         shares.clear();
         shares.resize(range.len(), f32::NEG_INFINITY);
@@ -196,13 +196,13 @@ impl Choice<'_> {
     }
 
     /// A block of a stride with its aggregate.
-    fn candidate(&self, part: &Part<'_>, block: usize, rough: &mut Rough) -> Candidate {
-        let is_exact = part.tile.chunk.compressed().is_none() && !self.sums;
+    fn candidate(&self, stride: &Stride<'_>, block: usize, rough: &mut Rough) -> Candidate {
+        let is_exact = stride.tile.chunk.compressed().is_none() && !self.sums;
         let score = match is_exact {
             true => rough.shares[block],
-            false => self.exact(part.tile, part.first + block, &mut rough.keys),
+            false => self.exact(stride.tile, stride.first + block, &mut rough.keys),
         };
-        Candidate { score, position: (part.tile.start + part.first + block) as u32 }
+        Candidate { score, position: (stride.tile.start + stride.first + block) as u32 }
     }
 
     /// The aggregate of one block.

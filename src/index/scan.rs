@@ -82,7 +82,7 @@ pub(super) struct Scores {
 }
 
 /// One tile of one KV head, and where its scores go.
-struct Part<'a> {
+struct TileScores<'a> {
     head: usize,
     tile: &'a Tile<'a>,
     /// `(T * G, blocks of the tile)`
@@ -198,7 +198,7 @@ impl<'a> Scan<'a> {
         let mut tile_totals = Scratch::take(kv_heads * self.tiles.len() * rows);
         let norms_count = if self.refines() { rows } else { 0 };
         let mut norms = Scratch::take(kv_heads * self.tiles.len() * norms_count);
-        let mut parts = Vec::with_capacity(kv_heads * self.tiles.len());
+        let mut of_tiles = Vec::with_capacity(kv_heads * self.tiles.len());
         let (mut scores_left, mut peaks_left) = (&mut *values, &mut *peaks);
         let (mut totals_left, mut norms_left) = (&mut *tile_totals, &mut *norms);
         for head in 0..kv_heads {
@@ -207,21 +207,21 @@ impl<'a> Scan<'a> {
                 let peaks = peaks_left.split_off_mut(..rows * tile.strides()).unwrap_or_default();
                 let totals = totals_left.split_off_mut(..rows).unwrap_or_default();
                 let norms = norms_left.split_off_mut(..norms_count).unwrap_or_default();
-                parts.push(Part { head, tile, scores, peaks, totals, norms });
+                of_tiles.push(TileScores { head, tile, scores, peaks, totals, norms });
             }
         }
-        self.for_each(parts, |part| {
+        self.for_each(of_tiles, |into| {
             if self.query.until.is_over() {
                 return;
             }
-            if let Some(strips) = self.strips(part.tile, part.head) {
-                return self.score_part(part, strips);
+            if let Some(strips) = self.strips(into.tile, into.head) {
+                return self.score_tile(into, strips);
             }
-            let (chunk, queries) = (part.tile.chunk, self.rows(part.tile.set, part.head));
-            let queries = chunk.project(self.piece(part.head), queries);
-            part.norms.iter_mut().zip(queries.chunks_exact(chunk.width())).for_each(|(norm, row)| *norm = length(row));
+            let (chunk, queries) = (into.tile.chunk, self.rows(into.tile.set, into.head));
+            let queries = chunk.project(self.piece(into.head), queries);
+            into.norms.iter_mut().zip(queries.chunks_exact(chunk.width())).for_each(|(norm, row)| *norm = length(row));
             let strips: Vec<Rows> = self.pack(&queries, chunk.width()).collect();
-            self.score_part(part, &strips);
+            self.score_tile(into, &strips);
         });
         let mut totals = vec![f32::NEG_INFINITY; kv_heads * rows];
         for (totals, tiles) in totals.chunks_exact_mut(rows).zip(tile_totals.chunks_exact(rows * self.tiles.len())) {
@@ -276,8 +276,8 @@ impl<'a> Scan<'a> {
         Set { values, strips }
     }
 
-    /// Fills a part with the scores of packed `queries (strips)`.
-    fn score_part(&self, Part { head, tile, scores, peaks, totals, .. }: Part<'_>, queries: &[Rows]) {
+    /// Fills in the scores of packed `queries (strips)`.
+    fn score_tile(&self, TileScores { head, tile, scores, peaks, totals, .. }: TileScores<'_>, queries: &[Rows]) {
         let (dim, per_block) = (tile.chunk.width(), self.query.layout.keys_per_block);
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
         let first = keys.start / PANEL;

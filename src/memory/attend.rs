@@ -13,7 +13,7 @@ use super::lookup::Prepared;
 use super::plan::{AttendPlan, Need, Plan, Then};
 use super::work;
 use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
-use crate::cuda::Part;
+use crate::cuda::PartialAttention;
 use crate::index::Found;
 use crate::store::Store;
 use crate::store::piece::{PieceData, PieceLayout, PieceView};
@@ -60,7 +60,7 @@ struct Stored<'a> {
 }
 
 /// What the tasks of one request share.
-struct Attention<'a> {
+struct CpuAttention<'a> {
     store: &'a Store,
     plan: &'a AttendPlan<'a>,
     /// Set once a piece had to come from the disk: the others were asked for then.
@@ -138,8 +138,8 @@ impl LocalMemory {
         let gpu = self.gpu_of(&prepared.plan.collection);
         let found = prepared.search(&plan.rotations, gpu)?;
         let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
-        let attention = Attention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
-        let Part { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
+        let attention = CpuAttention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
+        let PartialAttention { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
         if let Some(at) = out.iter().position(|number| !number.is_finite()) {
             let heads = prepared.plan.collection.spec.shape.query_heads as usize;
             return Err(not_finite(out[at], query_place(at / plan.dim, heads)));
@@ -166,9 +166,9 @@ fn shards(uses: &[Use]) -> Vec<&[Use]> {
     shards
 }
 
-impl Attention<'_> {
+impl CpuAttention<'_> {
     /// Attention of all rows over the blocks that were found for them.
-    fn all(&self, found: &Found) -> Result<Part> {
+    fn all(&self, found: &Found) -> Result<PartialAttention> {
         let kv_heads = self.plan.lookup.collection.layout.kv_heads;
         let heads: Vec<Vec<Use>> = (0..kv_heads).map(|head| self.uses(head, found)).collect();
         let shards: Vec<(usize, &[Use])> = heads
@@ -181,7 +181,7 @@ impl Attention<'_> {
             .map(|&(head, uses)| Ok((head, self.shard(head, uses, &heads)?)))
             .collect::<Result<Vec<(usize, Partial)>>>()?;
         let (out, lse) = self.gather(partials);
-        Ok(Part { out, lse })
+        Ok(PartialAttention { out, lse })
     }
 
     fn rows(&self) -> usize {

@@ -1,7 +1,7 @@
 //! Attention over pages against plain loops in double precision.
 
 use half::f16;
-use landmarkdb::cuda::{Attention, Page, PageLayout, Part, Piece, Runner, attend};
+use landmarkdb::cuda::{Page, PageLayout, PagedAttention, PartialAttention, Piece, Runner, attend};
 use landmarkdb::types::{DType, Normalisation};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -61,7 +61,7 @@ impl Case {
             rotations: angles.chunks(self.half.max(1)).flat_map(rotation).flat_map(|part: Vec<f32>| part).collect(),
         };
         for normalisation in NORMALISATIONS {
-            let attention = Attention {
+            let attention = PagedAttention {
                 tokens: self.tokens as u32,
                 query_heads: self.query_heads as u32,
                 queries: &tables.queries,
@@ -76,7 +76,7 @@ impl Case {
                 normalisation,
                 softmax_scale: self.softmax_scale(),
             };
-            let Part { out, lse } = attend(runner, &attention).unwrap();
+            let PartialAttention { out, lse } = attend(runner, &attention).unwrap();
             assert_eq!((out.len(), lse.len()), (rows * self.head_dim, rows), "{self:?}");
             for (row, (out, &lse)) in out.chunks_exact(self.head_dim).zip(&lse).enumerate() {
                 let (want, want_lse) = self.defined(row, &tables, &decoded, normalisation);
@@ -216,7 +216,7 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     assert!(page(PageLayout { block_tokens: 1, ..layout }, &zeros[..4]).is_err(), "a landmark and nothing else");
     let attention =
         |page: u32, rotation: u32, sharing: u32, half: u32, layout: PageLayout, pages: &[&Page<R::Memory>]| {
-            let attention = Attention {
+            let attention = PagedAttention {
                 tokens: 1,
                 query_heads: 2,
                 queries: &vec![1.0; 2 * layout.head_dim],

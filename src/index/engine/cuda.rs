@@ -32,7 +32,7 @@ impl SearchEngine for Cuda {
 }
 
 /// Some blocks of a chunk whose keys are on the GPU.
-struct Part<M> {
+struct Resident<M> {
     keys: Arc<Keys<M>>,
     /// In the chunk.
     blocks: Range<u32>,
@@ -57,11 +57,15 @@ fn chunks<'a>(query: &Query<'a>) -> impl Iterator<Item = &'a Chunk> {
 /// # Errors
 /// The runner's; keys that are not supported are refused.
 pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Error> {
-    let mut parts = Vec::new();
+    let mut residents = Vec::new();
     let with_keys = query.scope.iter().filter(|scoped| scoped.keys.first().is_some());
     for (document, scoped) in (0..).zip(with_keys) {
         for (chunk, blocks) in scoped.keys.parts(scoped.blocks.clone()) {
-            parts.push(Part { keys: on_gpu(runner, chunk)?, blocks: blocks.start as u32..blocks.end as u32, document });
+            residents.push(Resident {
+                keys: on_gpu(runner, chunk)?,
+                blocks: blocks.start as u32..blocks.end as u32,
+                document,
+            });
         }
     }
     let chosen = cuda::choose(
@@ -75,7 +79,7 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
             head_dim: chunks(query).next().map_or(query.layout.head_dim, Chunk::width),
             dtype: query.layout.dtype,
             queries: &projected(query),
-            spans: &spans(query, &parts),
+            spans: &spans(query, &residents),
             top_k: query.top_k.min(query.eligible()) as u32,
             block_score: query.block_score,
             granularity: query.granularity,
@@ -103,11 +107,11 @@ fn projected(query: &Query<'_>) -> Vec<f32> {
 }
 
 /// Older blocks of a chunk are one span; each recent block is one, for it has queries of its own.
-fn spans<'a, M>(query: &Query<'_>, parts: &'a [Part<M>]) -> Vec<Span<'a, M>> {
+fn spans<'a, M>(query: &Query<'_>, residents: &'a [Resident<M>]) -> Vec<Span<'a, M>> {
     let mut older = query.eligible() - query.recent();
     let mut recent_sets = chunks(query).count() as u32..;
     let mut spans = Vec::new();
-    for Part { keys, blocks, document } in parts {
+    for Resident { keys, blocks, document } in residents {
         let end_of_older = blocks.start + blocks.len().min(older) as u32;
         older -= (end_of_older - blocks.start) as usize;
         spans.push(Span { keys, blocks: blocks.start..end_of_older, set: *document });

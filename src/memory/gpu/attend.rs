@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::failure::Failure;
 use super::pages::{Pages, PieceId};
-use crate::cuda::{self, Page, PageLayout, Part, Runner};
+use crate::cuda::{self, Page, PageLayout, PartialAttention, Runner};
 use crate::index::Found;
 use crate::memory::plan::AttendPlan;
 use crate::store::Store;
@@ -37,17 +37,17 @@ pub(super) fn attend<R: Runner>(
     store: &Store,
     plan: &AttendPlan<'_>,
     found: &Found,
-) -> Result<Part, Failure> {
+) -> Result<PartialAttention, Failure> {
     let (request, shape) = (plan.lookup.request, &plan.lookup.collection.spec.shape);
     let (layout, tables) = (page_layout(plan), Tables::new(plan, found));
     let tokens = request.distances.len();
     let (token_entries, token_len) = (tables.pieces.len() / tokens, request.queries.len() / tokens);
-    let mut all = Part { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
+    let mut all = PartialAttention { out: Vec::with_capacity(request.queries.len()), lse: Vec::new() };
     for run in runs(&tables.pieces, tokens, pages.at_once(layout)) {
         let entries = run.start * token_entries..run.end * token_entries;
         let (pieces, page_of) = distinct(&tables.pieces[entries.clone()]);
         let run_pages = pages.get(runner, store, layout, &pieces)?;
-        let read = cuda::Attention {
+        let read = cuda::PagedAttention {
             tokens: run.len() as u32,
             query_heads: shape.query_heads,
             queries: &request.queries[run.start * token_len..run.end * token_len],

@@ -8,7 +8,7 @@ use super::attend;
 use super::failure::Failure;
 use super::pages::Pages;
 use crate::api::MemoryError;
-use crate::cuda::{Device, Part, Runner};
+use crate::cuda::{Device, PartialAttention, Runner};
 use crate::index::{self, Found, Query};
 use crate::lock::IgnorePoison;
 use crate::memory::plan::AttendPlan;
@@ -33,7 +33,7 @@ type Opened = Result<Box<dyn Answers>, String>;
 trait Answers: Send + Sync {
     fn search(&self, query: &Query<'_>) -> Result<Found, Failure>;
 
-    fn attend(&self, store: &Store, plan: &AttendPlan<'_>, found: &Found) -> Result<Part, Failure>;
+    fn attend(&self, store: &Store, plan: &AttendPlan<'_>, found: &Found) -> Result<PartialAttention, Failure>;
 
     fn forget(&self, documents: &HashSet<DocumentId>);
 }
@@ -78,7 +78,7 @@ impl Gpu {
         store: &Store,
         plan: &AttendPlan<'_>,
         found: &Found,
-    ) -> Result<Option<Part>, MemoryError> {
+    ) -> Result<Option<PartialAttention>, MemoryError> {
         if !attend::page_layout(plan).is_supported() {
             return Ok(None);
         }
@@ -145,7 +145,7 @@ impl<R: Runner + Send> Answers for Streams<R> {
         self.on_one(|runner| index::cuda::search(runner, query).map_err(Failure::gpu))
     }
 
-    fn attend(&self, store: &Store, plan: &AttendPlan<'_>, found: &Found) -> Result<Part, Failure> {
+    fn attend(&self, store: &Store, plan: &AttendPlan<'_>, found: &Found) -> Result<PartialAttention, Failure> {
         self.on_one(|runner| attend::attend(runner, &self.pages, store, plan, found))
     }
 

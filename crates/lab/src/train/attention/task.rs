@@ -32,7 +32,7 @@ pub(super) struct TaskGradients {
 
 /// Query rows `start..end` of a task, and the keys that its last row sees.
 #[derive(Clone, Copy)]
-struct Tile {
+struct QueryTile {
     start: usize,
     end: usize,
     columns: usize,
@@ -62,33 +62,33 @@ impl Task {
         Task { sizes, softmax: attention.softmax, first_head, scale, q, k, v }
     }
 
-    fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
+    fn tiles(&self) -> impl Iterator<Item = QueryTile> + use<> {
         let Sizes { tokens, past, group, .. } = self.sizes;
         let tile_tokens = (TILE_ROWS_MAX / group).max(1);
         (0..tokens).step_by(tile_tokens).map(move |first| {
             let last = (first + tile_tokens).min(tokens);
-            Tile { start: first * group, end: last * group, columns: past + last }
+            QueryTile { start: first * group, end: last * group, columns: past + last }
         })
     }
 
     /// Elements of the largest tile.
     fn tile_len(&self) -> usize {
-        self.tiles().map(Tile::len).max().unwrap_or(0)
+        self.tiles().map(QueryTile::len).max().unwrap_or(0)
     }
 
     /// Rows `tile` of `x (T * G, D)`.
-    fn rows<'a>(&self, x: &'a [f32], tile: Tile) -> Matrix<'a> {
+    fn rows<'a>(&self, x: &'a [f32], tile: QueryTile) -> Matrix<'a> {
         let width = self.sizes.head_dim;
         Matrix::new(&x[tile.start * width..tile.end * width], tile.end - tile.start, width)
     }
 
     /// The keys or values `x (P + T, D)` that a tile sees.
-    fn seen<'a>(&self, x: &'a [f32], tile: Tile) -> Matrix<'a> {
+    fn seen<'a>(&self, x: &'a [f32], tile: QueryTile) -> Matrix<'a> {
         Matrix::new(&x[..tile.columns * self.sizes.head_dim], tile.columns, self.sizes.head_dim)
     }
 
     /// Weights `(R, columns)` of a tile.
-    fn weigh(&self, tile: Tile, weights: &mut [f32]) {
+    fn weigh(&self, tile: QueryTile, weights: &mut [f32]) {
         product(self.rows(&self.q, tile), self.seen(&self.k, tile).transposed(), weights, tile.columns, Write::Replace);
         for (row, weights) in weights.chunks_exact_mut(tile.columns).enumerate() {
             let (token, head) = self.place(tile.start + row);
@@ -102,7 +102,7 @@ impl Task {
     }
 
     /// Turns the gradient of a tile's weights into that of its scores.
-    fn pull_back(&self, tile: Tile, weights: &[f32], gradient: &mut [f32]) {
+    fn pull_back(&self, tile: QueryTile, weights: &[f32], gradient: &mut [f32]) {
         let rows = weights.chunks_exact(tile.columns).zip(gradient.chunks_exact_mut(tile.columns));
         for (row, (weights, gradient)) in rows.enumerate() {
             match self.softmax {
@@ -159,7 +159,7 @@ impl Task {
     }
 }
 
-impl Tile {
+impl QueryTile {
     fn len(self) -> usize {
         (self.end - self.start) * self.columns
     }
