@@ -11,11 +11,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, LookupRequest, NewBlock, Tensor};
 use landmarkdb::limits;
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{BlockRange, BlockScore, CollectionId, DType, DocumentId, Granularity, KeyRule};
+use landmarkdb::{
+    AppendRequest, BlockMemory, BlockRange, BlockScore, BlockText, CollectionId, CollectionSpec, DType, DocumentId,
+    Granularity, KeyRule, LocalMemory, LookupRequest, ModelShape, NewBlock, Rope, Sha256Digest, Tensor,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -10,8 +10,7 @@ use std::sync::Arc;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::f16;
 use landmarkdb::index::{Chunk, Compression, DocumentKeys, KeyLayout, Keys, Query, Scoped, exact, fast};
-use landmarkdb::types::{BlockScore, DType, Granularity};
-use landmarkdb::until::Until;
+use landmarkdb::{BlockScore, DType, Granularity, Until};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -3,12 +3,10 @@
 //! Plays the part of a model: appends the keys and values of eight blocks, asks which of them a query wants, attends to
 //! those, and reads the best one back.
 
-use landmarkdb::api::{
-    AppendRequest, AttendRequest, BlockMemory, BlockText, FetchRequest, LookupRequest, NewBlock, Tensor,
+use landmarkdb::{
+    AppendRequest, AttendRequest, BlockMemory, BlockRange, BlockScore, BlockText, CollectionSpec, DType, FetchRequest,
+    Granularity, KeyRule, LocalMemory, LookupRequest, ModelShape, NewBlock, Normalisation, Rope, Sha256Digest, Tensor,
 };
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{BlockRange, BlockScore, DType, Granularity, KeyRule, Normalisation};
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

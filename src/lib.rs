@@ -5,10 +5,7 @@
 //! the landmark keys in an index and the blocks' K and V on disk, and answers those lookups in process.
 //!
 //! ```
-//! use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, LookupRequest, NewBlock, Tensor};
-//! use landmarkdb::memory::LocalMemory;
-//! use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-//! use landmarkdb::types::{BlockRange, BlockScore, DType, Granularity, KeyRule};
+//! use landmarkdb::{AppendRequest, BlockMemory, BlockRange, BlockScore, BlockText, CollectionSpec, DType, Granularity, KeyRule, LocalMemory, LookupRequest, ModelShape, NewBlock, Rope, Sha256Digest, Tensor};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let folder = tempfile::tempdir()?;
@@ -48,8 +45,8 @@
 //! ```
 //!
 //! Where to go on
-//! - [`api::BlockMemory`]: everything a memory does; requests, replies and errors beside it.
-//! - [`memory::LocalMemory`]: the memory of a data directory. [`attention::BlockAttention`] reads and writes one for the
+//! - [`BlockMemory`]: everything a memory does; requests, replies and errors beside it.
+//! - [`LocalMemory`]: the memory of a data directory. [`BlockAttention`] reads and writes one for the
 //!   layers of any model.
 //! - `examples/embedded.rs`: the example above with RoPE, attention and reading blocks back.
 //! - landmarkdb-grpc: a memory as a service. landmarkdb-llm: models that use one. landmarkdb-cli: the program.
@@ -61,36 +58,57 @@
 //! - A collection is bound to a model fingerprint; another model is refused with both fingerprints in the message.
 //! - Readers hold a snapshot; a writer publishes the next one. No lock is held across I/O on the lookup path.
 //! - Every size that arrives from outside is checked against `limits` before memory is allocated for it.
-//!
-//! In reading order:
 
-#![warn(unreachable_pub)]
+#![warn(missing_docs, unreachable_pub)]
 
 // Values that every layer speaks.
-pub mod budget;
+mod shape;
+mod types;
+mod until;
+
 pub mod limits;
+
+// What a memory promises.
+mod api;
+
+// The memory of a data directory: ground state, derived state, and what owns both.
+#[cfg(feature = "local")]
+mod memory;
+
+// Models that remember.
+mod attention;
+
+pub use api::{
+    AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, BlockText, CollectionInfo, Deleted, DocumentInfo,
+    Entity, Fault, FetchRequest, Health, Hits, LookupRequest, Measured, MemoryError, NewBlock, Result, Stats,
+    StoredBlock, Tensor, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, VerifyReport, check_together,
+};
+pub use attention::{
+    AtHandBlock, AttentionError, BlockAttention, BlockReads, CHUNK_TOKENS, CountedFrom, HeadReads, Layers, NewTokens,
+    Place, Retrieval, SequenceAttention, Window,
+};
+#[cfg(feature = "local")]
+pub use memory::{GPU_CACHE_BYTES, LocalMemory, WORK_BYTES, keys_bytes};
+pub use shape::{CollectionSpec, Fingerprint, InvalidShape, ModelShape, Rope, Rotation, Sha256Digest, check_name};
+pub use types::{
+    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, FaissIndex, Granularity, KeyRule,
+    LayerHead, Normalisation,
+};
+pub use until::Until;
+
+// For the other packages of this workspace, their tests and benchmarks: may change in any version.
+#[doc(hidden)]
+pub mod budget;
+#[cfg(feature = "local")]
+#[doc(hidden)]
+pub mod cuda;
+#[cfg(feature = "local")]
+#[doc(hidden)]
+pub mod index;
 #[doc(hidden)]
 pub mod lock;
 #[doc(hidden)]
 pub mod lru;
-pub mod shape;
-pub mod types;
-pub mod until;
-
-// The product without a network.
-pub mod api;
-
-// Ground state, derived state, and the memory that owns both.
 #[cfg(feature = "local")]
-pub mod index;
-#[cfg(feature = "local")]
-pub mod memory;
-#[cfg(feature = "local")]
+#[doc(hidden)]
 pub mod store;
-
-// What makes it faster where there is a GPU.
-#[cfg(feature = "local")]
-pub mod cuda;
-
-// Models that remember.
-pub mod attention;

@@ -7,13 +7,12 @@ use std::sync::LazyLock;
 
 use bytes::Bytes;
 
-use landmarkdb::api::{
-    AppendRequest, BlockMemory, BlockText, FetchRequest, LookupRequest, MemoryError, NewBlock, Result, Tensor,
-};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::store::{Store, fuzz as store};
-use landmarkdb::types::{BlockRange, BlockScore, CollectionId, DType, DocumentId, Granularity, KeyRule};
+use landmarkdb::{
+    AppendRequest, BlockMemory, BlockRange, BlockScore, BlockText, CollectionId, CollectionSpec, DType, DocumentId,
+    FetchRequest, Granularity, KeyRule, LocalMemory, LookupRequest, MemoryError, ModelShape, NewBlock, Result, Rope,
+    Sha256Digest, Tensor,
+};
 use landmarkdb_grpc::wire::fuzz as wire;
 use landmarkdb_grpc::wire::fuzz::Request;
 
@@ -47,7 +46,7 @@ pub fn request(bytes: &[u8]) -> bool {
             Err(error) => assert!(is_refusal(&error), "{error:?}"),
         }
     }
-    let report = memory.verify_rebuild(&mut |_, _| {}, &landmarkdb::until::Until::FOREVER);
+    let report = memory.verify_rebuild(&mut |_, _| {}, &landmarkdb::Until::FOREVER);
     assert_eq!(report.map(|report| report.faults), Ok(Vec::new()), "requests damage nothing");
     answered
 }
@@ -150,7 +149,7 @@ fn ask_everything(store: Store) {
 }
 
 fn lookup(
-    collection: &landmarkdb::api::CollectionInfo,
+    collection: &landmarkdb::CollectionInfo,
     document: DocumentId,
     blocks: std::ops::Range<u32>,
 ) -> LookupRequest {

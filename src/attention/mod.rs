@@ -7,8 +7,7 @@
 //! ```no_run
 //! use std::sync::Arc;
 //!
-//! use landmarkdb::api::{BlockMemory, CollectionInfo};
-//! use landmarkdb::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
+//! use landmarkdb::{AttentionError, BlockAttention, BlockMemory, CollectionInfo, Retrieval, SequenceAttention, Window};
 //!
 //! /// `q (T, Hq, D)`, `k` and `v (T, Hkv, D)` of each layer, before RoPE.
 //! fn read(

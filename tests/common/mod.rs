@@ -2,8 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{DType, KeyRule};
+use landmarkdb::{CollectionSpec, DType, KeyRule, ModelShape, Rope, Sha256Digest};
 
 /// 2 layers, 4 query heads, 2 KV heads, head dim 8, blocks of 8 tokens.
 pub fn shape() -> ModelShape {

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use landmarkdb::store::{BlockRecord, Store, StoreError};
-use landmarkdb::types::{BlockId, CollectionId, DocumentId};
+use landmarkdb::{BlockId, CollectionId, DocumentId};
 
 use super::script::{made, read, spec};
 

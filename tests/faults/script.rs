@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::store::piece::{KeysLayout, PieceLayout};
 use landmarkdb::store::{BlockMeta, BlockRecord, Store, StoreError};
-use landmarkdb::types::{BlockId, CollectionId, DType, DocumentId, KeyRule};
+use landmarkdb::{BlockId, CollectionId, CollectionSpec, DType, DocumentId, KeyRule, ModelShape, Rope, Sha256Digest};
 
 pub enum Step {
     Collection,

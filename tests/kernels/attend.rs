@@ -2,7 +2,7 @@
 
 use half::f16;
 use landmarkdb::cuda::{Page, PageLayout, PagedAttention, PartialAttention, Piece, Runner, attend};
-use landmarkdb::types::{DType, Normalisation};
+use landmarkdb::{DType, Normalisation};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use half::f16;
 use landmarkdb::cuda::{Choice, Chosen, HostKeys, Keys, PANEL, Runner, Span, choose};
 use landmarkdb::index::{Chunk, DocumentKeys, Found, KeyLayout, Keys as ExactKeys, Query, Scoped, exact};
-use landmarkdb::types::{BlockScore, DType, Granularity};
-use landmarkdb::until::Until;
+use landmarkdb::{BlockScore, DType, Granularity, Until};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -4,13 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
-use landmarkdb::api::{
-    AppendRequest, AttendRequest, Attended, BlockMemory, BlockText, LookupRequest, NewBlock, Tensor,
-};
 use landmarkdb::cuda::{Kernel, PageLayout, Runner};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::*;
+use landmarkdb::{
+    AppendRequest, AttendRequest, Attended, BlockMemory, BlockText, CollectionSpec, LocalMemory, LookupRequest,
+    NewBlock, Tensor, *,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -11,9 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use landmarkdb::api::*;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::*;
+use landmarkdb::{CollectionSpec, ModelShape, Rope, Sha256Digest, *};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

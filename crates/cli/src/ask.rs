@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
+use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo};
 use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, Sampling};
 
 use super::Context;

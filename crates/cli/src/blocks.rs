@@ -4,8 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::api::{BlockInfo, BlockMemory, DocumentInfo};
-use landmarkdb::types::BlockRange;
+use landmarkdb::{BlockInfo, BlockMemory, BlockRange, DocumentInfo};
 
 use super::Context;
 use super::error::CliError;

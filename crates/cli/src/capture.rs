@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use landmarkdb::attention::Layers;
+use landmarkdb::Layers;
 use landmarkdb_lab::eval::{self, BOOK, Capturing};
 use landmarkdb_llm::{self as model, Encoding, RememberError};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use config::{Environment, File, FileFormat};
 use serde::Deserialize;
 
-use landmarkdb::memory::{GPU_CACHE_BYTES, keys_bytes};
+use landmarkdb::{GPU_CACHE_BYTES, keys_bytes};
 
 use super::global::Global;
 use super::limits::ServiceLimits;

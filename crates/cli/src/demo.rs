@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use landmarkdb::api::BlockMemory;
-use landmarkdb::attention::Retrieval;
+use landmarkdb::{BlockMemory, Retrieval};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm::{self as model, Encoding, GenerateOptions, LoadedModel, Question};
@@ -182,8 +181,8 @@ fn hide(args: &Args, model: &LoadedModel) -> Result<(String, usize), CliError> {
 }
 
 /// The block whose text holds byte `at` of the source text.
-fn block_at(memory: &dyn BlockMemory, document: &landmarkdb::api::DocumentInfo, at: usize) -> Result<u32, CliError> {
-    let range = landmarkdb::types::BlockRange { document: document.id, blocks: 0..document.blocks };
+fn block_at(memory: &dyn BlockMemory, document: &landmarkdb::DocumentInfo, at: usize) -> Result<u32, CliError> {
+    let range = landmarkdb::BlockRange { document: document.id, blocks: 0..document.blocks };
     let blocks = memory.blocks(&range)?;
     let after = blocks.partition_point(|block| block.text.start <= at as u64);
     Ok(after.saturating_sub(1) as u32)

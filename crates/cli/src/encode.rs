@@ -7,8 +7,7 @@ use std::time::Instant;
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
-use landmarkdb::api::MemoryError;
-use landmarkdb::shape::check_name;
+use landmarkdb::{MemoryError, check_name};
 use landmarkdb_llm::{self as model, Difference, EncodeProgress, Encoding, RememberError};
 
 use super::Context;

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use landmarkdb::api::MemoryError;
+use landmarkdb::MemoryError;
 use landmarkdb_grpc::server::{ListenError, ServeError};
 use landmarkdb_lab::bench::BenchError;
 use landmarkdb_lab::eval::{CaptureError, GoldenError};
@@ -312,8 +312,7 @@ fn memory_exit(error: &MemoryError) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::api::Entity;
-    use landmarkdb::shape::Fingerprint;
+    use landmarkdb::{Entity, Fingerprint};
 
     #[test]
     fn each_failure_a_script_can_react_to_has_its_own_code() {

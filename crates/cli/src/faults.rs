@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use landmarkdb::api::{BlockMemory, Result};
-use landmarkdb::types::{BlockId, DocumentId};
+use landmarkdb::{BlockId, BlockMemory, DocumentId, Result};
 
 use super::output::{Rows, table};
 

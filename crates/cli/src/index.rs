@@ -8,14 +8,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use landmarkdb::api::{
-    BlockMemory, CollectionInfo, DocumentInfo, Entity, LookupRequest, MemoryError, TuneIndex, TuneQuery, TuneReport,
-    TuneRequest, TuneStep,
-};
 use landmarkdb::limits;
-use landmarkdb::shape::ModelShape;
-use landmarkdb::types::{BlockRange, BlockScore, Engine, FaissIndex, Granularity};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    BlockMemory, BlockRange, BlockScore, CollectionInfo, DocumentInfo, Engine, Entity, FaissIndex, Granularity,
+    LookupRequest, MemoryError, ModelShape, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, Until,
+};
 use landmarkdb_lab::eval::Capture;
 
 use super::Context;

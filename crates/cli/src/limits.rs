@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use landmarkdb::memory::WORK_BYTES;
+use landmarkdb::WORK_BYTES;
 use landmarkdb_grpc::server::ServeOptions;
 
 /// What one source says. Nothing may be 0.

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::api::{Entity, MemoryError};
+use landmarkdb::{Entity, MemoryError};
 
 use super::Context;
 use super::error::CliError;

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo, Entity, MemoryError};
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo, Entity, LocalMemory, MemoryError};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 
 use super::Context;

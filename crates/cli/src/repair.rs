@@ -5,10 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use landmarkdb::api::MemoryError;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::store::{CollectionEntry, LostCollection, RepairOptions, RepairReport, Store};
-use landmarkdb::types::CollectionId;
+use landmarkdb::{CollectionId, CollectionSpec, MemoryError, ModelShape, Rope, Sha256Digest};
 
 use super::Context;
 use super::error::CliError;

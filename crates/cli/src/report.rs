@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use landmarkdb::api::{CollectionInfo, DocumentInfo};
+use landmarkdb::{CollectionInfo, DocumentInfo};
 
 use super::output::word;
 

@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use landmarkdb::api::{BlockMemory, CollectionInfo};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::DType;
+use landmarkdb::{BlockMemory, CollectionInfo, DType, LocalMemory};
 use landmarkdb_llm::LoadedModel;
 
 use super::Context;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::LocalMemory;
 use landmarkdb_grpc::server::{self, ListenOptions, Listeners};
 
 use super::Context;

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use landmarkdb::api::{BlockMemory, CollectionInfo, MemoryError};
-use landmarkdb::attention::{CountedFrom, Layers, Retrieval, Window};
 use landmarkdb::limits;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{BlockScore, DType, Engine, Granularity, KeyRule};
+use landmarkdb::{
+    BlockMemory, BlockScore, CollectionInfo, CollectionSpec, CountedFrom, DType, Engine, Granularity, KeyRule, Layers,
+    MemoryError, Retrieval, Window,
+};
 use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
 
 use super::Context;
@@ -214,7 +214,7 @@ impl StorageArgs {
         let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
         Ok(CollectionSpec {
             name: name.into(),
-            shape: model.shape(block_tokens).map_err(landmarkdb::api::MemoryError::from)?,
+            shape: model.shape(block_tokens).map_err(landmarkdb::MemoryError::from)?,
             key_rule,
             payload_dtype: payload.or(self.payload).or(of_existing(|s| s.payload_dtype)).unwrap_or(DType::F16),
             key_dtype: self.keys.or(of_existing(|s| s.key_dtype)).unwrap_or(key_dtype),

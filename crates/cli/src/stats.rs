@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::api::Health;
+use landmarkdb::Health;
 
 use super::Context;
 use super::error::CliError;

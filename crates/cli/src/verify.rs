@@ -4,8 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::api::VerifyReport;
-use landmarkdb::until::Until;
+use landmarkdb::{Until, VerifyReport};
 
 use super::Context;
 use super::error::CliError;
@@ -109,8 +108,7 @@ impl Report for Findings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::api::Fault;
-    use landmarkdb::types::{BlockId, DocumentId};
+    use landmarkdb::{BlockId, DocumentId, Fault};
 
     #[test]
     fn a_fault_names_its_document_and_block() {

@@ -6,11 +6,10 @@ mod sandbox;
 
 use std::sync::Arc;
 
-use landmarkdb::api::BlockMemory;
-use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, Window};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{DType, KeyRule, Normalisation};
+use landmarkdb::{
+    BlockAttention, BlockMemory, CollectionSpec, DType, KeyRule, LocalMemory, NewTokens, Normalisation, Retrieval,
+    Window,
+};
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm::{self as model, LoadedModel, Logits};
 use sandbox::{Sandbox, Service};

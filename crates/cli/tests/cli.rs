@@ -7,9 +7,7 @@ mod train;
 
 use std::os::unix::fs::PermissionsExt;
 
-use landmarkdb::api::{AppendRequest, BlockMemory, FetchRequest, NewBlock};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::DType;
+use landmarkdb::{AppendRequest, BlockMemory, DType, FetchRequest, LocalMemory, NewBlock};
 use sandbox::{Sandbox, Service};
 
 #[test]

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use landmarkdb::api::{AppendRequest, AttendRequest, FetchRequest, LookupRequest};
 use landmarkdb::store::fuzz::seeds as store;
-use landmarkdb::types::{
-    BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, KeyRule, Normalisation,
+use landmarkdb::{
+    AppendRequest, AttendRequest, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, FetchRequest,
+    Granularity, KeyRule, LookupRequest, Normalisation,
 };
 use landmarkdb_grpc::wire::fuzz::{Request, seeds as wire};
 use landmarkdb_llm::fuzz::seeds as model;

@@ -11,9 +11,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use landmarkdb::api::{BlockMemory, DocumentInfo};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::BlockRange;
+use landmarkdb::{BlockMemory, BlockRange, DocumentInfo, LocalMemory};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm as model;

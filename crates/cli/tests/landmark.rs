@@ -8,11 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use landmarkdb::api::{BlockMemory, CollectionInfo};
-use landmarkdb::attention::Window;
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{BlockRange, DType, KeyRule};
+use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, CollectionSpec, DType, KeyRule, LocalMemory, Window};
 use landmarkdb_lab::eval::{
     BOOK, Haystack, PasskeySettings, PasskeyTexts, PerplexityMode, PerplexitySettings, passkey, passkey_full,
     perplexity, segments,
@@ -232,12 +228,11 @@ fn checkpoints_with_a_landmark_in_the_wrong_place_are_refused() {
 fn a_window_that_slides_serves_a_landmark_model_too() {
     // Other windows than the paper's may be asked for: the blocks that a token does not see are retrievable all the same.
     let model = LoadedModel::open(&shipped()).unwrap();
-    let window =
-        Window { tokens: 136, counted_from: landmarkdb::attention::CountedFrom::Query, ..model.config().window() };
+    let window = Window { tokens: 136, counted_from: landmarkdb::CountedFrom::Query, ..model.config().window() };
     let shape = model.shape(BLOCK_TOKENS).unwrap();
     let ids = model.config().reading(0, &model.tokenizer.encode(&BOOK[..2_000]).unwrap().ids).ids;
     let run = |chunk_tokens| {
-        let mut session = landmarkdb::attention::BlockAttention::window_only(&shape, window);
+        let mut session = landmarkdb::BlockAttention::window_only(&shape, window);
         let last = landmarkdb_llm::Logits::Last;
         landmarkdb_llm::prefill(&model.llama, &mut session, &ids, chunk_tokens, last).unwrap()
     };

@@ -12,8 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use landmarkdb::api::*;
-use landmarkdb::types::BlockRange;
+use landmarkdb::{BlockRange, *};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use rustix::process::{Resource, Rlimit};
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::LocalMemory;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::{ListenOptions, Listeners, ServeOptions, serve};
 

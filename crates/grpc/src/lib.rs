@@ -1,15 +1,15 @@
 //! landmarkdb over gRPC: the service, and a client that is the memory of another process.
 //!
-//! [`client::RemoteMemory`] implements [`BlockMemory`](landmarkdb::api::BlockMemory): a model runs on it as on a memory
+//! [`client::RemoteMemory`] implements [`BlockMemory`](landmarkdb::BlockMemory): a model runs on it as on a memory
 //! in process, with the same answers bit for bit. [`server::serve`] answers for any such memory on TCP and Unix sockets,
 //! within bounds on messages, work and connections. The wire manual is `proto/landmark/v1`; [`wire`] has the types
 //! generated from it.
 //!
 //! ```no_run
-//! use landmarkdb::api::BlockMemory;
+//! use landmarkdb::BlockMemory;
 //! use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 //!
-//! # fn main() -> landmarkdb::api::Result<()> {
+//! # fn main() -> landmarkdb::Result<()> {
 //! let memory = RemoteMemory::connect("unix:/run/landmarkdb.sock", ClientOptions::default())?;
 //! for collection in memory.collections()? {
 //!     println!("{}: {} documents", collection.spec.name, collection.documents);

@@ -5,12 +5,10 @@ mod common;
 use std::sync::Arc;
 
 use common::{Activations, Served, difference, shape, spec};
-use landmarkdb::api::{BlockMemory, MemoryError};
-use landmarkdb::attention::{
-    AttentionError, BlockAttention, CountedFrom, Layers, NewTokens, Retrieval, SequenceAttention, Window,
+use landmarkdb::{
+    AttentionError, BlockAttention, BlockMemory, BlockScore, CountedFrom, DType, Granularity, Layers, LocalMemory,
+    MemoryError, NewTokens, Normalisation, Retrieval, SequenceAttention, Window,
 };
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::{BlockScore, DType, Granularity, Normalisation};
 
 const TOKENS: usize = 150;
 const WINDOW: Window = Window {
@@ -193,7 +191,7 @@ fn several_documents_are_read_together() {
     assert!(difference(&one, &three) > 1e-3);
     let read: std::collections::BTreeSet<_> = reads.iter().map(|read| read.block.document).collect();
     assert_eq!(read.len(), 3, "every document was read: {reads:?}");
-    let sink = landmarkdb::types::BlockId { document: documents[0].id, index: 0 };
+    let sink = landmarkdb::BlockId { document: documents[0].id, index: 0 };
     assert!(reads.iter().all(|read| read.block != sink), "the sink is not retrieved");
 }
 

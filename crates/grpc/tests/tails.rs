@@ -6,10 +6,10 @@ mod common;
 use std::sync::Arc;
 
 use common::{Activations, difference, spec};
-use landmarkdb::api::{BlockMemory, DocumentInfo};
-use landmarkdb::attention::{AtHandBlock, BlockAttention, Place, Retrieval, Window};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::{BlockId, DType, Normalisation};
+use landmarkdb::{
+    AtHandBlock, BlockAttention, BlockId, BlockMemory, DType, DocumentInfo, LocalMemory, Normalisation, Place,
+    Retrieval, Window,
+};
 
 /// A memory with a document of each length, in tokens.
 fn memory(lengths: &[usize]) -> (tempfile::TempDir, Arc<dyn BlockMemory>, Vec<DocumentInfo>) {

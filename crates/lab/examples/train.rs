@@ -7,11 +7,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use landmarkdb::api::BlockMemory;
-use landmarkdb::attention::{Retrieval, Window};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{DType, KeyRule};
+use landmarkdb::{BlockMemory, CollectionSpec, DType, KeyRule, LocalMemory, Retrieval, Window};
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_lab::train::{Event, Job, Kind, Phase, Recipe, train};
 use landmarkdb_llm::{Encoding, GenerateOptions, LoadedModel, Question, ask, encode};

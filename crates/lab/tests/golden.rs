@@ -7,8 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::Served;
-use landmarkdb::api::BlockMemory;
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::{BlockMemory, LocalMemory};
 use landmarkdb_lab::eval::{GoldenError, golden};
 
 fn check(memory: Arc<dyn BlockMemory>) {

@@ -6,11 +6,10 @@
 use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use landmarkdb::api::BlockMemory;
-use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{DType as Stored, KeyRule, Normalisation};
+use landmarkdb::{
+    BlockAttention, BlockMemory, CollectionSpec, DType as Stored, KeyRule, LocalMemory, ModelShape, NewTokens,
+    Normalisation, Retrieval, Rope, SequenceAttention, Sha256Digest, Window,
+};
 use landmarkdb_llm::attend_tensors;
 
 const LAYERS: usize = 2;

@@ -23,7 +23,7 @@ use super::resolve::resolve;
 use super::safetensors::{SafeTensorsFolder, huggingface_name};
 use super::tensors::{NamedTensor, Opened, open_weights, put_row, replace};
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource};
-use landmarkdb::shape::Sha256Digest;
+use landmarkdb::Sha256Digest;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -278,7 +278,7 @@ mod tests {
     use super::*;
     use crate::fuzz::base_config as config;
     use crate::{Llama, Logits, tensor_shapes, write_model};
-    use landmarkdb::attention::{AttentionError, SequenceAttention};
+    use landmarkdb::{AttentionError, SequenceAttention};
 
     const RANK: usize = 2;
 

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::LoadedModel;
 use super::error::RememberError;
 use super::generate::{GenerateOptions, Generated, generate};
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb::attention::{AtHandBlock, BlockAttention, BlockReads, Retrieval, Window};
+use landmarkdb::{
+    AtHandBlock, BlockAttention, BlockMemory, BlockReads, CollectionInfo, DocumentInfo, Retrieval, Window,
+};
 
 /// An answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq)]

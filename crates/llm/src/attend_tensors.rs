@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use landmarkdb::attention::SequenceAttention;
+use landmarkdb::SequenceAttention;
 
 /// [`SequenceAttention::attend`] on tensors as candle models hold them: `q (1, Hq, T, D)`, `k` and `v (1, Hkv, T, D)`,
 /// before RoPE, of any float dtype and device. Returns `(1, Hq, T, D)` of `q`'s dtype and device.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::{FindError, LoadError};
-use landmarkdb::shape::Sha256Digest;
+use landmarkdb::Sha256Digest;
 
 /// Where models are kept: `$LANDMARKDB_CACHE`, or `landmarkdb/models` in the user's cache folder.
 pub fn models_folder() -> Result<PathBuf, FindError> {

@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::ask::Answer;
-use landmarkdb::api::{BlockMemory, DocumentInfo, MemoryError};
-use landmarkdb::attention::{HeadReads, Place};
-use landmarkdb::types::{BlockId, BlockRange};
+use landmarkdb::{BlockId, BlockMemory, BlockRange, DocumentInfo, HeadReads, MemoryError, Place};
 
 /// A block that an answer was read from.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,6 +1,6 @@
 //! What a Llama-family model is, whichever file it came from.
 
-use landmarkdb::shape::{InvalidShape, ModelShape, Rope};
+use landmarkdb::{InvalidShape, ModelShape, Rope};
 
 /// The hyperparameters of a model. RoPE scaling is already folded into the frequencies.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,7 +39,7 @@ pub struct Landmark {
     pub id: u32,
     /// B, the landmark included: `mem_freq + 1` of the paper's checkpoints.
     pub block_tokens: u32,
-    /// Whether only the index reads it ([`Normalisation::Hidden`](landmarkdb::types::Normalisation::Hidden)): the landmark of a model
+    /// Whether only the index reads it ([`Normalisation::Hidden`](landmarkdb::Normalisation::Hidden)): the landmark of a model
     /// that was given one by an adapter and not trained with it.
     pub hidden: bool,
 }

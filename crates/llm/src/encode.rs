@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::error::{Difference, RememberError};
 use super::llama::Logits;
 use super::{LoadedModel, Reading};
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo, MemoryError};
-use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
-use landmarkdb::types::BlockRange;
+use landmarkdb::{
+    BlockAttention, BlockMemory, BlockRange, CollectionInfo, DocumentInfo, MemoryError, NewTokens, Retrieval,
+    SequenceAttention, Window,
+};
 
 /// Blocks that are compared in one call when a document is resumed.
 const COMPARED_BLOCKS: u32 = 256;
@@ -133,19 +134,16 @@ pub fn copy_document(
     let copy = memory.open_document(to.id, name)?;
     let end = from.blocks + (from.tail_tokens > 0) as u32;
     for index in copy.blocks..end {
-        let request = landmarkdb::api::FetchRequest {
-            document: from.id,
-            blocks: vec![index],
-            dtype: landmarkdb::types::DType::F32,
-        };
-        let blocks = memory.fetch(&request)?.into_iter().map(|block| landmarkdb::api::NewBlock {
+        let request =
+            landmarkdb::FetchRequest { document: from.id, blocks: vec![index], dtype: landmarkdb::DType::F32 };
+        let blocks = memory.fetch(&request)?.into_iter().map(|block| landmarkdb::NewBlock {
             index,
             token_ids: block.token_ids,
             text: block.text,
             k: block.k,
             v: block.v,
         });
-        memory.append(landmarkdb::api::AppendRequest {
+        memory.append(landmarkdb::AppendRequest {
             document: copy.id,
             blocks: blocks.collect(),
             expected_tokens: None,

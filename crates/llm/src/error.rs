@@ -2,9 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use landmarkdb::api::MemoryError;
-use landmarkdb::attention::AttentionError;
-use landmarkdb::shape::{InvalidShape, Sha256Digest};
+use landmarkdb::{AttentionError, InvalidShape, MemoryError, Sha256Digest};
 
 /// Why a model on disk could not be loaded.
 #[derive(Debug, thiserror::Error)]

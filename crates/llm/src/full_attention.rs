@@ -1,7 +1,6 @@
 //! A test double: full causal attention at true positions, in plain loops.
 
-use landmarkdb::attention::{AttentionError, SequenceAttention};
-use landmarkdb::shape::ModelShape;
+use landmarkdb::{AttentionError, ModelShape, SequenceAttention};
 
 pub(super) struct PlainAttention {
     shape: ModelShape,

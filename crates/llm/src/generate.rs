@@ -5,7 +5,7 @@ use super::error::{ForwardError, GenerateError};
 use super::llama::{Llama, Logits};
 use super::sample::{Sampler, Sampling};
 use super::tokenizer::TextStream;
-use landmarkdb::attention::{CHUNK_TOKENS, SequenceAttention};
+use landmarkdb::{CHUNK_TOKENS, SequenceAttention};
 
 /// What a generation is to do.
 #[derive(Clone, Debug, PartialEq)]

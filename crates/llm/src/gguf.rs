@@ -204,7 +204,7 @@ impl Gguf {
         }
     }
 
-    fn rope(&self, rotary_dims: usize) -> Result<landmarkdb::shape::Rope, LoadError> {
+    fn rope(&self, rotary_dims: usize) -> Result<landmarkdb::Rope, LoadError> {
         let base = self.positive("llama.rope.freq_base")?.unwrap_or(10_000.0);
         let mut rope = self.scaling()?.rope(base, rotary_dims);
         // The converter writes Llama 3's scaling as one divisor per frequency.

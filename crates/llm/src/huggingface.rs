@@ -8,8 +8,8 @@ use serde_json::Value;
 use super::config::{Landmark, ModelConfig, RopeScaling};
 use super::error::{LoadError, SaveError};
 use super::fields::Fields;
+use landmarkdb::Rope;
 use landmarkdb::limits::HEAD_DIM_MAX;
-use landmarkdb::shape::Rope;
 
 /// What the paper's code calls a Llama model trained with landmarks.
 const LANDMARK_TYPE: &str = "llama_with_landmark";
@@ -315,7 +315,7 @@ mod tests {
     fn a_plain_config_is_read() {
         let config = read("").unwrap();
         assert_eq!((config.head_dim, config.kv_heads, config.context_tokens), (8, 2, 128));
-        assert_eq!(config.rope, landmarkdb::shape::Rope::from_base(5000.0, 8));
+        assert_eq!(config.rope, landmarkdb::Rope::from_base(5000.0, 8));
         assert_eq!(config.eos_ids, [3, 7]);
         assert!(!config.tied_output);
     }
@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn rotation_variants_change_the_frequencies() {
         let partial = read(r#", "partial_rotary_factor": 0.5"#).unwrap();
-        assert_eq!(partial.rope, landmarkdb::shape::Rope::from_base(5000.0, 4));
+        assert_eq!(partial.rope, landmarkdb::Rope::from_base(5000.0, 4));
         let linear = read(r#", "rope_scaling": {"type": "linear", "factor": 2.0}"#).unwrap();
         assert_eq!(linear.rope.frequencies[0], 0.5);
         let newer = read(
@@ -331,7 +331,7 @@ mod tests {
             "high_freq_factor": 4, "original_max_position_embeddings": 64}"#,
         )
         .unwrap();
-        assert_ne!(newer.rope, landmarkdb::shape::Rope::from_base(5000.0, 8));
+        assert_ne!(newer.rope, landmarkdb::Rope::from_base(5000.0, 8));
     }
 
     #[test]

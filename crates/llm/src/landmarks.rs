@@ -1,8 +1,7 @@
 //! What landmark training changes about a model's use: how it reads a text, and what it keeps and retrieves.
 
 use super::config::{Landmark, ModelConfig};
-use landmarkdb::attention::{Layers, Retrieval, Window};
-use landmarkdb::types::{KeyRule, Normalisation};
+use landmarkdb::{KeyRule, Layers, Normalisation, Retrieval, Window};
 
 /// Tokens of a block of a model without landmarks, where nothing else is asked for.
 const PLAIN_BLOCK_TOKENS: u32 = 64;
@@ -104,7 +103,7 @@ impl ModelConfig {
 mod tests {
     use super::*;
     use crate::Landmark;
-    use landmarkdb::shape::Rope;
+    use landmarkdb::Rope;
 
     fn config(block_tokens: Option<u32>) -> ModelConfig {
         ModelConfig {

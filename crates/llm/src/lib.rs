@@ -1,15 +1,14 @@
 //! Language models of the Llama family whose attention reads a landmarkdb memory.
 //!
 //! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
-//! [`SequenceAttention`](landmarkdb::attention::SequenceAttention), which owns all state of a sequence; only `encode`,
+//! [`SequenceAttention`](landmarkdb::SequenceAttention), which owns all state of a sequence; only `encode`,
 //! `ask` and `citations` know that there is a memory behind it. Models of your own in candle need one call,
 //! [`attend_tensors`]: `examples/plug_in.rs`.
 //!
 //! ```no_run
 //! use std::sync::Arc;
 //!
-//! use landmarkdb::api::{BlockMemory, CollectionInfo};
-//! use landmarkdb::attention::{Retrieval, Window};
+//! use landmarkdb::{BlockMemory, CollectionInfo, Retrieval, Window};
 //! use landmarkdb_llm::{Encoding, GenerateOptions, LoadedModel, Question, RememberError, ask, encode};
 //!
 //! /// Reads a text into a memory, local or remote, and answers from it.
@@ -104,7 +103,7 @@ pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 
 use self::tensors::{Opened, open_weights};
-use landmarkdb::shape::{InvalidShape, ModelShape, Sha256Digest};
+use landmarkdb::{InvalidShape, ModelShape, Sha256Digest};
 
 /// A model ready to run, and what a collection is bound to.
 pub struct LoadedModel {

@@ -14,7 +14,7 @@ use super::packing::values;
 use super::safetensors::SafeTensorsFolder;
 use super::tensors::{Opened, open_weights};
 use super::weights::{LayerTensor, TensorName, TensorSource, read_packed};
-use landmarkdb::attention::SequenceAttention;
+use landmarkdb::SequenceAttention;
 use linalg::{Packed, Write};
 
 /// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].

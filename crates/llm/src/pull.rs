@@ -12,7 +12,7 @@ use zip::ZipArchive;
 use super::cache::{models_folder, sha256_of};
 use super::error::FindError;
 use super::resolve::{Packaged, Spec, folder_if_config, hub_folder};
-use landmarkdb::shape::Sha256Digest;
+use landmarkdb::Sha256Digest;
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]

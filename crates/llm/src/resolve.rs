@@ -6,7 +6,7 @@ use hf_hub::Cache;
 
 use super::cache::models_folder;
 use super::error::FindError;
-use landmarkdb::shape::Sha256Digest;
+use landmarkdb::Sha256Digest;
 
 /// A model that ships inside a Python package.
 pub(super) struct Packaged {

@@ -13,8 +13,8 @@ use tokenizers::decoders::DecoderWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::error::{LoadError, SaveError, TokenizeError};
+use landmarkdb::Sha256Digest;
 use landmarkdb::limits::TOKEN_IDS_MAX;
-use landmarkdb::shape::Sha256Digest;
 
 /// The tokenizer of one model.
 pub struct Tokenizer {

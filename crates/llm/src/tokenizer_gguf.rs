@@ -13,7 +13,7 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior};
 use super::error::LoadError;
 use super::gguf::Gguf;
 use super::tokenizer::Tokenizer;
-use landmarkdb::shape::Sha256Digest;
+use landmarkdb::Sha256Digest;
 
 /// Token types of `tokenizer.ggml.token_type` that are matched in a text before BPE.
 const CONTROL: u64 = 3;

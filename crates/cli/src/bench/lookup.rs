@@ -8,7 +8,7 @@ use crate::Context;
 use crate::error::CliError;
 use crate::output::{Report, plain_table, size, write_table};
 use crate::settings::{faiss_index, one_of, word};
-use landmarkdb::types::{BlockScore, DType, Engine, Granularity};
+use landmarkdb::{BlockScore, DType, Engine, Granularity};
 use landmarkdb_lab::bench::{self, Keys, LookupReport, LookupSettings, Shape, Sizes, Skipped, Way};
 
 /// Measure a lookup: percentiles of its latency, and key bytes scanned per second.

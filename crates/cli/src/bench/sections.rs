@@ -7,7 +7,7 @@ use super::peers::PeerArgs;
 use super::{decode, lookup, payload};
 use crate::capture;
 use crate::settings::{ModelArgs, SetupArgs, typed};
-use landmarkdb::types::{DType, Engine, KeyRule};
+use landmarkdb::{DType, Engine, KeyRule};
 use landmarkdb_lab::bench::Way;
 
 /// One section of the page.

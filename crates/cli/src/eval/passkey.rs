@@ -11,7 +11,7 @@ use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, count, table, write_table};
 use crate::settings::{SetupArgs, word};
-use landmarkdb::types::DType;
+use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Haystack, PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts};
 
 /// Hide five digits in long texts and ask for them.

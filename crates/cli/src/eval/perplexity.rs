@@ -11,7 +11,7 @@ use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, table, write_table};
 use crate::settings::{SetupArgs, word};
-use landmarkdb::types::DType;
+use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Perplexity, PerplexityMode, PerplexitySettings};
 
 /// Measure perplexity on prose: full attention, window only, and with the memory.

@@ -11,7 +11,7 @@ use crate::Context;
 use crate::error::CliError;
 use crate::output::Report as Answer;
 use crate::settings::{ModelArgs, SetupArgs};
-use landmarkdb::api::{BlockMemory, CollectionInfo};
+use landmarkdb::{BlockMemory, CollectionInfo};
 use landmarkdb_lab::eval::{self, Report, ReportSettings, Subject};
 use landmarkdb_llm::LoadedModel;
 
@@ -153,7 +153,7 @@ impl Args {
 fn baseline<'a>(model: &'a LoadedModel, collection: &'a CollectionInfo) -> Subject<'a> {
     let config = model.config();
     let best = config.window();
-    let window = landmarkdb::attention::Window { tokens: config.context_tokens as usize, sink: false, ..best };
+    let window = landmarkdb::Window { tokens: config.context_tokens as usize, sink: false, ..best };
     Subject { model, collection, window, retrieval: config.retrieval(), encode_retrieval: None }
 }
 

@@ -4,10 +4,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, NewBlock, Tensor};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{DType, KeyRule};
+use landmarkdb::{
+    AppendRequest, BlockMemory, BlockText, CollectionSpec, DType, KeyRule, LocalMemory, ModelShape, NewBlock, Rope,
+    Sha256Digest, Tensor,
+};
 
 /// The text of every document that tests write: one byte a token, 4 tokens a block, a tail of 1.
 pub(crate) const TEXT: &str = "abcdefghi";

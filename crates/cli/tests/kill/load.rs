@@ -9,10 +9,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use landmarkdb::api::{AppendRequest, BlockMemory, BlockText, FetchRequest, MemoryError, NewBlock, Tensor};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::{CollectionId, DType, DocumentId};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    AppendRequest, BlockMemory, BlockText, CollectionId, DType, DocumentId, FetchRequest, LocalMemory, MemoryError,
+    NewBlock, Tensor, Until,
+};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -215,7 +215,7 @@ impl Load<'_> {
     }
 }
 
-fn assert_same(found: &[landmarkdb::api::StoredBlock], document: DocumentId, expected: &[NewBlock]) {
+fn assert_same(found: &[landmarkdb::StoredBlock], document: DocumentId, expected: &[NewBlock]) {
     assert_eq!(found.len(), expected.len(), "blocks of document {document}");
     for (found, expected) in found.iter().zip(expected) {
         let same = found.id.index == expected.index

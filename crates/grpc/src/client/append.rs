@@ -5,7 +5,7 @@ use tonic::transport::Channel;
 use super::retry::Patience;
 use crate::wire::v1;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
-use landmarkdb::api::{AppendRequest, DocumentInfo, MemoryError, NewBlock, Result};
+use landmarkdb::{AppendRequest, DocumentInfo, MemoryError, NewBlock, Result};
 
 /// Sends `request` in batches and returns the document with all of it durable. After a broken stream goes on behind
 /// the last batch that was acknowledged; a batch whose acknowledgement was lost is sent again, which changes nothing.
@@ -65,8 +65,7 @@ fn payload_bytes(block: &NewBlock) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::api::{BlockText, Tensor};
-    use landmarkdb::types::DocumentId;
+    use landmarkdb::{BlockText, DocumentId, Tensor};
 
     fn block(index: u32, len: usize) -> NewBlock {
         let tensor = || Tensor::from_f32(vec![len as u32], &vec![0.0; len]);

@@ -3,10 +3,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use landmarkdb::api::{BlockMemory, FetchRequest, Result, StoredBlock};
 use landmarkdb::lock::IgnorePoison;
 use landmarkdb::lru::LruCache;
-use landmarkdb::types::{BlockId, DType, DocumentId};
+use landmarkdb::{BlockId, BlockMemory, DType, DocumentId, FetchRequest, Result, StoredBlock};
 
 /// A memory's `fetch`, with the blocks that were used last kept at hand.
 ///

@@ -8,8 +8,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
-use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::limits;
+use landmarkdb::{MemoryError, Result};
 
 /// A reply of megabytes arrives without waiting for window updates; a connection holds a few of them.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;

@@ -14,8 +14,8 @@ use tonic::{Response, Status, Streaming};
 use super::retry::Patience;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
 use crate::wire::{from_status, v1};
-use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::lock::IgnorePoison;
+use landmarkdb::{MemoryError, Result};
 
 /// Questions that wait to be written; more callers than this wait before it.
 const QUESTIONS_READY: usize = 16;

@@ -10,15 +10,12 @@ use super::retry::{Patience, Repeat};
 use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
-use landmarkdb::api::{
-    AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo,
-    FetchRequest, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, TuneReport, TuneRequest, TuneStep,
-    VerifyReport, check_together,
-};
 use landmarkdb::limits;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{BlockRange, CollectionId, DocumentId, Engine};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, BlockRange, CollectionId, CollectionInfo,
+    CollectionSpec, Deleted, DocumentId, DocumentInfo, Engine, FetchRequest, Hits, LookupRequest, MemoryError, Result,
+    Stats, StoredBlock, TuneReport, TuneRequest, TuneStep, Until, VerifyReport, check_together,
+};
 
 /// Queries up to this size go over the long stream. A decode step of 32 heads of 128 (16 KiB) takes 115 us there and
 /// 180 us as a call of its own; a megabyte is no faster there, and would hold up what comes behind it.
@@ -275,7 +272,7 @@ impl RemoteMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::types::{BlockScore, Granularity, Normalisation};
+    use landmarkdb::{BlockScore, Granularity, Normalisation};
 
     #[test]
     fn messages_hold_what_fits_and_at_least_one_request() {

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 
 use super::connect::ClientOptions;
 use crate::wire::from_status;
-use landmarkdb::api::{MemoryError, Result};
+use landmarkdb::{MemoryError, Result};
 
 /// Longest pause between two attempts: a service restarts in seconds.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);

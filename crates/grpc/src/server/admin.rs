@@ -9,10 +9,9 @@ use super::replies::{Replies, replies};
 use super::work::{Line, Turn, Work};
 use crate::wire::v1::admin_server::Admin;
 use crate::wire::{to_status, v1};
-use landmarkdb::api::{BlockMemory, MemoryError, TuneRequest};
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{BlockRange, CollectionId, DocumentId, Engine};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    BlockMemory, BlockRange, CollectionId, CollectionSpec, DocumentId, Engine, MemoryError, TuneRequest, Until,
+};
 
 /// Blocks that one read of a listing takes, with their texts: a few hundred bytes each, a megabyte at most.
 const LISTED_BLOCKS: u32 = 64;

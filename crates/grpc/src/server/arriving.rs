@@ -14,7 +14,7 @@ use tonic::Status;
 
 use super::call::{Call, no_memory};
 use crate::wire::{Bounds, Chunks, to_status};
-use landmarkdb::api::MemoryError;
+use landmarkdb::MemoryError;
 use landmarkdb::budget::{Budget, Taken};
 
 /// In front of every message: whether it is compressed, and how long it is.

@@ -8,10 +8,9 @@ use std::time::Duration;
 use tonic::Request;
 
 use super::peer::{Peer, Resting};
-use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::budget::{Budget, Short, Taken};
 use landmarkdb::lock::IgnorePoison;
-use landmarkdb::until::Until;
+use landmarkdb::{MemoryError, Result, Until};
 
 /// When to come again for a caller that found all memory for messages in use: some messages later.
 const RETRY_MS: u64 = 100;

@@ -8,9 +8,8 @@ use super::replies::{Replies, ReplyStream, replies};
 use super::work::{Line, Turn, Work, log, stopping};
 use crate::wire::v1::block_memory_server::BlockMemory;
 use crate::wire::{to_status, v1};
-use landmarkdb::api::{self, AppendRequest, AttendRequest, FetchRequest, LookupRequest, MemoryError, StoredBlock};
 use landmarkdb::limits;
-use landmarkdb::until::Until;
+use landmarkdb::{self, AppendRequest, AttendRequest, FetchRequest, LookupRequest, MemoryError, StoredBlock, Until};
 
 /// Replies that a stream holds ready: one on its way, one behind it.
 const REPLIES_READY: usize = 2;
@@ -115,11 +114,11 @@ fn read_all(requests: Vec<v1::AttendRequest>) -> (Vec<AttendRequest>, Vec<Option
 
 /// Asks the memory what can be read, and puts the outcomes in the order of the requests.
 fn answer_all(
-    memory: &dyn api::BlockMemory,
+    memory: &dyn landmarkdb::BlockMemory,
     readable: &[AttendRequest],
     refusals: Vec<Option<MemoryError>>,
     until: &Until,
-) -> api::Result<v1::AttendAllReply> {
+) -> landmarkdb::Result<v1::AttendAllReply> {
     let mut answers = memory.attend_all_until(readable, until)?.into_iter();
     let outcome = |refusal: Option<MemoryError>| refusal.map_or_else(|| answers.next(), |error| Some(Err(error)));
     let outcomes = refusals.into_iter().filter_map(outcome).map(|outcome| outcome.inspect_err(log).into()).collect();

@@ -9,9 +9,8 @@ use super::peer::Resting;
 use super::replies::{ReplyStream, replies};
 use super::work::{Line, Turn, Work, stopping};
 use crate::wire::v1;
-use landmarkdb::api::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result};
 use landmarkdb::lock::IgnorePoison;
-use landmarkdb::until::Until;
+use landmarkdb::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result, Until};
 
 /// Requests of one stream that are worked on or answered but unread; the next is not taken off the network until
 /// one of them is gone.

@@ -10,9 +10,8 @@ use tonic::Status;
 
 use super::call;
 use crate::wire::to_status;
-use landmarkdb::api::MemoryError;
 use landmarkdb::lock::IgnorePoison;
-use landmarkdb::until::Until;
+use landmarkdb::{MemoryError, Until};
 
 /// Why a stream ends, if not for having said all.
 type Last = Arc<Mutex<Option<Status>>>;

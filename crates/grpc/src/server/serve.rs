@@ -26,9 +26,9 @@ use super::work::Work;
 use crate::wire::v1;
 use crate::wire::v1::admin_server::AdminServer;
 use crate::wire::v1::block_memory_server::BlockMemoryServer;
-use landmarkdb::api::{BlockMemory, Health};
 use landmarkdb::budget::Budget;
 use landmarkdb::limits;
+use landmarkdb::{BlockMemory, Health};
 
 /// How long accepting rests after it failed: where descriptors have run out, it fails at once and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -10,10 +10,9 @@ use tonic::{Request, Response, Status};
 use super::call::{self, Call};
 use super::phase::Phase;
 use crate::wire::to_status;
-use landmarkdb::api::{BlockMemory, LookupRequest, MemoryError, Result};
 use landmarkdb::budget::{Budget, Taken};
 use landmarkdb::limits;
-use landmarkdb::until::Until;
+use landmarkdb::{BlockMemory, LookupRequest, MemoryError, Result, Until};
 
 /// Verifications read everything, and measurements want to be alone: more of them at once would only fight for the machine.
 const VERIFY_WORKERS: usize = 2;

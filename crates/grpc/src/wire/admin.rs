@@ -3,8 +3,7 @@
 use super::error::cut;
 use super::v1;
 use super::v1::health::State;
-use landmarkdb::api::{Deleted, Fault, Health, Stats, VerifyReport};
-use landmarkdb::types::DocumentId;
+use landmarkdb::{Deleted, DocumentId, Fault, Health, Stats, VerifyReport};
 
 /// Both sides have the same fields under the same names; behind the semicolon, those that are messages.
 macro_rules! same_fields {

@@ -2,8 +2,10 @@
 
 use super::convert::{FromNumber, required, tensor};
 use super::v1;
-use landmarkdb::api::{AppendRequest, BlockInfo, BlockText, FetchRequest, MemoryError, NewBlock, Result, StoredBlock};
-use landmarkdb::types::{BlockId, BlockRange, DType, DocumentId};
+use landmarkdb::{
+    AppendRequest, BlockId, BlockInfo, BlockRange, BlockText, DType, DocumentId, FetchRequest, MemoryError, NewBlock,
+    Result, StoredBlock,
+};
 
 impl From<BlockId> for v1::BlockId {
     fn from(id: BlockId) -> Self {

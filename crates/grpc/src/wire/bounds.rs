@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use bytes::{Buf, Bytes};
 use prost::encoding::{WireType, decode_key, decode_varint};
 
-use landmarkdb::api::{MemoryError, Result};
 use landmarkdb::limits;
+use landmarkdb::{MemoryError, Result};
 
 /// A message on its way in, as it arrived.
 pub type Chunks = VecDeque<Bytes>;

@@ -3,8 +3,7 @@
 use bytes::Bytes;
 
 use super::v1;
-use landmarkdb::api::{MemoryError, Result, Tensor};
-use landmarkdb::types::{BlockScore, DType, Granularity, KeyRule, Normalisation};
+use landmarkdb::{BlockScore, DType, Granularity, KeyRule, MemoryError, Normalisation, Result, Tensor};
 
 pub(super) fn missing(field: &str) -> MemoryError {
     MemoryError::Missing { field: field.into() }

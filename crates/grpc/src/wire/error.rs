@@ -3,9 +3,7 @@
 use super::convert::{digest, required};
 use super::v1;
 use super::v1::error::{self as wire, Kind};
-use landmarkdb::api::{Entity, MemoryError, Result};
-use landmarkdb::shape::Fingerprint;
-use landmarkdb::types::{BlockId, DocumentId};
+use landmarkdb::{BlockId, DocumentId, Entity, Fingerprint, MemoryError, Result};
 
 /// Longest text of one field. Error details travel in HTTP/2 trailers, which peers bound at 16 KiB.
 const TEXT_BYTES_MAX: usize = 1024;

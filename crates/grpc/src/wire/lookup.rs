@@ -3,8 +3,10 @@
 use super::convert::{FromNumber, bytes_of_f32, f32_of_bytes, invalid, required};
 use super::v1;
 use super::v1::attend_outcome::Outcome;
-use landmarkdb::api::{AttendRequest, Attended, Hits, LookupRequest, MemoryError, Result};
-use landmarkdb::types::{BlockId, BlockRange, BlockScore, CollectionId, DocumentId, Granularity, Normalisation};
+use landmarkdb::{
+    AttendRequest, Attended, BlockId, BlockRange, BlockScore, CollectionId, DocumentId, Granularity, Hits,
+    LookupRequest, MemoryError, Normalisation, Result,
+};
 
 impl From<&LookupRequest> for v1::LookupRequest {
     fn from(request: &LookupRequest) -> Self {

@@ -2,9 +2,10 @@
 
 use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, invalid, missing, required};
 use super::v1;
-use landmarkdb::api::{CollectionInfo, DocumentInfo, MemoryError, Result};
-use landmarkdb::shape::{CollectionSpec, Fingerprint, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{CollectionId, DType, DocumentId, Engine, FaissIndex, KeyRule};
+use landmarkdb::{
+    CollectionId, CollectionInfo, CollectionSpec, DType, DocumentId, DocumentInfo, Engine, FaissIndex, Fingerprint,
+    KeyRule, MemoryError, ModelShape, Result, Rope, Sha256Digest,
+};
 
 impl From<ModelShape> for v1::ModelShape {
     fn from(shape: ModelShape) -> Self {

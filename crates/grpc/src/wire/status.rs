@@ -12,7 +12,7 @@ use tonic::{Code, Status, TimeoutExpired};
 
 use super::error::cut;
 use super::v1;
-use landmarkdb::api::MemoryError;
+use landmarkdb::MemoryError;
 
 const ERROR_TYPE_URL: &str = "type.googleapis.com/landmark.v1.Error";
 const RETRY_TYPE_URL: &str = "type.googleapis.com/google.rpc.RetryInfo";
@@ -139,9 +139,7 @@ fn causes(status: &Status) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::api::Entity;
-    use landmarkdb::shape::Fingerprint;
-    use landmarkdb::types::{BlockId, DocumentId};
+    use landmarkdb::{BlockId, DocumentId, Entity, Fingerprint};
 
     fn every_error() -> Vec<(MemoryError, Code)> {
         let document = DocumentId(u64::MAX);

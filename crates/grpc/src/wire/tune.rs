@@ -4,8 +4,9 @@ use super::convert::{bytes_of_f32, f32_of_bytes, required};
 use super::error::cut;
 use super::spec::{engine, faiss_index};
 use super::v1;
-use landmarkdb::api::{Measured, MemoryError, Result, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep};
-use landmarkdb::types::CollectionId;
+use landmarkdb::{
+    CollectionId, Measured, MemoryError, Result, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep,
+};
 
 impl From<&TuneRequest> for v1::TuneRequest {
     fn from(request: &TuneRequest) -> Self {

@@ -4,8 +4,7 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::BlockMemory;
-use landmarkdb::attention::{BlockAttention, NewTokens, SequenceAttention};
+use landmarkdb::{BlockAttention, BlockMemory, NewTokens, SequenceAttention};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::{self, ListenOptions, Listeners, ServeOptions};
 use rand::{RngExt, SeedableRng};

@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::*;
-use landmarkdb::shape::Fingerprint;
-use landmarkdb::types::*;
-use landmarkdb::until::Until;
+use landmarkdb::{Fingerprint, Until, *};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::ServeOptions;
 

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::{AppendRequest, Attended, BlockMemory, MemoryError, Result};
 use landmarkdb::limits;
-use landmarkdb::types::{DocumentId, Granularity};
+use landmarkdb::{AppendRequest, Attended, BlockMemory, DocumentId, Granularity, MemoryError, Result};
 use landmarkdb_grpc::server::ServeOptions;
 use landmarkdb_grpc::wire::{from_status, v1};
 use tonic::{Code, Status};

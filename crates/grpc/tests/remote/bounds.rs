@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use landmarkdb::api::*;
 use landmarkdb::limits;
-use landmarkdb::types::*;
+use landmarkdb::*;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::ServeOptions;
 use landmarkdb_grpc::wire::{from_status, v1};

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::{BlockMemory, FetchRequest, MemoryError};
-use landmarkdb::types::{DType, DocumentId};
+use landmarkdb::{BlockMemory, DType, DocumentId, FetchRequest, MemoryError};
 use landmarkdb_grpc::client::CachedBlocks;
 
 use crate::double::{Double, FULL_BLOCKS, UNKNOWN};

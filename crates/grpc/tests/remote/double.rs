@@ -6,11 +6,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use landmarkdb::api::*;
 use landmarkdb::limits;
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::*;
-use landmarkdb::until::Until;
+use landmarkdb::{CollectionSpec, Until, *};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use landmarkdb::api::{BlockMemory, MemoryError};
-use landmarkdb::types::DocumentId;
+use landmarkdb::{BlockMemory, DocumentId, MemoryError};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::ServeOptions;
 use landmarkdb_grpc::wire::v1;

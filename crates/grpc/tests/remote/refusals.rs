@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use landmarkdb::api::*;
 use landmarkdb::limits;
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::*;
+use landmarkdb::{LocalMemory, *};
 
 use crate::requests;
 use crate::service::Service;

@@ -1,8 +1,6 @@
 //! Requests of the least size that has every field in it.
 
-use landmarkdb::api::*;
-use landmarkdb::shape::*;
-use landmarkdb::types::*;
+use landmarkdb::*;
 
 pub(crate) fn spec() -> CollectionSpec {
     CollectionSpec {

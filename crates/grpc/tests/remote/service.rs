@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use landmarkdb::api::BlockMemory;
+use landmarkdb::BlockMemory;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::{ListenOptions, Listeners, ServeError, ServeOptions, serve};
 use landmarkdb_grpc::wire::v1::block_memory_client::BlockMemoryClient;

@@ -10,12 +10,10 @@ use rayon::prelude::*;
 
 use super::error::BenchError;
 use crate::eval::Capture;
-use landmarkdb::api::{
-    AppendRequest, BlockMemory, BlockText, DocumentInfo, LookupRequest, MemoryError, NewBlock, Tensor,
+use landmarkdb::{
+    AppendRequest, BlockMemory, BlockRange, BlockScore, BlockText, CollectionId, CollectionSpec, DType, DocumentInfo,
+    Granularity, KeyRule, LookupRequest, MemoryError, ModelShape, NewBlock, Rope, Sha256Digest, Tensor, words,
 };
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{BlockRange, BlockScore, CollectionId, DType, Granularity, KeyRule};
-use landmarkdb::words;
 
 /// Layers that take turns, so that keys come from memory and not from a cache.
 const LAYERS: usize = 8;

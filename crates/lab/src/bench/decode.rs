@@ -12,9 +12,7 @@ use super::first_token::{FirstToken, Reopened};
 use super::peers::{self, DecodeCase, DecodePeer, PeerSettings};
 use super::percentile::percentile;
 use crate::eval::{BOOK, Subject};
-use landmarkdb::api::{BlockMemory, DocumentInfo};
-use landmarkdb::attention::{BlockAttention, CHUNK_TOKENS, SequenceAttention};
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::{BlockAttention, BlockMemory, CHUNK_TOKENS, DocumentInfo, LocalMemory, SequenceAttention};
 use landmarkdb_llm::{self as model, EncodeProgress, Encoding, LoadedModel, Logits, RememberError};
 
 /// How much is read, and what is timed.

@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::eval::CaptureError;
-use landmarkdb::api::MemoryError;
+use landmarkdb::MemoryError;
 use landmarkdb::cuda::CudaError;
 use landmarkdb_grpc::server::ListenError;
 use landmarkdb_llm::RememberError;

@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::error::BenchError;
 use super::page_cache::forget_files;
 use super::percentile::percentile;
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb::attention::{Retrieval, Window};
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo, LocalMemory, Retrieval, Window};
 use landmarkdb_llm::{self as model, GenerateOptions, LoadedModel, Question};
 
 /// Openings that are timed.

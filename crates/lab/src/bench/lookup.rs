@@ -12,11 +12,10 @@ use super::peers::{self, PeerResult, PeerSettings};
 use super::percentile::percentile;
 use super::readable::count;
 use super::serving::over_network;
-use landmarkdb::api::{AttendRequest, BlockMemory, DocumentInfo};
 use landmarkdb::cuda::{CudaError, Device, Session};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::types::{BlockScore, DType, Engine, Granularity, Normalisation};
-use landmarkdb::words;
+use landmarkdb::{
+    AttendRequest, BlockMemory, BlockScore, DType, DocumentInfo, Engine, Granularity, LocalMemory, Normalisation, words,
+};
 use linalg::ChannelQuantizer;
 
 /// Lookups between two measurements of the bandwidth, which differs from second to second on a shared machine.

@@ -16,11 +16,9 @@ use super::page_cache::forget_pages;
 use super::peers::{self, PeerResult, PeerSettings};
 use super::percentile::percentile;
 use super::readable::{count, size};
-use landmarkdb::api::MemoryError;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use landmarkdb::store::piece::{KeysLayout, PieceLayout};
 use landmarkdb::store::{BlockMeta, BlockRecord, Store, StoreError};
-use landmarkdb::types::{BlockId, DType, DocumentId, KeyRule};
+use landmarkdb::{BlockId, CollectionSpec, DType, DocumentId, KeyRule, MemoryError, ModelShape, Rope, Sha256Digest};
 
 /// Pieces of one block: one layer of a model with 8 KV heads.
 const PIECES: usize = 8;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::error::BenchError;
-use landmarkdb::memory::LocalMemory;
+use landmarkdb::LocalMemory;
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_grpc::server::{self, ListenOptions, Listeners, ServeOptions};
 

@@ -12,12 +12,11 @@ use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde::{Deserialize, Serialize};
 
-use landmarkdb::api::*;
-use landmarkdb::attention::{BlockAttention, Retrieval, SequenceAttention, Window};
 use landmarkdb::lock::IgnorePoison;
-use landmarkdb::shape::{CollectionSpec, ModelShape};
-use landmarkdb::types::{BlockRange, CollectionId, DType, DocumentId, Engine, KeyRule};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    BlockAttention, BlockRange, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, ModelShape,
+    Retrieval, SequenceAttention, Until, Window, *,
+};
 use landmarkdb_llm::{LoadedModel, Logits, RememberError};
 
 /// Blocks that are read at once.
@@ -280,7 +279,7 @@ impl BlockMemory for Recorder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::shape::Rope;
+    use landmarkdb::Rope;
 
     fn small() -> Capture {
         let shape = ModelShape {

@@ -17,10 +17,10 @@ use serde::Deserialize;
 
 use super::unused_name;
 use crate::train::grouped_softmax;
-use landmarkdb::api::{BlockMemory, MemoryError};
-use landmarkdb::attention::{BlockAttention, NewTokens, Retrieval, SequenceAttention, Window};
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{DType, Granularity, KeyRule};
+use landmarkdb::{
+    BlockAttention, BlockMemory, CollectionSpec, DType, Granularity, KeyRule, MemoryError, ModelShape, NewTokens,
+    Retrieval, Rope, SequenceAttention, Sha256Digest, Window,
+};
 use landmarkdb_llm::{
     self, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelConfig, RememberError,
     generate,

@@ -9,7 +9,7 @@ mod passkey;
 mod perplexity;
 mod report;
 
-use landmarkdb::api::MemoryError;
+use landmarkdb::MemoryError;
 use landmarkdb_llm::RememberError;
 
 pub use capture::{About, Capture, CaptureError, Capturing, capture};

@@ -10,9 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use super::haystack::{Haystack, Maker, Needle};
 use super::{invalid, unused_name};
 use crate::passkey::QUESTION;
-use landmarkdb::api::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb::attention::{BlockAttention, Retrieval, Window};
-use landmarkdb::types::DType;
+use landmarkdb::{BlockAttention, BlockMemory, CollectionInfo, DType, DocumentInfo, Retrieval, Window};
 use landmarkdb_llm::{
     EncodeProgress, Encoding, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode,
     generate,
@@ -193,7 +191,7 @@ pub fn passkey_full(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<PasskeyCase>, RememberError> {
     let config = model.config();
-    let shape = model.shape(config.block_tokens()).map_err(landmarkdb::api::MemoryError::from)?;
+    let shape = model.shape(config.block_tokens()).map_err(landmarkdb::MemoryError::from)?;
     let mut cases = Vec::new();
     texts.each(model, &mut |tokens, sample, needle| {
         progress(tokens, sample);

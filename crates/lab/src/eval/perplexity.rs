@@ -5,8 +5,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::{invalid, unused_name};
-use landmarkdb::api::{BlockMemory, CollectionInfo};
-use landmarkdb::attention::{BlockAttention, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window};
+use landmarkdb::{
+    BlockAttention, BlockMemory, CollectionInfo, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window,
+};
 use landmarkdb_llm::{LoadedModel, Logits, Reading, RememberError};
 
 /// Tokens whose logits are held at once: `(128, vocab)` stays near 25 MB for a vocabulary of 49,152.

@@ -58,7 +58,7 @@ pub(super) fn card(folder: &Path, adapter: Option<&Adapter>, identity: &Identity
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::shape::Sha256Digest;
+    use landmarkdb::Sha256Digest;
 
     #[test]
     fn a_card_names_the_model_its_recipe_and_its_result() {

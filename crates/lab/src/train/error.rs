@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use landmarkdb::shape::InvalidShape;
+use landmarkdb::InvalidShape;
 use landmarkdb_llm::{ForwardError, LoadError, SaveError, TokenizeError};
 
 /// Why a model cannot be trained, or not be trained further.

@@ -11,7 +11,7 @@ use super::grouped::GroupDropout;
 use super::model::{Past, TrainingModel};
 use super::recipe::{Kind, Recipe};
 use super::weights::Parameter;
-use landmarkdb::types::DType;
+use landmarkdb::DType;
 use landmarkdb_llm::{Adapter, ModelConfig};
 
 pub(super) enum Learner {

@@ -115,7 +115,7 @@ mod tests {
     use crate::passkey::QUESTION;
     use crate::train::recipe::tests::tiny;
     use crate::train::vocabulary::tests::{prose, tokenizer};
-    use landmarkdb::shape::Rope;
+    use landmarkdb::Rope;
     use landmarkdb_llm::Landmark;
 
     const LANDMARK: u32 = 299;

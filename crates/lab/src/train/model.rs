@@ -12,7 +12,7 @@ use super::error::TrainError;
 use super::grouped::GroupDropout;
 use super::ops::{Rotations, Targets, cross_entropy, embed, linear, rms_norm, rotate, swiglu};
 use super::weights::{self, Parameter};
-use landmarkdb::types::DType;
+use landmarkdb::DType;
 use landmarkdb_llm::{Landmark, ModelConfig, NamedTensor, read_tensors, write_model};
 
 /// A model whose loss can be differentiated in every parameter.

@@ -27,8 +27,7 @@ use super::schedule::learning_rate;
 use super::start;
 use super::texts::Texts;
 use super::validation::validate;
-use landmarkdb::shape::Sha256Digest;
-use landmarkdb::types::DType;
+use landmarkdb::{DType, Sha256Digest};
 use landmarkdb_llm::{Tokenizer, replace_file};
 
 /// Steps between two measurements of the loss on answers, which costs a forward pass of its own.

@@ -10,7 +10,7 @@ use super::learner::Learner;
 use super::model::TrainingModel;
 use super::recipe::{Kind, Recipe};
 use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
-use landmarkdb::shape::Rope;
+use landmarkdb::Rope;
 use landmarkdb_llm::{Adapter, Landmark, LoadedModel, ModelConfig, Tokenizer, is_adapter, replace_file};
 
 /// Added to the mean square in RMS normalisation of a new model.

@@ -6,9 +6,7 @@ use candle_core::Tensor;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use landmarkdb::attention::BlockAttention;
-use landmarkdb::shape::Rope;
-use landmarkdb::types::DType;
+use landmarkdb::{BlockAttention, DType, Rope};
 use landmarkdb_llm::{Landmark, Llama, LoadedModel, Logits, ModelConfig, pull};
 
 const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5, hidden: false };

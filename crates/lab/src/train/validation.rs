@@ -14,7 +14,7 @@ use super::model::{Past, TrainingModel};
 use super::recipe::{Kind, Recipe};
 use super::sequence::{Layout, Token};
 use super::texts::Texts;
-use landmarkdb::attention::Retrieval;
+use landmarkdb::Retrieval;
 
 /// Sequences that are predicted: enough to tell models apart by a percent, few enough to take seconds.
 const SEQUENCES_MAX: usize = 128;

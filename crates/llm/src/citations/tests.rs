@@ -5,12 +5,10 @@ use std::time::Duration;
 
 use super::*;
 use crate::{Finish, Generated};
-use landmarkdb::api::*;
-use landmarkdb::attention::{AtHandBlock, BlockReads};
-use landmarkdb::memory::LocalMemory;
-use landmarkdb::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
-use landmarkdb::types::{CollectionId, DType, DocumentId, Engine, KeyRule};
-use landmarkdb::until::Until;
+use landmarkdb::{
+    AtHandBlock, BlockReads, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, LocalMemory, ModelShape,
+    Rope, Sha256Digest, Until, *,
+};
 
 const BLOCK_TOKENS: usize = 4;
 const HEAD_DIM: usize = 2;

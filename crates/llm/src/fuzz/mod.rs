@@ -20,7 +20,7 @@ use super::pull::unpack;
 use super::tensors::{NamedTensor, Opened, open_weights, tensor_shapes, write_model};
 use super::tokenizer::Tokenizer;
 use super::tokenizer_gguf;
-use landmarkdb::shape::Rope;
+use landmarkdb::Rope;
 
 pub mod seeds;
 

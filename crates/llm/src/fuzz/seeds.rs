@@ -65,7 +65,7 @@ pub fn safetensors() -> Vec<Vec<u8>> {
 pub fn adapters() -> Vec<Vec<u8>> {
     let folder = tempfile::tempdir().unwrap();
     let adapter = |(landmark, rank)| {
-        let base_digest = landmarkdb::shape::Sha256Digest([0; 32]);
+        let base_digest = landmarkdb::Sha256Digest([0; 32]);
         let adapter = Adapter { base: BASE.into(), base_digest, rank, alpha: 3.0, landmark, block_tokens: 5 };
         write_adapter(folder.path(), &adapter, &numbered(adapter_shapes(&base_config(), rank)), DType::F32).unwrap();
         let read = |name: &str| fs::read(folder.path().join(name)).unwrap();

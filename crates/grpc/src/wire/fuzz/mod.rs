@@ -7,12 +7,10 @@ use tonic::{Code, Status};
 
 use super::convert::required;
 use super::{Chunks, bounds, from_status, to_status, v1};
-use landmarkdb::api::{
-    AppendRequest, AttendRequest, Attended, BlockInfo, CollectionInfo, DocumentInfo, FetchRequest, Hits, LookupRequest,
-    MemoryError, Result, StoredBlock,
+use landmarkdb::{
+    AppendRequest, AttendRequest, Attended, BlockInfo, BlockRange, CollectionId, CollectionInfo, CollectionSpec,
+    DocumentId, DocumentInfo, Engine, FetchRequest, Hits, LookupRequest, MemoryError, Result, StoredBlock,
 };
-use landmarkdb::shape::CollectionSpec;
-use landmarkdb::types::{BlockRange, CollectionId, DocumentId, Engine};
 
 pub mod seeds;
 
@@ -199,8 +197,8 @@ pub fn reply(bytes: &[u8]) -> bool {
         4 => decode(&message).and_then(same::<v1::CollectionInfo, CollectionInfo>).map(drop),
         5 => decode(&message).and_then(same::<v1::BlockInfo, BlockInfo>).map(drop),
         6 => decode(&message).map(|wire: v1::DocumentInfo| drop(v1::DocumentInfo::from(DocumentInfo::from(wire)))),
-        7 => decode(&message).map(|wire: v1::Stats| drop(v1::Stats::from(landmarkdb::api::Stats::from(wire)))),
-        8 => decode(&message).map(|wire: v1::VerifyReport| drop(landmarkdb::api::VerifyReport::from(wire))),
+        7 => decode(&message).map(|wire: v1::Stats| drop(v1::Stats::from(landmarkdb::Stats::from(wire)))),
+        8 => decode(&message).map(|wire: v1::VerifyReport| drop(landmarkdb::VerifyReport::from(wire))),
         9 => decode(&message).and_then(|wire: v1::Error| MemoryError::try_from(wire)).map(|error| goes_round(&error)),
         _ => {
             let status = Status::with_details(Code::from(bytes.len() as i32 % 17), "refused", message);

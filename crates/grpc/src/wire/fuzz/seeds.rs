@@ -3,8 +3,7 @@
 use prost::Message;
 
 use super::*;
-use landmarkdb::api::{BlockText, Fault, Health, Stats, VerifyReport};
-use landmarkdb::types::BlockId;
+use landmarkdb::{BlockId, BlockText, Fault, Health, Stats, VerifyReport};
 
 /// A message to the method of this number, as [`request`] takes it.
 pub fn message(method: u8, request: &Request) -> Vec<u8> {
@@ -37,7 +36,7 @@ pub fn message(method: u8, request: &Request) -> Vec<u8> {
 }
 
 /// An answer of each kind, behind the byte that says which.
-pub fn replies(spec: &CollectionSpec, block: &landmarkdb::api::NewBlock) -> Vec<Vec<u8>> {
+pub fn replies(spec: &CollectionSpec, block: &landmarkdb::NewBlock) -> Vec<Vec<u8>> {
     let id = BlockId { document: DocumentId(3), index: 1 };
     let hits = || Hits { rows: 1, k: 2, blocks: vec![id; 2], scores: vec![-0.5, -1.0] };
     let attended = || Attended { out: vec![0.5; 4], lse: vec![1.0], hits: hits() };
@@ -46,7 +45,7 @@ pub fn replies(spec: &CollectionSpec, block: &landmarkdb::api::NewBlock) -> Vec<
     let text = || BlockText { start: 4, bytes: b"text".to_vec(), offsets: vec![0, 2] };
     let (k, v) = (block.k.clone(), block.v.clone());
     let stored = StoredBlock { id, token_ids: vec![7, 8], text: text(), k, v };
-    let engine = Engine::Faiss(landmarkdb::types::FaissIndex { factory: "HNSW32".into(), effort: 64 });
+    let engine = Engine::Faiss(landmarkdb::FaissIndex { factory: "HNSW32".into(), effort: 64 });
     let collection = CollectionInfo {
         id: CollectionId(1),
         spec: spec.clone(),

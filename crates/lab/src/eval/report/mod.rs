@@ -15,9 +15,7 @@ use super::haystack::Haystack;
 use super::invalid;
 use super::passkey::{PasskeySettings, PasskeyTexts, passkey, passkey_full, passkey_scores};
 use super::perplexity::{PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
-use landmarkdb::api::{BlockMemory, CollectionInfo};
-use landmarkdb::attention::{Retrieval, Window};
-use landmarkdb::types::{Granularity, Normalisation};
+use landmarkdb::{BlockMemory, CollectionInfo, Granularity, Normalisation, Retrieval, Window};
 use landmarkdb_llm::{LoadedModel, RememberError};
 
 /// Tokens of the passage that the repetition test says twice.

@@ -36,7 +36,7 @@ use super::error::TrainError;
 use super::model::float;
 use super::weights::Parameter;
 use super::weights::{EMBEDDING, normal};
-use landmarkdb::types::DType;
+use landmarkdb::DType;
 use landmarkdb_llm::{
     ADAPTED_LAYERS_MIN, Adapter, LANDMARK_EMBEDDING, Landmark, Llama, ModelConfig, NamedTensor, adapter_shapes,
     read_tensors, write_adapter,

@@ -11,7 +11,7 @@ use super::teacher::{BlockText, Lesson};
 use crate::train::ops::{Rotations, linear, rms_norm, rotate, swiglu};
 use crate::train::slices::values;
 use crate::train::weights::Parameter;
-use landmarkdb::shape::Rope;
+use landmarkdb::Rope;
 use landmarkdb_llm::{Adapter, LANDMARK_EMBEDDING, ModelConfig, update_names};
 
 /// Frozen weights, and the adapter's parameters among them.

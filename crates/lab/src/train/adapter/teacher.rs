@@ -8,8 +8,7 @@ use rayon::prelude::*;
 use super::FIRST_BLOCK;
 use crate::train::error::TrainError;
 use crate::train::slices::values;
-use landmarkdb::attention::{AttentionError, BlockAttention, Retrieval, SequenceAttention, Window};
-use landmarkdb::shape::ModelShape;
+use landmarkdb::{AttentionError, BlockAttention, ModelShape, Retrieval, SequenceAttention, Window};
 use landmarkdb_llm::{Llama, Logits, ModelConfig};
 use linalg::{Matrix, Write};
 
@@ -201,7 +200,7 @@ impl Teacher {
     }
 
     /// From the first token of a block in the slot of older blocks to a query in the middle of the block after the window:
-    /// see the slots of [`AttendRequest`](landmarkdb::api::AttendRequest).
+    /// see the slots of [`AttendRequest`](landmarkdb::AttendRequest).
     fn reach(&self) -> i64 {
         let block_tokens = self.shape.block_tokens as usize;
         let slots = Retrieval::default().top_k as usize + 1;

@@ -13,8 +13,7 @@ use crate::train::vocabulary::tests::prose;
 use crate::train::vocabulary::train_vocabulary;
 use crate::train::weights::normal;
 use crate::train::{Batch, TrainingModel};
-use landmarkdb::attention::Retrieval;
-use landmarkdb::types::DType;
+use landmarkdb::{DType, Retrieval};
 use landmarkdb_llm::{Adapter, LoadedModel, Logits, ModelConfig, adapter_shapes};
 
 const VOCAB: usize = 300;

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::TASK_ROWS;
 use crate::train::slices::{argument, gradient, values, width};
-use landmarkdb::shape::{Rope, Rotation};
+use landmarkdb::{Rope, Rotation};
 
 /// The rotations of a batch's tokens, taken once for all layers.
 pub(in crate::train) struct Rotations {

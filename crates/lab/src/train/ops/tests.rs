@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use landmarkdb::shape::Rope;
+use landmarkdb::Rope;
 
 fn random(count: usize, seed: u64) -> Vec<f32> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
