@@ -49,7 +49,7 @@ MUTATIONS = [
     ("old-tail", "keeps the tail that a later one replaces", "src/memory/ingest.rs",
      "if damage.is_some() || token_ids.is_none_or(|held| !held.starts_with(&block.token_ids)) {",
      '''if !MUTANT("old-tail") && (damage.is_some() || token_ids.is_none_or(|held| !held.starts_with(&block.token_ids))) {'''),
-    ("any-model", "lets any model open a collection", "src/memory/mod.rs",
+    ("any-model", "lets any model open a collection", "src/memory/local.rs",
      "if stored_print != offered {", 'if stored_print != offered && !MUTANT("any-model") {'),
     ("slot-off-by-one", "places blocks one slot too far away", "src/memory/geometry.rs",
      "distance as i64 + ((self.slots - slot) * self.block_tokens) as i64",
@@ -68,10 +68,8 @@ MUTATIONS = [
     ("any-number", "stores NaN and infinity", "src/memory/ingest.rs",
      "position(|number| number.is_nan() || number.abs() > limit)",
      'position(|number| !MUTANT("any-number") && (number.is_nan() || number.abs() > limit))'),
-    ("no-seal", "appends to sealed documents", "src/store/append.rs",
-     "if entry.manifest.sealed && !new.is_empty() {", 'if entry.manifest.sealed && !new.is_empty() && !MUTANT("no-seal") {'),
-    ("no-seal", None, "src/memory/ingest.rs",
-     "if manifest.sealed && !is_mended {", 'if manifest.sealed && !is_mended && !MUTANT("no-seal") {'),
+    ("no-seal", "appends to sealed documents", "src/store/document.rs",
+     "        if self.sealed {", '        if self.sealed && !MUTANT("no-seal") {'),
     ("name-taken", "gives a deleted document's name to the deleted document", "src/store/ledger.rs",
      "if self.get::<DocumentId>(&name)? == Some(document) {",
      'if self.get::<DocumentId>(&name)? == Some(document) && !MUTANT("name-taken") {'),
@@ -81,7 +79,7 @@ MUTATIONS = [
             return Ok(());
         }
         self.put(key::tombstone(document), &(locator, tombstone));'''),
-    ("provenance", "names the block before the one that it read", "src/memory/lookup.rs",
+    ("provenance", "names the block before the one that it read", "src/memory/plan.rs",
      "blocks: found.positions.iter().map(|&position| self.block(position as usize)).collect(),",
      '''blocks: found
                 .positions
@@ -102,10 +100,10 @@ MUTATIONS = [
     ("no-conflict", None, "src/store/mend.rs",
      "if held.token_ids.is_some_and(|held| held != block.meta.token_ids) {",
      'if held.token_ids.is_some_and(|held| held != block.meta.token_ids) && !MUTANT("no-conflict") {'),
-    ("foreign", "takes files of other directories for its own", "src/store/segment.rs",
+    ("foreign", "takes files of other directories for its own", "src/store/handles.rs",
      "if found.segment != id || found.directory.is_some_and(|found| found != directory) {",
      'if found.segment != id || (found.directory.is_some_and(|found| found != directory) && !MUTANT("foreign")) {'),
-    ("foreign", None, "src/store/segment.rs",
+    ("foreign", None, "src/store/handles.rs",
      "let salt = if found.directory.is_some() { own } else { Salt::NONE };",
      '''let own = match found.directory.filter(|_| MUTANT("foreign")) {
             Some(other) => Salt::of(other, id),
