@@ -1,17 +1,13 @@
-//! The product without a network: what a block memory does, in process (`memory::LocalMemory`) and remote
-//! (`client::RemoteMemory`) alike. Both give identical answers, bit for bit.
-//!
-//! All calls block. Positions are never absolute: a query says how far it is from the start of its local window,
-//! and the memory places retrieved blocks in slots just before that window (see [`AttendRequest`]).
+//! Requests of a block memory, and the replies to them.
 
 use bytes::Bytes;
 
+use super::error::{MemoryError, Result};
 use crate::limits;
-use crate::shape::{CollectionSpec, Fingerprint, InvalidShape};
+use crate::shape::{CollectionSpec, Fingerprint};
 use crate::types::{
     BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation,
 };
-use crate::until::Until;
 
 /// A tensor as raw little-endian values in row-major order.
 #[derive(Clone, Debug, PartialEq)]
@@ -321,200 +317,6 @@ pub struct Deleted {
     pub freed_bytes: u64,
 }
 
-/// What kind of thing a name or id was looked for among.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entity {
-    Collection,
-    Document,
-    Block,
-}
-
-/// Why a call on a block memory failed. Nothing acknowledged is ever lost by a failed call.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum MemoryError {
-    #[error("no {entity} {id}: list what exists")]
-    NotFound { entity: Entity, id: String },
-    #[error("a request without {field}")]
-    Missing { field: String },
-    #[error("{field}: expected {expected}, found {found}")]
-    Invalid { field: String, expected: String, found: String },
-    #[error(
-        "collection {collection:?} belongs to the model with fingerprint {stored:#}, this one has {offered:#}: use the model, \
-         key rule and dtypes it was made with, or another collection"
-    )]
-    FingerprintMismatch { collection: String, stored: Fingerprint, offered: Fingerprint },
-    #[error(
-        "document {document} already holds other tokens at block {index}: append what it holds, or use another name"
-    )]
-    Conflict { document: DocumentId, index: u32 },
-    #[error("document {document} is sealed: appends need a new document")]
-    Sealed { document: DocumentId },
-    #[error(
-        "document {document} has {expected} full blocks, the append begins at {found}: send block {expected} first"
-    )]
-    OutOfOrder { document: DocumentId, expected: u32, found: u32 },
-    #[error(
-        "document {document} has {found} tokens, the append expected {expected}: another writer was there; read the document again and \
-         append behind what it holds, or use another name"
-    )]
-    UnexpectedLength { document: DocumentId, expected: u64, found: u64 },
-    #[error("{what}: at most {limit} are allowed, found {found}")]
-    LimitExceeded { what: String, limit: u64, found: u64 },
-    /// Others have what the call needs; it was not begun.
-    #[error("{what}: all in use now, try again in {retry_ms} ms")]
-    Busy { what: String, retry_ms: u64 },
-    #[error("stored data is damaged{}: {detail}; verify the directory", in_block(.block))]
-    DataLoss { block: Option<BlockId>, detail: String },
-    /// The store stopped taking writes after a failed flush, or the disk refused.
-    #[error("storage failed: {detail}")]
-    Storage { detail: String },
-    #[error("the data directory {path} is in use by another process: connect to that process, or stop it")]
-    Locked { path: String },
-    #[error("{target} cannot be reached: {detail}")]
-    Unavailable { target: String, detail: String },
-    #[error("no answer within {ms} ms")]
-    DeadlineExceeded { ms: u64 },
-    /// A bug: the message says where.
-    #[error("internal error: {detail}")]
-    Internal { detail: String },
-}
-
-pub type Result<T> = std::result::Result<T, MemoryError>;
-
-/// A block memory. Shared between threads; writers to different documents do not wait for each other's encoding.
-pub trait BlockMemory: Send + Sync {
-    /// Creates the collection, or opens the one of that name if its fingerprint agrees.
-    fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo>;
-
-    fn collections(&self) -> Result<Vec<CollectionInfo>>;
-
-    /// Changes what answers lookups in a collection, durably. Indexes are built anew at the next lookup of each document;
-    /// lookups under way are answered by the engine that they began with. An engine that this machine does not have is
-    /// refused ([`MemoryError::Invalid`]).
-    fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo>;
-
-    /// Measures the engines that may answer a collection's lookups on its longest document, and sets the fastest that finds
-    /// enough: flat, sq4, sq8, cuda where there is a GPU, and the indexes that the request names. `progress` is told each
-    /// step. Lookups of others are answered meanwhile by the engine that is measured; after an error the collection has the
-    /// engine again that it had.
-    ///
-    /// # Errors
-    /// [`MemoryError::NotFound`] for the collection, or if no document of it has a full block, [`MemoryError::Missing`]
-    /// without queries, [`MemoryError::LimitExceeded`] for more than `limits` allows, whatever a lookup is refused with, and
-    /// [`MemoryError::Invalid`] from a memory that has no engines to choose from.
-    fn tune(&self, _request: &TuneRequest, _progress: &mut dyn FnMut(TuneStep), _until: &Until) -> Result<TuneReport> {
-        Err(MemoryError::Invalid {
-            field: "tune".into(),
-            expected: "a memory that measures its engines".into(),
-            found: "one that does not".into(),
-        })
-    }
-
-    /// Creates an empty open document, or gives the one of that name.
-    fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo>;
-
-    /// All documents of a collection, by name.
-    fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>>;
-
-    fn document(&self, document: DocumentId) -> Result<DocumentInfo>;
-
-    /// Durable when it returns.
-    fn append(&self, request: AppendRequest) -> Result<DocumentInfo>;
-
-    /// Takes no more appends from now on. Sealing a sealed document changes nothing.
-    fn seal(&self, document: DocumentId) -> Result<DocumentInfo>;
-
-    fn lookup(&self, request: &LookupRequest) -> Result<Hits>;
-
-    fn attend(&self, request: &AttendRequest) -> Result<Attended>;
-
-    /// As [`lookup`](Self::lookup), for a caller that waits no longer than `until`: work that has begun ends then, with
-    /// [`MemoryError::DeadlineExceeded`] or, if the caller is gone, any other error.
-    fn lookup_until(&self, request: &LookupRequest, until: &Until) -> Result<Hits> {
-        until.check()?;
-        self.lookup(request)
-    }
-
-    /// As [`attend`](Self::attend), for a caller that waits no longer than `until`.
-    fn attend_until(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
-        until.check()?;
-        self.attend(request)
-    }
-
-    /// Answers requests whose queries are all known, of many layers or sequences, sooner than one call after the other
-    /// would: one outcome per request, in their order, and each what [`attend`](Self::attend) gives. A refused request
-    /// fails alone; more than `limits::ATTEND_REQUESTS_MAX` are refused together.
-    fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
-        requests.iter().map(|request| self.attend(request)).collect()
-    }
-
-    /// As [`attend_all`](Self::attend_all), for a caller that waits no longer than `until`. Requests that need more
-    /// memory together than there is are refused as a whole, before any of them is begun.
-    fn attend_all_until(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
-        until.check()?;
-        Ok(self.attend_all(requests))
-    }
-
-    fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>>;
-
-    /// Blocks of a range without payload; the tail counts as index `blocks`. A range past the end is cut.
-    fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>>;
-
-    /// Deletes, durably when it returns; space comes back until it is within `limits::SPACE_PERCENT_MAX`.
-    fn delete(&self, document: DocumentId) -> Result<Deleted>;
-
-    fn stats(&self) -> Result<Stats>;
-
-    /// What the memory can do now; asked often, so it has to be cheap.
-    fn health(&self) -> Health {
-        Health::Serving
-    }
-
-    /// Reads everything that a document (or all) refers to and checks it. `progress` is told the bytes read so far
-    /// and in all.
-    fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
-
-    /// As [`verify`](Self::verify), for a caller that waits no longer than `until`.
-    fn verify_until(
-        &self,
-        document: Option<DocumentId>,
-        progress: &mut dyn FnMut(u64, u64),
-        until: &Until,
-    ) -> Result<VerifyReport> {
-        until.check()?;
-        self.verify(document, progress)
-    }
-
-    /// Verifies all documents, and compares the catalog with one that is rebuilt in memory from the segments: what one of the
-    /// two does not say is a fault. Nothing stored is changed, and writers go on.
-    fn verify_rebuild(&self, progress: &mut dyn FnMut(u64, u64), until: &Until) -> Result<VerifyReport>;
-}
-
-fn in_block(block: &Option<BlockId>) -> String {
-    block.map(|block| format!(" in block {block}")).unwrap_or_default()
-}
-
-impl std::fmt::Display for Entity {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Entity::Collection => "collection",
-            Entity::Document => "document",
-            Entity::Block => "block",
-        })
-    }
-}
-
-impl Until {
-    /// # Errors
-    /// `DeadlineExceeded` when time has run out, `Unavailable` when the caller has hung up.
-    pub fn check(&self) -> Result<()> {
-        if self.is_given_up() {
-            return Err(MemoryError::Unavailable { target: "the caller".into(), detail: "it hung up".into() });
-        }
-        if self.is_late() { Err(MemoryError::DeadlineExceeded { ms: self.timeout_ms() }) } else { Ok(()) }
-    }
-}
-
 impl FetchRequest {
     /// The bound that holds for a request as a whole, however it is read.
     ///
@@ -549,12 +351,6 @@ impl LookupRequest {
         let k = self.top_k.min(eligible);
         let recent = k.min(self.scope.last().map_or(0, of));
         if recent == eligible { eligible } else { k + 1 }
-    }
-}
-
-impl From<InvalidShape> for MemoryError {
-    fn from(error: InvalidShape) -> Self {
-        MemoryError::Invalid { field: error.field.into(), expected: error.expected, found: error.found }
     }
 }
 
