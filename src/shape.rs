@@ -12,32 +12,34 @@ use crate::limits;
 use crate::types::{DType, KeyRule};
 
 /// Rotary position embedding (Su et al. 2021) in the half-split layout: dimension `i` rotates with `i + rotary_dims / 2`.
-/// Scaling rules are folded into the frequencies by whoever loads the model.
+/// The loader of a model folds scaling rules into the frequencies.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
     /// Radians per token, one per rotated pair: `(rotary_dims / 2)`. Dimensions beyond `rotary_dims` are not rotated.
     pub frequencies: Vec<f32>,
 }
 
-/// What the memory has to know of a model.
+/// The dimensions of a model that its memory depends on. [`limits`] bounds each.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelShape {
-    /// L
+    /// L, at least 1.
     pub layers: u32,
-    /// Hq
+    /// Hq, a multiple of `kv_heads`.
     pub query_heads: u32,
-    /// Hkv
+    /// Hkv, at least 1.
     pub kv_heads: u32,
-    /// D
+    /// D, at least 1.
     pub head_dim: u32,
-    /// B, a landmark token included where the model has them.
+    /// B, at least 2, a landmark token included where the model has them.
     pub block_tokens: u32,
+    /// At most `D / 2` frequencies; none for a model without RoPE.
     pub rope: Rope,
-    /// What attention multiplies `q . k` with, usually `1 / sqrt(D)`.
+    /// The factor of `q . k` in attention, usually `1 / sqrt(D)`. Finite and positive.
     pub softmax_scale: f32,
 }
 
-/// SHA-256 over everything that makes stored keys and values meaningful to one model only.
+/// SHA-256 over everything that makes stored keys and values meaningful to one model only: see
+/// [`CollectionSpec::fingerprint`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fingerprint(pub [u8; 32]);
 
@@ -45,33 +47,41 @@ pub struct Fingerprint(pub [u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Sha256Digest(pub [u8; 32]);
 
-/// What a collection is: the model it belongs to and how its blocks are kept.
+/// The model that a collection belongs to, and the format of its blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CollectionSpec {
+    /// 1 to 255 bytes without control characters, unique within the data directory; not part of the fingerprint.
     pub name: String,
+    /// Of the model's attention.
     pub shape: ModelShape,
+    /// Which keys stand for a block in the index.
     pub key_rule: KeyRule,
     /// Of K and V on disk: f32, f16, bf16 or int8.
     pub payload_dtype: DType,
     /// Of the landmark keys, on disk and in the index: f16 or int8.
     pub key_dtype: DType,
+    /// Of the model's weights: others give other K and V.
     pub model_digest: Sha256Digest,
+    /// Of the tokenizer: another one gives stored token ids another meaning.
     pub tokenizer_digest: Sha256Digest,
-    /// Human-readable; not part of the fingerprint.
+    /// Human-readable, at most 255 bytes; not part of the fingerprint.
     pub model_name: String,
 }
 
-/// A shape that no collection can have: what was wrong with which field.
+/// A field that no collection can have: see [`CollectionSpec::check`].
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{field}: expected {expected}, found {found}")]
 pub struct InvalidShape {
+    /// Path of the field, such as `rope.frequencies`, or the product of fields that is too large.
     pub field: &'static str,
+    /// The values that the field may have, human-readable.
     pub expected: String,
+    /// The value that it has, human-readable.
     pub found: String,
 }
 
 impl Rope {
-    /// The plain rule: `base^(-2i / dims)` for each pair `i`.
+    /// The plain rule: `base^(-2i / rotary_dims)` for each pair `i`.
     pub fn from_base(base: f64, rotary_dims: usize) -> Self {
         let frequencies =
             (0..rotary_dims / 2).map(|i| base.powf(-2.0 * i as f64 / rotary_dims as f64) as f32).collect();
@@ -80,7 +90,7 @@ impl Rope {
 
     /// Rotates one head vector `(D)` by `position` tokens, in place. Negative positions rotate back.
     ///
-    /// The angle is formed in double precision: at a million tokens single precision is off by whole degrees.
+    /// Angles are in double precision: at a million tokens single precision is off by whole degrees.
     pub fn rotate(&self, head: &mut [f32], position: i64) {
         let half = self.frequencies.len();
         let (low, rest) = head.split_at_mut(half);
@@ -91,7 +101,7 @@ impl Rope {
         }
     }
 
-    /// The rotation by one position, for callers that rotate many heads by it.
+    /// The rotation by `position` tokens, for callers that rotate many heads by it.
     pub fn rotation(&self, position: i64) -> Rotation {
         let (sin, cos) = self
             .frequencies
@@ -105,7 +115,7 @@ impl Rope {
     }
 }
 
-/// Cosines and sines of one position. Gives exactly what [`Rope::rotate`] gives.
+/// Cosines and sines of one position. Gives the bits of [`Rope::rotate`].
 #[derive(Clone, Debug)]
 pub struct Rotation {
     cos: Vec<f32>,
@@ -134,12 +144,12 @@ impl ModelShape {
         (self.query_heads / self.kv_heads) as usize
     }
 
-    /// Pieces of one block: one per layer and KV head.
+    /// `L * Hkv`, the pieces of one block.
     pub fn pieces(&self) -> usize {
         (self.layers * self.kv_heads) as usize
     }
 
-    /// m under a key rule.
+    /// m, the keys that stand for a block under `rule`.
     pub fn keys_per_block(&self, rule: KeyRule) -> usize {
         match rule {
             KeyRule::Landmark | KeyRule::Mean => 1,
@@ -148,6 +158,9 @@ impl ModelShape {
     }
 
     /// Checks every field against its limit and the fields against each other.
+    ///
+    /// # Errors
+    /// [`InvalidShape`] for the first field that does not fit.
     pub fn check(&self) -> Result<(), InvalidShape> {
         within("layers", self.layers, 1, limits::LAYERS_MAX)?;
         within("query_heads", self.query_heads, 1, limits::HEADS_MAX)?;
@@ -195,7 +208,10 @@ impl ModelShape {
 }
 
 impl CollectionSpec {
-    /// Checks name, shape and dtypes.
+    /// Checks names, shape and dtypes.
+    ///
+    /// # Errors
+    /// [`InvalidShape`] for the first field that does not fit.
     pub fn check(&self) -> Result<(), InvalidShape> {
         check_name("name", &self.name)?;
         if self.model_name.len() > limits::NAME_BYTES_MAX {
@@ -216,7 +232,7 @@ impl CollectionSpec {
         Ok(())
     }
 
-    /// Two collections with one fingerprint hold interchangeable blocks.
+    /// The fingerprint of all fields but the names. Collections with equal fingerprints hold interchangeable blocks.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut hash = Sha256::new();
         hash.update(b"landmarkdb fingerprint 1\0");
@@ -239,7 +255,11 @@ impl CollectionSpec {
     }
 }
 
-/// Names are shown in tables and typed in shells: 1 to 255 bytes, no control characters.
+/// Checks the name of a collection or document: 1 to [`limits::NAME_BYTES_MAX`] bytes without control characters, because
+/// tables show it and people type it in shells.
+///
+/// # Errors
+/// [`InvalidShape`] for `field`.
 pub fn check_name(field: &'static str, name: &str) -> Result<(), InvalidShape> {
     let problem = if name.is_empty() {
         Some("an empty name".to_string())

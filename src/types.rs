@@ -18,6 +18,7 @@ pub struct DocumentId(pub u64);
 /// go to the lower `BlockId`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BlockId {
+    /// The document that has the block.
     pub document: DocumentId,
     /// Position in the document, counted in blocks from 0.
     pub index: u32,
@@ -26,35 +27,46 @@ pub struct BlockId {
 /// One KV head of one layer: the unit that a landmark key and a payload piece belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerHead {
+    /// 0 to L - 1.
     pub layer: u32,
+    /// 0 to Hkv - 1.
     pub kv_head: u32,
 }
 
 /// Consecutive blocks of one document.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BlockRange {
+    /// The document that has the blocks.
     pub document: DocumentId,
+    /// Positions in the document, counted in blocks from 0.
     pub blocks: Range<u32>,
 }
 
 /// How values are laid out, in memory, on the wire (floats only) and on disk. Always little-endian.
+///
+/// Exhaustive, because records store it: every reader handles each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
+    /// IEEE 754 single precision, 4 bytes.
     F32,
+    /// IEEE 754 half precision, 2 bytes: at most 65,504 in size.
     F16,
+    /// bfloat16, 2 bytes: the range of f32 with 8 bits of precision.
     BF16,
-    /// Signed 8 bit with scales beside the values; where they lie is said by whoever stores it.
+    /// Signed 8 bit, with scales that the store keeps beside the values.
     Int8,
 }
 
-/// What stands for a block in the index.
+/// Which keys stand for a block in the index.
+///
+/// Exhaustive, because records store it: every reader handles each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeyRule {
     /// m = 1: the key of the block's last token, a landmark that was trained to represent it.
     Landmark,
-    /// m = B: every token key of the block. What a model without landmarks needs.
+    /// m = B: every token key of the block, for models without landmarks.
     Tokens,
     /// m = 1: the mean of the block's token keys. Cheap and weak.
     Mean,
@@ -64,7 +76,9 @@ pub enum KeyRule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BlockScore {
+    /// The largest: the best key decides.
     Max,
+    /// `ln(sum(exp(score)))`: all m keys count, as in a softmax over them.
     LogSumExp,
 }
 
@@ -78,21 +92,21 @@ macro_rules! engines {
             #[default]
             Flat = 1, "flat" in flat;
             /// Scans f16 keys as int8 (scalar quantization), and compares blocks that could be among the best as f16: half
-            /// the bytes read, half as much memory again. int8 keys are scanned as they are. Where heads choose together,
-            /// blocks within a hundredth of each other may change places.
+            /// the bytes read, half as much memory again. Scans int8 keys as they are. Where heads choose together, blocks
+            /// within a hundredth of each other may change places.
             Sq8 = 2, "sq8" in sq;
-            /// The same with int4: a quarter of the bytes read, a quarter as much memory again. The bound by which blocks
-            /// are compared is a statistical one: one choice in 30,000 may lack the last of its best blocks. Where heads
-            /// choose together, their weights are off by a tenth, and by more where few blocks have all of the weight.
+            /// [`Sq8`](Engine::Sq8) with int4: a quarter of the bytes read, a quarter as much memory again. It compares
+            /// blocks by a statistical bound: one choice in 30,000 may lack the last of its best blocks. Where heads choose
+            /// together, their weights are off by a tenth, and by more where few blocks have all of the weight.
             Sq4 = 3, "sq4" in sq;
             /// Scans every key as it is stored, on an NVIDIA GPU that holds a copy of the keys, and computes attention
             /// there over a cache of blocks. Scores differ from those of the CPU by rounding. The CPU does what the GPU
             /// cannot.
             Cuda = 4, "cuda" in cuda;
-            /// Indexes of the FAISS library, one per layer and KV head of every long document, say which blocks are
-            /// compared; needs the feature `faiss`.
+            /// Compares the blocks that indexes of the FAISS library find, one index per layer and KV head of every long
+            /// document; needs the feature `faiss`.
             Faiss(FaissIndex) = 5, "faiss" in faiss;
-            /// Chooses the last blocks, whatever is asked: for tests.
+            /// Chooses the last blocks for every query: for tests.
             Last = 1000, "last" in last if test;
         }
     };
@@ -104,9 +118,9 @@ macro_rules! engine_type {
         $(#[$about:meta])*
         $name:ident $(($setting:ident))? = $number:literal, $word:literal in $file:ident $(if $cfg:meta)?;
     )+) => {
-        /// What answers lookups in a collection. Every engine except [`Faiss`](Engine::Faiss) is exact with respect to the
-        /// stored keys, apart from the rounding noted per variant: where heads choose together, a head's weight comes from
-        /// its softmax over all blocks as they were scanned. `Faiss` finds most of the best blocks.
+        /// The algorithm that answers lookups in a collection. Every engine except [`Faiss`](Engine::Faiss) is exact with
+        /// respect to the stored keys, apart from the rounding noted per variant: where heads choose together, a head's
+        /// weight comes from its softmax over all blocks as they were scanned. `Faiss` finds most of the best blocks.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[serde(rename_all = "kebab-case")]
         #[non_exhaustive]
@@ -118,18 +132,18 @@ macro_rules! engine_type {
             /// What a person types for each, by example where there is something to set.
             const FORMS: &[&str] = &[$( $(#[cfg($cfg)])? engine_type!(@form $word $($setting)?), )+];
 
-            /// The word that a person types and reads.
+            /// The word that people type and read, without a setting.
             pub fn word(&self) -> &'static str {
                 match self { $( $(#[cfg($cfg)])? Engine::$name { .. } => $word, )+ }
             }
 
-            /// The number on the wire.
+            /// The engine's number in `landmark.v1.Engine`.
             pub fn number(&self) -> i32 {
                 match self { $( $(#[cfg($cfg)])? Engine::$name { .. } => $number, )+ }
             }
 
-            /// The engine of a number on the wire, with what is set, if it has something to set. `None` for a number that no
-            /// engine has, and where `setting` gives nothing.
+            /// The engine with a number of `landmark.v1.Engine`. Calls `setting` for an engine that has one. `None` for an
+            /// unknown number or a missing setting.
             pub fn from_number(number: i32, setting: impl FnOnce() -> Option<FaissIndex>) -> Option<Engine> {
                 match number {
                     $( $(#[cfg($cfg)])? $number => Some(Engine::$name $(({ let set: $setting = setting()?; set }))?), )+
@@ -165,14 +179,13 @@ pub(crate) use engines;
 /// How FAISS indexes keys. Typed as `faiss:FACTORY` or `faiss:FACTORY@EFFORT`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FaissIndex {
-    /// In the language of `faiss::index_factory`: `IVF256,Flat`, `HNSW32`, `SQ8`, `IVF256,PQ32x4fs`.
+    /// In the language of `faiss::index_factory`, at most 128 bytes: `IVF256,Flat`, `HNSW32`, `SQ8`, `IVF256,PQ32x4fs`.
     pub factory: String,
-    /// Clusters that a search looks into (`nprobe`), or candidates that it keeps on its way through a graph (`efSearch`),
-    /// whichever the index has.
+    /// 1 to 65,536: clusters that a search scans (`nprobe`) or, in a graph, candidates that it keeps (`efSearch`).
     pub effort: u32,
 }
 
-/// For whom one choice of blocks is made. Scores are aggregated after a softmax over the eligible blocks,
+/// Which query tokens and heads choose blocks together. Scores are aggregated after a softmax over the eligible blocks,
 /// which each query token and query head computes for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -198,13 +211,13 @@ pub enum Normalisation {
     /// Softmax inside each block, weighted by the block's landmark (its last token), which competes in its
     /// block's stead and has no value of its own: landmark-trained models (Mohtashami and Jaggi 2023, section 3.1).
     Grouped,
-    /// As plain, without the last token of each block, a landmark that only the index reads: models that were given
-    /// landmark keys and are otherwise as they were. Its own query reads its block alone, so it asks for nothing.
+    /// Plain, without the last token of each block, a landmark that only the index reads: ordinary models with landmark
+    /// keys from an adapter. The landmark's own query reads its block alone and retrieves nothing.
     Hidden,
 }
 
 impl FaissIndex {
-    /// Where no effort is given.
+    /// The effort where a setting names none.
     pub const EFFORT: u32 = 64;
 
     const FORM: &str = "faiss:FACTORY or faiss:FACTORY@EFFORT";
@@ -230,7 +243,7 @@ impl FromStr for FaissIndex {
 }
 
 impl Engine {
-    /// What is set of it, where there is something to set.
+    /// The setting of [`Faiss`](Engine::Faiss); `None` for other engines.
     pub fn setting(&self) -> Option<&FaissIndex> {
         match self {
             Engine::Faiss(setting) => Some(setting),
@@ -262,7 +275,7 @@ impl FromStr for Engine {
 }
 
 impl DType {
-    /// Bytes of one number, without scales.
+    /// Bytes of one value, without scales.
     pub fn size_bytes(self) -> usize {
         match self {
             DType::F32 => 4,
@@ -284,7 +297,7 @@ impl Granularity {
         }
     }
 
-    /// The row that the query of `token` and `query_head` reads its blocks from.
+    /// The row of choices, from 0, of one query token and query head.
     pub fn row(self, token: usize, query_head: usize, query_heads: usize, kv_heads: usize) -> usize {
         match self {
             Granularity::TokenHead => token * query_heads + query_head,
@@ -320,6 +333,7 @@ impl fmt::Display for BlockId {
 macro_rules! words {
     ($type:ident, $($word:literal => $variant:ident),+ $(,)?) => {
         impl $type {
+            /// The word of each variant, for messages and help.
             pub const WORDS: &'static [&'static str] = &[$($word),+];
         }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Until when somebody waits for an answer. Work that takes long looks at it between its steps, and ends when it is over.
+/// How long a caller waits for an answer: a deadline, and flags that say that the caller has left. Long work checks it
+/// between steps and ends once it is over.
 #[derive(Clone, Debug, Default)]
 pub struct Until {
     end: Option<Instant>,
@@ -14,45 +15,47 @@ pub struct Until {
 }
 
 impl Until {
-    /// For callers that wait as long as it takes.
+    /// No deadline and no flag, for callers that wait as long as it takes.
     pub const FOREVER: Until = Until { end: None, timeout_ms: 0, given_up: Vec::new() };
 
-    /// A time too long for a clock is forever.
+    /// A deadline `timeout` from now. One beyond the range of the clock never passes.
     pub fn after(timeout: Duration) -> Until {
         let end = Instant::now().checked_add(timeout);
         Until { end, timeout_ms: timeout.as_millis().min(u64::MAX as u128) as u64, given_up: Vec::new() }
     }
 
-    /// Ends when `flag` is set, too.
+    /// Ends also once `flag` is set. A flag must stay set.
     pub fn or_given_up(mut self, flag: Arc<AtomicBool>) -> Until {
         self.given_up.push(flag);
         self
     }
 
-    /// Whether nothing ends it.
+    /// Whether it has neither deadline nor flag.
     pub fn is_forever(&self) -> bool {
         self.end.is_none() && self.given_up.is_empty()
     }
 
-    /// When time runs out, if it does.
+    /// The deadline, where there is one.
     pub fn end(&self) -> Option<Instant> {
         self.end
     }
 
-    /// The time that the caller gave; 0 if it gave none.
+    /// The timeout that the caller gave, in milliseconds; 0 for none.
     pub fn timeout_ms(&self) -> u64 {
         self.timeout_ms
     }
 
+    /// Whether the deadline has passed.
     pub fn is_late(&self) -> bool {
         self.end.is_some_and(|end| Instant::now() >= end)
     }
 
+    /// Whether a flag is set: the caller has left.
     pub fn is_given_up(&self) -> bool {
         self.given_up.iter().any(|flag| flag.load(Ordering::Relaxed))
     }
 
-    /// Whether nobody waits any more. Stays so once it is.
+    /// Whether the deadline has passed or the caller has left. Once true, it stays true.
     pub fn is_over(&self) -> bool {
         self.is_given_up() || self.is_late()
     }

@@ -4,64 +4,160 @@ use crate::shape::{Fingerprint, InvalidShape};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
 
-/// What kind of thing a name or id was looked for among.
+/// The kind of thing that a request named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entity {
+    /// Named by a [`CollectionId`](crate::CollectionId) or a name.
     Collection,
+    /// Named by a [`DocumentId`], a name, or what it should have.
     Document,
+    /// Named by a [`BlockId`].
     Block,
 }
 
-/// Why a call on a block memory failed. Nothing acknowledged is ever lost by a failed call.
+/// Why a call on a block memory failed. A failed call loses nothing that was acknowledged. Texts are human-readable;
+/// programs look at the variant.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum MemoryError {
+    /// The request names something that does not exist.
     #[error("no {entity} {id}: list what exists")]
-    NotFound { entity: Entity, id: String },
+    NotFound {
+        /// The kind of thing.
+        entity: Entity,
+        /// The id or name as a person would write it.
+        id: String,
+    },
+    /// The request lacks a required field.
     #[error("a request without {field}")]
-    Missing { field: String },
+    Missing {
+        /// Path of the field in the request, such as `blocks[0].k`.
+        field: String,
+    },
+    /// The request has a value that the memory cannot take.
     #[error("{field}: expected {expected}, found {found}")]
-    Invalid { field: String, expected: String, found: String },
+    Invalid {
+        /// Path of the field in the request, such as `scope[0].blocks`.
+        field: String,
+        /// The values that the field may have.
+        expected: String,
+        /// The value that it has.
+        found: String,
+    },
+    /// The collection belongs to another model, key rule or dtype.
     #[error(
         "collection {collection:?} belongs to the model with fingerprint {stored:#}, this one has {offered:#}: use the model, \
          key rule and dtypes it was made with, or another collection"
     )]
-    FingerprintMismatch { collection: String, stored: Fingerprint, offered: Fingerprint },
+    FingerprintMismatch {
+        /// Name of the collection.
+        collection: String,
+        /// The fingerprint that the collection is bound to.
+        stored: Fingerprint,
+        /// The fingerprint of the caller's specification.
+        offered: Fingerprint,
+    },
+    /// A durable block has other token ids than the append.
     #[error(
         "document {document} already holds other tokens at block {index}: append what it holds, or use another name"
     )]
-    Conflict { document: DocumentId, index: u32 },
+    Conflict {
+        /// The document of the append.
+        document: DocumentId,
+        /// The first block that differs.
+        index: u32,
+    },
+    /// The document takes no more appends.
     #[error("document {document} is sealed: appends need a new document")]
-    Sealed { document: DocumentId },
+    Sealed {
+        /// The document of the append.
+        document: DocumentId,
+    },
+    /// The append leaves a gap behind the document's last full block.
     #[error(
         "document {document} has {expected} full blocks, the append begins at {found}: send block {expected} first"
     )]
-    OutOfOrder { document: DocumentId, expected: u32, found: u32 },
+    OutOfOrder {
+        /// The document of the append.
+        document: DocumentId,
+        /// Index of the block that may come next.
+        expected: u32,
+        /// Index of the block that came.
+        found: u32,
+    },
+    /// The document's length is not [`AppendRequest::expected_tokens`](super::AppendRequest::expected_tokens).
     #[error(
         "document {document} has {found} tokens, the append expected {expected}: another writer was there; read the document again and \
          append behind what it holds, or use another name"
     )]
-    UnexpectedLength { document: DocumentId, expected: u64, found: u64 },
+    UnexpectedLength {
+        /// The document of the append.
+        document: DocumentId,
+        /// Tokens that the append expected the document to have.
+        expected: u64,
+        /// Tokens that it has.
+        found: u64,
+    },
+    /// The request passes a bound of [`limits`](crate::limits), or needs more working memory than the whole budget.
     #[error("{what}: at most {limit} are allowed, found {found}")]
-    LimitExceeded { what: String, limit: u64, found: u64 },
-    /// Others have what the call needs; it was not begun.
+    LimitExceeded {
+        /// What was counted, with its unit.
+        what: String,
+        /// The largest count allowed.
+        limit: u64,
+        /// The request's count.
+        found: u64,
+    },
+    /// Other calls have the resources that this one needs. It was not begun.
     #[error("{what}: all in use now, try again in {retry_ms} ms")]
-    Busy { what: String, retry_ms: u64 },
+    Busy {
+        /// The resource in use.
+        what: String,
+        /// When to try again, in milliseconds.
+        retry_ms: u64,
+    },
+    /// Bytes on disk are not those that were written.
     #[error("stored data is damaged{}: {detail}; verify the directory", in_block(.block))]
-    DataLoss { block: Option<BlockId>, detail: String },
+    DataLoss {
+        /// The damaged block; `None` where the damage belongs to no single one.
+        block: Option<BlockId>,
+        /// What does not match.
+        detail: String,
+    },
     /// The store stopped taking writes after a failed flush, or the disk refused.
     #[error("storage failed: {detail}")]
-    Storage { detail: String },
+    Storage {
+        /// The step that failed, and the reason that the system gave.
+        detail: String,
+    },
+    /// Another process has the data directory open.
     #[error("the data directory {path} is in use by another process: connect to that process, or stop it")]
-    Locked { path: String },
+    Locked {
+        /// Path of the data directory.
+        path: String,
+    },
+    /// The other side of a connection is gone: the service, or the caller that waited for the answer.
     #[error("{target} cannot be reached: {detail}")]
-    Unavailable { target: String, detail: String },
+    Unavailable {
+        /// The address of the service, or `the caller`.
+        target: String,
+        /// What happened to the connection.
+        detail: String,
+    },
+    /// The caller's deadline passed. A write may have become durable nevertheless.
     #[error("no answer within {ms} ms")]
-    DeadlineExceeded { ms: u64 },
+    DeadlineExceeded {
+        /// The time that the caller gave, in milliseconds.
+        ms: u64,
+    },
     /// A bug: the message says where.
     #[error("internal error: {detail}")]
-    Internal { detail: String },
+    Internal {
+        /// The assumption that did not hold.
+        detail: String,
+    },
 }
 
+/// The result of a call on a [`BlockMemory`](super::BlockMemory).
 pub type Result<T> = std::result::Result<T, MemoryError>;
 
 fn in_block(block: &Option<BlockId>) -> String {
@@ -79,8 +175,10 @@ impl std::fmt::Display for Entity {
 }
 
 impl Until {
+    /// Ends work that nobody waits for: call it between steps.
+    ///
     /// # Errors
-    /// `DeadlineExceeded` when time has run out, `Unavailable` when the caller has hung up.
+    /// [`MemoryError::DeadlineExceeded`] when time has run out, [`MemoryError::Unavailable`] when the caller has hung up.
     pub fn check(&self) -> Result<()> {
         if self.is_given_up() {
             return Err(MemoryError::Unavailable { target: "the caller".into(), detail: "it hung up".into() });

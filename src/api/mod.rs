@@ -1,5 +1,5 @@
-//! The product without a network: what a block memory does, in process (`memory::LocalMemory`) and remote
-//! (`client::RemoteMemory`) alike. Both give identical answers, bit for bit.
+//! The product without a network: what a block memory does, in process ([`LocalMemory`](crate::LocalMemory)) and remote
+//! (`RemoteMemory` of landmarkdb-grpc) alike. Both give identical answers, bit for bit.
 //!
 //! All calls block. Positions are never absolute: a query says how far it is from the start of its local window,
 //! and the memory places retrieved blocks in slots just before that window (see [`AttendRequest`]).
@@ -19,26 +19,42 @@ use crate::types::{BlockRange, CollectionId, DocumentId, Engine};
 use crate::until::Until;
 
 /// A block memory. Shared between threads; writers to different documents do not wait for each other's encoding.
+///
+/// # Errors
+/// Beside the errors listed at each method, every call may fail with [`MemoryError::Storage`] when the disk refuses,
+/// [`MemoryError::DataLoss`] when what it reads is damaged, and, of a memory behind a network,
+/// [`MemoryError::Unavailable`], [`MemoryError::DeadlineExceeded`] or [`MemoryError::Busy`].
 pub trait BlockMemory: Send + Sync {
     /// Creates the collection, or opens the one of that name if its fingerprint agrees.
+    ///
+    /// # Errors
+    /// [`MemoryError::Invalid`] as [`CollectionSpec::check`], [`MemoryError::FingerprintMismatch`] where the collection of
+    /// that name belongs to another model.
     fn open_collection(&self, spec: &CollectionSpec) -> Result<CollectionInfo>;
 
+    /// All collections of the data directory.
+    ///
+    /// # Errors
+    /// Those of every call.
     fn collections(&self) -> Result<Vec<CollectionInfo>>;
 
-    /// Changes what answers lookups in a collection, durably. Indexes are built anew at the next lookup of each document;
-    /// lookups under way are answered by the engine that they began with. An engine that this machine does not have is
-    /// refused ([`MemoryError::Invalid`]).
+    /// Changes the engine of a collection, durably. Each document's indexes are built anew at its next lookup; the old
+    /// engine finishes the lookups under way.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the collection, [`MemoryError::Invalid`] for an engine that this machine does not have,
+    /// [`MemoryError::Invalid`] or [`MemoryError::LimitExceeded`] for its setting.
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo>;
 
     /// Measures the engines that may answer a collection's lookups on its longest document, and sets the fastest that finds
-    /// enough: flat, sq4, sq8, cuda where there is a GPU, and the indexes that the request names. `progress` is told each
-    /// step. Lookups of others are answered meanwhile by the engine that is measured; after an error the collection has the
-    /// engine again that it had.
+    /// enough: flat, sq4, sq8, cuda where there is a GPU, and the indexes that the request names. `progress` is called
+    /// at each step. The measured engine answers the lookups of other callers meanwhile. An error sets the
+    /// collection's earlier engine again.
     ///
     /// # Errors
     /// [`MemoryError::NotFound`] for the collection, or if no document of it has a full block, [`MemoryError::Missing`]
-    /// without queries, [`MemoryError::LimitExceeded`] for more than `limits` allows, whatever a lookup is refused with, and
-    /// [`MemoryError::Invalid`] from a memory that has no engines to choose from.
+    /// without queries, [`MemoryError::LimitExceeded`] beyond [`limits`](crate::limits), those of
+    /// [`lookup_until`](Self::lookup_until), and [`MemoryError::Invalid`] from a memory without engines to choose from.
     fn tune(&self, _request: &TuneRequest, _progress: &mut dyn FnMut(TuneStep), _until: &Until) -> Result<TuneReport> {
         Err(MemoryError::Invalid {
             field: "tune".into(),
@@ -48,70 +64,129 @@ pub trait BlockMemory: Send + Sync {
     }
 
     /// Creates an empty open document, or gives the one of that name.
+    ///
+    /// # Errors
+    /// [`MemoryError::Invalid`] as [`check_name`](crate::check_name), [`MemoryError::NotFound`] for the collection.
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo>;
 
     /// All documents of a collection, by name.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the collection.
     fn documents(&self, collection: CollectionId) -> Result<Vec<DocumentInfo>>;
 
+    /// A document as of its last acknowledged append.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document.
     fn document(&self, document: DocumentId) -> Result<DocumentInfo>;
 
-    /// Durable when it returns.
+    /// Appends blocks to a document. They are durable when it returns.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document, [`MemoryError::Missing`], [`MemoryError::Invalid`] or
+    /// [`MemoryError::LimitExceeded`] for a field of the request, [`MemoryError::Conflict`], [`MemoryError::Sealed`],
+    /// [`MemoryError::OutOfOrder`] or [`MemoryError::UnexpectedLength`] where the blocks do not continue the document.
     fn append(&self, request: AppendRequest) -> Result<DocumentInfo>;
 
-    /// Takes no more appends from now on. Sealing a sealed document changes nothing.
+    /// Ends appends to a document, durably. Sealing a sealed document changes nothing.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document.
     fn seal(&self, document: DocumentId) -> Result<DocumentInfo>;
 
+    /// Chooses the `top_k` eligible blocks with the highest scores for each row of queries.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the collection or a document of the scope, [`MemoryError::Missing`] without query
+    /// tokens, [`MemoryError::Invalid`] for a field outside its range, [`MemoryError::LimitExceeded`] beyond
+    /// [`limits`](crate::limits) or the budget of working memory.
     fn lookup(&self, request: &LookupRequest) -> Result<Hits>;
 
+    /// Chooses blocks as [`lookup`](Self::lookup) does and attends to them next to the data.
+    ///
+    /// # Errors
+    /// Those of [`lookup`](Self::lookup).
     fn attend(&self, request: &AttendRequest) -> Result<Attended>;
 
-    /// As [`lookup`](Self::lookup), for a caller that waits no longer than `until`: work that has begun ends then, with
-    /// [`MemoryError::DeadlineExceeded`] or, if the caller is gone, any other error.
+    /// [`lookup`](Self::lookup) for a caller that waits no longer than `until`: work under way ends then.
+    ///
+    /// # Errors
+    /// Those of [`lookup`](Self::lookup), [`MemoryError::Busy`] instead of a wait for working memory,
+    /// [`MemoryError::DeadlineExceeded`] when time has run out, any error when the caller is gone.
     fn lookup_until(&self, request: &LookupRequest, until: &Until) -> Result<Hits> {
         until.check()?;
         self.lookup(request)
     }
 
-    /// As [`attend`](Self::attend), for a caller that waits no longer than `until`.
+    /// [`attend`](Self::attend) for a caller that waits no longer than `until`.
+    ///
+    /// # Errors
+    /// Those of [`lookup_until`](Self::lookup_until).
     fn attend_until(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
         until.check()?;
         self.attend(request)
     }
 
-    /// Answers requests whose queries are all known, of many layers or sequences, sooner than one call after the other
-    /// would: one outcome per request, in their order, and each what [`attend`](Self::attend) gives. A refused request
-    /// fails alone; more than `limits::ATTEND_REQUESTS_MAX` are refused together.
+    /// Answers many requests with known queries, of several layers or sequences, sooner than one call each: one outcome per
+    /// request, in their order, equal to that of [`attend`](Self::attend). A refused request fails alone; more than
+    /// [`limits::ATTEND_REQUESTS_MAX`](crate::limits::ATTEND_REQUESTS_MAX) are refused together.
     fn attend_all(&self, requests: &[AttendRequest]) -> Vec<Result<Attended>> {
         requests.iter().map(|request| self.attend(request)).collect()
     }
 
-    /// As [`attend_all`](Self::attend_all), for a caller that waits no longer than `until`. Requests that need more
-    /// memory together than there is are refused as a whole, before any of them is begun.
+    /// [`attend_all`](Self::attend_all) for a caller that waits no longer than `until`.
+    ///
+    /// # Errors
+    /// Refuses all requests before any begins: [`MemoryError::LimitExceeded`] for too many of them or more working memory
+    /// than the budget, [`MemoryError::Busy`] while others have it, those of [`Until::check`].
     fn attend_all_until(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
         until.check()?;
         Ok(self.attend_all(requests))
     }
 
+    /// Reads blocks with K and V, in the order of the request.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document or a block, [`MemoryError::Invalid`] for dtype int8,
+    /// [`MemoryError::LimitExceeded`] as [`FetchRequest::check`].
     fn fetch(&self, request: &FetchRequest) -> Result<Vec<StoredBlock>>;
 
     /// Blocks of a range without payload; the tail counts as index `blocks`. A range past the end is cut.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document.
     fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>>;
 
-    /// Deletes, durably when it returns; space comes back until it is within `limits::SPACE_PERCENT_MAX`.
+    /// Deletes a document, durably when it returns. Compaction gives its space back, until segments take at most
+    /// [`limits::SPACE_PERCENT_MAX`](crate::limits::SPACE_PERCENT_MAX) hundredths of the live bytes.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document.
     fn delete(&self, document: DocumentId) -> Result<Deleted>;
 
+    /// Totals of the data directory, and counts since the memory was opened.
+    ///
+    /// # Errors
+    /// Those of every call.
     fn stats(&self) -> Result<Stats>;
 
-    /// What the memory can do now; asked often, so it has to be cheap.
+    /// Which calls the memory can serve now. Called often, so it has to be cheap.
     fn health(&self) -> Health {
         Health::Serving
     }
 
-    /// Reads everything that a document (or all) refers to and checks it. `progress` is told the bytes read so far
-    /// and in all.
+    /// Reads and checks every record of a document, or of all. Damage is a fault of the report, no error. `progress` is
+    /// called with the bytes read so far and in all.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document.
     fn verify(&self, document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
 
-    /// As [`verify`](Self::verify), for a caller that waits no longer than `until`.
+    /// [`verify`](Self::verify) for a caller that waits no longer than `until`.
+    ///
+    /// # Errors
+    /// Those of [`verify`](Self::verify) and of [`Until::check`].
     fn verify_until(
         &self,
         document: Option<DocumentId>,
@@ -122,7 +197,10 @@ pub trait BlockMemory: Send + Sync {
         self.verify(document, progress)
     }
 
-    /// Verifies all documents, and compares the catalog with one that is rebuilt in memory from the segments: what one of the
-    /// two does not say is a fault. Nothing stored is changed, and writers go on.
+    /// Verifies all documents and compares the catalog with one rebuilt in memory from the segments. Each difference is a
+    /// fault. It changes nothing stored, and writers go on.
+    ///
+    /// # Errors
+    /// Those of [`Until::check`].
     fn verify_rebuild(&self, progress: &mut dyn FnMut(u64, u64), until: &Until) -> Result<VerifyReport>;
 }

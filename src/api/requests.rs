@@ -14,27 +14,35 @@ use crate::types::{
 pub struct Tensor {
     /// f32, f16 or bf16; never int8.
     pub dtype: DType,
+    /// Length of each axis, the slowest first. No axis means a single value.
     pub shape: Vec<u32>,
-    /// Exactly `shape` values of `dtype`.
+    /// Exactly `product(shape)` values of `dtype`.
     pub data: Bytes,
 }
 
 /// A collection that exists.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CollectionInfo {
+    /// Names the collection in requests.
     pub id: CollectionId,
+    /// As the collection was created with.
     pub spec: CollectionSpec,
+    /// [`CollectionSpec::fingerprint`] of `spec`.
     pub fingerprint: Fingerprint,
+    /// Documents in the collection, sealed and open.
     pub documents: u64,
-    /// What answers lookups in it. New collections have [`Engine::Flat`].
+    /// Answers lookups in the collection. New collections have [`Engine::Flat`].
     pub engine: Engine,
 }
 
 /// A document that exists, as of its last acknowledged append.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DocumentInfo {
+    /// Names the document in requests.
     pub id: DocumentId,
+    /// The collection that the document was opened in; it never moves to another.
     pub collection: CollectionId,
+    /// 1 to 255 bytes without control characters, unique within the collection.
     pub name: String,
     /// Sealed documents take no more appends.
     pub sealed: bool,
@@ -55,19 +63,23 @@ pub struct DocumentInfo {
 pub struct BlockText {
     /// Where the block begins in the document's source text, in bytes.
     pub start: u64,
-    /// The source text. A block may begin or end inside a UTF-8 sequence.
+    /// The source text, at most [`limits::BLOCK_TEXT_BYTES_MAX`] bytes. A block may begin or end inside a UTF-8 sequence.
     pub bytes: Vec<u8>,
-    /// Where each token begins in `bytes`: one per token, not decreasing.
+    /// `(tokens)`: where each token begins in `bytes`, not decreasing.
     pub offsets: Vec<u32>,
 }
 
 /// One block to append, or, with fewer than B tokens and last in its request, the document's new tail.
+///
+/// Values of K and V must be finite: at most 65,504 in size where the collection stores them in f16 (K also where its
+/// keys are f16), at most [`limits::NUMBER_MAX`] elsewhere.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewBlock {
     /// Position in the document, counted in blocks.
     pub index: u32,
-    /// One per token.
+    /// `(tokens)`: B of them, 1 to B in the last block of a request.
     pub token_ids: Vec<u32>,
+    /// The text that the tokens cover; empty `bytes` where there is none.
     pub text: BlockText,
     /// `(L, Hkv, tokens, D)`, each key rotated by its offset inside the block only.
     pub k: Tensor,
@@ -75,37 +87,44 @@ pub struct NewBlock {
     pub v: Tensor,
 }
 
-/// Appends consecutive blocks. Idempotent: blocks that are already durable are skipped if their token ids agree
-/// and refused ([`MemoryError::Conflict`]) if not. A tail is replaced by whatever later comes at its index, but for the first
-/// tokens of it, which are durable already.
+/// Appends consecutive blocks. Idempotent: the memory skips durable blocks with the same token ids and refuses those with
+/// others ([`MemoryError::Conflict`]). Blocks at the index of a tail replace it, except for a repetition of its first tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AppendRequest {
+    /// An open document.
     pub document: DocumentId,
+    /// 1 to [`limits::APPEND_BLOCKS_MAX`], by ascending index. All of them become durable, or none.
     pub blocks: Vec<NewBlock>,
-    /// Tokens that the document has, if the caller is to be its only writer: with another number nothing is appended
-    /// ([`MemoryError::UnexpectedLength`]), unless all blocks are durable already. Without it, whatever tail there is is replaced.
+    /// Tokens that the document has, if the caller is to be its only writer: at another length nothing is appended
+    /// ([`MemoryError::UnexpectedLength`]), unless all blocks are durable already. `None` replaces any tail.
     pub expected_tokens: Option<u64>,
 }
 
 /// Where the local window begins and what may be retrieved for it. See [`AttendRequest`] for the geometry.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LookupRequest {
+    /// The collection of all documents in `scope`.
     pub collection: CollectionId,
+    /// 0 to L - 1.
     pub layer: u32,
-    /// `(T, Hq, D)`, before RoPE.
+    /// `(T, Hq, D)`, before RoPE. Finite, at most [`limits::NUMBER_MAX`] in size, after the softmax scale too.
     pub queries: Vec<f32>,
-    /// `(T)`: tokens from the start of the local window to each query, 0 for the window's first token.
+    /// `(T)`, T from 1 to [`limits::QUERY_TOKENS_MAX`]: tokens from the start of the local window to each query, 0 for the
+    /// window's first token.
     pub distances: Vec<u32>,
     /// The eligible blocks, in document order: outside the local window and not the sink. The last entry is the
-    /// document that the local window continues; its last blocks lie just before the window. Empty ranges are fine.
+    /// document that the local window continues; its last blocks lie just before the window. Ranges may be empty. At most
+    /// [`limits::SCOPE_DOCUMENTS_MAX`] entries.
     pub scope: Vec<BlockRange>,
-    /// k; fewer eligible blocks give fewer hits.
+    /// k, 1 to [`limits::TOP_K_MAX`]; fewer eligible blocks give fewer hits.
     pub top_k: u32,
+    /// How the m scores of a block become one.
     pub block_score: BlockScore,
+    /// Which query tokens and heads choose blocks together.
     pub granularity: Granularity,
 }
 
-/// Partial attention over the retrieved blocks.
+/// A lookup, and attention over the blocks that it finds.
 ///
 /// Geometry (the paper's stingy position mapping). Let `n` be the number of eligible blocks, `k = min(top_k, n)`, and
 /// "recent" the last `min(k, blocks of the last scope entry)` eligible blocks. Just before the window lie
@@ -116,7 +135,9 @@ pub struct LookupRequest {
 /// block is recent and older blocks exist. So with all blocks retrieved everything is at its true position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttendRequest {
+    /// Chooses the blocks to attend to.
     pub lookup: LookupRequest,
+    /// How scores inside the chosen blocks become weights.
     pub normalisation: Normalisation,
 }
 
@@ -134,7 +155,7 @@ pub struct Hits {
     pub scores: Vec<f32>,
 }
 
-/// What attention over the retrieved blocks gave.
+/// Partial attention over the retrieved blocks.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Attended {
     /// `(T, Hq, D)`: softmax-weighted values; zeros where nothing was eligible.
@@ -142,14 +163,16 @@ pub struct Attended {
     /// `(T, Hq)`: natural log of the softmax denominator (of scores times `softmax_scale`); -inf where nothing was
     /// eligible. Merges with the local window's part.
     pub lse: Vec<f32>,
+    /// The blocks attended to: provenance is part of the answer.
     pub hits: Hits,
 }
 
 /// Reads stored blocks. Index `blocks` of a document is its tail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FetchRequest {
+    /// The document of all `blocks`.
     pub document: DocumentId,
-    /// Block indices, any order, repeats allowed; answered in this order.
+    /// At most [`limits::FETCH_BLOCKS_MAX`] block indices, any order, repeats allowed; answered in this order.
     pub blocks: Vec<u32>,
     /// f32, f16 or bf16: what K and V are converted to.
     pub dtype: DType,
@@ -158,8 +181,11 @@ pub struct FetchRequest {
 /// One block read back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredBlock {
+    /// The document and index that the request named.
     pub id: BlockId,
+    /// `(tokens)`: B of them, fewer in a tail.
     pub token_ids: Vec<u32>,
+    /// As it was appended.
     pub text: BlockText,
     /// `(L, Hkv, tokens, D)`, rotated by the offset inside the block.
     pub k: Tensor,
@@ -170,95 +196,124 @@ pub struct StoredBlock {
 /// A block without its payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockInfo {
+    /// The document and the position in it.
     pub id: BlockId,
+    /// `(tokens)`: B of them, fewer in a tail.
     pub token_ids: Vec<u32>,
+    /// As it was appended.
     pub text: BlockText,
+    /// Bytes of the block's record on disk, payload included.
     pub stored_bytes: u64,
 }
 
-/// Totals of one data directory.
+/// Totals of one data directory. Counts of calls and blocks begin when the memory is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Stats {
+    /// Collections, empty ones included.
     pub collections: u64,
+    /// Documents of all collections.
     pub documents: u64,
+    /// Full blocks of all documents.
     pub blocks: u64,
+    /// Tokens of all documents, tails included.
     pub tokens: u64,
     /// Bytes of records that documents refer to.
     pub live_bytes: u64,
     /// Bytes of all segment files.
     pub segment_bytes: u64,
+    /// Segment files.
     pub segments: u64,
     /// Bytes of the catalog on disk.
     pub catalog_bytes: u64,
-    /// Bytes that torn ends cut off and of damaged segments, kept until the operator lets them go.
+    /// Bytes set aside: torn ends and damaged segments, kept until the operator discards them.
     pub set_aside_bytes: u64,
-    /// Bytes of landmark keys held in memory now, and their indexes.
+    /// Bytes of landmark keys in memory now, and of their indexes.
     pub index_bytes: u64,
-    /// The bytes that they may take.
+    /// Budget of `index_bytes`.
     pub index_bytes_max: u64,
-    /// Times that a document's keys, or more of them, were read from disk to be held.
+    /// Reads of a document's keys, or of more of them, from disk into memory.
     pub index_loads: u64,
-    /// Documents whose keys made room for others.
+    /// Documents whose keys were evicted to make room for others.
     pub index_evictions: u64,
+    /// Lookups answered, without those of attends.
     pub lookups: u64,
+    /// Attends answered, each request of an `attend_all` counted.
     pub attends: u64,
+    /// Full blocks made durable.
     pub appended_blocks: u64,
+    /// Blocks read by fetches, repeats counted.
     pub fetched_blocks: u64,
+    /// Which calls the memory can serve now.
     pub health: Health,
 }
 
-/// What a memory can do now. The reason is human-readable.
+/// Which calls a memory can serve now.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Health {
-    /// All that it promises.
+    /// All calls.
     #[default]
     Serving,
-    /// It reads, and refuses writes.
-    ReadOnly { reason: String },
-    /// It answers nothing.
-    Failed { reason: String },
+    /// Reads and deletes, because the disk is full. Other writes fail.
+    ReadOnly {
+        /// Human-readable.
+        reason: String,
+    },
+    /// None for certain: a write failed and could not be undone. Reads may work, and each write first tries to recover. A
+    /// service reports itself as not serving.
+    Failed {
+        /// Human-readable.
+        reason: String,
+    },
 }
 
 /// One thing that verification found wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
+    /// The damaged document; `None` where the damage belongs to no single one.
     pub document: Option<DocumentId>,
+    /// The damaged block; `None` where the damage belongs to no single one.
     pub block: Option<BlockId>,
     /// Human-readable.
     pub problem: String,
 }
 
-/// What a verification read, and found.
+/// The extent of a verification, and the faults that it found.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct VerifyReport {
+    /// Documents read.
     pub documents: u64,
+    /// Full blocks and tails read.
     pub blocks: u64,
+    /// Bytes of records read.
     pub bytes: u64,
-    /// Bytes that torn ends cut off and of damaged segments, kept until the operator lets them go: no fault.
+    /// Bytes set aside: torn ends and damaged segments, kept until the operator discards them. No fault.
     pub set_aside_bytes: u64,
+    /// Empty if everything is as it was written.
     pub faults: Vec<Fault>,
 }
 
 /// What to measure of the engines that may answer a collection's lookups.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TuneRequest {
+    /// The collection to measure; one of its documents must have a full block.
     pub collection: CollectionId,
-    /// Looked up in turn in the collection's longest document, 1 to `limits::TUNE_QUERIES_MAX`; recall is taken over the first
-    /// 64. Use captured queries of the collection's model; random ones predict little.
+    /// 1 to [`limits::TUNE_QUERIES_MAX`], looked up in turn in the collection's longest document; recall is taken over the
+    /// first 64. Use captured queries of the collection's model; random ones predict little.
     pub queries: Vec<TuneQuery>,
-    /// k, the blocks of every choice, 1 to `limits::TOP_K_MAX`.
+    /// k, the blocks of every choice, 1 to [`limits::TOP_K_MAX`].
     pub top_k: u32,
     /// The share of flat's blocks that an engine has to find, 0 to 1.
     pub recall: f64,
-    /// Lookups that are timed with each engine, 1 to `limits::TUNE_LOOKUPS_MAX`; 0 is 1.
+    /// Timed lookups per engine, 1 to [`limits::TUNE_LOOKUPS_MAX`]; 0 is 1.
     pub lookups: u32,
-    /// Indexes of FAISS to measure beside the engines that need no setting, at most `limits::TUNE_INDEXES_MAX`.
+    /// FAISS indexes to measure beside the engines without settings, at most [`limits::TUNE_INDEXES_MAX`].
     pub indexes: Vec<TuneIndex>,
 }
 
-/// What one query token asks of one layer.
+/// The query of one token at one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TuneQuery {
+    /// 0 to L - 1.
     pub layer: u32,
     /// Tokens from the start of the local window.
     pub distance: u32,
@@ -266,85 +321,99 @@ pub struct TuneQuery {
     pub values: Vec<f32>,
 }
 
-/// An index of FAISS to measure.
+/// A FAISS index to measure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TuneIndex {
-    /// As FAISS's `index_factory` takes it.
+    /// In the language of `faiss::index_factory`, at most [`limits::FAISS_FACTORY_BYTES_MAX`] bytes.
     pub factory: String,
-    /// `None`: the smallest that reaches the recall, found by doubling.
+    /// 1 to [`limits::FAISS_EFFORT_MAX`]. `None`: the smallest that reaches the recall, found by doubling.
     pub effort: Option<u32>,
 }
 
-/// How far a measurement is.
+/// Progress of [`BlockMemory::tune`](super::BlockMemory::tune).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TuneStep {
-    /// An engine is measured, on a document of so many blocks.
-    Measuring { engine: Engine, blocks: u32 },
-    /// An engine that this machine does not have. The reason is human-readable.
-    LeftOut { engine: Engine, reason: String },
+    /// A measurement begins.
+    Measuring {
+        /// The engine, with the effort of this measurement.
+        engine: Engine,
+        /// Full blocks of the document that is looked up in.
+        blocks: u32,
+    },
+    /// An engine is skipped, because this machine does not have it.
+    LeftOut {
+        /// The skipped engine.
+        engine: Engine,
+        /// Human-readable.
+        reason: String,
+    },
 }
 
-/// What an engine took to answer.
+/// Recall, latency and memory of one engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
+    /// The engine, with the effort that was measured last.
     pub engine: Engine,
     /// The share of flat's blocks that were found, 0 to 1.
     pub recall: f64,
-    /// Microseconds of one lookup: half of them, and 99 of 100, took no longer.
+    /// Median latency of a lookup, in microseconds.
     pub p50_us: f64,
+    /// 99th percentile of the latency of a lookup, in microseconds.
     pub p99_us: f64,
     /// Bytes of landmark keys and indexes in memory, of all documents.
     pub index_bytes: u64,
 }
 
-/// What was measured, and what answers now.
+/// The measurements of [`BlockMemory::tune`](super::BlockMemory::tune), and the engine that won.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TuneReport {
     /// The document that was looked up in.
     pub document: DocumentInfo,
-    /// What answers lookups from now on: the fastest that reached the recall. One that takes more memory than another is
-    /// a tenth faster at least.
+    /// Answers lookups from now on: the fastest that reached the recall. An engine that takes more memory than another
+    /// wins only if it is at least a tenth faster.
     pub engine: Engine,
     /// From the least memory to the most.
     pub measured: Vec<Measured>,
 }
 
-/// What a deletion gave back.
+/// What a deletion removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Deleted {
+    /// Full blocks that the document had.
     pub blocks: u32,
     /// Bytes of its records. A service gives them back to the disk in the background.
     pub freed_bytes: u64,
 }
 
 impl FetchRequest {
-    /// The bound that holds for a request as a whole, however it is read.
+    /// Checks the number of blocks.
     ///
     /// # Errors
-    /// `LimitExceeded` for too many blocks.
+    /// [`MemoryError::LimitExceeded`] for more than [`limits::FETCH_BLOCKS_MAX`].
     pub fn check(&self) -> Result<()> {
         let (limit, found) = (limits::FETCH_BLOCKS_MAX as u64, self.blocks.len() as u64);
         if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: "blocks".into(), limit, found }) }
     }
 }
 
-/// The bound that holds for requests that are asked together.
+/// Checks the number of requests of one [`BlockMemory::attend_all`](super::BlockMemory::attend_all).
 ///
 /// # Errors
-/// `LimitExceeded` for too many.
+/// [`MemoryError::LimitExceeded`] for more than [`limits::ATTEND_REQUESTS_MAX`].
 pub fn check_together(requests: usize) -> Result<()> {
     let (limit, found) = (limits::ATTEND_REQUESTS_MAX as u64, requests as u64);
     if found <= limit { Ok(()) } else { Err(MemoryError::LimitExceeded { what: "requests".into(), limit, found }) }
 }
 
 impl LookupRequest {
-    /// A measure of the work that needs no collection: values of the queries times blocks that they score.
+    /// Estimates the work without a look at the collection: query values times eligible and retrieved blocks. Compare with
+    /// [`limits::LIGHT_WEIGHT_MAX`].
     pub fn weight(&self) -> u64 {
         let eligible: u64 = self.scope.iter().map(|range| range.blocks.len() as u64).sum();
         (self.queries.len() as u64).saturating_mul(eligible.saturating_add(self.top_k as u64))
     }
 
-    /// Slots between the sink and the local window; the geometry is told at [`AttendRequest`].
+    /// Slots of B positions between the sink and the local window; [`AttendRequest`] has the geometry.
     pub fn slots(&self) -> u32 {
         let of = |range: &BlockRange| range.blocks.len() as u32;
         let eligible: u32 = self.scope.iter().map(of).sum();
@@ -355,14 +424,17 @@ impl LookupRequest {
 }
 
 impl Tensor {
-    /// Wraps f32 values. `shape` must have `values.len()` elements.
+    /// A tensor of dtype f32. The product of `shape` must be `values.len()`.
     pub fn from_f32(shape: Vec<u32>, values: &[f32]) -> Self {
         debug_assert_eq!(shape.iter().map(|&n| n as usize).product::<usize>(), values.len());
         let data = values.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
         Tensor { dtype: DType::F32, shape, data: data.into() }
     }
 
-    /// The values widened to f32.
+    /// The values widened to f32: `product(shape)` of them.
+    ///
+    /// # Errors
+    /// [`MemoryError::Invalid`] for dtype int8.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let pairs = || self.data.chunks_exact(2).map(|b| [b[0], b[1]]);
         Ok(match self.dtype {
@@ -380,6 +452,9 @@ impl Tensor {
     }
 
     /// Checks that dtype, shape and byte count agree with each other and with `shape`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Invalid`] for `field`.
     pub fn check(&self, field: &str, shape: &[u32]) -> Result<()> {
         let invalid = |expected: String, found: String| MemoryError::Invalid { field: field.into(), expected, found };
         if self.dtype == DType::Int8 {

@@ -46,18 +46,31 @@ use crate::api::MemoryError;
 /// Why attention could not be computed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum AttentionError {
+    /// An argument of the wrong size, or a call out of order.
     #[error("{field}: expected {expected}, found {found}")]
-    Invalid { field: &'static str, expected: String, found: String },
+    Invalid {
+        /// The argument, or the call that was due.
+        field: &'static str,
+        /// What the sequence can take next.
+        expected: String,
+        /// What it was given.
+        found: String,
+    },
+    /// The memory failed or refused a request.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// Attention of all layers of one sequence; keeps what it must of the past.
+/// Attention of all layers of one sequence, which keeps the K and V that later tokens need.
 pub trait SequenceAttention {
     /// One layer's attention for the next `tokens` tokens of the sequence, all slices row-major:
     /// `q (T, Hq, D)`, `k (T, Hkv, D)`, `v (T, Hkv, D)`, before RoPE. Returns `(T, Hq, D)`.
     ///
-    /// Called for layers 0, 1, .. L-1 with one group of tokens before the next group of tokens.
+    /// Call it for layers 0, 1, .. L - 1 with one group of tokens before the next group of tokens.
+    ///
+    /// # Errors
+    /// [`AttentionError::Invalid`] for slices of the wrong length or calls out of order, [`AttentionError::Memory`] from the
+    /// memory.
     fn attend(
         &mut self,
         layer: usize,
@@ -67,6 +80,7 @@ pub trait SequenceAttention {
         v: &[f32],
     ) -> Result<Vec<f32>, AttentionError>;
 
-    /// Tokens that all layers have seen, and those of the past that the sequence continues.
+    /// Position of the next token: the tokens that all layers have seen, after those of the text that the sequence
+    /// continues.
     fn position(&self) -> usize;
 }

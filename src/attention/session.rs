@@ -16,17 +16,17 @@ use crate::limits::TAIL_TOKENS_MAX;
 use crate::shape::{ModelShape, Rotation};
 use crate::types::{BlockId, BlockRange, CollectionId, DType, DocumentId, Normalisation};
 
-/// Attention of all layers of one sequence. What it does depends on how it was made:
+/// Attention of all layers of one sequence. The constructor decides what it sees:
 ///
-/// | made by | window | memory |
+/// | constructor | window | memory |
 /// |---|---|---|
 /// | [`full`](Self::full) | everything | none |
 /// | [`window_only`](Self::window_only) | slides | none |
 /// | [`write`](Self::write) | slides | appends the sequence's blocks to a document; retrieves from it if asked to |
 /// | [`read`](Self::read) | begins with the end of the last document and grows; the tails of the others lie beside it | retrieves from the documents |
 ///
-/// A window begins with a block, so no token is ever neither in the window nor retrievable. Where it slides, and whether
-/// that depends on how tokens are grouped into calls, is said by [`CountedFrom`].
+/// A window begins with a block, so every token is in the window or retrievable. [`CountedFrom`] says where it slides, and
+/// whether that depends on how tokens are grouped into calls.
 pub struct BlockAttention {
     shape: ModelShape,
     window: LocalWindow,
@@ -60,7 +60,9 @@ struct Link {
 /// A block that every layer and head reads, without choosing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AtHandBlock {
+    /// A full block or, with index `blocks` of its document, a tail.
     pub block: BlockId,
+    /// Why the block is at hand.
     pub place: Place,
 }
 
@@ -103,22 +105,22 @@ struct Run {
 }
 
 impl BlockAttention {
-    /// Causal attention over the whole sequence: the baseline.
+    /// Causal attention over the whole sequence, without a memory: the baseline.
     pub fn full(shape: &ModelShape, normalisation: Normalisation) -> Self {
         Self::new(shape, 0, None, normalisation, None)
     }
 
-    /// A sliding window (and a sink) and nothing else.
+    /// A sliding window, a sink where `window` has one, and no memory.
     pub fn window_only(shape: &ModelShape, window: Window) -> Self {
         let sink = window.sink.then(|| Sink::empty(shape));
         Self::new(shape, 0, Some(Sliding::new(shape, window)), window.normalisation, sink)
     }
 
-    /// Appends to an open document, going on where it ends. With `retrieval`, each query also attends to blocks that
-    /// have left its window.
+    /// Continues an open document and appends to it. With `retrieval`, each query also attends to blocks that have left its
+    /// window.
     ///
     /// # Errors
-    /// Those of reading the document's sink, window and tail back.
+    /// [`AttentionError::Memory`] when the document's sink, window or tail cannot be read back.
     pub fn write(
         memory: Arc<dyn BlockMemory>,
         collection: &CollectionInfo,
@@ -141,13 +143,13 @@ impl BlockAttention {
         Ok(session)
     }
 
-    /// Goes on after the last of `documents` as if the text continued, retrieving from all of them. Nothing is
-    /// written. The sink is the first block of the first document. Tokens after a document's last full block cannot be
-    /// retrieved: those of the last document are in the window, those of the others beside it.
+    /// Continues the text of the last of `documents` and retrieves from all of them. It writes nothing. The sink is the first
+    /// block of the first document. Tails cannot be retrieved: that of the last document is in the window, the others lie
+    /// beside it.
     ///
     /// # Errors
-    /// Those of reading the sink, the tails and the last document's end back; no document; more tails than
-    /// [`TAIL_TOKENS_MAX`] allows.
+    /// [`AttentionError::Memory`] when the sink, the tails or the last document's end cannot be read back,
+    /// [`AttentionError::Invalid`] without documents, or with more tokens of tails than [`TAIL_TOKENS_MAX`].
     pub fn read(
         memory: Arc<dyn BlockMemory>,
         collection: &CollectionInfo,
@@ -270,8 +272,12 @@ impl BlockAttention {
         Ok((session, tail))
     }
 
-    /// Says what the tokens of the last group were, and makes the blocks they fill durable. Every group of a
-    /// sequence that writes must be committed before the next.
+    /// Names the tokens of the last group and makes the blocks that they fill durable. A sequence that writes commits every
+    /// group before the next; others ignore the call.
+    ///
+    /// # Errors
+    /// [`AttentionError::Invalid`] for another number of tokens than the group had, [`AttentionError::Memory`] from the
+    /// append.
     pub fn commit(&mut self, tokens: NewTokens) -> Result<(), AttentionError> {
         if let Some(writer) = &mut self.writer {
             let attended = self.position - writer.tokens(self.shape.block_tokens as usize);
@@ -287,7 +293,11 @@ impl BlockAttention {
         Ok(())
     }
 
-    /// Makes the tokens after the last full block durable too, as the document's tail.
+    /// Makes committed tokens after the last full block durable, as the document's tail. Sequences that do not write ignore
+    /// the call.
+    ///
+    /// # Errors
+    /// [`AttentionError::Memory`] from the append.
     pub fn flush(&mut self) -> Result<(), AttentionError> {
         if let Some(writer) = &mut self.writer {
             writer.flush(&self.window, &self.shape)?;
@@ -295,13 +305,13 @@ impl BlockAttention {
         Ok(())
     }
 
-    /// Which blocks were read since the last call, heaviest first.
+    /// The retrieved blocks that were read since the last call, by falling mass.
     pub fn take_reads(&mut self) -> Vec<BlockReads> {
         self.trace.take()
     }
 
-    /// The blocks of a [`read`](Self::read) sequence that all layers and heads read without choosing them, in the order of
-    /// the documents.
+    /// The blocks that all layers and heads of a [`read`](Self::read) sequence read without choosing them, in the order of
+    /// the documents. Empty for other sequences.
     pub fn at_hand(&self) -> &[AtHandBlock] {
         &self.at_hand
     }

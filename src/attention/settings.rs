@@ -3,48 +3,51 @@
 use crate::types::{BlockScore, Granularity, Normalisation};
 use crate::words;
 
-/// What a query sees without retrieval, and how attention is normalised.
+/// The tokens that a query sees without retrieval, and how attention is normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// Full blocks that make up this many tokens (rounded up to whole blocks) are visible before the block that
-    /// `counted_from` says.
+    /// Tokens visible before the block that `counted_from` names, rounded up to full blocks.
     pub tokens: usize,
+    /// The block that `tokens` are counted back from.
     pub counted_from: CountedFrom,
     /// Whether the first block of the text stays visible: models without landmark training need it
     /// (Xiao et al. 2023, attention sinks).
     pub sink: bool,
-    /// Most tokens that go through the model at once.
+    /// Most tokens that go through the model at once, at least 1.
     pub chunk_tokens: usize,
     /// Of the local attention and of that over retrieved blocks.
     pub normalisation: Normalisation,
 }
 
-/// Where the window of a query is counted back from.
+/// The block that the sliding window is counted back from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CountedFrom {
-    /// The block that the query is in, so that it does not matter how tokens are grouped into chunks. While a
-    /// sequence is written, a chunk is at most the window.
+    /// The query's own block, so that chunks change no answer. A sequence that writes takes chunks of at most the window.
     Query,
-    /// The block that the first token of its chunk is in: a chunk is local to itself, and a token that is decoded
-    /// alone sees its own block (the paper's inference, section 3.2).
+    /// The block of the chunk's first token: a chunk is local to itself, and a token decoded alone sees its own block
+    /// (the paper's inference, section 3.2).
     Chunk,
 }
 
-/// What is retrieved, and how it is attended to.
+/// Which blocks are retrieved, and by which layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retrieval {
-    /// k
+    /// k, the blocks per row of choices: 1 to [`TOP_K_MAX`](crate::limits::TOP_K_MAX).
     pub top_k: u32,
+    /// How the m scores of a block become one.
     pub block_score: BlockScore,
+    /// Which query tokens and heads choose blocks together.
     pub granularity: Granularity,
+    /// The layers that retrieve.
     pub layers: Layers,
-    /// Only this many of a document's newest blocks are retrieved from; the oldest leave. `None`: all.
+    /// Newest eligible blocks per document; older ones are not eligible. `None`: all.
     pub newest_blocks: Option<u32>,
 }
 
 /// The layers that retrieve; the others see the window and the sink only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Layers {
+    /// Every layer.
     All,
     /// Those whose entry is true; layers beyond the list do not retrieve.
     These(Vec<bool>),
@@ -52,7 +55,7 @@ pub enum Layers {
 
 words!(CountedFrom, "query" => Query, "chunk" => Chunk);
 
-/// Past this, larger products are no faster.
+/// Default of [`Window::chunk_tokens`]: larger matrix products are no faster.
 pub const CHUNK_TOKENS: usize = 512;
 
 impl Default for Window {
@@ -69,8 +72,7 @@ impl Default for Window {
 }
 
 impl Window {
-    /// What a landmark-trained model was trained for: a chunk is local to itself, earlier blocks are reached through
-    /// their landmarks.
+    /// The window of landmark-trained models: a chunk is local to itself and reaches earlier blocks through their landmarks.
     pub fn landmark(chunk_tokens: usize) -> Self {
         Window {
             tokens: 0,
@@ -81,8 +83,8 @@ impl Window {
         }
     }
 
-    /// Most tokens of a sequence that may be attended to at once while it is written: a larger chunk could push blocks
-    /// out of the window that are not in the memory yet.
+    /// Most tokens per chunk of a sequence that writes: a larger chunk could push blocks out of the window that are not in
+    /// the memory yet.
     pub fn written_chunk_tokens(&self) -> usize {
         match self.counted_from {
             CountedFrom::Query => self.chunk_tokens.min(self.tokens),
@@ -93,7 +95,7 @@ impl Window {
 }
 
 impl Default for Retrieval {
-    /// What an untrained model needs: log-sum-exp over token keys, one choice per token and KV head, 4 blocks.
+    /// For models without landmarks: log-sum-exp over token keys, one choice per token and KV head, 4 blocks.
     fn default() -> Self {
         Retrieval {
             top_k: 4,
@@ -119,6 +121,7 @@ impl Retrieval {
 }
 
 impl Layers {
+    /// Whether `layer`, counted from 0, retrieves.
     pub fn include(&self, layer: usize) -> bool {
         match self {
             Layers::All => true,

@@ -5,23 +5,26 @@ use std::collections::BTreeMap;
 use crate::api::Hits;
 use crate::types::{BlockId, Granularity};
 
-/// What was read of one block.
+/// How much a sequence read of one block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockReads {
+    /// A block that a query chose.
     pub block: BlockId,
     /// Estimated attention that went to the block, summed over tokens, layers and query heads: the memory's share of
     /// the attention times the block's share of the retrieval softmax.
     pub mass: f64,
-    /// By layer and KV head, in order.
+    /// Those that chose the block, by layer and KV head.
     pub heads: Vec<HeadReads>,
 }
 
 /// How often one KV head of one layer chose a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadReads {
+    /// 0 to L - 1.
     pub layer: u32,
+    /// 0 to Hkv - 1.
     pub kv_head: u32,
-    /// Query tokens times query heads.
+    /// Pairs of query token and query head that chose the block.
     pub choices: u64,
 }
 

@@ -7,14 +7,14 @@ use crate::attention::window::LocalWindow;
 use crate::shape::ModelShape;
 use crate::types::DocumentId;
 
-/// What the tokens of one group are, beside their K and V.
+/// Ids and source text of one group of tokens, whose K and V the attention has.
 #[derive(Clone, Copy, Debug)]
 pub struct NewTokens<'a> {
     /// `(T)`
     pub ids: &'a [u32],
-    /// The source text they cover; empty if there is none.
+    /// The source text that the tokens cover; empty where there is none.
     pub text: &'a [u8],
-    /// `(T)`: where each token begins in `text`.
+    /// `(T)`: where each token begins in `text`, in bytes, not decreasing.
     pub offsets: &'a [u32],
 }
 
