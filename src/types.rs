@@ -75,6 +75,7 @@ pub enum KeyRule {
 /// How the scores of a block's m keys become one score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum BlockScore {
     /// The largest: the best key decides.
     Max,
@@ -189,6 +190,7 @@ pub struct FaissIndex {
 /// which each query token and query head computes for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Granularity {
     /// One choice per query token and query head: rows (T, Hq).
     TokenHead,
@@ -205,6 +207,7 @@ pub enum Granularity {
 /// How attention inside retrieved blocks is normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Normalisation {
     /// All tokens of all retrieved blocks compete in one softmax: ordinary models.
     Plain,

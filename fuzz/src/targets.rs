@@ -122,8 +122,7 @@ fn is_refusal(error: &MemoryError) -> bool {
     match error {
         NotFound { .. } | Missing { .. } | Invalid { .. } | FingerprintMismatch { .. } | Conflict { .. } => true,
         Sealed { .. } | OutOfOrder { .. } | UnexpectedLength { .. } | LimitExceeded { .. } => true,
-        Busy { .. } | DataLoss { .. } | Storage { .. } | Locked { .. } | Internal { .. } => false,
-        Unavailable { .. } | DeadlineExceeded { .. } => false,
+        _ => false,
     }
 }
 

@@ -6,6 +6,7 @@ use crate::until::Until;
 
 /// The kind of thing that a request named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Entity {
     /// Named by a [`CollectionId`](crate::CollectionId) or a name.
     Collection,
@@ -18,6 +19,7 @@ pub enum Entity {
 /// Why a call on a block memory failed. A failed call loses nothing that was acknowledged. Texts are human-readable;
 /// programs look at the variant.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum MemoryError {
     /// The request names something that does not exist.
     #[error("no {entity} {id}: list what exists")]

@@ -249,6 +249,7 @@ pub struct Stats {
 
 /// Which calls a memory can serve now.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Health {
     /// All calls.
     #[default]
@@ -332,6 +333,7 @@ pub struct TuneIndex {
 
 /// Progress of [`BlockMemory::tune`](super::BlockMemory::tune).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TuneStep {
     /// A measurement begins.
     Measuring {

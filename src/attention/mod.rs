@@ -45,6 +45,7 @@ use crate::api::MemoryError;
 
 /// Why attention could not be computed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum AttentionError {
     /// An argument of the wrong size, or a call out of order.
     #[error("{field}: expected {expected}, found {found}")]

@@ -66,7 +66,7 @@ pub struct AtHandBlock {
     pub place: Place,
 }
 
-/// Where a block at hand lies.
+/// Where a block at hand lies. Exhaustive, because citations name each place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// The first block of the first document.

@@ -21,6 +21,7 @@ pub struct Window {
 
 /// The block that the sliding window is counted back from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CountedFrom {
     /// The query's own block, so that chunks change no answer. A sequence that writes takes chunks of at most the window.
     Query,
@@ -46,6 +47,7 @@ pub struct Retrieval {
 
 /// The layers that retrieve; the others see the window and the sink only.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Layers {
     /// Every layer.
     All,

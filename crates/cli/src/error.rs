@@ -297,15 +297,7 @@ fn memory_exit(error: &MemoryError) -> Exit {
         | MemoryError::DeadlineExceeded { .. } => Exit::Unavailable,
         MemoryError::DataLoss { .. } => Exit::Damaged,
         MemoryError::FingerprintMismatch { .. } => Exit::FingerprintMismatch,
-        MemoryError::Missing { .. }
-        | MemoryError::Invalid { .. }
-        | MemoryError::Conflict { .. }
-        | MemoryError::Sealed { .. }
-        | MemoryError::OutOfOrder { .. }
-        | MemoryError::UnexpectedLength { .. }
-        | MemoryError::LimitExceeded { .. }
-        | MemoryError::Storage { .. }
-        | MemoryError::Internal { .. } => Exit::Failure,
+        _ => Exit::Failure,
     }
 }
 

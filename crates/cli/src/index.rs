@@ -192,6 +192,7 @@ fn tune(
             context.output.say(&format!("measuring {engine} on {} blocks", count(blocks)));
         }
         TuneStep::LeftOut { engine, reason } => context.output.say(&format!("not measuring {engine}: {reason}")),
+        other => context.output.say(&format!("{other:?}")),
     };
     let TuneReport { document, engine, measured } = memory.tune(&request, &mut say, &Until::FOREVER)?;
     let measured = measured.into_iter().map(|of| MeasuredEngine {

@@ -62,6 +62,8 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
         Health::Serving => ("serving", None),
         Health::ReadOnly { reason } => ("read-only", Some(reason)),
         Health::Failed { reason } => ("failed", Some(reason)),
+        // As a service tells it.
+        other => ("failed", Some(format!("{other:?}"))),
     };
     context.output.print(&Totals {
         collections: stats.collections,

@@ -196,7 +196,7 @@ impl RememberError {
         };
         match attention {
             AttentionError::Memory(error) => Some(error),
-            AttentionError::Invalid { .. } => None,
+            _ => None,
         }
     }
 }

@@ -188,7 +188,11 @@ async fn tune_all(work: Work, turn: Turn, request: TuneRequest, replies: Replies
     let message = |state| v1::TuneReply { state: Some(state) };
     let (steps, until) = (replies.clone(), turn.until.clone());
     let tune = move |memory: &dyn BlockMemory, until: &Until| {
-        memory.tune(&request, &mut |step| steps.offer(message(State::Step(step.into()))), until)
+        let mut offer = |step| match v1::TuneStep::of(&step) {
+            Some(step) => steps.offer(message(State::Step(step))),
+            None => tracing::warn!(?step, "a step of a tuning has no message and is skipped"),
+        };
+        memory.tune(&request, &mut offer, until)
     };
     match work.run(turn, tune).await {
         // Whether somebody reads it is the reader's business.

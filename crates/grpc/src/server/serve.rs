@@ -120,6 +120,7 @@ async fn follow(memory: Arc<dyn BlockMemory>, health: HealthReporter, mut phase:
                 Health::Serving => tracing::info!("the memory serves again"),
                 Health::ReadOnly { reason } => tracing::error!(%reason, "the memory refuses writes"),
                 Health::Failed { reason } => tracing::error!(%reason, "the memory has failed"),
+                other => tracing::error!(health = ?other, "the memory is in a state that counts as failed"),
             }
             announce(&health, Some(&now)).await;
             told = now;

@@ -45,11 +45,15 @@ pub(super) trait FromNumber: Sized {
     fn from_number(field: &str, number: i32) -> Result<Self>;
 }
 
+/// Both ways for each enum. A variant that has no number yet is sent as the one behind `_`, which its receiver refuses.
 macro_rules! enums {
-    ($($type:ident = $wire:ident { $($variant:ident = $wire_variant:ident),+ })+) => {$(
+    ($($type:ident = $wire:ident { $($variant:ident = $wire_variant:ident),+ $(, _ = $unknown:ident)? })+) => {$(
         impl From<$type> for v1::$wire {
             fn from(value: $type) -> Self {
-                match value { $($type::$variant => v1::$wire::$wire_variant),+ }
+                match value {
+                    $($type::$variant => v1::$wire::$wire_variant,)+
+                    $(_ => v1::$wire::$unknown,)?
+                }
             }
         }
 
@@ -68,9 +72,11 @@ macro_rules! enums {
 enums! {
     DType = Dtype { F32 = F32, F16 = F16, BF16 = Bf16, Int8 = Int8 }
     KeyRule = KeyRule { Landmark = Landmark, Tokens = Tokens, Mean = Mean }
-    BlockScore = BlockScore { Max = Max, LogSumExp = LogSumExp }
-    Granularity = Granularity { TokenHead = TokenHead, Head = Head, Token = Token, KvGroup = KvGroup, Shared = Shared }
-    Normalisation = Normalisation { Plain = Plain, Grouped = Grouped, Hidden = Hidden }
+    BlockScore = BlockScore { Max = Max, LogSumExp = LogSumExp, _ = Unspecified }
+    Granularity = Granularity {
+        TokenHead = TokenHead, Head = Head, Token = Token, KvGroup = KvGroup, Shared = Shared, _ = Unspecified
+    }
+    Normalisation = Normalisation { Plain = Plain, Grouped = Grouped, Hidden = Hidden, _ = Unspecified }
 }
 
 /// The tensor called `field`, its byte count checked against its shape. Copies no values.

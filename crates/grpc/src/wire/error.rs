@@ -57,6 +57,8 @@ impl From<&MemoryError> for v1::Error {
             }
             MemoryError::DeadlineExceeded { ms } => Kind::DeadlineExceeded(wire::DeadlineExceeded { ms: *ms }),
             MemoryError::Internal { detail } => Kind::Internal(wire::Internal { detail: text(detail) }),
+            // A kind without a message: the client reads its text.
+            other => Kind::Internal(wire::Internal { detail: cut(other.to_string()) }),
         };
         v1::Error { kind: Some(kind) }
     }
@@ -101,6 +103,8 @@ impl From<Entity> for wire::Entity {
             Entity::Collection => wire::Entity::Collection,
             Entity::Document => wire::Entity::Document,
             Entity::Block => wire::Entity::Block,
+            // The client cannot read it, and reports the code and text of the status.
+            _ => wire::Entity::Unspecified,
         }
     }
 }

@@ -112,7 +112,8 @@ fn code(error: &MemoryError) -> Code {
         MemoryError::DataLoss { .. } => Code::DataLoss,
         MemoryError::Unavailable { .. } => Code::Unavailable,
         MemoryError::DeadlineExceeded { .. } => Code::DeadlineExceeded,
-        MemoryError::Storage { .. } | MemoryError::Internal { .. } => Code::Internal,
+        // Storage, Internal, and kinds without a message.
+        _ => Code::Internal,
     }
 }
 

@@ -46,13 +46,15 @@ impl TryFrom<v1::TuneRequest> for TuneRequest {
     }
 }
 
-impl From<TuneStep> for v1::TuneStep {
-    fn from(step: TuneStep) -> Self {
+impl v1::TuneStep {
+    /// The message of a step. `None` for a step that has none yet: a stream of replies may skip it.
+    pub fn of(step: &TuneStep) -> Option<Self> {
         let (of, blocks, left_out) = match step {
-            TuneStep::Measuring { engine, blocks } => (engine, blocks, None),
-            TuneStep::LeftOut { engine, reason } => (engine, 0, Some(cut(reason))),
+            TuneStep::Measuring { engine, blocks } => (engine, *blocks, None),
+            TuneStep::LeftOut { engine, reason } => (engine, 0, Some(cut(reason.clone()))),
+            _ => return None,
         };
-        v1::TuneStep { engine: of.number(), faiss: faiss_index(&of), blocks, left_out }
+        Some(v1::TuneStep { engine: of.number(), faiss: faiss_index(of), blocks, left_out })
     }
 }
 

@@ -127,7 +127,7 @@ fn negative_log_likelihood(
     let chunk = match settings.window.counted_from {
         // Chunks change nothing but the memory that their logits take.
         CountedFrom::Query => LOGIT_TOKENS.min(settings.window.written_chunk_tokens()),
-        CountedFrom::Chunk => settings.window.written_chunk_tokens(),
+        _ => settings.window.written_chunk_tokens(),
     };
     let mut loss = 0.0;
     for (index, ids_here) in ids.chunks(chunk).enumerate() {
