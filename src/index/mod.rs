@@ -1,7 +1,7 @@
 //! Which blocks does this query want? Landmark keys in memory, derived from the store and rebuildable from it.
 //!
 //! [`exact`] is the plain definition of a right answer, [`fast`] is what runs and is tested against it. What collections may have
-//! in their place is an [`engine`]: keys in fewer bits, a GPU, indexes that name the blocks to compare. Keys lie in immutable
+//! in their place is an [`engine`](mod@engine): keys in fewer bits, a GPU, indexes that name the blocks to compare. Keys lie in immutable
 //! snapshots ([`DocumentKeys`]) that readers hold while writers publish longer ones. Nothing here knows slots or documents' names;
 //! the only bytes on disk are a cache of indexes.
 

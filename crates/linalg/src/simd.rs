@@ -1,6 +1,6 @@
 //! [`simd!`] and the building blocks of the functions it compiles.
 
-/// The instruction sets that [`simd!`] compiles for.
+/// The instruction sets that [`simd!`](crate::simd!) compiles for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// AVX-512 F, BW, VL and DQ, with F16C.
