@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::*;
 use landmarkdb::{BlockAttention, DType, Rope};
-use landmarkdb_llm::{Landmark, Llama, LoadedModel, Logits, ModelConfig, pull};
+use landmarkdb_llm::{Landmark, Llama, LoadedModel, Logits, ModelConfig, test_model};
 
 const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5, hidden: false };
 
@@ -140,7 +140,7 @@ fn a_saved_model_answers_with_the_loss_it_was_trained_at() {
 
 #[test]
 fn smollm2_can_be_trained_further_from_its_gguf_file() {
-    let path = pull("smollm2", &mut |_| {}).unwrap();
+    let Some(path) = test_model::smollm2() else { return };
     let model = TrainingModel::open(&path, None).unwrap();
     let answering = LoadedModel::open(&path).unwrap();
     assert_eq!(model.config(), answering.config());
