@@ -65,10 +65,10 @@ pub const FAISS_EFFORT_MAX: u32 = 65_536;
 pub const TUNE_QUERIES_MAX: usize = 512;
 
 /// Indexes of FAISS that are measured in one call, each with up to 14 efforts.
-pub const TUNE_INDEXES_MAX: usize = 64;
+pub const TUNE_INDEXES_MAX: usize = 16;
 
 /// Lookups that are timed with each engine: minutes over a million tokens.
-pub const TUNE_LOOKUPS_MAX: u32 = 1 << 20;
+pub const TUNE_LOOKUPS_MAX: u32 = 1 << 14;
 
 /// Blocks of one fetch request.
 pub const FETCH_BLOCKS_MAX: usize = 4096;
@@ -85,6 +85,9 @@ pub const FETCH_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
 /// Any other request: a name and a shape.
 pub const ADMIN_MESSAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes of a message that asks for engines to be measured: the most queries of 64 heads of 128 take 16 MiB.
+pub const TUNE_MESSAGE_BYTES_MAX: usize = (16 << 20) + (1 << 20);
 
 /// A segment file is closed once it holds this much (facts: 64 MB was measured to cost nothing).
 pub const SEGMENT_BYTES: u64 = 64 << 20;

@@ -239,8 +239,7 @@ impl FromStr for FaissIndex {
         let Some((factory, effort)) = setting.split_once('@') else {
             return Ok(FaissIndex { factory: setting.into(), effort: FaissIndex::EFFORT });
         };
-        let effort =
-            effort.parse().map_err(|_| format!("expected a number behind @ in {setting:?}, found {effort:?}"))?;
+        let effort = effort.parse().map_err(|_| format!("expected a number behind @, found {effort:?}"))?;
         Ok(FaissIndex { factory: factory.into(), effort })
     }
 }
@@ -273,7 +272,10 @@ impl FromStr for Engine {
             None => (typed, None),
         };
         let unknown = || Err(format!("expected {}, found {typed:?}", Engine::FORMS.join(", ")));
-        Engine::of(word, setting).unwrap_or_else(unknown)
+        Engine::of(word, setting).unwrap_or_else(unknown).map_err(|error| match setting {
+            Some(_) if !error.contains(typed) => format!("{error} in {typed:?}"),
+            _ => error,
+        })
     }
 }
 
@@ -379,8 +381,7 @@ mod tests {
         }
         assert_eq!("faiss:HNSW32".parse(), Ok(faiss("HNSW32", FaissIndex::EFFORT)));
         for wrong in ["", "flat:x", "faiss", "faiss:HNSW32@much", "FLAT"] {
-            let found = wrong.strip_prefix("faiss:").unwrap_or(wrong);
-            assert!(wrong.parse::<Engine>().unwrap_err().contains(found), "{wrong}");
+            assert!(wrong.parse::<Engine>().unwrap_err().contains(wrong), "{wrong}");
         }
         assert_eq!(Engine::from_number(0, || None), None);
         assert_eq!(Engine::from_number(faiss("x", 1).number(), || None), None, "nothing is set");

@@ -40,8 +40,9 @@ impl BlockMemory for LocalMemory {
     }
 
     fn set_engine(&self, collection: CollectionId, engine: Engine) -> Result<CollectionInfo> {
+        self.check_engine(&*self.collection_of(collection)?, &engine)?;
+        // Read behind the check, which may take seconds.
         let before = self.collection_of(collection)?;
-        self.check_engine(&before, &engine)?;
         let only_indexes_differ = before.engine.indexes().is_some() && engine.setting().is_some();
         self.store.set_engine(collection, engine)?;
         self.collections.write().ignore_poison().remove(&collection);

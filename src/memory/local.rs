@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use super::collection::Collection;
 use super::error::{at_most, invalid};
@@ -33,6 +33,8 @@ pub struct LocalMemory {
     pub(super) keys: Arc<KeyCache>,
     pub(super) quantizers: Quantizers,
     pub(super) writers: Writers,
+    /// Collections whose engines are being measured.
+    pub(super) tunings: Mutex<HashSet<CollectionId>>,
     pub(super) indexes: IndexFolder,
     pub(super) gpu: Gpu,
     pub(super) counters: Counters,
@@ -82,6 +84,7 @@ impl LocalMemory {
             keys: KeyCache::new(keys_bytes()),
             quantizers: Quantizers::default(),
             writers: Writers::default(),
+            tunings: Mutex::default(),
             indexes: IndexFolder::default(),
             gpu: Gpu::of_machine(GPU_CACHE_BYTES),
             counters: Counters::default(),

@@ -20,7 +20,8 @@ const RETRY_MS: u64 = 100;
 /// come back.
 pub(super) fn take(budget: &Arc<Budget>, bytes: u64, until: &Until) -> Result<Taken> {
     let taken = if until.is_forever() { budget.take(bytes, until) } else { budget.try_take(bytes) };
-    let what = "bytes of working memory (scores of query tokens x query heads x eligible blocks, hits, turned queries)";
+    let what =
+        "bytes of working memory (scores of query tokens x query heads x eligible blocks, hits, rotated queries)";
     taken.map_err(|short| match short {
         Short::Never { limit } => MemoryError::LimitExceeded { what: what.into(), limit, found: bytes },
         Short::Now => MemoryError::Busy { what: "working memory".into(), retry_ms: RETRY_MS },

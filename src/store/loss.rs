@@ -104,22 +104,22 @@ impl Stretch<'_> {
     }
 }
 
+/// How the reason of a doubt ends.
+pub(super) const ADVICE: &str = ": repair the directory";
+
 /// Why things are in doubt.
 #[derive(Default)]
 struct Doubts(BTreeMap<DocumentId, Doubt>);
 
 impl Doubts {
     fn document(&mut self, document: DocumentId, lost: &str) {
-        let reason = format!(
-            "{lost} of document {document} is lost to damage, so what is left of it may be outdated: repair the directory"
-        );
+        let reason =
+            format!("{lost} of document {document} is lost to damage, so what is left of it may be outdated{ADVICE}");
         self.0.entry(document).or_insert(Doubt { document, reason });
     }
 
     fn names(&mut self, lost: &str) {
-        let reason = format!(
-            "{lost} is lost to damage, so a name that is not found may have been given out: repair the directory"
-        );
+        let reason = format!("{lost} is lost to damage, so a name that is not found may have been given out{ADVICE}");
         self.0.entry(NAMES).or_insert(Doubt { document: NAMES, reason });
     }
 }

@@ -7,6 +7,7 @@ use super::catalog::{self, Catalog, key};
 use super::document::Manifest;
 use super::error::StoreError;
 use super::ledger::{Doubt, NAMES};
+use super::loss::ADVICE;
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{CollectionEntry, DocumentEntry, Locator, Part, Tombstone, decode_meta};
 use super::repair_work::{Inventory, Piece, Work};
@@ -91,7 +92,9 @@ pub(super) fn salvage(
             continue;
         }
         let reason = doubt.map_or_else(|| "no manifest of it is left".into(), |doubt| doubt.reason);
-        let reason = reason.split(": run").next().unwrap_or_default().to_string();
+        // The advice is followed now; earlier versions named the command.
+        let reason = reason.split(ADVICE).next().and_then(|reason| reason.split(": run").next());
+        let reason = reason.unwrap_or_default().to_string();
         let pieces = of_documents.remove(&document).unwrap_or_default();
         let Some(remains) = Remains::new(work.catalog, document, entry, pieces, &mut leftovers)? else { continue };
         salvaged.extend(remains.write(work, reason, &mut leftovers)?);

@@ -142,7 +142,7 @@ fn binding(head: &str) -> Option<&str> {
 /// Behind the call of which the arguments begin at `at`, and behind what leaves a guard a guard.
 fn after_guard(text: &str, at: usize) -> usize {
     let mut at = at + parenthesized(&text[at..]);
-    while let Some(call) = [".ignore_poison", ".unwrap", ".expect"].iter().find(|call| {
+    while let Some(call) = [".ignore_poison", ".unwrap_or_else", ".unwrap", ".expect"].iter().find(|call| {
         let after = text[at..].trim_start();
         after.strip_prefix(**call).is_some_and(|after| after.starts_with('('))
     }) {

@@ -187,9 +187,13 @@ fn tune(
         lookups: u32::try_from(args.lookups).unwrap_or(u32::MAX),
         indexes: args.faiss.clone(),
     };
+    let mut last = None;
     let mut say = |step| match step {
+        // Said again now and then, as a sign of life.
+        TuneStep::Measuring { engine, .. } if last.as_ref() == Some(&engine) => {}
         TuneStep::Measuring { engine, blocks } => {
             context.output.say(&format!("measuring {engine} on {} blocks", count(blocks)));
+            last = Some(engine);
         }
         TuneStep::LeftOut { engine, reason } => context.output.say(&format!("not measuring {engine}: {reason}")),
         other => context.output.say(&format!("{other:?}")),

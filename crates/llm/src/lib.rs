@@ -70,9 +70,9 @@ mod foreign_files;
 mod full_attention;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(all(any(test, feature = "fuzzing"), feature = "pull"))]
 pub mod test_model;
-#[cfg(test)]
+#[cfg(all(test, feature = "pull"))]
 mod tests;
 
 use std::io::Read;

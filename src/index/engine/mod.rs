@@ -1,7 +1,8 @@
 //! How do collections differ in what answers their lookups? One engine is one file here, and one row of the table `engines!` in
 //! `types`, from which [`Engine`], its words, its number on the wire and [`engine`] are made.
 //!
-//! To add one: write the file, declare it below, add its row at the end of the table, and its number to
+//! To add one: write the file, declare it below, add its row before the last of the table (engines are stored by their place, and
+//! `last` exists in tests alone), and its number to
 //! `proto/landmark/v1/types.proto`.
 
 use std::fmt::Debug;

@@ -1,5 +1,8 @@
 //! Which engine is kept, and what is left when none can be measured.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 fn request(world: &mut World, queries: usize) -> TuneRequest {
@@ -57,4 +60,49 @@ fn a_measurement_that_fails_leaves_the_engine_as_it_was() {
     let one = good.queries[0].clone();
     let many = vec![one; limits::TUNE_QUERIES_MAX + 1];
     assert!(refused(&|request| request.queries = many.clone()).contains("at most 512"));
+}
+
+/// A caller that leaves, and a second one, found a candidate in the place of the engine that was set.
+#[test]
+fn a_caller_that_leaves_gives_the_engine_back_and_a_second_one_has_to_wait() {
+    let mut world = World::new(spec("c"));
+    world.document("a", 3);
+    world.memory.set_engine(world.collection, Engine::Sq4).unwrap();
+    let request = request(&mut world, 2);
+    let (gone, memory) = (Arc::new(AtomicBool::new(false)), &world.memory);
+    let until = Until::FOREVER.or_given_up(gone.clone());
+    let mut second = None;
+    let left = memory.tune(
+        &request,
+        &mut |_| {
+            second.get_or_insert_with(|| memory.tune(&request, &mut |_| {}, &Until::FOREVER).unwrap_err());
+            gone.store(true, Ordering::Relaxed);
+        },
+        &until,
+    );
+    assert!(matches!(second, Some(MemoryError::Busy { .. })), "{second:?}");
+    assert!(left.is_err(), "{left:?}");
+    assert_eq!(memory.collections().unwrap()[0].engine, Engine::Sq4);
+    assert!(memory.tune(&request, &mut |_| {}, &Until::FOREVER).is_ok(), "the next one may");
+}
+
+/// Wrong settings were found after minutes of measuring.
+#[test]
+fn what_cannot_be_measured_is_refused_before_an_engine_is_set() {
+    let mut world = World::new(spec("c"));
+    world.document("a", 3);
+    let good = request(&mut world, 1);
+    let refused = |change: &dyn Fn(&mut TuneRequest)| {
+        let mut request = good.clone();
+        change(&mut request);
+        let (report, steps) = tune(&world, &request);
+        assert!(steps.is_empty(), "{steps:?}");
+        report.unwrap_err().to_string()
+    };
+    let index = |factory: &str, effort| TuneIndex { factory: factory.into(), effort };
+    assert!(refused(&|request| request.recall = f64::NAN).contains("recall"));
+    assert!(refused(&|request| request.recall = 1.5).contains("recall"));
+    assert!(refused(&|request| request.queries[0].layer = 99).contains("layer"));
+    assert!(refused(&|request| request.indexes = vec![index(&"x".repeat(1 << 20), None)]).contains("factory"));
+    assert!(refused(&|request| request.indexes = vec![index("Flat", Some(0))]).contains("effort"));
 }

@@ -123,15 +123,15 @@ impl BlockMemory for RemoteMemory {
         self.connection.wait(self.patience().call(Repeat::Yes, message, send))?.try_into()
     }
 
-    /// Measured by the service, without the network. Each engine has to be measured within the deadline. Some steps may be left
-    /// out when they come faster than the network carries them.
+    /// Measured by the service, without the network; the next step has to come within the deadline. Not repeated, as the service may
+    /// still be measuring. Some steps may be left out when they come faster than the network carries them.
     fn tune(&self, request: &TuneRequest, progress: &mut dyn FnMut(TuneStep), until: &Until) -> Result<TuneReport> {
         use v1::tune_reply::State;
-        until.check()?;
         let (patience, message) = (self.patience(), v1::TuneRequest::from(request));
-        self.connection.wait(patience.stream(async |_progressed| {
-            let mut replies = patience.step(self.admin.clone().tune(message.clone())).await?.into_inner();
+        self.connection.wait(async {
+            let mut replies = patience.step(self.admin.clone().tune(message)).await?.into_inner();
             loop {
+                until.check()?;
                 let reply = patience.step(replies.message()).await?.ok_or_else(|| patience.cut_short())?;
                 match reply.state {
                     Some(State::Step(step)) => progress(step.try_into()?),
@@ -139,7 +139,7 @@ impl BlockMemory for RemoteMemory {
                     None => return Err(MemoryError::Missing { field: "state".into() }),
                 }
             }
-        }))
+        })
     }
 
     fn open_document(&self, collection: CollectionId, name: &str) -> Result<DocumentInfo> {

@@ -72,7 +72,7 @@ pub async fn serve(
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
     let admin = AdminServer::new(AdminService::new(work.clone()))
-        .max_decoding_message_size(limits::LOOKUP_MESSAGE_BYTES_MAX)
+        .max_decoding_message_size(limits::TUNE_MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::DESCRIPTORS)

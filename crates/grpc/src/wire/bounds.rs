@@ -72,7 +72,7 @@ const ATTEND_STREAM_BOUNDS: Bounds =
 const FETCH_BOUNDS: Bounds =
     Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[Field::Numbers(2)] };
 const TUNE_BOUNDS: Bounds = Bounds {
-    bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX,
+    bytes_max: limits::TUNE_MESSAGE_BYTES_MAX,
     is_of_stream: false,
     fields: &[
         Field::Messages { number: 2, what: "queries", max: limits::TUNE_QUERIES_MAX, bytes: 128, inside: &[] },
