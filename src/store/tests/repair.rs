@@ -192,6 +192,8 @@ fn a_document_that_may_have_been_deleted_is_kept_and_said_so() {
     let (report, store) = repaired(&copy);
     let salvaged = report.salvaged.iter().find(|salvaged| salvaged.document == secret).expect("the document");
     assert!(salvaged.perhaps_deleted, "{salvaged:?}");
+    // The repair that a doubt advises is done.
+    assert!(salvaged.reason.ends_with("may be outdated"), "{salvaged:?}");
     assert_eq!(read(&store, id(secret, 0)).unwrap(), block(0, 4, 5));
     assert_clean(&store, "kept");
     store.delete(secret).unwrap();
