@@ -119,11 +119,18 @@ fn ask(memory: &LocalMemory, request: Request) -> Result<()> {
 /// Whether an error blames the request: the disk works, and nobody else asks.
 fn is_refusal(error: &MemoryError) -> bool {
     use MemoryError::*;
-    match error {
-        NotFound { .. } | Missing { .. } | Invalid { .. } | FingerprintMismatch { .. } | Conflict { .. } => true,
-        Sealed { .. } | OutOfOrder { .. } | UnexpectedLength { .. } | LimitExceeded { .. } => true,
-        _ => false,
-    }
+    matches!(
+        error,
+        NotFound { .. }
+            | Missing { .. }
+            | Invalid { .. }
+            | FingerprintMismatch { .. }
+            | Conflict { .. }
+            | Sealed { .. }
+            | OutOfOrder { .. }
+            | UnexpectedLength { .. }
+            | LimitExceeded { .. }
+    )
 }
 
 /// Asks a memory over a store whose records may say anything: damage is an error of its own.
