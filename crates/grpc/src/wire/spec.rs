@@ -176,7 +176,8 @@ mod tests {
                 assert_eq!(Engine::from_number(number, || Some(setting)), None, "an engine that the manual lacks");
                 return;
             };
-            let engine = Engine::from_number(number, || Some(setting.clone())).expect(wire.as_str_name());
+            let engine = Engine::from_number(number, || Some(setting.clone()));
+            let engine = engine.unwrap_or_else(|| panic!("no engine for {}", wire.as_str_name()));
             assert_eq!(format!("ENGINE_{}", engine.word().to_uppercase()), wire.as_str_name());
             assert_eq!(super::engine(number, faiss_index(&engine)).unwrap(), engine);
         }
