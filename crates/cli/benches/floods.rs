@@ -4,10 +4,9 @@
 //! each flood once, for a moment. Options: `--seconds N` of each flood, `--megabytes N` of the message of empty blocks, `--flood NAME`.
 //! Inputs are random by seed. The healthy client attends one token's queries over 400 blocks, one call after the other.
 
-use std::io::{BufRead, BufReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,8 +18,12 @@ use rand_chacha::ChaCha8Rng;
 #[path = "../../grpc/tests/remote/raw.rs"]
 #[allow(dead_code, reason = "shared with tests, which use the rest")]
 mod raw;
+#[path = "../tests/service/mod.rs"]
+#[allow(dead_code, reason = "shared with tests, which use the rest")]
+mod service;
 
 use raw::{Raw, header};
+use service::{Service, serve};
 
 const SEED: u64 = 1;
 const BLOCKS: u32 = 400;
@@ -92,7 +95,8 @@ fn main() {
 }
 
 fn run(options: &Options, data: &Path, name: &str, flood: Flood) {
-    let (mut server, target) = start(&options.server, data);
+    let server = Service::start(serve(&options.server, data).stderr(Stdio::null())).expect("the server starts");
+    let target = server.target().to_string();
     let healthy = connect(&target, 60.0);
     let (collection, document) = fill(&healthy);
     let flooded = Flooded { options, target, collection, document, stop: AtomicBool::new(false) };
@@ -111,27 +115,14 @@ fn run(options: &Options, data: &Path, name: &str, flood: Flood) {
             times.push(begun.elapsed().as_secs_f64() * 1e3);
         }
         flooded.stop.store(true, Ordering::Relaxed);
-        let peak = peak_mib(&server).map_or("died".into(), |mib| format!("{mib}"));
+        let peak = peak_mib(&server.child).map_or("died".into(), |mib| format!("{mib}"));
         times.sort_by(f64::total_cmp);
         let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
         let (p50, p99, max) = (at(0.5), at(0.99), at(1.0));
         println!("{name:<28} {:>7} {p50:>9.2} {p99:>9.2} {max:>9.2} {errors:>7} {peak:>9}", times.len());
         // Ends the floods that wait for an answer.
-        let _ = server.kill();
-        let _ = server.wait();
+        drop(server);
     });
-}
-
-fn start(server: &Path, data: &Path) -> (Child, String) {
-    let mut command = Command::new(server);
-    command.args(["serve", "--json", "--listen", "127.0.0.1:0", "--data"]).arg(data);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("the server starts");
-    let mut line = String::new();
-    let stdout = child.stdout.take().expect("it is piped");
-    BufReader::new(stdout).read_line(&mut line).expect("it says where it listens");
-    let ready: serde_json::Value = serde_json::from_str(&line).expect("in JSON");
-    let target = ready["listening"][0].as_str().expect("one address").to_string();
-    (child, target)
 }
 
 /// The largest resident size so far, of a process that still runs.

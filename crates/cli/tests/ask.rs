@@ -12,7 +12,7 @@ use landmarkdb::{
 };
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm::{self as model, LoadedModel, Logits};
-use sandbox::{Sandbox, Service};
+use sandbox::Sandbox;
 
 const KEY: &str = "48213";
 
@@ -75,8 +75,8 @@ fn a_text_is_encoded_once_and_asked_after_a_restart() {
         (json["answer"].clone(), json["blocks"].clone())
     };
     let in_process = ask(["--data", "d"]);
-    let service = Service::start(&sandbox, &["serve", "--json", "--data", "d", "--listen", "127.0.0.1:0"]);
-    let address = service.listening[0].clone();
+    let service = sandbox.serve(&["serve", "--json", "--data", "d", "--listen", "127.0.0.1:0"]);
+    let address = service.target().to_string();
     assert_eq!(in_process, ask(["--connect", &address]));
 }
 

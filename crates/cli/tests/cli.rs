@@ -8,7 +8,7 @@ mod train;
 use std::os::unix::fs::PermissionsExt;
 
 use landmarkdb::{AppendRequest, BlockMemory, DType, FetchRequest, LocalMemory, NewBlock};
-use sandbox::{Sandbox, Service};
+use sandbox::Sandbox;
 
 #[test]
 fn help_says_what_there_is() {
@@ -410,8 +410,8 @@ fn a_whole_directory_is_verified_against_a_rebuild_and_repaired_to_itself() {
     let repaired = run(&["repair", "--json"]).exits(0).json();
     assert_eq!((&repaired["lost"], &repaired["salvaged"]), (&false.into(), &serde_json::json!([])));
     assert_eq!(run(&["ls", "--json"]).exits(0).json(), listed);
-    let service = Service::start(&sandbox, &["serve", "--data", "data", "--listen", "127.0.0.1:0", "--json"]);
-    let target = &service.listening[0];
+    let service = sandbox.serve(&["serve", "--data", "data", "--listen", "127.0.0.1:0", "--json"]);
+    let target = service.target();
     sandbox.run(&["--connect", target, "verify", "--rebuild"]).exits(0);
     assert_eq!(sandbox.run(&["--connect", target, "repair", "--json"]).exits(2).error_kind(), "usage");
     assert_eq!(run(&["repair", "--json"]).exits(4).error_kind(), "unavailable");
@@ -487,8 +487,7 @@ fn a_directory_has_one_owner_at_a_time_and_others_ask_the_service() {
     let sandbox = Sandbox::new();
     sandbox.write_document("data", "books", "emma");
     let direct = sandbox.run(&["--data", "data", "ls", "--json"]).exits(0).json();
-    let service =
-        Service::start(&sandbox, &["--data", "data", "serve", "--listen", "127.0.0.1:0", "--unix", "s", "--json"]);
+    let service = sandbox.serve(&["--data", "data", "serve", "--listen", "127.0.0.1:0", "--unix", "s", "--json"]);
     assert_eq!(service.listening.len(), 2);
 
     let answer = sandbox.run(&["--data", "data", "ls", "--json"]).exits(4);
@@ -498,10 +497,10 @@ fn a_directory_has_one_owner_at_a_time_and_others_ask_the_service() {
         assert_eq!(sandbox.run(&["--connect", target, "ls", "--json"]).exits(0).json(), direct, "{target}");
         sandbox.run(&["--connect", target, "show", "books/persuasion"]).exits(3);
     }
-    sandbox.run(&["--connect", &service.listening[0], "rm", "books/emma", "--yes"]).exits(0);
+    sandbox.run(&["--connect", service.target(), "rm", "books/emma", "--yes"]).exits(0);
 
-    let gone = service.listening[0].clone();
-    assert_eq!(service.terminate(), Some(0));
+    let gone = service.target().to_string();
+    assert_eq!(service.stop().code(), Some(0));
     assert_eq!(sandbox.run(&["--connect", &gone, "ls", "--json"]).exits(4).error_kind(), "unavailable");
     let after = sandbox.run(&["--data", "data", "ls", "--json"]).exits(0).json();
     assert_eq!(after["documents"], serde_json::json!([]));
@@ -510,9 +509,9 @@ fn a_directory_has_one_owner_at_a_time_and_others_ask_the_service() {
 #[test]
 fn a_taken_port_is_unavailable() {
     let sandbox = Sandbox::new();
-    let service = Service::start(&sandbox, &["--data", "one", "serve", "--listen", "127.0.0.1:0", "--json"]);
-    let address = service.listening[0].trim_start_matches("http://");
+    let service = sandbox.serve(&["--data", "one", "serve", "--listen", "127.0.0.1:0", "--json"]);
+    let address = service.target().trim_start_matches("http://");
     let error = sandbox.run(&["--data", "two", "serve", "--listen", address]).exits(4).stderr;
     assert!(error.contains(address), "{error}");
-    assert_eq!(service.terminate(), Some(0));
+    assert_eq!(service.stop().code(), Some(0));
 }

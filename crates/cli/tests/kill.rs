@@ -5,8 +5,9 @@
 mod common;
 #[path = "kill/load.rs"]
 mod load;
+#[allow(dead_code, reason = "shared with tests, which use the rest")]
+mod service;
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -16,10 +17,11 @@ use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_lab::eval::BOOK;
 use landmarkdb_llm as model;
 use rand::{RngExt, SeedableRng};
+use service::Service;
 
 const NAME: &str = "book";
 
-/// A process that does not outlive the test.
+/// An encoder that does not outlive the test.
 struct Process(Child);
 
 impl Drop for Process {
@@ -35,16 +37,9 @@ fn landmarkdb(arguments: &[&str]) -> Command {
     command
 }
 
-fn serve(data: &Path) -> (Process, String) {
-    let data = data.to_str().unwrap();
-    let mut child = landmarkdb(&["serve", "--json", "--data", data, "--listen", "127.0.0.1:0"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
-    (Process(child), ready["listening"][0].as_str().unwrap().to_string())
+fn serve(data: &Path) -> Service {
+    let program = Path::new(env!("CARGO_BIN_EXE_landmarkdb"));
+    Service::start(service::serve(program, data).stderr(Stdio::null())).unwrap()
 }
 
 fn find(memory: &dyn BlockMemory) -> Option<DocumentInfo> {
@@ -86,19 +81,20 @@ fn nothing_acknowledged_is_lost_when_service_or_encoder_are_killed() {
 
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
     let mut acknowledged = 0;
-    let (mut service, mut address) = serve(&data);
+    let mut service = serve(&data);
+    let mut address = service.target().to_string();
     for round in 0..kills {
         let encode = ["encode", text.to_str().unwrap(), "--name", NAME, "--connect", &address];
         let mut encoder = Process(landmarkdb(&encode).stdout(Stdio::null()).spawn().unwrap());
         acknowledged = watch(&address, acknowledged, Duration::from_millis(rng.random_range(0..2_500)));
         if round % 2 == 0 {
-            service.0.kill().unwrap();
+            service.child.kill().unwrap();
         }
         encoder.0.kill().unwrap();
         encoder.0.wait().unwrap();
         if round % 2 == 0 {
-            service.0.wait().unwrap();
-            (service, address) = serve(&data);
+            service = serve(&data);
+            address = service.target().to_string();
         }
         let memory = RemoteMemory::connect(&address, ClientOptions::default()).unwrap();
         let here = find(&memory).map_or(0, |document| document.tokens);

@@ -6,10 +6,12 @@ mod raw;
 #[path = "../../grpc/tests/remote/requests.rs"]
 #[allow(dead_code, reason = "see above")]
 mod requests;
+#[allow(dead_code, reason = "shared with tests, which use the rest")]
+mod service;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use landmarkdb::{BlockRange, *};
@@ -17,65 +19,38 @@ use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use rustix::process::{Resource, Rlimit};
 
 use raw::{Raw, header};
+use service::{Service, serve};
 
 /// Options under which nothing takes long.
 fn hasty() -> ClientOptions {
     ClientOptions { attempts: 3, backoff: Duration::from_millis(5), ..ClientOptions::default() }
 }
 
-/// `landmarkdb serve`, killed with the test.
-struct Program {
-    child: Child,
-    /// `http://127.0.0.1:port`
-    target: String,
+fn start(data: &Path, stderr: Stdio) -> Service {
+    Service::start(serve(Path::new(env!("CARGO_BIN_EXE_landmarkdb")), data).stderr(stderr)).unwrap()
 }
 
-impl Program {
-    fn start(data: &Path, stderr: Stdio) -> Program {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_landmarkdb"));
-        command.args(["serve", "--json", "--listen", "127.0.0.1:0", "--data"]).arg(data);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let mut program = Program { child, target: String::new() };
-        let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
-        program.target = ready["listening"][0].as_str().unwrap().to_string();
-        program
-    }
-
-    fn signal(&self, name: &str) {
-        assert!(Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap().success());
-    }
-
-    fn open_files(&self) -> u64 {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count() as u64
-    }
-
-    /// Lets it open at most so many files from now on; gives what it was.
-    fn limit_files(&self, count: u64) -> u64 {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
-        let limit = Rlimit { current: Some(count), maximum };
-        rustix::process::prlimit(Some(pid), Resource::Nofile, limit).unwrap().current.unwrap()
-    }
-
-    /// Reads what it logs until that says `word`.
-    fn says(&mut self, word: &str) {
-        let stderr = self.child.stderr.as_mut().unwrap();
-        let mut said = Vec::new();
-        while !String::from_utf8_lossy(&said).contains(word) {
-            let mut bytes = [0; 1024];
-            let count = stderr.read(&mut bytes).unwrap();
-            assert!(count > 0, "it ended without {word:?}: {}", String::from_utf8_lossy(&said));
-            said.extend(&bytes[..count]);
-        }
-    }
+fn open_files(service: &Service) -> u64 {
+    std::fs::read_dir(format!("/proc/{}/fd", service.child.id())).unwrap().count() as u64
 }
 
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+/// Lets it open at most so many files from now on; gives what it was.
+fn limit_files(service: &Service, count: u64) -> u64 {
+    let pid = rustix::process::Pid::from_child(&service.child);
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit { current: Some(count), maximum };
+    rustix::process::prlimit(Some(pid), Resource::Nofile, limit).unwrap().current.unwrap()
+}
+
+/// Reads what it logs until that says `word`.
+fn says(service: &mut Service, word: &str) {
+    let stderr = service.child.stderr.as_mut().unwrap();
+    let mut said = Vec::new();
+    while !String::from_utf8_lossy(&said).contains(word) {
+        let mut bytes = [0; 1024];
+        let count = stderr.read(&mut bytes).unwrap();
+        assert!(count > 0, "it ended without {word:?}: {}", String::from_utf8_lossy(&said));
+        said.extend(&bytes[..count]);
     }
 }
 
@@ -84,18 +59,18 @@ impl Drop for Program {
 fn a_second_signal_ends_it_whatever_it_waits_for() {
     let folder = tempfile::tempdir().unwrap();
     for names in [["TERM", "INT"], ["INT", "TERM"]] {
-        let mut program = Program::start(folder.path(), Stdio::piped());
-        let mut raw = Raw::greeting(&program.target);
+        let mut service = start(folder.path(), Stdio::piped());
+        let mut raw = Raw::greeting(service.target());
         let append = raw.open("/landmark.v1.BlockMemory/Append");
         assert_eq!(raw.send(append, &header(1000)), 5);
         raw.settle();
-        program.signal(names[0]);
-        program.says("a second signal stops at once");
+        service.signal(names[0]);
+        says(&mut service, "a second signal stops at once");
         std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(program.child.try_wait().unwrap(), None, "the first signal waits for work");
+        assert_eq!(service.child.try_wait().unwrap(), None, "the first signal waits for work");
         let begun = Instant::now();
-        program.signal(names[1]);
-        assert_eq!(program.child.wait().unwrap().code(), Some(130));
+        service.signal(names[1]);
+        assert_eq!(service.child.wait().unwrap().code(), Some(130));
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
 }
@@ -104,8 +79,8 @@ fn a_second_signal_ends_it_whatever_it_waits_for() {
 #[test]
 fn a_service_without_open_files_to_spare_serves_whom_it_has_and_recovers() {
     let folder = tempfile::tempdir().unwrap();
-    let program = Program::start(folder.path(), Stdio::null());
-    let remote = RemoteMemory::connect(&program.target, hasty()).unwrap();
+    let service = start(folder.path(), Stdio::null());
+    let remote = RemoteMemory::connect(service.target(), hasty()).unwrap();
     let collection = remote.open_collection(&requests::spec()).unwrap();
     let document = remote.open_document(collection.id, "text").unwrap();
     let append = |remote: &RemoteMemory, at: u32| {
@@ -122,21 +97,21 @@ fn a_service_without_open_files_to_spare_serves_whom_it_has_and_recovers() {
     append(&remote, 0);
     assert_eq!(attend(1).unwrap().hits.k, 1);
 
-    let before = program.limit_files(program.open_files());
-    let idle: Vec<Raw> = (0..20).map(|_| Raw::greeting(&program.target)).collect();
+    let before = limit_files(&service, open_files(&service));
+    let idle: Vec<Raw> = (0..20).map(|_| Raw::greeting(service.target())).collect();
     std::thread::sleep(Duration::from_millis(300));
     let once = ClientOptions { attempts: 1, connect_timeout: Duration::from_millis(500), ..hasty() };
-    assert!(RemoteMemory::connect(&program.target, once).is_err(), "nobody else is let in");
+    assert!(RemoteMemory::connect(service.target(), once).is_err(), "nobody else is let in");
     for at in 1..4 {
         append(&remote, at);
         assert_eq!(attend(at + 1).unwrap().hits.k, 3.min(at + 1));
     }
     drop(idle);
-    program.limit_files(before);
+    limit_files(&service, before);
 
     let later = Instant::now() + Duration::from_secs(20);
     let another = loop {
-        match RemoteMemory::connect(&program.target, hasty()) {
+        match RemoteMemory::connect(service.target(), hasty()) {
             Ok(another) => break another,
             Err(error) => assert!(Instant::now() < later, "{error}"),
         }

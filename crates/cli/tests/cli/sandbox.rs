@@ -1,13 +1,18 @@
 //! A home folder for the binary, and what it answered.
 
-use std::io::{BufRead, BufReader, Read};
+#[path = "../service/mod.rs"]
+#[allow(dead_code, reason = "shared with tests, which use the rest")]
+mod service;
+
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use landmarkdb::{
     AppendRequest, BlockMemory, BlockText, CollectionSpec, DType, KeyRule, LocalMemory, ModelShape, NewBlock, Rope,
     Sha256Digest, Tensor,
 };
+
+pub(crate) use service::Service;
 
 /// The text of every document that tests write: one byte a token, 4 tokens a block, a tail of 1.
 pub(crate) const TEXT: &str = "abcdefghi";
@@ -27,13 +32,6 @@ pub(crate) struct Answer {
     pub(crate) stderr: String,
     code: Option<i32>,
     typed: String,
-}
-
-/// A service that is killed if a test fails.
-pub(crate) struct Service {
-    child: Child,
-    /// What `--connect` takes.
-    pub(crate) listening: Vec<String>,
 }
 
 impl Sandbox {
@@ -75,6 +73,13 @@ impl Sandbox {
             code: output.status.code(),
             typed: args.join(" "),
         }
+    }
+
+    /// Runs a `serve --json` until it is ready.
+    #[track_caller]
+    pub(crate) fn serve(&self, args: &[&str]) -> Service {
+        Service::start(&mut self.command(args))
+            .unwrap_or_else(|printed| panic!("landmarkdb {}: {printed}", args.join(" ")))
     }
 
     /// Runs with a standard output whose reader has left already; gives the exit code.
@@ -131,40 +136,6 @@ impl Answer {
         let error: serde_json::Value =
             serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {:?}", self.stderr));
         error["error"]["kind"].as_str().unwrap().to_string()
-    }
-}
-
-impl Service {
-    /// Starts `serve --json` and waits for its ready line.
-    pub(crate) fn start(sandbox: &Sandbox, args: &[&str]) -> Self {
-        let mut child = sandbox.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let mut service = Service { child, listening: Vec::new() };
-        let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|error| {
-            let _ = service.child.kill();
-            let mut log = String::new();
-            service.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-            panic!("{error}: {line:?}\n{log}")
-        });
-        let targets = ready["listening"].as_array().unwrap().iter();
-        service.listening = targets.map(|target| target.as_str().unwrap().to_string()).collect();
-        service
-    }
-
-    /// Sends SIGTERM and gives the exit code.
-    pub(crate) fn terminate(mut self) -> Option<i32> {
-        let killed = Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
-        assert!(killed.success());
-        self.child.wait().unwrap().code()
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        // Already gone where the test went well.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -22,6 +22,8 @@ mod process;
 mod provenance;
 mod readme;
 mod restore;
+#[path = "../service/mod.rs"]
+mod service;
 mod streams;
 mod suite;
 

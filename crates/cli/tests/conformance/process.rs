@@ -1,11 +1,11 @@
 //! How is a service started, stopped, killed and rebuilt? Ours as a child process, another one by commands from the environment.
 
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::client::Client;
+use crate::service::{self, Service};
 use crate::suite::{Alone, Need};
 
 const ENDPOINT: &str = "LANDMARK_ENDPOINT";
@@ -23,7 +23,7 @@ const START_TIME: Duration = Duration::from_secs(30);
 
 /// Our program as a child process over a folder of its own.
 pub(crate) struct Own {
-    child: Option<Child>,
+    service: Option<Service>,
     endpoint: String,
     home: tempfile::TempDir,
 }
@@ -40,7 +40,7 @@ fn variable(name: &str) -> Option<String> {
 impl Own {
     pub(crate) fn start_new() -> Own {
         let home = tempfile::tempdir().expect("a temporary folder");
-        let mut own = Own { child: None, endpoint: String::new(), home };
+        let mut own = Own { service: None, endpoint: String::new(), home };
         own.start().expect("a service over a new folder starts");
         own
     }
@@ -59,46 +59,23 @@ impl Own {
         let log = home.join("log");
         let errors = std::fs::File::create(&log).expect("a log file");
         let program = variable(PROGRAM).unwrap_or_else(|| env!("CARGO_BIN_EXE_landmarkdb").into());
-        let mut command = Command::new(program);
-        command.args(["serve", "--json", "--listen", "127.0.0.1:0", "--data"]).arg(self.data());
+        let mut command = service::serve(program.as_ref(), &self.data());
         command.current_dir(home).env_clear().env("HOME", home).env("PATH", variable("PATH").unwrap_or_default());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
-        let mut child = command.spawn().expect("the program runs");
-        let mut line = String::new();
-        let stdout = child.stdout.take().expect("a pipe");
-        BufReader::new(stdout).read_line(&mut line).expect("a line of text");
-        let ready: Option<serde_json::Value> = serde_json::from_str(&line).ok();
-        let endpoint = ready.as_ref().and_then(|ready| ready["listening"][0].as_str());
-        let Some(endpoint) = endpoint else {
-            // Without a ready line it is gone or of no use.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(std::fs::read_to_string(log).unwrap_or_default());
-        };
-        self.endpoint = endpoint.into();
-        self.child = Some(child);
+        let service =
+            Service::start(command.stderr(errors)).map_err(|_| std::fs::read_to_string(log).unwrap_or_default())?;
+        self.endpoint = service.target().into();
+        self.service = Some(service);
         Ok(())
     }
 
     fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Already gone is as good.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.service = None;
     }
 
     fn stop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        run(&format!("kill {}", child.id())).expect("a signal is sent");
-        let status = child.wait().expect("the service ends");
+        let Some(service) = self.service.take() else { return };
+        let status = service.stop();
         assert!(status.success(), "a service that is asked to stop ends with {status}");
-    }
-}
-
-impl Drop for Own {
-    fn drop(&mut self) {
-        self.kill();
     }
 }
 

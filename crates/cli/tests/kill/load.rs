@@ -18,6 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::common::{shape, spec};
+use super::service::Service;
 use super::{Process, landmarkdb, serve};
 
 const WRITERS: usize = 3;
@@ -162,7 +163,7 @@ impl Writer<'_> {
 
 impl Load<'_> {
     /// Writers and readers work until the service is killed under them.
-    fn run(&self, mut service: Process, slots: &mut [Slot], after: Duration, seed: u64) {
+    fn run(&self, mut service: Service, slots: &mut [Slot], after: Duration, seed: u64) {
         let clients: Vec<RemoteMemory> = (0..WRITERS + READERS).map(|_| connect(self.address).unwrap()).collect();
         std::thread::scope(|scope| {
             let (writers, readers) = clients.split_at(WRITERS);
@@ -176,8 +177,8 @@ impl Load<'_> {
                 scope.spawn(move || self.read(memory, random));
             }
             std::thread::sleep(after);
-            service.0.kill().unwrap();
-            service.0.wait().unwrap();
+            service.child.kill().unwrap();
+            service.child.wait().unwrap();
         });
     }
 
@@ -306,8 +307,8 @@ fn nothing_acknowledged_is_lost_when_a_busy_service_is_killed() {
     let mut slots: Vec<Slot> = (0..WRITERS * NAMES).map(|at| slot(at / NAMES, at % NAMES)).collect();
     let (counts, mut compared) = (Counts::default(), 0);
     let collection = {
-        let (_service, address) = serve(&data);
-        connect(&address).unwrap().open_collection(&spec("killed", DType::F16)).unwrap().id
+        let service = serve(&data);
+        connect(service.target()).unwrap().open_collection(&spec("killed", DType::F16)).unwrap().id
     };
     for cycle in 0..cycles {
         if random.random_range(0..4) == 0 {
@@ -317,7 +318,8 @@ fn nothing_acknowledged_is_lost_when_a_busy_service_is_killed() {
             std::thread::sleep(Duration::from_millis(random.random_range(0..40)));
         }
         let context = format!("seed {seed}, cycle {cycle}");
-        let (service, address) = serve(&data);
+        let service = serve(&data);
+        let address = service.target().to_string();
         let memory = connect(&address).unwrap();
         compared += settle(&memory, collection, &mut slots, &context);
         let faults = memory.verify_rebuild(&mut |_, _| {}, &Until::FOREVER).unwrap().faults;
