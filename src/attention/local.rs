@@ -126,9 +126,9 @@ fn compete(scores: &mut [f32]) -> (f32, f32) {
     (top + sum.ln(), sum)
 }
 
-/// Part of an attention: what some keys contribute.
+/// Attention over keys at hand, ready to be merged with that over other keys.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Partial {
+pub(crate) struct LocalAttention {
     /// `(rows, D)`
     pub(crate) out: Vec<f32>,
     /// `(rows)`: log-sum-exp.
@@ -146,7 +146,7 @@ pub(crate) struct AtHand<'a> {
 
 /// Attends to the window, of which the run's first token sees `visible` rows and each further token one more, and to all
 /// of lead and sink. Rows are `(T, G)`.
-pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rule: Rule) -> Partial {
+pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rule: Rule) -> LocalAttention {
     let HeadQueries { group, head_dim, .. } = *queries;
     let AtHand { lead, sink, window } = at_hand;
     let rows = queries.window.len() / head_dim;
@@ -194,13 +194,13 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
         for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
             out.iter_mut().for_each(|x| *x /= sum);
         }
-        Partial { out, lse }
+        LocalAttention { out, lse }
     })
 }
 
 /// Merges another part `other_out (rows, D)`, `other_lse (rows)` into `part`'s output, which becomes attention over
 /// both. Returns each row's share of the other part.
-pub(crate) fn merge(part: &mut Partial, other_out: &[f32], other_lse: &[f32]) -> Vec<f32> {
+pub(crate) fn merge(part: &mut LocalAttention, other_out: &[f32], other_lse: &[f32]) -> Vec<f32> {
     let head_dim = part.out.len() / part.lse.len().max(1);
     let rows = part.out.chunks_exact_mut(head_dim).zip(other_out.chunks_exact(head_dim));
     rows.zip(part.lse.iter().zip(other_lse))
@@ -286,7 +286,7 @@ mod tests {
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v } };
-            let Partial { out, lse } = attend(&queries, at_hand, visible, rule);
+            let LocalAttention { out, lse } = attend(&queries, at_hand, visible, rule);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
                 let (want, want_lse) =

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
-use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, Partial};
+use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, LocalAttention};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
 use crate::attention::trace::{BlockReads, Heads, Trace};
 use crate::attention::window::{Lead, LocalWindow, Sink};
@@ -432,7 +432,7 @@ impl BlockAttention {
     }
 
     /// Attention of one run and KV head over window and sink, rows `(T, G)`.
-    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> Partial {
+    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> LocalAttention {
         let shape = &self.shape;
         let (group, d, block_tokens) = (shape.group(), shape.head_dim as usize, shape.block_tokens as usize);
         let row = shape.query_heads as usize * d;
@@ -474,7 +474,7 @@ impl BlockAttention {
     }
 
     /// Attention of each run over window and sink, rows `(T, Hq)`.
-    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<Partial> {
+    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<LocalAttention> {
         let (kv_heads, group) = (self.shape.kv_heads as usize, self.shape.group());
         let (query_heads, d) = (kv_heads * group, self.shape.head_dim as usize);
         let head = |task: usize| {
@@ -486,7 +486,7 @@ impl BlockAttention {
             1 => (0..runs.len() * kv_heads).map(head).collect(),
             _ => (0..runs.len() * kv_heads).into_par_iter().map(head).collect(),
         };
-        let join = |(run, heads): (&Run, &[Partial])| {
+        let join = |(run, heads): (&Run, &[LocalAttention])| {
             let mut out = vec![0.0; run.tokens.len() * query_heads * d];
             let mut lse = vec![0.0; run.tokens.len() * query_heads];
             for (kv_head, head) in heads.iter().enumerate() {
@@ -497,7 +497,7 @@ impl BlockAttention {
                     lse[first..first + group].copy_from_slice(&head.lse[from]);
                 }
             }
-            Partial { out, lse }
+            LocalAttention { out, lse }
         };
         runs.iter().zip(heads.chunks_exact(kv_heads)).map(join).collect()
     }

@@ -43,7 +43,7 @@ struct Use {
 }
 
 /// Attention of all rows of one KV head over some blocks, not yet divided by its sum.
-struct Partial {
+struct ShardSums {
     /// `(T * G, D)`
     out: Vec<f32>,
     /// `(T * G)`
@@ -179,7 +179,7 @@ impl CpuAttention<'_> {
         let partials = shards
             .par_iter()
             .map(|&(head, uses)| Ok((head, self.shard(head, uses, &heads)?)))
-            .collect::<Result<Vec<(usize, Partial)>>>()?;
+            .collect::<Result<Vec<(usize, ShardSums)>>>()?;
         let (out, lse) = self.gather(partials);
         Ok(PartialAttention { out, lse })
     }
@@ -234,11 +234,11 @@ impl CpuAttention<'_> {
     }
 
     /// Attention of one KV head's rows over some blocks; `heads` are the uses of all.
-    fn shard(&self, head: usize, uses: &[Use], heads: &[Vec<Use>]) -> Result<Partial> {
+    fn shard(&self, head: usize, uses: &[Use], heads: &[Vec<Use>]) -> Result<ShardSums> {
         let spec = &self.plan.lookup.collection.spec;
         let (dim, tokens) = (self.plan.dim, spec.shape.block_tokens as usize);
         let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
-        let mut partial = Partial::nothing(self.rows(), dim);
+        let mut partial = ShardSums::nothing(self.rows(), dim);
         let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
@@ -275,9 +275,9 @@ impl CpuAttention<'_> {
     }
 
     /// `(out (T, Hq, D), lse (T, Hq))` from the parts of all KV heads.
-    fn gather(&self, partials: Vec<(usize, Partial)>) -> (Vec<f32>, Vec<f32>) {
+    fn gather(&self, partials: Vec<(usize, ShardSums)>) -> (Vec<f32>, Vec<f32>) {
         let kv_heads = self.plan.lookup.collection.layout.kv_heads;
-        let mut heads: Vec<Option<Partial>> = (0..kv_heads).map(|_| None).collect();
+        let mut heads: Vec<Option<ShardSums>> = (0..kv_heads).map(|_| None).collect();
         for (head, partial) in partials {
             match &mut heads[head] {
                 Some(sum) => sum.add(&partial, self.plan.dim),
@@ -356,9 +356,9 @@ impl Stored<'_> {
     }
 }
 
-impl Partial {
+impl ShardSums {
     fn nothing(rows: usize, dim: usize) -> Self {
-        Partial { out: vec![0.0; rows * dim], tops: vec![f32::NEG_INFINITY; rows], sums: vec![0.0; rows] }
+        ShardSums { out: vec![0.0; rows * dim], tops: vec![f32::NEG_INFINITY; rows], sums: vec![0.0; rows] }
     }
 
     /// `(D)`
@@ -404,7 +404,7 @@ impl Partial {
     }
 
     /// Adds the same rows' attention over other blocks.
-    fn add(&mut self, other: &Partial, dim: usize) {
+    fn add(&mut self, other: &ShardSums, dim: usize) {
         for (row, values) in other.out.chunks_exact(dim).enumerate() {
             if other.tops[row] == f32::NEG_INFINITY {
                 continue;

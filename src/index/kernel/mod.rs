@@ -145,19 +145,19 @@ fn score_wide(wide: &[f32], dim: usize, queries: &[f32], scores: &mut [f32]) {
     }
 }
 
-/// A number that widens to f32 in a register.
-trait Number: Copy {
+/// Values that widen to f32 in a register.
+trait Widen: Copy {
     fn wide<const FMA: bool>(values: &[Self; HALVES]) -> [f32; HALVES];
 }
 
-impl Number for f32 {
+impl Widen for f32 {
     #[inline(always)]
     fn wide<const FMA: bool>(values: &[f32; HALVES]) -> [f32; HALVES] {
         *values
     }
 }
 
-impl Number for f16 {
+impl Widen for f16 {
     #[inline(always)]
     fn wide<const FMA: bool>(values: &[f16; HALVES]) -> [f32; HALVES] {
         widen::<FMA>(values)
@@ -179,7 +179,7 @@ score!(score_f32_wide, f32, WIDE);
 score!(score_f32_narrow, f32, NARROW);
 
 #[inline(always)]
-fn score_values<const FMA: bool, const STRIP: usize, N: Number>(
+fn score_values<const FMA: bool, const STRIP: usize, N: Widen>(
     values: &[N],
     dim: usize,
     queries: &[f32],
@@ -205,7 +205,7 @@ fn score_values<const FMA: bool, const STRIP: usize, N: Number>(
 /// `R` rows `(D, R)` against one strip, the first `STRIP` values of every [`PANEL`]; row r's scores begin at
 /// `scores[r * stride]`.
 #[inline(always)]
-fn score_strip<const FMA: bool, const STRIP: usize, const R: usize, N: Number>(
+fn score_strip<const FMA: bool, const STRIP: usize, const R: usize, N: Widen>(
     panel: &[N],
     queries: &[f32],
     scores: &mut [f32],

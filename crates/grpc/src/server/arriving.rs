@@ -20,7 +20,7 @@ use landmarkdb::budget::{Budget, Taken};
 /// In front of every message: whether it is compressed, and how long it is.
 const HEADER_BYTES: usize = 5;
 
-/// What a message takes beside its own bytes, whatever is in it.
+/// What any message takes beside its own bytes.
 const MESSAGE_PRICE: u64 = 1024;
 
 /// The body of a request.

@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// One call. Clones are the same call.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Call {
-    /// Set when nobody reads its reply any more.
+    /// Set when its reply is no longer read.
     gone: Arc<AtomicBool>,
     /// Bytes of the messages that have arrived and were not asked for yet, in their order.
     messages: Arc<Mutex<VecDeque<Taken>>>,
@@ -50,7 +50,7 @@ impl Call {
         request.extensions().get::<Call>().cloned().unwrap_or_default()
     }
 
-    /// Held as long as somebody reads the reply.
+    /// Held as long as the reply is read.
     pub(super) fn open(&self) -> Open {
         Open(self.gone.clone())
     }
@@ -103,7 +103,7 @@ pub(super) fn no_memory(short: Short, found: u64) -> MemoryError {
     }
 }
 
-/// Waits for so many bytes, as long as the caller does. Who has none already does not stand in anybody's way.
+/// Waits for so many bytes, as long as the caller does. A call that holds none yet blocks no other.
 pub(super) async fn take(budget: &Arc<Budget>, bytes: u64, until: &Until) -> Result<Taken> {
     loop {
         match budget.try_take(bytes.min(budget.limit())) {

@@ -28,7 +28,7 @@ use landmarkdb::budget::Budget;
 use landmarkdb::lock::IgnorePoison;
 
 /// What a stream and a connection may send before they are read: a message of any size is read as it comes, so this bounds
-/// only what nobody asks for. At 20 ms of distance it lets 50 MB pass in a second.
+/// only what is not asked for. At 20 ms of distance it lets 50 MB pass in a second.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 
@@ -167,7 +167,7 @@ impl hyper::service::Service<http::Request<Incoming>> for Calls {
         let (stream, call) = (self.peer.open(), Call::from(self.peer.clone()));
         let open = call.open();
         let (mut parts, body) = request.into_parts();
-        // Health and reflection owe nobody an answer that takes time.
+        // Health and reflection never have an answer that takes time.
         let resting = (!parts.uri.path().starts_with("/landmark.")).then(|| self.peer.rest());
         parts.extensions.insert(call.clone());
         let (messages, peer) = (self.shared.messages.clone(), self.peer.clone());

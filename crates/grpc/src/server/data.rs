@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::call::{self, Call};
 use super::multiplex;
 use super::replies::{Replies, ReplyStream, replies};
-use super::work::{Line, Turn, Work, log, stopping};
+use super::work::{Line, Ticket, Work, log, stopping};
 use crate::wire::v1::block_memory_server::BlockMemory;
 use crate::wire::{to_status, v1};
 use landmarkdb::limits;
@@ -44,29 +44,29 @@ impl BlockMemory for DataService {
     }
 
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Result<Response<v1::LookupReply>, Status> {
-        let turn = Turn::of(Line::Light, &request);
+        let ticket = Ticket::of(Line::Light, &request);
         let request = LookupRequest::try_from(request.into_inner()).map_err(|error| to_status(&error))?;
-        let turn = turn.weighed([&request]);
-        self.work.reply(turn, move |memory, until| memory.lookup_until(&request, until)).await
+        let ticket = ticket.weighed([&request]);
+        self.work.reply(ticket, move |memory, until| memory.lookup_until(&request, until)).await
     }
 
     async fn attend(&self, request: Request<v1::AttendRequest>) -> Result<Response<v1::AttendReply>, Status> {
-        let turn = Turn::of(Line::Light, &request);
+        let ticket = Ticket::of(Line::Light, &request);
         let request = AttendRequest::try_from(request.into_inner()).map_err(|error| to_status(&error))?;
-        let turn = turn.weighed([&request.lookup]);
-        self.work.reply(turn, move |memory, until| memory.attend_until(&request, until)).await
+        let ticket = ticket.weighed([&request.lookup]);
+        self.work.reply(ticket, move |memory, until| memory.attend_until(&request, until)).await
     }
 
     async fn attend_all(&self, request: Request<v1::AttendAllRequest>) -> Result<Response<v1::AttendAllReply>, Status> {
-        let turn = Turn::of(Line::Light, &request);
+        let ticket = Ticket::of(Line::Light, &request);
         let requests = request.into_inner().requests;
         let (limit, found) = (limits::ATTEND_REQUESTS_MAX as u64, requests.len() as u64);
         if found > limit {
             return Err(to_status(&MemoryError::LimitExceeded { what: "requests".into(), limit, found }));
         }
         let (readable, refusals) = read_all(requests);
-        let turn = turn.weighed(readable.iter().map(|request| &request.lookup));
-        self.work.reply(turn, move |memory, until| answer_all(memory, &readable, refusals, until)).await
+        let ticket = ticket.weighed(readable.iter().map(|request| &request.lookup));
+        self.work.reply(ticket, move |memory, until| answer_all(memory, &readable, refusals, until)).await
     }
 
     type LookupStreamStream = ReplyStream<v1::LookupStreamReply>;
@@ -90,13 +90,13 @@ impl BlockMemory for DataService {
     type FetchStream = ReplyStream<v1::FetchReply>;
 
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
-        let turn = Turn::of(Line::Light, &request);
+        let ticket = Ticket::of(Line::Light, &request);
         let request = FetchRequest::try_from(request.into_inner()).map_err(|error| to_status(&error))?;
         request.check().map_err(|error| to_status(&error))?;
         let (replies, stream) = replies(REPLIES_READY);
         let work = self.work.clone();
         tokio::spawn(async move {
-            if let Err(error) = fetch_all(&work, &turn.until, &request, &replies).await {
+            if let Err(error) = fetch_all(&work, &ticket.until, &request, &replies).await {
                 replies.fail(&error);
             }
         });
@@ -148,8 +148,8 @@ async fn append_all(
             Ok(Err(status)) => return replies.end(status),
             Err(error) => return replies.fail(&error),
         };
-        let turn = Turn { line: Line::Writing, until: until.clone(), message: call.take_message() };
-        match append_one(&work, turn, batch).await {
+        let ticket = Ticket { line: Line::Writing, until: until.clone(), message: call.take_message() };
+        match append_one(&work, ticket, batch).await {
             Ok(reply) => {
                 if !replies.send(reply, &until).await {
                     return;
@@ -160,9 +160,9 @@ async fn append_all(
     }
 }
 
-async fn append_one(work: &Work, turn: Turn, batch: v1::AppendRequest) -> Result<v1::AppendReply, MemoryError> {
+async fn append_one(work: &Work, ticket: Ticket, batch: v1::AppendRequest) -> Result<v1::AppendReply, MemoryError> {
     let request = AppendRequest::try_from(batch)?;
-    let document = work.run(turn, move |memory, _| memory.append(request)).await?;
+    let document = work.run(ticket, move |memory, _| memory.append(request)).await?;
     Ok(v1::AppendReply { document: Some(document.into()) })
 }
 
@@ -181,8 +181,8 @@ async fn fetch_all(
         let read = FetchRequest { document: request.document, blocks: now.to_vec(), dtype: request.dtype };
         // Held until the last of them has found room among the replies.
         let _taken = call::take(&work.messages, bytes as u64, until).await?;
-        let turn = Turn { line: Line::Light, until: until.clone(), message: None };
-        let blocks = work.run(turn, move |memory, _| memory.fetch(&read)).await?;
+        let ticket = Ticket { line: Line::Light, until: until.clone(), message: None };
+        let blocks = work.run(ticket, move |memory, _| memory.fetch(&read)).await?;
         let block_bytes = blocks.first().map_or(1, block_bytes).max(1);
         count = (FETCH_READ_BYTES / block_bytes).clamp(1, 256);
         bytes = count * block_bytes;

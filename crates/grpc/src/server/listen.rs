@@ -109,11 +109,11 @@ fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
         Err(error) => return Err(failed(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => return Err(ListenError::NotASocket { path: path.into() }),
         Ok(_) => match UnixStream::connect(path) {
-            // Nobody listens: its process was killed before it could remove the file.
+            // Nothing listens: its process was killed before it could remove the file.
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(failed)?;
             }
-            // Somebody listens, or might.
+            // A process listens, or might.
             _ => return Err(ListenError::SocketInUse { path: path.into() }),
         },
     }

@@ -7,7 +7,7 @@ use tonic::Streaming;
 use super::call::Call;
 use super::peer::Resting;
 use super::replies::{ReplyStream, replies};
-use super::work::{Line, Turn, Work, stopping};
+use super::work::{Line, Ticket, Work, stopping};
 use crate::wire::v1;
 use landmarkdb::lock::IgnorePoison;
 use landmarkdb::{AttendRequest, BlockMemory, LookupRequest, MemoryError, Result, Until};
@@ -69,11 +69,11 @@ pub(super) fn answer_all<P: Multiplexed>(
             match request {
                 Err(error) => answer(Err(error)),
                 Ok(request) => {
-                    let turn = Turn { line: Line::Light, until, message }.weighed([P::lookup(&request)]);
+                    let ticket = Ticket { line: Line::Light, until, message }.weighed([P::lookup(&request)]);
                     let work = work.clone();
                     tokio::spawn(async move {
                         let ask = move |memory: &dyn BlockMemory, until: &Until| P::ask(memory, &request, until);
-                        work.hand_over(turn, ask, answer).await;
+                        work.hand_over(ticket, ask, answer).await;
                     });
                 }
             }

@@ -36,7 +36,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often the memory is asked how it is.
 const HEALTH_PERIOD: Duration = Duration::from_millis(500);
 
-/// How long work that nobody waits for may take to notice.
+/// How long cancelled work may take to notice.
 const LAST_STEP: Duration = Duration::from_secs(2);
 
 /// The name in health checks for what writes; reads are the services'.

@@ -1,4 +1,4 @@
-//! The one place where calls meet the memory: bounded, off the network threads, as long as somebody waits.
+//! The one place where calls meet the memory: bounded, off the network threads, until the caller has gone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub(super) struct Work {
     memory: Arc<dyn BlockMemory>,
     lines: Arc<Lines>,
     pub(super) messages: Arc<Budget>,
-    /// Set when nobody waits for anything any more.
+    /// Set when no caller waits any more.
     is_over: Arc<AtomicBool>,
     phase: watch::Receiver<Phase>,
 }
@@ -64,25 +64,25 @@ impl Workers {
 }
 
 /// What a job brings along to its line.
-pub(super) struct Turn {
+pub(super) struct Ticket {
     pub(super) line: Line,
     pub(super) until: Until,
     /// Bytes of the message that it was asked in, held until it is done.
     pub(super) message: Option<Taken>,
 }
 
-impl Turn {
+impl Ticket {
     /// For a call of one request.
-    pub(super) fn of<T>(line: Line, request: &Request<T>) -> Turn {
+    pub(super) fn of<T>(line: Line, request: &Request<T>) -> Ticket {
         let call = Call::of(request);
-        Turn { line, until: call.until(request), message: call.take_message() }
+        Ticket { line, until: call.until(request), message: call.take_message() }
     }
 
     /// The same, in the line for what the lookups weigh.
-    pub(super) fn weighed<'a>(self, lookups: impl IntoIterator<Item = &'a LookupRequest>) -> Turn {
+    pub(super) fn weighed<'a>(self, lookups: impl IntoIterator<Item = &'a LookupRequest>) -> Ticket {
         let weight = lookups.into_iter().fold(0u64, |sum, lookup| sum.saturating_add(lookup.weight()));
         let line = if weight <= limits::LIGHT_WEIGHT_MAX { Line::Light } else { Line::Heavy };
-        Turn { line, ..self }
+        Ticket { line, ..self }
     }
 }
 
@@ -107,26 +107,26 @@ impl Work {
     /// started ends when it notices.
     pub(super) async fn run<R: Send + 'static>(
         &self,
-        turn: Turn,
+        ticket: Ticket,
         job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
     ) -> Result<R> {
         let (sender, answer) = oneshot::channel();
-        let until = turn.until.clone();
+        let until = ticket.until.clone();
         // The receiver may be gone; that is fine.
-        self.hand_over(turn, job, |answer| drop(sender.send(answer))).await;
+        self.hand_over(ticket, job, |answer| drop(sender.send(answer))).await;
         let gone = |_| Err(MemoryError::Internal { detail: "a worker gave no answer".into() });
         call::within(&until, answer).await?.unwrap_or_else(gone)
     }
 
     /// As [`run`](Self::run), but `answer` takes the outcome on the thread that worked, which saves the way back to this
-    /// one; returns when the job has its turn.
+    /// one; returns when it is the job's turn.
     pub(super) async fn hand_over<R: Send + 'static>(
         &self,
-        turn: Turn,
+        ticket: Ticket,
         job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
         answer: impl FnOnce(Result<R>) + Send + 'static,
     ) {
-        let Turn { line, until, message } = turn;
+        let Ticket { line, until, message } = ticket;
         let permit = match call::within(&until, self.line(line).acquire_owned()).await {
             Ok(permit) => permit,
             Err(error) => return answer(Err(error)),
@@ -147,13 +147,13 @@ impl Work {
     /// `run` for calls of one request and one reply.
     pub(super) async fn reply<R, M>(
         &self,
-        turn: Turn,
+        ticket: Ticket,
         job: impl FnOnce(&dyn BlockMemory, &Until) -> Result<R> + Send + 'static,
     ) -> std::result::Result<Response<M>, Status>
     where
         R: Into<M> + Send + 'static,
     {
-        let answer = self.run(turn, job).await;
+        let answer = self.run(ticket, job).await;
         answer.map(|reply| Response::new(reply.into())).map_err(|error| to_status(&error))
     }
 
@@ -172,7 +172,7 @@ impl Work {
         }
     }
 
-    /// Tells all jobs that nobody waits any more.
+    /// Cancels all jobs.
     pub(super) fn give_up(&self) {
         self.is_over.store(true, Ordering::Relaxed);
     }
