@@ -12,7 +12,7 @@ const SMALL_SHARE: u64 = 64;
 /// The share that large takers leave to small ones.
 const KEPT_SHARE: u64 = 4;
 
-/// How often somebody who waits looks whether the caller is still there.
+/// How often a waiting call checks that its caller is still there.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Bytes that are taken before they are used, and given back. A quarter is kept for takers of little, so that a few large
@@ -34,7 +34,7 @@ pub struct Taken {
 /// Why there are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Short {
-    /// More than anybody may have, whoever else has how much.
+    /// More than one call may ever have, however idle the rest.
     Never { limit: u64 },
     /// Others have them now.
     Now,

@@ -119,5 +119,5 @@ pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;
 /// SmolLM2, and every query attends to all.
 pub const TAIL_TOKENS_MAX: usize = 16_384;
 
-/// Differences between the catalog and a rebuilt one that are named one by one: more tell nobody more.
+/// Differences between the catalog and a rebuilt one that are named one by one: more do not help.
 pub const DIFFERENCES_MAX: usize = 1000;

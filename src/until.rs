@@ -1,4 +1,4 @@
-//! Until when is an answer of use to somebody?
+//! When is an answer no longer wanted?
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
 //! What do bytes from outside cost in memory? An allocator that counts, so that a length which is only claimed is found out
-//! by whatever allocates for it.
+//! by what allocates for it.
 
 pub mod targets;
 

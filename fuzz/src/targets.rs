@@ -116,7 +116,7 @@ fn ask(memory: &LocalMemory, request: Request) -> Result<()> {
     }
 }
 
-/// Whether an error blames the request: the disk works, and nobody else asks.
+/// Whether an error blames the request: the disk works, and there is no other caller.
 fn is_refusal(error: &MemoryError) -> bool {
     use MemoryError::*;
     matches!(

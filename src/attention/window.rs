@@ -29,7 +29,7 @@ pub(crate) struct Sink {
     stored: bool,
 }
 
-/// The tokens after the last full block of earlier documents, which nobody can look up, all of them at hand: `(L, Hkv)` heads of
+/// The tokens after the last full block of earlier documents, which cannot be looked up, all of them at hand: `(L, Hkv)` heads of
 /// `(S, D)`.
 #[derive(Default)]
 pub(crate) struct Lead {

@@ -24,7 +24,7 @@ pub(crate) struct Writer {
     document: DocumentId,
     /// Full blocks that are durable.
     blocks: usize,
-    /// Tokens that are durable, a tail's included: with another number somebody else writes to the document.
+    /// Tokens that are durable, a tail's included: another number means another writer.
     durable_tokens: u64,
     /// Tokens after those: ids, and where each begins in `text`.
     ids: Vec<u32>,
@@ -93,7 +93,7 @@ impl Writer {
         self.send(vec![tail])
     }
 
-    /// Makes blocks durable, unless somebody else has written to the document.
+    /// Makes blocks durable, unless another writer has changed the document.
     fn send(&mut self, blocks: Vec<NewBlock>) -> Result<(), MemoryError> {
         let expected_tokens = Some(self.durable_tokens);
         let document = self.memory.append(AppendRequest { document: self.document, blocks, expected_tokens })?;

@@ -16,7 +16,7 @@ mod compile;
 
 use compile::compile;
 
-/// Bytes of freed memory that the driver keeps for whoever asks next. Unless it is told, it keeps none when a stream has been
+/// Bytes of freed memory that the driver keeps for the next allocation. Unless it is told, it keeps none when a stream has been
 /// waited for, and every operation would wait for memory anew.
 const FREED_BYTES_KEPT: u64 = 256 << 20;
 
@@ -237,7 +237,7 @@ mod tests {
     fn kernels_compile_and_what_does_not_comes_with_a_log() {
         // SAFETY: as in `Device::open`.
         if !unsafe { nvrtc::sys::is_culib_present() } {
-            // Whoever sets it wants the test: see tests/kernels/nvrtc.rs.
+            // Setting it asks for the test: see tests/kernels/nvrtc.rs.
             assert!(std::env::var_os("LANDMARKDB_TEST_NVRTC").is_none(), "{}", CudaError::NoCompiler);
             // Not `eprintln!`, which is hidden where a test passes.
             std::io::stderr().write_all(format!("skipped: {}\n", CudaError::NoCompiler).as_bytes()).unwrap();

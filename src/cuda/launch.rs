@@ -1,4 +1,4 @@
-//! What passes between the operations and whatever runs kernels: the seam, and the arguments of each kernel.
+//! The seam between operations and what runs kernels, and the arguments of each kernel.
 
 use std::marker::PhantomData;
 use std::ops::RangeInclusive;

@@ -11,7 +11,7 @@ pub(super) const KEPT_LEN_MAX: usize = 8 << 20;
 /// Values of all buffers that are kept: 128 MiB, some for every thread that searches.
 const KEPT_IN_ALL_MAX: usize = 4 * KEPT_LEN_MAX;
 
-/// Buffers that nobody uses now.
+/// Buffers that are free.
 static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 
 /// Some values, given back when dropped.
@@ -21,7 +21,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// `len` values, whatever they are.
+    /// `len` values, unspecified.
     pub(super) fn take(len: usize) -> Scratch {
         if len == 0 {
             return Scratch { buffer: Vec::new(), len };

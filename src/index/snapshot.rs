@@ -29,11 +29,11 @@ pub struct Chunk {
     /// `(L * Hkv)`, equal in all chunks of a document, or none: how its keys became int8.
     quantizers: Arc<[ChannelQuantizer]>,
     data: ChunkData,
-    /// Made by whoever needs it.
+    /// Made on first use.
     copy: Mutex<Option<Copied>>,
 }
 
-/// The same keys in a GPU's memory, in whatever form [`super::cuda`] gives them.
+/// The same keys in a GPU's memory, in the form that [`super::cuda`] gives them.
 pub(super) type Copied = Arc<dyn Any + Send + Sync>;
 
 #[derive(Debug)]

@@ -200,7 +200,7 @@ impl LocalMemory {
         Loader { store: &self.store, quantizers: &self.quantizers, collection }
     }
 
-    /// Lets go what is derived from a document's blocks.
+    /// Drops what is derived from a document's blocks.
     pub(super) fn forget_document(&self, document: DocumentId) {
         self.keys.forget(document);
         self.quantizers.forget(document);

@@ -54,7 +54,7 @@ impl LocalMemory {
         })
     }
 
-    /// Finds the keys that a request reads, from the disk if nobody read them before. Not from inside of rayon's pool: it may wait
+    /// Finds the keys that a request reads, on disk if they are not loaded. Not from inside of rayon's pool: it may wait
     /// for another request that reads the same.
     pub(super) fn prepare<'a>(&self, plan: Plan<'a>) -> Result<Prepared<'a>> {
         match self.prepare_held(plan)? {
@@ -74,7 +74,7 @@ impl LocalMemory {
             let indexes = plan.collection.engine.indexes().and_then(|setting| {
                 let folder = self.indexes.folder(range.document);
                 held.indexes(range.document, setting, folder).filter(|indexes| {
-                    // Until somebody has made them, keys are scanned.
+                    // Until they are made, keys are scanned.
                     indexes.make(layer * layout.kv_heads..(layer + 1) * layout.kv_heads, &keys)
                 })
             });
@@ -84,7 +84,7 @@ impl LocalMemory {
         Ok(Ok(Prepared { plan, layout, layer, scope, _read: Read::Held { _held: held } }))
     }
 
-    /// With keys of the one layer that is asked, which are gone when the request is answered. Whoever asks must hold no keys.
+    /// With keys of the one layer that is asked, which are gone when the request is answered. The caller must hold no keys.
     pub(super) fn prepare_passing<'a>(&self, plan: Plan<'a>) -> Result<Prepared<'a>> {
         let layer = plan.request.layer as usize;
         let layout = KeyLayout { layers: 1, ..plan.collection.layout };
@@ -178,7 +178,7 @@ impl Prepared<'_> {
         };
         let of_gpu = gpu.map(|gpu| gpu.search(&query)).transpose()?.flatten();
         let found = of_gpu.unwrap_or_else(|| self.plan.collection.engine.search(&query));
-        // What was found after nobody waited any more is not whole.
+        // What was found after the caller had gone is not whole.
         self.plan.until.check()?;
         Ok(found)
     }

@@ -28,7 +28,7 @@ pub(super) fn take(budget: &Arc<Budget>, bytes: u64, until: &Until) -> Result<Ta
     })
 }
 
-/// Runs `job` where it stands in the way of nobody: heavy work has threads of its own, and the machine shares the cores.
+/// Runs `job` where it delays no light call: heavy work has threads of its own, and the machine shares the cores.
 /// Queued behind heavy work in one pool, a decode step would wait for all of it.
 pub(super) fn run<R: Send>(requests: &[&LookupRequest], job: impl FnOnce() -> R + Send) -> R {
     static HEAVY: OnceLock<Option<ThreadPool>> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! Who writes to a document now? One at a time, and nobody keeps anything for documents that are not written to.
+//! Who writes to a document now? One at a time, and nothing is kept for documents that are not written to.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use crate::lock::IgnorePoison;
 use crate::types::DocumentId;
 
-/// A lock for every document that somebody writes to, or reads a tail of.
+/// A lock for every document that is written to, or whose tail is read.
 #[derive(Default)]
 pub(super) struct Writers(Mutex<Locks>);
 

@@ -1,4 +1,4 @@
-//! What was set aside, and might it have been acknowledged? A torn end is an append that nobody was told of, unless a whole
+//! What was set aside, and might it have been acknowledged? A torn end is an append that was not acknowledged, unless a whole
 //! group lies in it: then its last flush may have been over, and damage came later.
 
 use super::error::StoreError;
@@ -13,7 +13,7 @@ impl Store {
         self.handles.folder().torn().map_err(StoreError::io("list what was set aside"))
     }
 
-    /// Lets go what torn ends cut off.
+    /// Discards what torn ends cut off.
     pub fn discard_torn(&self) -> Result<(), StoreError> {
         self.handles.folder().discard_torn().map_err(StoreError::io("remove what was set aside"))
     }

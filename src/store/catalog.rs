@@ -209,7 +209,7 @@ impl SledCatalog {
             let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
             match config.open() {
                 Ok(tree) => return Ok(SledCatalog { tree: Some(tree), path: path.to_owned() }),
-                // sled says no more precisely that its file is locked. We hold the data directory, so nobody stays.
+                // sled says no more precisely that its file is locked. We hold the data directory, so the holder is about to leave.
                 Err(sled::Error::Io(error))
                     if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Other)
                         && begun.elapsed() < REOPEN_PATIENCE =>
@@ -244,7 +244,7 @@ impl Drop for SledCatalog {
     fn drop(&mut self) {
         let tree = self.tree.take();
         if !self.path.exists() {
-            // It was given up and removed: nobody waits for what it has left to write.
+            // It was given up and removed: what it has left to write does not matter.
             let _ = std::thread::Builder::new().name("catalog".into()).spawn(move || drop(tree));
             return;
         }
@@ -263,7 +263,7 @@ impl Drop for SledCatalog {
 /// may panic.
 fn in_time(run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
     let (ended, result) = mpsc::channel();
-    // Nobody may be waiting any more.
+    // The receiver may be gone; that is fine.
     std::thread::Builder::new().name("catalog".into()).spawn(move || drop(ended.send(run())))?;
     result.recv_timeout(WRITE_PATIENCE).unwrap_or_else(|error| match error {
         RecvTimeoutError::Timeout => Err(io::ErrorKind::TimedOut.into()),

@@ -2,7 +2,7 @@
 //! into directories of formats 1 to 3, which had none, when they are first opened; a folder that holds anything else is
 //! refused, so nothing in it is ever removed.
 //!
-//! Keys, values and text are the documents themselves, so the folder is nobody else's to enter.
+//! Keys, values and text are the documents themselves, so only the owner may enter the folder.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};

@@ -154,7 +154,7 @@ pub(super) fn write_header(file: &dyn SegmentFile, header: SegmentHeader) -> Res
 impl Open {
     fn keep(&mut self, segment: &Arc<Segment>) {
         if self.segments.len() >= OPEN_MAX {
-            // The oldest data is the least likely to be read next; whoever holds the handle keeps it.
+            // The oldest data is the least likely to be read next; a reader that holds the handle keeps it.
             self.segments.pop_first();
         }
         self.segments.insert(segment.id, segment.clone());

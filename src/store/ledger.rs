@@ -1,7 +1,7 @@
 //! What records mean for the catalog. The one way in, for a group just written and for what is found again after a crash
 //! or when the catalog is rebuilt.
 //!
-//! The newest of each thing counts, by its sequence, wherever it lies and in whatever order records come: a tombstone
+//! The newest of each thing counts, by its sequence, wherever it lies and in any order of records: a tombstone
 //! ends its document for good (ids are never reused), a block counts if the newest manifest has it. Live bytes per segment
 //! are kept in the same batch.
 

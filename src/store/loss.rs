@@ -19,7 +19,7 @@ use crate::types::{CollectionId, DocumentId};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
     Record(Named),
-    /// Records of groups below this number, of whatever documents.
+    /// Records of groups below this number, of any document.
     Any {
         before: u64,
     },

@@ -22,7 +22,7 @@ type Parts = (Box<dyn Segments>, Arc<dyn Catalog>, File);
 pub(super) const CATALOG_FOLDER: &str = "catalog";
 
 impl Store {
-    /// Opens a data directory, creating it if absent, and recovers from whatever happened to it.
+    /// Opens a data directory, creating it if absent, and recovers it after a crash or damage.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
         let (segments, catalog, lock) = Store::parts(dir, open_catalog)?;
         let mut store = Store::open_sized(segments, catalog, Sizes::default())?;
@@ -52,7 +52,7 @@ impl Store {
         Ok((Box::new(segments), catalog, lock))
     }
 
-    /// Opens what lies behind the two seams. The caller sees to it that nobody else has it open.
+    /// Opens what lies behind the two seams. The caller makes sure that no other process has it open.
     pub fn open_on(segments: Box<dyn Segments>, catalog: Box<dyn Catalog>) -> Result<Store, StoreError> {
         Store::open_sized(segments, catalog.into(), Sizes::default())
     }

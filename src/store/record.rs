@@ -73,7 +73,7 @@ mod record_header {
     pub(super) const PIECE_BYTES: std::ops::Range<usize> = KEYS_BYTES.end..KEYS_BYTES.end + 4;
     pub(super) const PIECES: std::ops::Range<usize> = PIECE_BYTES.end..PIECE_BYTES.end + 4;
     pub(super) const SEQUENCE: std::ops::Range<usize> = PIECES.end..PIECES.end + 8;
-    /// Zero for now; whoever gives it a meaning raises the format.
+    /// Zero; giving it a meaning raises the format.
     pub(super) const RESERVED: std::ops::Range<usize> = SEQUENCE.end..SEQUENCE.end + 8;
     pub(super) const CRC: std::ops::Range<usize> = RESERVED.end..RESERVED.end + super::CRC_BYTES;
 }

@@ -33,7 +33,7 @@ const GROUP_RECORDS: usize = 1024;
 /// What the operator adds.
 #[derive(Default)]
 pub struct RepairOptions {
-    /// Lets go what was set aside before this repair.
+    /// Discards what was set aside before this repair.
     pub discard_torn: bool,
     /// Collections as they are known to have been; those that are there are passed over.
     pub collections: Vec<LostCollection>,
@@ -91,7 +91,7 @@ impl Store {
     }
 }
 
-/// A catalog that makes no sense is replaced by an empty one. What the system refuses now it may allow later.
+/// A catalog that cannot be decoded is replaced by an empty one. What the system refuses now it may allow later.
 fn open_or_replace(path: &Path) -> Result<Arc<dyn Catalog>, StoreError> {
     let opened = match SledCatalog::open(path) {
         Err(error) if error.raw_os_error().is_none() => {
@@ -159,7 +159,7 @@ impl Work<'_> {
             Ok((key, value)) => {
                 let value = unpack(&value);
                 if value.is_none() {
-                    tracing::warn!(?key, "the catalog holds something that makes no sense");
+                    tracing::warn!(?key, "the catalog holds an entry that cannot be decoded");
                 }
                 value.map(|value| Ok((key, value)))
             }
@@ -207,7 +207,7 @@ impl Work<'_> {
     }
 
     /// The same for blocks whose headers are damaged, or whose ends are cut off, as far as they can be read: without the catalog
-    /// nobody would know that they are there.
+    /// they would be unknown.
     fn rewrite_known_blocks(&mut self) -> Result<u64, StoreError> {
         let (mut lost, mut bytes, mut rewritten, mut all_whole) = (Vec::new(), 0, 0, true);
         for pair in self.known::<Locator>(key::BLOCKS) {

@@ -93,12 +93,12 @@ impl<'a> Scan<'a> {
         Scan { file, segment, salt, at, end, passes_over_blocks: false }
     }
 
-    /// Reads of blocks only the headers: what is wrong behind them is found by whoever reads the block.
+    /// Reads of blocks only the headers: damage behind them is found when the block is read.
     pub(super) fn passing_over_blocks(self, passes_over_blocks: bool) -> Self {
         Scan { passes_over_blocks, ..self }
     }
 
-    /// Whether a record with this header lies where it begins, whatever is behind the header.
+    /// Whether a record with this header lies where it begins, not looking behind the header.
     pub(super) fn begins_with(mut self, locator: &Locator) -> Result<bool, StoreError> {
         self.end = self.end.min(self.file.len_bytes().map_err(StoreError::io("measure a segment"))?);
         let header = self.header_at(self.at)?;

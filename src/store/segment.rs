@@ -48,7 +48,7 @@ impl fmt::Debug for DirectoryId {
     }
 }
 
-/// What a torn end cut off, or a damaged segment, kept until the operator lets it go.
+/// What a torn end cut off, or a damaged segment, kept until the operator discards it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Torn {
     pub segment: SegmentId,
@@ -88,7 +88,7 @@ pub trait Segments: Send + Sync {
     /// Takes a segment out of the set and keeps its file with what was set aside, durably.
     fn move_aside(&self, id: SegmentId) -> io::Result<()>;
 
-    /// Lets go what was set aside.
+    /// Discards what was set aside.
     fn discard_torn(&self) -> io::Result<()>;
 
     /// Sets room aside, if there is enough, for deletions on a disk that is full.
@@ -163,12 +163,12 @@ pub(super) fn file_name(id: SegmentId) -> String {
     format!("{:010}.seg", id.0)
 }
 
-/// Creates a folder that nobody else can look into, if absent.
+/// Creates a folder that only its owner can read, if absent.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// How files of a data directory are opened: whatever is created is nobody else's to read.
+/// How files of a data directory are opened: new ones are readable by their owner only.
 pub(super) fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);

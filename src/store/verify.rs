@@ -53,7 +53,7 @@ impl Store {
         self.verify_until(document, progress, &Until::FOREVER)
     }
 
-    /// The same, as long as somebody waits for it.
+    /// The same, until its caller has gone.
     pub fn verify_until(
         &self,
         document: Option<DocumentId>,
@@ -73,7 +73,7 @@ impl Store {
             }
         };
         let total = documents.iter().map(|entry| entry.manifest.stored_bytes).sum();
-        // Every step tells how far it is, which is where it ends once nobody listens.
+        // Every step reports progress, and ends there once the receiver has gone.
         let step = &mut |report: &VerifyReport| {
             progress(report.bytes, total);
             if until.is_over() { Err(StoreError::GivenUp) } else { Ok(()) }

@@ -175,7 +175,7 @@ impl Store {
 }
 
 impl Writer {
-    /// Takes whatever a failed write left behind the end off the disk. A flush that failed makes pages pass for written that
+    /// Removes what a failed write left behind the end of the log. A flush that failed makes pages pass for written that
     /// are not, so the page that the end lies in is written again.
     pub(super) fn cut_back(&mut self) -> Result<(), StoreError> {
         const PAGE_BYTES: u64 = 4096;
@@ -198,7 +198,7 @@ impl Writer {
         catalog: &dyn Catalog,
         unread: &BTreeSet<SegmentId>,
     ) -> Result<(), StoreError> {
-        // Ids that were given out stay so, whatever is lost of what they were given to.
+        // Ids are never reused, even where what had them is lost.
         let Totals { next_collection, next_document, next_sequence, .. } = self.ledger.totals;
         ledger.raise_ids(next_collection, next_document, next_sequence);
         if !unread.is_empty() {

@@ -105,7 +105,7 @@ mod tests {
         check(&Cli::command(), "landmarkdb");
     }
 
-    /// Whoever types a command of the page measures what the page tells, in the folder of the captured file.
+    /// A command of the page, typed in the folder of the captured file, measures what the page says.
     #[test]
     fn what_a_bench_report_shows_can_be_typed() {
         let report = |captured: &str, python: &str, more: &[&str]| {

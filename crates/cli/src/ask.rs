@@ -23,7 +23,7 @@ const AT_HAND_ROWS_MAX: usize = 16;
 /// Ask a question about documents, answered from their blocks.
 ///
 /// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
-/// blocks it attends to from all documents. Under the answer stand the blocks that were read: those that were retrieved,
+/// blocks it attends to from all documents. The blocks that were read are listed below the answer: those that were retrieved,
 /// then those at hand: the first block of the first document, the ends of all, and the window.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -40,15 +40,15 @@ pub(super) struct Args {
     #[arg(long = "doc", value_name = "DOC", required = true)]
     docs: Vec<String>,
 
-    /// Take the question as the words that the model continues, without a frame around it.
+    /// Let the model continue the question's own words, without a question frame.
     #[arg(long)]
     raw: bool,
 
-    /// k, the blocks of every choice, 1 to 1024.
+    /// Blocks retrieved per choice (k), 1 to 1024.
     #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
-    /// Longest answer, in tokens.
+    /// Maximum length of the answer in tokens.
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     max_tokens: usize,
 
@@ -56,7 +56,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f32,
 
-    /// Sample from the likeliest tokens that make up this probability.
+    /// Nucleus sampling: draw from the likeliest tokens that make up this probability.
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     top_p: f32,
 
@@ -64,7 +64,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
-    /// Retrieved blocks that the table shows.
+    /// Retrieved blocks to show.
     #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
     show: usize,
 

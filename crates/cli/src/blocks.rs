@@ -11,7 +11,7 @@ use super::error::CliError;
 use super::open::DocumentName;
 use super::output::{Report, count, excerpt, size, table, write_table};
 
-/// Blocks asked for in one call, so that a reply stays small whatever the document's length.
+/// Blocks asked for in one call, so that a reply stays small for any document.
 const PAGE_BLOCKS: u32 = 512;
 
 /// Characters of text that a table row shows.

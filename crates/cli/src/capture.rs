@@ -18,7 +18,7 @@ use super::settings::{SetupArgs, layers};
 /// Layers that are kept if none are named.
 const LAYERS: u32 = 8;
 
-/// Keep what a model asks its memory: the keys of a text and the queries of the tokens after it.
+/// Record a model's keys and queries for benchmarks.
 ///
 /// Encodes a text, reads on token by token, and writes keys and queries of some layers to a safetensors file that
 /// `landmarkdb bench lookup --captured FILE` takes. Works in a temporary directory unless --data or --connect is given.

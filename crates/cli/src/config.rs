@@ -26,7 +26,7 @@ pub(super) struct Config {
     target: Option<Target>,
     /// Whether any source named the target, and it is not merely the default.
     pub(super) target_typed: bool,
-    /// Whether it was the file of the working directory, which nobody typed.
+    /// Whether it was the file that was found in the working directory.
     pub(super) target_found_here: bool,
     /// The collection of documents that are named without one.
     pub(super) collection: String,

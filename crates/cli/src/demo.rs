@@ -53,7 +53,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0.4)]
     depth: f64,
 
-    /// k, the blocks of every choice, 1 to 1024.
+    /// Blocks retrieved per choice (k), 1 to 1024.
     #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 

@@ -31,7 +31,7 @@ pub(super) enum Exit {
 const EXITS: [(Exit, &str, &str); 8] = [
     (Exit::Ok, "ok", "success"),
     (Exit::Failure, "failure", "the command failed: the message says why"),
-    (Exit::Usage, "usage", "the command line or the configuration makes no sense"),
+    (Exit::Usage, "usage", "the command line or the configuration is wrong"),
     (Exit::NotFound, "not_found", "no such data directory, collection, document or model"),
     (
         Exit::Unavailable,

@@ -24,11 +24,11 @@ pub(super) struct Global {
     #[arg(long, global = true, value_name = "PATH")]
     pub(super) config: Option<PathBuf>,
 
-    /// Most MiB of landmark keys that are held in memory [default: a quarter of the machine's].
+    /// Memory for landmark keys in MiB [default: a quarter of the machine's].
     #[arg(long, global = true, value_name = "MIB")]
     pub(super) key_memory: Option<u64>,
 
-    /// Most MiB of blocks that are kept in a GPU's memory, for collections of the engine cuda [default: 2048].
+    /// GPU block cache in MiB (engine cuda) [default: 2048].
     #[arg(long, global = true, value_name = "MIB")]
     pub(super) gpu_cache: Option<u64>,
 

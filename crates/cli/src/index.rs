@@ -20,9 +20,9 @@ use super::error::CliError;
 use super::output::{Report, count, size, table, write_table};
 use super::settings::{faiss_index, top_k, word};
 
-/// Choose what answers lookups in a collection.
+/// Choose the engine that answers a collection's lookups.
 ///
-/// Engines differ in time and memory. flat and sq8 choose the same blocks but for near ties, indexes of FAISS find most of them.
+/// Engines differ in time and memory. flat and sq8 choose the same blocks up to near ties; FAISS indexes find most of them.
 /// The choice is kept with the collection.
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Command {
@@ -66,7 +66,7 @@ Examples:
   landmarkdb index tune --json | jq -r .engine
 ")]
 pub(super) struct TuneArgs {
-    /// k, the blocks of every choice, 1 to 1024.
+    /// Blocks retrieved per choice (k), 1 to 1024.
     #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 

@@ -12,43 +12,43 @@ use landmarkdb_grpc::server::ServeOptions;
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ServiceLimits {
-    /// Light calls that work at once, half as many heavy ones, as many writers; at most 128 [default: twice the cores].
+    /// Light calls that run at once; half as many heavy ones, and as many writers; at most 128 [default: twice the cores].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     workers: Option<u64>,
 
-    /// Most MiB of messages that have arrived and are not answered; the largest may have three quarters [default: 1539].
+    /// Budget for unanswered messages in MiB; one may take three quarters of it [default: 1539].
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     messages_mib: Option<u64>,
 
-    /// Most MiB that lookups and attends work with; the largest may have three quarters [default: 512].
+    /// Working memory of lookups, attends and appends in MiB; one may take three quarters of it [default: 512].
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     work_mib: Option<u64>,
 
-    /// Connections at once; where there are more, idle ones are closed [default: 512].
+    /// Open connections at most; when all are taken, idle ones are closed [default: 512].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     connections: Option<u64>,
 
-    /// Calls of one connection at once [default: 128].
+    /// Concurrent calls per connection [default: 128].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     streams: Option<u64>,
 
-    /// How long a new connection may say nothing [default: 10000].
+    /// Timeout for the first bytes of a new connection [default: 10000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     handshake_ms: Option<u64>,
 
-    /// How long a connection may have no call [default: 600000].
+    /// Close a connection after this long without a call [default: 600000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     idle_ms: Option<u64>,
 
-    /// How long the next byte of half a message may take, and reading the next part of a reply [default: 30000].
+    /// Timeout for the next byte of an unfinished message, and for reading the next part of a reply [default: 30000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     stall_ms: Option<u64>,
 
-    /// How often a silent peer is asked whether it is there, and how long it may take to say so [default: 20000].
+    /// Interval of keepalive pings, and timeout of their answers [default: 20000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     keepalive_ms: Option<u64>,
 
-    /// How long calls in flight may go on after a signal [default: 30000].
+    /// Timeout for calls in flight after a signal [default: 30000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     grace_ms: Option<u64>,
 }

@@ -34,7 +34,7 @@ pub(super) fn human(report: &impl Report) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// How to speak to whoever typed the command.
+/// Where results, progress and questions go.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
     json: bool,
@@ -125,7 +125,7 @@ impl Output {
         spinner
     }
 
-    /// Asks on standard error and reads one line. `None` where nobody can be asked.
+    /// Asks on standard error and reads one line. `None` without a terminal.
     pub(super) fn confirm(&self, question: &str) -> Option<bool> {
         if self.json || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
             return None;

@@ -14,7 +14,7 @@ use super::faults::{FaultReport, fault_table};
 use super::output::{Report, plural, size, table, write_table};
 use super::target::Target;
 
-/// Rebuild the catalog, make what is left of damaged documents readable, and say what is gone.
+/// Rebuild the catalog, salvage damaged documents, and report what is lost.
 ///
 /// Nothing is destroyed: damaged segments move to DIR/torn. No other process may have the directory open. Exits with code 5
 /// if something that was stored is still not readable.
@@ -26,7 +26,7 @@ Examples:
   landmarkdb repair --data ./books --discard-torn
 ")]
 pub(super) struct Args {
-    /// Let go what DIR/torn holds before this repair.
+    /// Remove what DIR/torn held before this repair.
     #[arg(long)]
     discard_torn: bool,
 
@@ -51,7 +51,7 @@ struct Repairs {
     moved_segments: Vec<u32>,
     /// What is not readable.
     gone: Vec<FaultReport>,
-    /// Bytes of DIR/torn that were let go.
+    /// Bytes of DIR/torn that were removed.
     discarded_bytes: u64,
     /// Bytes in DIR/torn now.
     set_aside_bytes: u64,
@@ -263,11 +263,11 @@ impl Report for Repairs {
             writeln!(to, "{} moved to DIR/torn", plural(self.moved_segments.len() as u64, "damaged segment"))?;
         }
         if self.discarded_bytes > 0 {
-            writeln!(to, "{} of DIR/torn let go", size(self.discarded_bytes))?;
+            writeln!(to, "{} of DIR/torn removed", size(self.discarded_bytes))?;
         }
         if self.set_aside_bytes > 0 {
             let kept = size(self.set_aside_bytes);
-            writeln!(to, "{kept} kept in DIR/torn: `landmarkdb repair --discard-torn` lets it go")?;
+            writeln!(to, "{kept} kept in DIR/torn: `landmarkdb repair --discard-torn` removes it")?;
         }
         writeln!(to, "{}", if self.lost { "repaired, and something is gone" } else { "repaired: all is well" })
     }

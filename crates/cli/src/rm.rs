@@ -11,7 +11,7 @@ use super::output::{Report, plural, size};
 
 /// Delete a document and give its space back.
 ///
-/// Asks first; --yes deletes without asking, as a script must.
+/// Asks for confirmation; scripts pass --yes.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -26,8 +26,8 @@ const LAST_STEP: Duration = Duration::from_secs(1);
 /// Serve a data directory over gRPC until interrupted.
 ///
 /// Listens on 127.0.0.1:7601 unless --listen or --unix say otherwise. Prints one line when ready. SIGINT or SIGTERM
-/// finishes what was begun and stops; a second one stops at once. What --help lists as limits can also be set in the
-/// configuration file, under server.limits.
+/// finishes what was begun and stops; a second one stops at once. The limits can also be set in the configuration
+/// file, under server.limits.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

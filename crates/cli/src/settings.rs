@@ -26,21 +26,20 @@ pub(super) struct ModelArgs {
 /// The local window.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct WindowArgs {
-    /// Tokens that are seen without retrieval, in blocks before the one that --window-from names [default: 512; for a
-    /// model trained with landmarks 0].
+    /// Local window in tokens, attended to without retrieval [default: 512; for a model trained with landmarks 0].
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
 
-    /// The block that the window is counted back from: query (each token's own) or chunk (that of the first token of its
-    /// chunk) [default: query; for a model trained with landmarks chunk].
+    /// Where the local window ends: query (at each query's block) or chunk (at the chunk's first block) [default: query;
+    /// for a model trained with landmarks chunk].
     #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
     window_from: Option<CountedFrom>,
 
-    /// Most tokens that go through the model at once [default: 512; for a model trained with landmarks 8 blocks].
+    /// Tokens per forward pass [default: 512; for a model trained with landmarks 8 blocks].
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
 
-    /// Do not keep the first block of the text visible.
+    /// No attention sink: do not keep the first block of the text visible.
     #[arg(long)]
     no_sink: bool,
 }
@@ -48,16 +47,16 @@ pub(super) struct WindowArgs {
 /// What is retrieved.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct RetrievalArgs {
-    /// How the scores of a block's keys become one: max or log-sum-exp [default: log-sum-exp].
+    /// Score of a block: max or log-sum-exp over its keys [default: log-sum-exp].
     #[arg(long, value_name = "SCORE", value_parser = word::<BlockScore>)]
     block_score: Option<BlockScore>,
 
-    /// For whom one choice of blocks is made: token-head, head, token, kv-group or shared [default: kv-group; for a
-    /// model trained with landmarks token-head].
+    /// Who shares a choice of blocks: token-head, head, token, kv-group or shared [default: kv-group; for a model trained
+    /// with landmarks token-head].
     #[arg(long, value_name = "GRANULARITY", value_parser = word::<Granularity>)]
     granularity: Option<Granularity>,
 
-    /// The layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
+    /// Layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
     /// first].
     #[arg(long, value_name = "LAYERS", value_parser = layers)]
     retrieve_layers: Option<Layers>,
@@ -70,8 +69,8 @@ pub(super) struct RetrievalArgs {
 /// What is retrieved while a text is encoded.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct EncodeArgs {
-    /// Blocks that are retrieved while a text is encoded; 0: the model keeps to its window [default: 0; for a model
-    /// trained with landmarks 4].
+    /// Blocks retrieved per choice while encoding; 0 encodes within the window [default: 0; for a model trained with
+    /// landmarks 4].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(..=limits::TOP_K_MAX as i64))]
     encode_top_k: Option<u32>,
 }
@@ -88,11 +87,11 @@ pub(super) struct StorageArgs {
     #[arg(long, value_name = "RULE", value_parser = word::<KeyRule>)]
     pub(super) key_rule: Option<KeyRule>,
 
-    /// How K and V are stored: f32, f16, bf16 or int8 [default: f16].
+    /// Data type of stored K and V: f32, f16, bf16 or int8 [default: f16].
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
     pub(super) payload: Option<DType>,
 
-    /// How index keys are stored: f16 or int8 [default: int8 for token keys, else f16].
+    /// Data type of index keys: f16 or int8 [default: int8 for token keys, else f16].
     #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
     keys: Option<DType>,
 }

@@ -39,7 +39,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
 
-    /// UTF-8 texts to judge the model by, which it is not trained on.
+    /// UTF-8 texts for validation, not trained on.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     validation: Vec<PathBuf>,
 
@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "STEPS", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: u64,
 
-    /// Seed of the weights and of what is read.
+    /// Seed of the weights and of the sampled sequences.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
@@ -75,7 +75,7 @@ struct ShapeArgs {
     #[arg(long, value_name = "RANK", requires = "from", conflicts_with_all = ["plain", "recurrent"])]
     adapter: Option<usize>,
 
-    /// What the updates are scaled with, times their rank [default: twice the rank]
+    /// LoRA alpha: updates are scaled by alpha / rank [default: twice the rank]
     #[arg(long, value_name = "ALPHA", requires = "adapter")]
     adapter_alpha: Option<f32>,
 
@@ -101,7 +101,7 @@ struct ShapeArgs {
     #[arg(long, value_name = "HEADS", default_value_t = 2)]
     kv_heads: u32,
 
-    /// Width inside the feed-forward network.
+    /// Width of the feed-forward network.
     #[arg(long, value_name = "WIDTH", default_value_t = 256)]
     ffn: usize,
 
@@ -150,27 +150,27 @@ struct LearningArgs {
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
 
-    /// Steps over which the learning rate rises to its peak [default: 150, with --adapter 20]
+    /// Warm-up steps of the learning rate [default: 150, with --adapter 20]
     #[arg(long, value_name = "STEPS")]
     warmup: Option<u64>,
 
-    /// What the learning rate falls to, as a share of its peak.
+    /// Final learning rate, as a share of its peak.
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     lr_floor: f64,
 
-    /// Decay of weights, norms and embedding excepted.
+    /// Weight decay, not applied to norms and the embedding.
     #[arg(long, value_name = "RATE", default_value_t = 0.05)]
     weight_decay: f64,
 
-    /// Decay of the mean of squared gradients.
+    /// Adam's beta2, the decay of squared gradients.
     #[arg(long, default_value_t = 0.98)]
     beta2: f64,
 
-    /// Longest gradient; a longer one is scaled down.
+    /// Gradient clipping: maximum norm.
     #[arg(long, value_name = "LENGTH", default_value_t = 1.0)]
     clip: f64,
 
-    /// Rate at which retrieved blocks are dropped for a query.
+    /// Dropout of retrieved blocks, per query.
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     group_dropout: f32,
 }

@@ -90,7 +90,7 @@ impl Report for Findings {
         }
         if self.set_aside_bytes > 0 {
             let set_aside = size(self.set_aside_bytes);
-            writeln!(to, "{set_aside} set aside in DIR/torn: `landmarkdb repair --discard-torn` lets it go")?;
+            writeln!(to, "{set_aside} set aside in DIR/torn: `landmarkdb repair --discard-torn` removes it")?;
         }
         let read = format!(
             "{}, {}, {} read",

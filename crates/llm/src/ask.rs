@@ -48,7 +48,7 @@ pub fn frame_question(question: &str) -> String {
 /// answer's pieces as they become certain.
 ///
 /// # Errors
-/// Whatever the model or the memory report; an empty prompt; no document.
+/// Errors of the model and the memory; an empty prompt; no document.
 pub fn ask(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,

@@ -42,7 +42,7 @@ pub struct Encoding<'a> {
 ///
 /// # Errors
 /// [`RememberError::OtherText`] when the document holds another text, [`RememberError::Damaged`] when not all of what it
-/// holds can be read, and whatever the model or the memory report.
+/// holds can be read, and errors of the model and the memory.
 /// What was acknowledged before an error stays durable.
 pub fn encode(
     model: &LoadedModel,

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Replaces a file by `bytes`, or creates it: whoever reads it, after a crash too, finds the old or the new content.
+/// Replaces a file by `bytes`, or creates it: a reader, after a crash too, finds the old or the new content.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // A fixed name, so that what a crash left behind is used up by the next writing.
     let mut name = path.file_name().unwrap_or_default().to_os_string();

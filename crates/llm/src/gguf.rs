@@ -3,7 +3,7 @@
 //! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i rotates with 2i + 1). Here
 //! they are put back into the half-split order (i rotates with i + rotary_dims / 2) that the rest of the crate uses.
 //!
-//! Whatever a file says that could change a logit is either computed or refused by name: see [`SETTINGS`] and
+//! A setting that could change a logit is either computed or refused by name: see [`SETTINGS`] and
 //! [`Gguf::refuse_unknown_tensors`].
 
 use std::collections::BTreeSet;
@@ -138,7 +138,7 @@ impl Gguf {
         Ok(())
     }
 
-    /// Biases, norms and further layers that nobody reads would be left out of the sum without a word.
+    /// Biases, norms and further layers that are not read would be left out of the sum without a word.
     fn refuse_unknown_tensors(&self, config: &ModelConfig) -> Result<(), LoadError> {
         let known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| file_name(name)).collect();
         let unknown = self.header.tensors.keys().find(|name| !known.contains(*name) && *name != ROPE_DIVISORS);
@@ -455,7 +455,7 @@ fn brief(value: &Value) -> String {
     }
 }
 
-/// Whether two settings say the same, whatever the width of their numbers.
+/// Whether two settings say the same, in any width.
 fn same(a: &Value, b: &Value) -> bool {
     brief(a) == brief(b)
 }

@@ -33,7 +33,7 @@ const NEUTRAL: [(&str, f64); 8] = [
     ("num_local_experts", 0.0),
 ];
 
-/// What a rotation may say, used or not. Whatever else is there might rotate keys in another way.
+/// Settings that a rotation may have, used or not. Any other might rotate keys in another way.
 const ROPE_FIELDS: [&str; 9] = [
     "rope_type",
     "type",

@@ -7,7 +7,7 @@ use landmarkdb::{KeyRule, Layers, Normalisation, Retrieval, Window};
 const PLAIN_BLOCK_TOKENS: u32 = 64;
 
 /// Blocks of one chunk of a landmark-trained model, where nothing else is asked for: near the contexts that it was
-/// trained with, whatever its block size.
+/// trained with, for any block size.
 const CHUNK_BLOCKS: usize = 8;
 
 /// Text tokens as a model reads them: with its landmark after every B - 1 of them.

@@ -116,7 +116,7 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads a GGUF file, whatever it is called, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
+    /// Loads a GGUF file of any name, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
     /// whose base must be on this machine. All weights become f32 in memory.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {

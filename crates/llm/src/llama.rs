@@ -1,4 +1,4 @@
-//! The forward pass of a Llama-family decoder in f32. Attention is somebody else's: this hands over `q`, `k`, `v`
+//! The forward pass of a Llama-family decoder in f32. Attention is the caller's: this hands over `q`, `k`, `v`
 //! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
 
 use std::path::Path;

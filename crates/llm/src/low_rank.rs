@@ -14,7 +14,7 @@ pub(super) struct LowRank {
 }
 
 /// The updates of one layer. In the first layer all landmarks are equal, so their keys have none; nor has what a landmark
-/// reads in the last layer, after which nobody sees it.
+/// reads in the last layer, whose output is not used.
 pub(super) struct LandmarkUpdates {
     pub(super) query: Option<LowRank>,
     pub(super) key: Option<LowRank>,

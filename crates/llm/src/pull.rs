@@ -83,7 +83,7 @@ pub fn pull(spec: &str, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, P
 fn pull_smollm2(models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
     let target = models.join(SMOLLM2_FILE);
     std::fs::create_dir_all(models).map_err(io(models))?;
-    // Whoever comes second waits, and finds the work done. The lock goes with the file handle.
+    // A second process waits, and finds the work done. The lock goes with the file handle.
     let lock_path = models.join(".pull.lock");
     let lock = File::create(&lock_path).map_err(io(&lock_path))?;
     lock.lock().map_err(io(&lock_path))?;

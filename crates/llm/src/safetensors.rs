@@ -78,7 +78,7 @@ impl SafeTensorsFolder {
         }
     }
 
-    /// One weight file, whatever its name.
+    /// One weight file of any name.
     pub(super) fn file(path: &Path) -> Result<Self, LoadError> {
         let file = WeightFile::open(path)?;
         let places = file.header.offset_keys().into_iter().map(|name| (name, 0)).collect();

@@ -37,7 +37,7 @@ struct Program(sys::nvrtcProgram);
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: nobody else destroys it. A failure would leave memory behind and nothing else.
+        // SAFETY: only this destroys it. A failure leaks memory and nothing else.
         let _ = unsafe { result::destroy_program(self.0) };
     }
 }

@@ -17,7 +17,7 @@ use crate::types::DType;
 
 const _: () = assert!(PANEL == cuda::PANEL, "the kernels read the panels of a chunk as they lie");
 
-/// The engine as the CPU stands in for it: a GPU is asked by whoever has one ([`search`]).
+/// The engine as the CPU stands in for it: [`search`] asks a GPU.
 #[derive(Debug)]
 pub(super) struct Cuda;
 

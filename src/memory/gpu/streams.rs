@@ -22,7 +22,7 @@ pub const GPU_CACHE_BYTES: u64 = 2 << 30;
 pub(in crate::memory) struct Gpu {
     cache_bytes: u64,
     opened: OnceLock<Opened>,
-    /// Whether somebody was told that the CPU answers.
+    /// Whether the warning that the CPU answers was logged.
     warned: AtomicBool,
 }
 
@@ -126,7 +126,7 @@ fn streams<R: Runner + Send + 'static>(
 }
 
 impl<R: Runner> Streams<R> {
-    /// Works on a stream that nobody else uses. One that failed is not used again.
+    /// Works on a stream of its own. One that failed is not used again.
     fn on_one<T>(&self, work: impl FnOnce(&R) -> Result<T, Failure>) -> Result<T, Failure> {
         let idle = || self.idle.lock().ignore_poison();
         let last_used = idle().pop();

@@ -133,7 +133,7 @@ pub(super) fn quantizers_bytes(layout: &KeyLayout) -> u64 {
     (layout.pieces() * layout.head_dim * 5) as u64
 }
 
-/// For `map_err`: what a block's bytes say makes no sense.
+/// For `map_err`: a block's bytes do not decode.
 fn data_loss(block: BlockId) -> impl FnOnce(StoreError) -> MemoryError {
     move |error| MemoryError::DataLoss { block: Some(block), detail: error.to_string() }
 }

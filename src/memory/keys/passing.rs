@@ -1,4 +1,4 @@
-//! Who reads keys that are kept for nobody? Requests that want more than the cache has room for, in the order they came, as many at
+//! Who reads keys in passing? Requests that want more than the cache has room for, in the order they came, as many at
 //! once as a share of the budget holds; one that needs more than the share alone.
 
 use std::collections::VecDeque;
@@ -9,7 +9,7 @@ use crate::api::{MemoryError, Result};
 use crate::lock::IgnorePoison;
 use crate::until::Until;
 
-/// How often somebody who waits for keys looks whether the caller is still there.
+/// How often a call that waits for keys checks that its caller is still there.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 
 /// How long a request of a caller that may go away waits for its turn before it is told to come back: it holds one of the
@@ -49,7 +49,7 @@ impl Passing {
         self.state().bytes
     }
 
-    /// Room for so many bytes, when it is this caller's turn. Whoever asks must hold no other room: it might wait for itself.
+    /// Room for so many bytes, when it is this caller's turn. The caller must hold no other room: it might wait for itself.
     pub(in crate::memory) fn take(self: &Arc<Self>, bytes: u64, until: &Until) -> Result<Pass> {
         let begin = Instant::now();
         let mut state = self.state();

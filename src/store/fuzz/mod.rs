@@ -1,4 +1,4 @@
-//! What do the bytes of a segment or of a record, whatever they are, make of a store? An answer that a record holds whose
+//! What do arbitrary bytes of a segment or a record make of a store? An answer that a record holds whose
 //! checksum agrees, or an error that says what is wrong: never a panic, and never an answer that changes when the store is
 //! opened again, worked with, or repaired.
 
@@ -211,7 +211,7 @@ fn keeps(store: &Store, read: &Read, all: bool, when: &str) {
     }
 }
 
-/// Work that a store goes on with, whatever it was opened on; each call is done or refused. Gives the document that it deleted.
+/// Work that a store goes on with after any opening; each call is done or refused. Gives the document that it deleted.
 fn go_on(store: &Store) -> Option<DocumentId> {
     let known: Vec<CollectionId> = check(store.collections())?.into_iter().map(|(id, _)| id).collect();
     let manifests = known.iter().filter_map(|&id| check(store.manifests(id))).flatten();

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "4096,32768")]
     pub(super) tokens: Vec<usize>,
 
-    /// Tokens that full attention sees; 0: it is not measured.
+    /// Context of full attention in tokens; 0 skips it.
     #[arg(long, value_name = "TOKENS", default_value_t = 8192)]
     pub(super) full_tokens: usize,
 

@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SHAPE", value_parser = one_of::<Shape>(Shape::WORDS), default_value = "llama3-8b-1m")]
     pub(super) shape: Shape,
 
-    /// Keys and queries that `landmarkdb capture` kept, in place of random ones.
+    /// A file of `landmarkdb capture`, in place of random keys and queries.
     #[arg(long, value_name = "FILE", conflicts_with = "shape")]
     pub(super) captured: Option<PathBuf>,
 
@@ -51,19 +51,19 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(super) keys_per_block: Option<usize>,
 
-    /// How keys are stored: f16, int8 or both.
+    /// Data types of keys: f16, int8 or both.
     #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = word::<DType>)]
     pub(super) keys: Vec<DType>,
 
-    /// What answers: flat, sq8, sq4, cuda. Where keys are int8, sq8 and sq4 are flat; cuda is skipped where there is no GPU.
+    /// Engines to measure: flat, sq8, sq4, cuda. Where keys are int8, sq8 and sq4 are flat; cuda is skipped where there is no GPU.
     #[arg(long, value_delimiter = ',', default_value = "flat,sq8", value_parser = word::<Engine>)]
     pub(super) engines: Vec<Engine>,
 
-    /// An index of FAISS that answers too, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.
+    /// A FAISS index to measure, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.
     #[arg(long, value_name = "FACTORY", value_parser = faiss_index)]
     pub(super) faiss: Vec<Engine>,
 
-    /// Ways to the memory; in-process is always measured.
+    /// Transports to measure; in-process is always measured.
     #[arg(long, value_delimiter = ',', value_parser = one_of::<Way>(Way::WORDS), default_value = "tcp")]
     pub(super) ways: Vec<Way>,
 
@@ -71,7 +71,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(super) attend: bool,
 
-    /// Measure attention asked for of so many layers in one call.
+    /// Measure attention of this many layers in one call.
     #[arg(long, value_name = "LAYERS", value_parser = clap::value_parser!(u16).range(1..))]
     pub(super) together: Option<u16>,
 
@@ -82,11 +82,11 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 4)]
     pub(super) top_k: u32,
 
-    /// For whom one choice is made [default: kv-group; beside peers token-head, as they choose].
+    /// Who shares a choice of blocks [default: kv-group; beside peers token-head, as they choose].
     #[arg(long, value_parser = word::<Granularity>)]
     pub(super) granularity: Option<Granularity>,
 
-    /// How the scores of a block's keys become one [default: log-sum-exp; beside peers max, as they score].
+    /// Score of a block, over its keys [default: log-sum-exp; beside peers max, as they score].
     #[arg(long, value_parser = word::<BlockScore>)]
     pub(super) block_score: Option<BlockScore>,
 

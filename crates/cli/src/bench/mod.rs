@@ -10,7 +10,7 @@ mod sections;
 use crate::Context;
 use crate::error::CliError;
 
-/// Measure this machine. Shapes are named, inputs random by seed, and times quoted as percentiles.
+/// Benchmark this machine: named shapes, inputs random by seed, times as percentiles.
 #[derive(clap::Subcommand, Debug)]
 pub(super) enum Command {
     Lookup(lookup::Args),

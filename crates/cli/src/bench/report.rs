@@ -25,15 +25,15 @@ Examples:
   landmarkdb bench report --quick --out page.md --json
 ")]
 pub(crate) struct Args {
-    /// The page to write; an old one is replaced when all is measured.
+    /// The page to write; an old one is replaced at the end.
     #[arg(long, value_name = "FILE", default_value = "docs/benchmarks.md")]
     out: PathBuf,
 
-    /// Measure tiny sizes, to see that everything works: the figures mean nothing.
+    /// Tiny sizes, as a smoke test: the figures mean nothing.
     #[arg(long)]
     quick: bool,
 
-    /// What `landmarkdb capture` kept [default: it is captured now].
+    /// A file of `landmarkdb capture` [default: captured now].
     #[arg(long, value_name = "FILE")]
     captured: Option<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! What `landmarkdb bench report` measures, and how somebody would type it.
+//! What `landmarkdb bench report` measures, and the commands that measure the same.
 
 use std::fmt::Display;
 use std::path::Path;

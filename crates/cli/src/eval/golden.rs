@@ -13,8 +13,8 @@ use landmarkdb_lab::eval::{self, GoldenOutput};
 
 /// Check recorded cases: outputs of the paper's own code, of Hugging Face, or of yours.
 ///
-/// Runs every case of a folder and prints the largest difference of each output. The format is told in
-/// docs/golden.md. Model cases keep their blocks in a temporary directory unless --data or --connect is given. Fails
+/// Runs every case of a folder and prints the largest difference of each output. docs/golden.md
+/// describes the format. Model cases keep their blocks in a temporary directory unless --data or --connect is given. Fails
 /// when an output differs by more than its tolerance.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -27,7 +27,7 @@ pub(crate) struct Args {
     /// The folder with the cases.
     folder: PathBuf,
 
-    /// Leave recorded prompts out: they need the model that they were recorded with.
+    /// Skip recorded prompts, which need the model that they were recorded with.
     #[arg(long)]
     no_prompts: bool,
 

@@ -38,7 +38,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 10)]
     samples: usize,
 
-    /// k, the blocks of every choice; several are asked about the same encoded text.
+    /// Blocks retrieved per choice (k); several share one encoded text.
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4")]
     top_k: Vec<u32>,
 
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
     payload_dtypes: Vec<DType>,
 
-    /// Ask the model by itself, with full attention over each text: the baseline. Its cost grows with the square of the length.
+    /// The baseline: ask the model alone, with full attention over each text. Its cost grows with the square of the length.
     #[arg(long)]
     full_attention: bool,
 

@@ -37,11 +37,11 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1)]
     samples: usize,
 
-    /// k, the blocks of every choice.
+    /// Blocks retrieved per choice (k).
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8")]
     top_k: Vec<u32>,
 
-    /// Measure the last k blocks before the window too, whatever they hold: what retrieval has to beat.
+    /// Measure the last k blocks before the window too: what retrieval has to beat.
     #[arg(long)]
     control: bool,
 

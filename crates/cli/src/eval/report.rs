@@ -67,7 +67,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 50)]
     samples: usize,
 
-    /// Longest text that full attention is asked about: its cost grows with the square of the length.
+    /// Longest text for full attention, whose cost grows with the square of the length.
     #[arg(long, value_name = "TOKENS", default_value_t = 8192)]
     full_tokens_max: usize,
 

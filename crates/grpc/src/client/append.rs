@@ -44,7 +44,7 @@ fn batches(request: AppendRequest, batch_bytes: usize) -> Vec<v1::AppendRequest>
     for block in request.blocks {
         let bytes = payload_bytes(&block);
         if filled_bytes > 0 && filled_bytes.saturating_add(bytes) > batch_bytes {
-            // Whatever was before the first batch, this one begins where the one before ended, with a full block.
+            // This one begins where the one before ended, with a full block.
             let expected_tokens = request.expected_tokens.map(|_| block.index as u64 * before_tokens);
             batches.push(v1::AppendRequest { document, blocks: Vec::new(), expected_tokens });
             filled_bytes = 0;

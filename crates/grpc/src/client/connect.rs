@@ -90,12 +90,12 @@ impl Connection {
     }
 }
 
-/// A connection to somebody who answers: that one was accepted does not say so.
+/// A connection to a service that answers: being accepted does not prove it.
 async fn connect(endpoint: Endpoint) -> std::result::Result<Channel, String> {
     let cause = |error: &dyn Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
     let channel = endpoint.connect().await.map_err(|error| cause(&error))?;
     match HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await {
-        // Whatever is answered is an answer. An error with a source was made on this side.
+        // Any reply is an answer. An error with a source was made on this side.
         Err(status) if status.source().is_some() => Err(cause(&status)),
         _ => Ok(channel),
     }

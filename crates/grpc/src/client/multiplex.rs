@@ -66,7 +66,7 @@ struct Waiting<A> {
     heard: Instant,
     /// What hands the answers out.
     hearing: Option<AbortHandle>,
-    /// None: the stream is over, and nobody will be answered.
+    /// None: the stream is over, and no call will be answered.
     callers: Option<HashMap<u64, oneshot::Sender<Result<A>>>>,
 }
 
@@ -153,7 +153,7 @@ impl<A> Place<A> {
 }
 
 impl<A> Drop for Place<A> {
-    /// A stream that answered nobody while this caller waited in vain is given up: the next question opens another, and
+    /// A stream that answered no call while this one waited in vain is given up: the next question opens another, and
     /// who else waits asks again.
     fn drop(&mut self) {
         let mut waiting = self.waiting.lock().ignore_poison();

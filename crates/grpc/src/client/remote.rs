@@ -43,7 +43,7 @@ impl RemoteMemory {
     /// Connects to `host:port`, `http://host:port` or `unix:/path`.
     ///
     /// # Errors
-    /// `Invalid` for a target of another form, `Unavailable` if nobody answers there.
+    /// `Invalid` for a target of another form, `Unavailable` if nothing answers there.
     pub fn connect(target: &str, options: ClientOptions) -> Result<Self> {
         let connection = Connection::open(target, &options)?;
         let data = BlockMemoryClient::new(connection.channel.clone())

@@ -53,7 +53,7 @@ impl From<Health> for v1::Health {
             Health::Serving => (State::Serving, String::new()),
             Health::ReadOnly { reason } => (State::ReadOnly, reason),
             Health::Failed { reason } => (State::Failed, reason),
-            // Of a state without a number nobody knows what it serves.
+            // It is unknown what a state without a number serves.
             other => (State::Failed, format!("{other:?}")),
         };
         v1::Health { state: state.into(), reason: cut(reason) }

@@ -27,7 +27,7 @@ pub(super) fn bytes_of_f32(values: &[f32]) -> Bytes {
     bytes.into()
 }
 
-/// Little-endian bytes as values, whatever they are: NaN passes.
+/// Little-endian bytes as values; NaN passes.
 pub(super) fn f32_of_bytes(field: &str, bytes: &[u8]) -> Result<Vec<f32>> {
     if !bytes.len().is_multiple_of(4) {
         return Err(invalid(field, "a multiple of 4 bytes", format!("{} bytes", bytes.len())));
@@ -92,7 +92,7 @@ pub(super) fn tensor(field: &str, wire: Option<v1::Tensor>) -> Result<Tensor> {
     if wire.shape.len() > AXES_MAX {
         return Err(invalid(field, format!("at most {AXES_MAX} axes"), format!("{} axes", wire.shape.len())));
     }
-    // Four axes of u32 fit u128 whatever they are; the size of a number does too unless all are at their end.
+    // Any four axes of u32 fit u128; the size of a number does too unless all are at their end.
     let elements = wire.shape.iter().fold(1u128, |product, &axis| product.saturating_mul(axis.into()));
     let expected_bytes = elements.saturating_mul(dtype.size_bytes() as u128);
     if wire.data.len() as u128 != expected_bytes {

@@ -38,7 +38,7 @@ pub struct DecodeSettings {
 pub struct Place {
     /// Holds the collection of the subject.
     pub memory: Arc<dyn BlockMemory>,
-    /// The memory's data directory, which nobody else has open; none where a service has it: then reopening is not measured.
+    /// The memory's data directory, which no other process has open; none where a service has it: then reopening is not measured.
     pub folder: Option<PathBuf>,
     /// The folder goes away, so nothing in it need be deleted.
     pub is_temporary: bool,

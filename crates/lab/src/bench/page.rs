@@ -1,4 +1,4 @@
-//! The page: what every command printed, and sentences that follow from its figures, whatever they are.
+//! The page: what every command printed, and sentences that are derived from its figures.
 
 use std::collections::BTreeSet;
 

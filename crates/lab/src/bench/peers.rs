@@ -24,7 +24,7 @@ pub(super) const RECALL: f64 = 0.99;
 #[derive(Clone, Debug)]
 pub struct PeerSettings {
     /// For lookups faiss-flat, faiss-ivf, faiss-hnsw and usearch; for decode llama.cpp; for payload redis, pread-warm and
-    /// pread-cold. None: nobody is measured.
+    /// pread-cold. None: no peer is measured.
     pub peers: Vec<String>,
     /// The interpreter of the Python in which they are installed.
     pub python: String,

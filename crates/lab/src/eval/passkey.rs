@@ -124,7 +124,7 @@ pub fn passkey_scores(cases: &[PasskeyCase]) -> Vec<PasskeyScore> {
 /// text with its length and number.
 ///
 /// # Errors
-/// Whatever the model or the memory report.
+/// Errors of the model and the memory.
 pub fn passkey(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,
@@ -184,7 +184,7 @@ pub fn passkey(
 /// length and number.
 ///
 /// # Errors
-/// Whatever the model reports.
+/// Errors of the model.
 pub fn passkey_full(
     model: &LoadedModel,
     texts: &PasskeyTexts,

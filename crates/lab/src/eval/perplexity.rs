@@ -30,7 +30,7 @@ pub enum PerplexityMode {
     Full,
     /// The window and the sink.
     Window,
-    /// The window, the sink, and the last blocks before the window, whatever they hold: the control that retrieval has
+    /// The window, the sink, and the last blocks before the window, unasked: the control that retrieval has
     /// to beat.
     Recent { blocks: u32 },
     /// The window, the sink, and k blocks retrieved from the newest ones, or from all.
@@ -55,7 +55,7 @@ pub fn segments(source: &[u32], tokens: usize, samples: usize) -> Vec<Vec<u32>> 
     (0..samples).map(|sample| source[start(sample)..][..tokens].to_vec()).collect()
 }
 
-/// Texts that say something twice: a passage, `gap_tokens` of what follows it, and the passage again. Whoever can reach
+/// Texts that say something twice: a passage, `gap_tokens` of what follows it, and the passage again. A model that can reach
 /// the first mention reads the second with less surprise.
 pub fn repetitions(source: &[u32], passage_tokens: usize, gap_tokens: usize, samples: usize) -> Vec<Vec<u32>> {
     let texts = segments(source, passage_tokens + gap_tokens, samples);
@@ -66,7 +66,7 @@ pub fn repetitions(source: &[u32], passage_tokens: usize, gap_tokens: usize, sam
 /// which is deleted afterwards. `progress` is told the tokens done and in all.
 ///
 /// # Errors
-/// Texts of which no token would be counted, and whatever the model or the memory report.
+/// Texts of which no token would be counted; errors of the model and the memory.
 pub fn perplexity(
     model: &LoadedModel,
     memory: &Arc<dyn BlockMemory>,

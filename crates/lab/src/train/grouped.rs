@@ -14,7 +14,7 @@
 //! its weight on and brings no value of its own.
 //!
 //! A row of *weights* holds these at the columns of tokens, **`p_c` at the columns of landmarks**, and 0 at columns
-//! that the query does not see: that is all the backward pass needs. Whoever multiplies weights with values gives
+//! that the query does not see: that is all the backward pass needs. The caller that multiplies weights with values gives
 //! landmarks the value zero.
 //!
 //! Backward, for `g` = the gradient of the weights of tokens: with `a_c` the sum of `weight_i g_i` over the tokens of

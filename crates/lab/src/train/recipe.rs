@@ -81,7 +81,7 @@ pub struct Phase {
 }
 
 impl Recipe {
-    /// Refuses what makes no sense. What belongs to the model's shape is checked with the model.
+    /// Refuses settings that contradict each other or are out of range. What belongs to the model's shape is checked with the model.
     pub fn check(&self) -> Result<(), TrainError> {
         let rules = [
             ("block_tokens", (2..=BLOCK_TOKENS_MAX).contains(&self.block_tokens), "2 to 1024 with the landmark"),

@@ -48,7 +48,7 @@ struct Piece {
     is_being_made: AtomicBool,
 }
 
-/// Says that nobody is making an index any more.
+/// Marks that no index is being made.
 struct Making<'a>(&'a AtomicBool);
 
 impl Drop for Making<'_> {

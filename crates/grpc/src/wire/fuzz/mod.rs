@@ -1,4 +1,4 @@
-//! What do the bytes of a message, whatever they are, become? A request or an answer that goes out again as it came in, in
+//! What do arbitrary bytes of a message become? A request or an answer that goes out again as it came in, in
 //! as much memory as its bounds have said, or an error.
 
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use landmarkdb::{
 
 pub mod seeds;
 
-/// What a message takes whatever is in it: a list of one number has room for four.
+/// What any message takes: a list of one number has room for four.
 const MESSAGE_BYTES: u64 = 1024;
 
 /// A request, as a memory is asked it.

@@ -21,7 +21,7 @@ use landmarkdb_llm::{LoadedModel, RememberError};
 /// Tokens of the passage that the repetition test says twice.
 const PASSAGE_TOKENS: usize = 128;
 
-/// Tokens of a repeated passage that are not counted: before them nobody can know that it is repeated.
+/// Tokens of a repeated passage that are not counted: before them nothing tells that it is repeated.
 const RECOGNISED_TOKENS: usize = 16;
 
 /// A model, and where it keeps its blocks.
@@ -145,7 +145,7 @@ pub struct PasskeyRow {
 /// with a cache of what came before. `progress` is told what is measured and how far it is, from 0 to 1.
 ///
 /// # Errors
-/// Nothing to measure, a text that is shorter than what is measured on it, and whatever models and memory report.
+/// Nothing to measure, a text that is shorter than what is measured on it, and errors of models and memory.
 pub fn report(
     subject: &Subject,
     memory: &Arc<dyn BlockMemory>,

@@ -1,5 +1,5 @@
 //! Landmark keys for a model that stays as it is: what is trained is the landmark's embedding and low-rank updates of the
-//! projections (LoRA, Hu et al. 2021) for that one token, and nobody but the index sees what it becomes.
+//! projections (LoRA, Hu et al. 2021) for that one token, whose output only the index sees.
 //!
 //! Token keys choose blocks well and cost B times the bytes (see `KeyRule::Tokens`). A landmark's key is to choose as they
 //! do. So the loss needs no text to be predicted and no gradient through the model:

@@ -97,7 +97,7 @@ impl Teacher {
     /// For the tokens `ids (T)`, each block closed by a landmark, and some of their queries, which count by `weights (T)`.
     pub(super) fn lesson(&self, ids: &[u32], queries: &[usize], weights: &[f32]) -> Result<Lesson, TrainError> {
         let block_tokens = self.shape.block_tokens as usize;
-        // Nobody sees a landmark, and the model does not know the token.
+        // No token attends to a landmark, and the model does not know the token.
         let is_landmark = |place: usize| (place + 1).is_multiple_of(block_tokens);
         let known = |(place, &id): (usize, &u32)| if is_landmark(place) { 0 } else { id };
         let ids: Vec<u32> = ids.iter().enumerate().map(known).collect();
