@@ -14,8 +14,8 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::cache::weights_digest;
 use super::config::{Landmark, ModelConfig};
+use super::digest::weights_digest;
 use super::error::{LoadError, SaveError, reason};
 use super::huggingface::read_json;
 use super::low_rank::{LandmarkUpdates, LowRank};

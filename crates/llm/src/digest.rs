@@ -1,4 +1,4 @@
-//! The folder that pulled models and the digests of model files are kept in.
+//! Digests of model files, remembered beside the models: hashing reads gigabytes of a large one.
 
 use std::fs::File;
 use std::io::Read;
@@ -8,16 +8,9 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::error::{FindError, LoadError};
+use super::error::LoadError;
+use super::resolve::models_folder;
 use landmarkdb::Sha256Digest;
-
-/// Where models are kept: `$LANDMARKDB_CACHE`, or `landmarkdb/models` in the user's cache folder.
-pub fn models_folder() -> Result<PathBuf, FindError> {
-    match std::env::var_os("LANDMARKDB_CACHE").filter(|folder| !folder.is_empty()) {
-        Some(folder) => Ok(folder.into()),
-        None => Ok(dirs::cache_dir().ok_or(FindError::NoCacheFolder)?.join("landmarkdb").join("models")),
-    }
-}
 
 /// SHA-256 of a whole file.
 pub(super) fn sha256_of(path: &Path) -> std::io::Result<Sha256Digest> {
@@ -65,7 +58,7 @@ struct Remembered {
     sha256: Sha256Digest,
 }
 
-/// The digest of a file, from `cache` when the file has not changed since: hashing reads gigabytes of a large model.
+/// The digest of a file, from `cache` when the file has not changed since.
 fn remembered_digest(path: &Path, cache: Option<&Path>) -> std::io::Result<Sha256Digest> {
     let path = path.canonicalize()?;
     let metadata = path.metadata()?;
@@ -77,7 +70,7 @@ fn remembered_digest(path: &Path, cache: Option<&Path>) -> std::io::Result<Sha25
     });
     let known = note
         .as_deref()
-        .and_then(read_note)
+        .and_then(read_remembered)
         .filter(|known| known.path == path && known.size_bytes == metadata.len() && known.modified_ns == modified_ns);
     if let Some(known) = known {
         return Ok(known.sha256);
@@ -85,18 +78,18 @@ fn remembered_digest(path: &Path, cache: Option<&Path>) -> std::io::Result<Sha25
     let sha256 = sha256_of(&path)?;
     let fresh = Remembered { path, size_bytes: metadata.len(), modified_ns, sha256 };
     if let Some(note) = note
-        && let Err(error) = write_note(&note, &fresh)
+        && let Err(error) = write_remembered(&note, &fresh)
     {
         tracing::debug!(path = %note.display(), %error, "a digest is not remembered");
     }
     Ok(sha256)
 }
 
-fn read_note(path: &Path) -> Option<Remembered> {
+fn read_remembered(path: &Path) -> Option<Remembered> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
-fn write_note(path: &Path, remembered: &Remembered) -> std::io::Result<()> {
+fn write_remembered(path: &Path, remembered: &Remembered) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
     let temporary = tempfile::NamedTempFile::new_in(folder)?;
@@ -119,9 +112,9 @@ mod tests {
         assert_eq!(one, sha256_of(&file).unwrap());
 
         let note = std::fs::read_dir(folder.path().join("digests")).unwrap().next().unwrap().unwrap().path();
-        let mut known = read_note(&note).unwrap();
+        let mut known = read_remembered(&note).unwrap();
         known.sha256 = Sha256Digest([7; 32]);
-        write_note(&note, &known).unwrap();
+        write_remembered(&note, &known).unwrap();
         assert_eq!(digest(), Sha256Digest([7; 32]), "the note is what answers");
 
         std::fs::write(&file, b"three").unwrap();

@@ -152,7 +152,7 @@ pub fn copy_document(
     memory.seal(copy.id)
 }
 
-/// Whether `model` is the one that a collection was made with.
+/// Checks that a collection was made with `model`.
 ///
 /// # Errors
 /// [`MemoryError::FingerprintMismatch`] with both fingerprints.

@@ -28,7 +28,7 @@
 //! }
 //! ```
 //!
-//! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `cache` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
+//! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `digest` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 
@@ -37,9 +37,9 @@
 mod adapter;
 mod ask;
 mod attend_tensors;
-mod cache;
 mod citations;
 mod config;
+mod digest;
 mod encode;
 mod error;
 mod fields;
@@ -82,9 +82,9 @@ pub use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
 pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
 pub use ask::{Answer, Question, ask, frame_question};
 pub use attend_tensors::attend_tensors;
-pub use cache::{file_digest, models_folder};
 pub use citations::{Citation, ReadFrom, citations};
 pub use config::{Landmark, ModelConfig};
+pub use digest::file_digest;
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
     Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, TokenizeError,
@@ -97,7 +97,7 @@ pub use llama::{Llama, Logits};
 #[cfg(feature = "pull")]
 pub use pull::{PipAttempt, PullError, PullStep, pull};
 pub use pulled::{PulledModel, pulled};
-pub use resolve::resolve;
+pub use resolve::{models_folder, resolve};
 pub use sample::Sampling;
 pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
@@ -134,7 +134,7 @@ impl LoadedModel {
             name: gguf.name().map_or_else(|| file_name(path), str::to_string),
             tokenizer: tokenizer_gguf::from_gguf(&gguf)?,
             llama: Llama::load(config, &gguf)?,
-            model_digest: cache::weights_digest(std::iter::once(path))?,
+            model_digest: digest::weights_digest(std::iter::once(path))?,
         })
     }
 
@@ -143,7 +143,7 @@ impl LoadedModel {
             adapter::open(folder)?
         } else if folder.join("config.json").exists() {
             let Opened { config, weights, paths } = open_weights(folder)?;
-            (config, weights, cache::weights_digest(paths.iter().map(PathBuf::as_path))?)
+            (config, weights, digest::weights_digest(paths.iter().map(PathBuf::as_path))?)
         } else {
             return Err(LoadError::NotAModel { path: folder.into() });
         };

@@ -9,9 +9,9 @@ use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use zip::ZipArchive;
 
-use super::cache::{models_folder, sha256_of};
+use super::digest::sha256_of;
 use super::error::FindError;
-use super::resolve::{SMOLLM2_FILE, Spec, folder_if_config, hub_folder};
+use super::resolve::{SMOLLM2_FILE, Spec, folder_if_config, hub_folder, models_folder};
 use landmarkdb::Sha256Digest;
 
 /// The Python package that SmolLM2 ships in, and what its file has to be.

@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::cache::models_folder;
 use super::error::FindError;
-use super::resolve::{SMOLLM2, hub_folder, resolve};
+use super::resolve::{SMOLLM2, hub_folder, models_folder, resolve};
 
 /// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

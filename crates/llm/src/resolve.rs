@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use hf_hub::Cache;
 
-use super::cache::models_folder;
 use super::error::FindError;
 
 /// The model that ships inside a Python package.
@@ -30,6 +29,14 @@ impl<'a> Spec<'a> {
         let (organisation, repo, file) = (parts.next()?, parts.next()?, parts.next());
         let filled = !organisation.is_empty() && !repo.is_empty() && file != Some("");
         filled.then(|| Spec::Hub { repo: format!("{organisation}/{repo}"), file })
+    }
+}
+
+/// Where models are kept: `$LANDMARKDB_CACHE`, or `landmarkdb/models` in the user's cache folder.
+pub fn models_folder() -> Result<PathBuf, FindError> {
+    match std::env::var_os("LANDMARKDB_CACHE").filter(|folder| !folder.is_empty()) {
+        Some(folder) => Ok(folder.into()),
+        None => Ok(dirs::cache_dir().ok_or(FindError::NoCacheFolder)?.join("landmarkdb").join("models")),
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) fn values(tensor: &Tensor) -> Result<Values<'_>> {
 }
 
 /// The values of what an operation is given.
-pub(super) fn argument<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(super) fn input<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&storage.as_slice::<f32>()?[range(layout)?])
 }
 

@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use tempfile::TempDir;
 
 use super::adapter;
-use super::cache::weights_digest;
 use super::config::ModelConfig;
+use super::digest::weights_digest;
 use super::full_attention::PlainAttention;
 use super::gguf::Gguf;
 use super::llama::{Llama, Logits};

@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 use self::task::Task;
 use super::grouped::GroupDropout;
-use super::slices::{argument, gradient, values, with_width};
+use super::slices::{gradient, input, values, with_width};
 
 /// Attention of one layer.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let sizes = self.sizes(q_layout.shape(), k_layout.shape(), v_layout.shape())?;
-        let (q, k, v) = (argument(q, q_layout)?, argument(k, k_layout)?, argument(v, v_layout)?);
+        let (q, k, v) = (input(q, q_layout)?, input(k, k_layout)?, input(v, v_layout)?);
         let outs =
             sizes.for_each_task(|sequence, kv_head| Task::new(self, sizes, q, k, v, sequence, kv_head).forward());
         let out = sizes.join(outs, sizes.tokens);

@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::slices::{argument, gradient, values, width};
+use crate::train::slices::{gradient, input, values, width};
 use linalg::{exp_sum, log_sum_exp, max};
 
 /// What the rows of a batch should predict.
@@ -38,7 +38,7 @@ impl CustomOp1 for CrossEntropy {
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let vocab = width(layout);
-        let logits = argument(logits, layout)?;
+        let logits = input(logits, layout)?;
         let Targets { ids, weights } = &self.targets;
         if logits.len() != ids.len() * vocab || ids.len() != weights.len() {
             bail!("logits {:?} do not fit {} targets with {} weights", layout.shape(), ids.len(), weights.len());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::train::slices::{argument, gradient, values};
+use crate::train::slices::{gradient, input, values};
 use linalg::add_scaled;
 
 struct Embedding {
@@ -25,7 +25,7 @@ impl CustomOp1 for Embedding {
 
     fn cpu_fwd(&self, table: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (_, hidden) = layout.shape().dims2()?;
-        let table = argument(table, layout)?;
+        let table = input(table, layout)?;
         let mut x = Vec::with_capacity(self.ids.len() * hidden);
         for &id in self.ids.iter() {
             match table.get(id as usize * hidden..(id as usize + 1) * hidden) {

@@ -10,7 +10,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::train::slices::{argument, values, wanted, width, with_width};
+use crate::train::slices::{input, values, wanted, width, with_width};
 use linalg::{Matrix, Write, multiply};
 
 /// Tasks of one product at most. Each packs the other operand anew, so there should not be many more.
@@ -46,7 +46,7 @@ impl CustomOp2 for Linear {
         if width(x_layout) != ins {
             bail!("x {:?} does not fit weights {:?}", x_layout.shape(), weight_layout.shape());
         }
-        let (x, weight) = (argument(x, x_layout)?, argument(weight, weight_layout)?);
+        let (x, weight) = (input(x, x_layout)?, input(weight, weight_layout)?);
         let y = product(x, ins, Matrix::new(weight, outs, ins).transposed(), outs);
         Ok((CpuStorage::F32(y), with_width(x_layout, outs)))
     }

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::slices::{argument, values, wanted, width};
+use crate::train::slices::{input, values, wanted, width};
 use linalg::{LANES, add_scaled, dot, fma, simd};
 
 struct RmsNorm {
@@ -30,7 +30,7 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, weight) = (argument(x, x_layout)?, argument(weight, weight_layout)?);
+        let (x, weight) = (input(x, x_layout)?, input(weight, weight_layout)?);
         let hidden = width(x_layout);
         if weight.len() != hidden {
             bail!("x {:?} does not fit weights {:?}", x_layout.shape(), weight_layout.shape());

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::TASK_ROWS;
-use crate::train::slices::{argument, gradient, values, width};
+use crate::train::slices::{gradient, input, values, width};
 use landmarkdb::{Rope, Rotation};
 
 /// The rotations of a batch's tokens, taken once for all layers.
@@ -41,7 +41,7 @@ impl CustomOp1 for Rotate {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut x = argument(x, layout)?.to_vec();
+        let mut x = input(x, layout)?.to_vec();
         if x.len() != self.rotations.forth.len() * width(layout) {
             bail!("x {:?} does not fit {} positions", layout.shape(), self.rotations.forth.len());
         }

@@ -5,7 +5,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::train::slices::{argument, gradient, values};
+use crate::train::slices::{gradient, input, values};
 use linalg::{exp, simd};
 
 /// Values of one task.
@@ -33,7 +33,7 @@ impl CustomOp2 for SwiGlu {
         if gate_layout.shape() != up_layout.shape() {
             bail!("gate {:?} does not fit up {:?}", gate_layout.shape(), up_layout.shape());
         }
-        let (gate, up) = (argument(gate, gate_layout)?, argument(up, up_layout)?);
+        let (gate, up) = (input(gate, gate_layout)?, input(up, up_layout)?);
         let mut y = vec![0.0; gate.len()];
         let tasks = y.par_chunks_mut(TASK_LEN).zip(gate.par_chunks(TASK_LEN));
         tasks.zip(up.par_chunks(TASK_LEN)).for_each(|((y, gate), up)| silu_times(gate, up, y));
