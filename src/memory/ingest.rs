@@ -159,7 +159,7 @@ impl LocalMemory {
     }
 }
 
-/// That a document is as long as the caller thinks, but for blocks of the request that it has already: a tail that somebody else
+/// Checks that a document is as long as the caller thinks, not counting blocks of the request that it has: a tail that another writer
 /// wrote behind them would be replaced unnoticed. Blocks that are only mended change no length.
 fn check_length(collection: &Collection, manifest: &Manifest, request: &AppendRequest, wanted: &[usize]) -> Result<()> {
     let is_durable = |block: &NewBlock| block.index < manifest.blocks;

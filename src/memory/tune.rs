@@ -212,7 +212,7 @@ impl Tuning<'_> {
         }
     }
 
-    /// The first `count` lookups in turn, with a sign of life now and then for who waits far away.
+    /// The first `count` lookups in turn, with a sign of life now and then for remote callers.
     fn ask_all(&mut self, engine: &Engine, count: usize, mut each: impl FnMut(usize, Hits, f64)) -> Result<()> {
         let mut said = Instant::now();
         for index in 0..count {

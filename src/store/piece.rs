@@ -78,7 +78,7 @@ impl PieceLayout {
         PieceView { k: self.values_of(k), k_scales, v: self.values_of(v), v_scales }
     }
 
-    /// The scales in front of K or V, none but for int8, and the values.
+    /// The scales in front of K or V (int8 only), and the values.
     fn split_scales<'a>(&self, bytes: &'a [u8], count: usize) -> (Cow<'a, [f32]>, &'a [u8]) {
         let (scales, values) = bytes.split_at(if self.dtype == DType::Int8 { 4 * count } else { 0 });
         (floats(scales), values)
@@ -122,11 +122,11 @@ impl PieceLayout {
 pub struct PieceView<'a> {
     /// `(T, D)`, each column times its scale.
     pub k: PieceData<'a>,
-    /// `(D)`; empty but for int8.
+    /// `(D)`; empty unless int8.
     pub k_scales: Cow<'a, [f32]>,
     /// `(T, D)`, each row times its scale.
     pub v: PieceData<'a>,
-    /// `(T)`; empty but for int8.
+    /// `(T)`; empty unless int8.
     pub v_scales: Cow<'a, [f32]>,
 }
 

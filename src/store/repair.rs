@@ -150,7 +150,7 @@ fn empty(catalog: &dyn Catalog) -> Result<(), StoreError> {
 }
 
 impl Work<'_> {
-    /// What the catalog holds under a prefix, but for values that make no sense.
+    /// What the catalog holds under a prefix, without values that cannot be decoded.
     fn known<T: DeserializeOwned>(
         &self,
         prefix: &[u8],

@@ -272,7 +272,7 @@ pub(super) fn missing_collections(
     Ok(missing.into_values().map(counted).collect())
 }
 
-/// That a collection, as the operator knows it, may be the one that blocks of this id were written for.
+/// Checks that blocks of this id may have been written for a collection as the operator describes it.
 pub(super) fn check_collection(
     catalog: &dyn Catalog,
     id: CollectionId,

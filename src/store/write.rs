@@ -191,7 +191,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on with a catalog that was rebuilt, but for segments that cannot be read.
+    /// Goes on with a catalog that was rebuilt from the segments that can be read.
     fn take_over(
         &mut self,
         mut ledger: Ledger,

@@ -178,8 +178,8 @@ fn write_json(to: &mut dyn Write, report: &impl Serialize) -> io::Result<()> {
     to.write_all(&line)
 }
 
-/// What a terminal may obey instead of showing it: control characters, and those that turn the direction of what follows. And
-/// what it shows as nothing, by which two names may look alike; but for the joiners, without which some scripts are not written.
+/// Characters that a terminal obeys instead of showing (control characters, changes of direction), and invisible ones, which
+/// make two names look alike. Joiners are kept: some scripts need them.
 fn is_control(letter: char) -> bool {
     let turns =
         matches!(letter, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

@@ -1,4 +1,4 @@
-//! Being asked to stop.
+//! Signals that ask the program to stop.
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};

@@ -1,4 +1,4 @@
-//! NaN and infinity neither enter nor leave, whatever finite values come.
+//! NaN and infinity neither enter nor leave, for any finite values.
 
 use super::*;
 

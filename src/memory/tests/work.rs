@@ -1,4 +1,4 @@
-//! Memory and time of lookups and attends: counted before they begin, ended when nobody waits.
+//! Memory and time of lookups and attends: counted before they begin, ended when the caller has gone.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -95,7 +95,7 @@ impl Call {
     }
 }
 
-/// What a caller is told who finds no memory for its messages.
+/// The refusal of a call for whose messages there is no memory.
 pub(super) fn no_memory(short: Short, found: u64) -> MemoryError {
     match short {
         Short::Never { limit } => MemoryError::LimitExceeded { what: "bytes of messages".into(), limit, found },

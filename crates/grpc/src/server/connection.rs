@@ -78,8 +78,8 @@ impl Shared {
         });
     }
 
-    /// A place for one more. Where all are taken, who never asked anything goes first, then who has asked nothing for the
-    /// longest time, then whose streams have; where all are busy there is none.
+    /// A place for one more connection. When all are taken the one that [`Peer::idleness`] names first is closed; `None` when
+    /// all are busy.
     fn enter(&self) -> Option<(u64, Arc<Peer>)> {
         let mut peers = self.peers.lock().ignore_poison();
         if peers.len() >= self.options.connections {

@@ -77,8 +77,8 @@ impl Peer {
         *self.idle_since.lock().ignore_poison() = Instant::now();
     }
 
-    /// In which order connections make room, and since when: who never asked anything, who has no stream open, whose streams
-    /// have all had nothing to do for `patience`. `None` for one that works.
+    /// The order in which connections make room, and since when it is idle: first those that never asked anything, then those
+    /// without an open stream, then those whose streams have had nothing to do for `patience`. `None` for one that works.
     pub(super) fn idleness(&self, patience: Duration) -> Option<(u8, Instant)> {
         let since = *self.idle_since.lock().ignore_poison();
         match self.open_streams.load(Ordering::Relaxed) {

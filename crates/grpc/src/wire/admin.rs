@@ -1,4 +1,4 @@
-//! What an operator asks.
+//! Messages of the Admin service: statistics, health, verification, deletion.
 
 use super::error::cut;
 use super::v1;

@@ -1,4 +1,4 @@
-//! Blocks on their way in and out.
+//! Messages with blocks: append, fetch, list.
 
 use super::convert::{FromNumber, required, tensor};
 use super::v1;

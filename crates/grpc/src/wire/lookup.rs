@@ -1,4 +1,4 @@
-//! Questions and answers of a decode step. Requests go out by reference, since a caller may have to send one twice.
+//! Messages of lookup and attend. Requests go out by reference, since a caller may have to send one twice.
 
 use super::convert::{FromNumber, bytes_of_f32, f32_of_bytes, invalid, required};
 use super::v1;

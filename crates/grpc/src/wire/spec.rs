@@ -1,4 +1,4 @@
-//! Collections and documents.
+//! Messages with collections and documents.
 
 use super::convert::{FromNumber, bytes_of_f32, digest, f32_of_bytes, invalid, missing, required};
 use super::v1;

@@ -1,4 +1,4 @@
-//! What engines take to answer.
+//! Messages of `Admin.Tune`.
 
 use super::convert::{bytes_of_f32, f32_of_bytes, required};
 use super::error::cut;

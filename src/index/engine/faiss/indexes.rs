@@ -120,7 +120,7 @@ impl DocumentIndexes {
     }
 
     /// Builds, or reads, those of some pieces that are not here yet; `keys` are the document's, of at least the covered blocks.
-    /// Training takes seconds to minutes: who finds another at one of them gets false and is not kept waiting, and nobody may call
+    /// Training takes seconds to minutes: a caller that finds another at one of them gets false at once, and none may call
     /// this from inside of rayon's pool, whose threads answer other lookups.
     pub fn make(&self, pieces: Range<usize>, keys: &DocumentKeys) -> bool {
         for (i, piece) in pieces.clone().zip(&self.pieces[pieces]) {
