@@ -20,7 +20,7 @@
 //!
 //! `examples/remote.rs` starts a service and uses it.
 
-#![warn(unreachable_pub)]
+#![warn(missing_docs, unreachable_pub)]
 
 #[cfg(feature = "client")]
 pub mod client;

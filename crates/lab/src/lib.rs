@@ -7,7 +7,7 @@
 //!
 //! `examples/train.rs` trains a small model in seconds and lets it read a text.
 
-#![warn(unreachable_pub)]
+#![warn(missing_docs, unreachable_pub)]
 
 mod passkey;
 

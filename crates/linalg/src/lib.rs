@@ -12,7 +12,7 @@
 //!
 //! Matrices are row-major. A product is `out (M, N) = a (M, K) b (K, N)`; `_` is any number of rows.
 
-#![warn(unreachable_pub)]
+#![warn(missing_docs, unreachable_pub)]
 
 // One function for every instruction set.
 #[macro_use]

@@ -42,9 +42,11 @@ pub const LANDMARK_EMBEDDING: &str = "landmark_embedding";
 pub struct Adapter {
     /// The model that it changes, as [`resolve`] takes it.
     pub base: String,
+    /// SHA-256 of the base's weight file, or of the digests of several.
     pub base_digest: Sha256Digest,
     /// r
     pub rank: usize,
+    /// LoRA alpha: updates are multiplied by `alpha / rank`.
     pub alpha: f32,
     /// The landmark token: one that the base does not use, or the one behind its last.
     pub landmark: u32,

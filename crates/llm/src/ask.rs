@@ -13,11 +13,13 @@ use landmarkdb::{
 /// An answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
+    /// The answer's tokens and text, and why it ended.
     pub generated: Generated,
     /// Which blocks were retrieved for the prompt and the answer, heaviest first.
     pub reads: Vec<BlockReads>,
     /// Which blocks all layers and heads read besides, without choosing them.
     pub at_hand: Vec<AtHandBlock>,
+    /// Tokens of the prompt, landmarks not counted.
     pub prompt_tokens: usize,
     /// From the call to the first piece of the answer: window and sink read back, prompt through the model, blocks
     /// retrieved.
@@ -33,7 +35,9 @@ pub struct Question<'a> {
     pub documents: &'a [DocumentInfo],
     /// The words that the model continues: a text of any kind, or what [`frame_question`] makes of a question.
     pub prompt: &'a str,
+    /// What a token sees without retrieval.
     pub window: Window,
+    /// Which blocks of the documents are retrieved, and by which layers.
     pub retrieval: Retrieval,
     /// Chunks are those of the window.
     pub options: GenerateOptions,

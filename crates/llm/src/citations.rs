@@ -11,7 +11,9 @@ use landmarkdb::{BlockId, BlockMemory, BlockRange, DocumentInfo, HeadReads, Memo
 pub struct Citation {
     /// The document's name.
     pub document: String,
+    /// The id of its document, and its index there.
     pub block: BlockId,
+    /// Retrieved from the memory, or a place at hand.
     pub from: ReadFrom,
     /// The block's part of the attention that retrieved blocks received, 0 to 1; over all of them the shares sum to 1. The
     /// sum runs over the tokens of prompt and answer, layers and query heads. It is an estimate: the score of the block's

@@ -17,11 +17,13 @@ pub struct ModelConfig {
     pub hidden: usize,
     /// Width inside the feed-forward network.
     pub ffn: usize,
+    /// Rows of the embedding, the landmark's included: every token id is below.
     pub vocab: usize,
     /// The window that the model was trained for.
     pub context_tokens: u32,
     /// Added to the mean square in RMS normalisation.
     pub norm_epsilon: f32,
+    /// Rotation of q and k.
     pub rope: Rope,
     /// The output matrix is the embedding.
     pub tied_output: bool,

@@ -20,6 +20,7 @@ pub struct EncodeProgress {
     pub resumed_tokens: u64,
     /// Tokens that the memory has, those included.
     pub done_tokens: u64,
+    /// Tokens of the whole text, with the tokenizer's prefix and the landmarks.
     pub total_tokens: u64,
 }
 
@@ -28,7 +29,9 @@ pub struct EncodeProgress {
 pub struct Encoding<'a> {
     /// Of the document.
     pub name: &'a str,
+    /// The source text, not empty.
     pub text: &'a str,
+    /// What a token sees without retrieval, and how many tokens go through the model at once.
     pub window: Window,
     /// What the model retrieves of the text before its window while it reads on. `None`: nothing, so that the cost per
     /// token does not grow with the text.

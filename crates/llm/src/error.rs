@@ -7,57 +7,158 @@ use landmarkdb::{AttentionError, InvalidShape, MemoryError, Sha256Digest};
 /// Why a model on disk could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A file cannot be read.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Path of the file.
+        path: PathBuf,
+        /// The reason that the system gave.
+        source: std::io::Error,
+    },
+    /// A file that is not GGUF, or a folder with neither `config.json` nor `adapter_config.json`.
     #[error(
         "{path} is neither a .gguf file, nor a folder with config.json, tokenizer.json and *.safetensors, nor an adapter: \
          give one of these, or the name of a model that can be pulled"
     )]
-    NotAModel { path: PathBuf },
+    NotAModel {
+        /// Path of the file or folder.
+        path: PathBuf,
+    },
+    /// The file is cut short, or its contents contradict each other or its format.
     #[error("{path} is damaged or cut short: {detail}; fetch it again")]
-    Damaged { path: PathBuf, detail: String },
+    Damaged {
+        /// Path of the file.
+        path: PathBuf,
+        /// What is wrong, and in which tensor if in one.
+        detail: String,
+    },
+    /// The file lacks a setting that has no default.
     #[error("{path}: {key} is missing; the file is incomplete, or not of a model of the Llama family")]
-    MissingKey { path: PathBuf, key: String },
+    MissingKey {
+        /// Path of the JSON or GGUF file.
+        path: PathBuf,
+        /// Name of the setting, such as `rope_scaling.factor`.
+        key: String,
+    },
+    /// The folder of the model has no `tokenizer.json`.
     #[error(
         "{path} is missing; from a tokenizer.model, `AutoTokenizer.from_pretrained(..).save_pretrained(..)` of \
          Hugging Face transformers makes it"
     )]
-    NoTokenizer { path: PathBuf },
+    NoTokenizer {
+        /// Where the file was expected.
+        path: PathBuf,
+    },
     /// The file is whole, and asks for something that is not computed here.
     #[error("{path}: {key}: expected {expected}, found {found}{}", way_out.map(|way| format!("; {way}")).unwrap_or_default())]
-    Unsupported { path: PathBuf, key: String, expected: String, found: String, way_out: Option<&'static str> },
+    Unsupported {
+        /// Path of the file.
+        path: PathBuf,
+        /// The setting or tensor, or the part of the tokenizer.
+        key: String,
+        /// What can be computed.
+        expected: String,
+        /// What the file asks for.
+        found: String,
+        /// What to do instead, where there is a way.
+        way_out: Option<&'static str>,
+    },
+    /// The file has a tensor that the forward pass has no place for.
     #[error(
         "{path}: this program does not know the tensor {name}, and answers that leave it out would be wrong: \
          take a model of the Llama family without it"
     )]
-    UnknownTensor { path: PathBuf, name: String },
+    UnknownTensor {
+        /// Path of the weight file.
+        path: PathBuf,
+        /// The tensor's name in the file.
+        name: String,
+    },
+    /// The GGUF file has a setting of the model or the tokenizer that is not known here.
     #[error(
         "{path}: this program does not know the setting {key} ({found}), and answers that ignore it would be wrong: \
          take a model of the Llama family without it"
     )]
-    UnknownSetting { path: PathBuf, key: String, found: String },
+    UnknownSetting {
+        /// Path of the GGUF file.
+        path: PathBuf,
+        /// Name of the setting.
+        key: String,
+        /// Its value, shortened.
+        found: String,
+    },
+    /// A tensor holds NaN or an infinity.
     #[error(
         "{path}: tensor {name}: expected finite numbers, found NaN or infinity; the weights are damaged: fetch them again"
     )]
-    NotFinite { path: PathBuf, name: String },
+    NotFinite {
+        /// Path of the weight file.
+        path: PathBuf,
+        /// The tensor's name in the file.
+        name: String,
+    },
+    /// The index of the weight files names one that does not lie beside it.
     #[error("{path}: {name:?}: expected the name of a file in the same folder; a model's files lie side by side")]
-    OutsideFolder { path: PathBuf, name: String },
+    OutsideFolder {
+        /// Path of `model.safetensors.index.json`.
+        path: PathBuf,
+        /// The entry that is no plain file name.
+        name: String,
+    },
+    /// A tensor of the model is in none of its files.
     #[error("{path}: there is no tensor {name}; the file is incomplete or of another architecture")]
-    MissingTensor { path: PathBuf, name: String },
+    MissingTensor {
+        /// Path of the weight file, or of the folder of several.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor has another shape than the configuration asks for.
     #[error(
         "{path}: tensor {name}: expected shape {expected:?} from the configuration, found {found:?}; \
          configuration and weights belong to different models"
     )]
-    TensorShape { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
+    TensorShape {
+        /// Path of the weight file.
+        path: PathBuf,
+        /// The tensor's name in the file.
+        name: String,
+        /// Length of each axis by the configuration, the slowest first.
+        expected: Vec<usize>,
+        /// Length of each axis in the file, the slowest first.
+        found: Vec<usize>,
+    },
+    /// A hyperparameter is out of range or contradicts another.
     #[error("{path}: {source}")]
-    Shape { path: PathBuf, source: InvalidShape },
+    Shape {
+        /// Path of the file with the configuration, or of the weights where a caller brings one.
+        path: PathBuf,
+        /// The hyperparameter, and the values that it may have.
+        source: InvalidShape,
+    },
+    /// The base model of an adapter could not be found.
     #[error("{path}: the model that this adapter changes: {source}")]
-    Base { path: PathBuf, source: Box<FindError> },
+    Base {
+        /// Path of `adapter_config.json`.
+        path: PathBuf,
+        /// Why it could not.
+        source: Box<FindError>,
+    },
+    /// The base model has other weights than those that the adapter was trained with.
     #[error(
         "{path}: expected the base model {base} with SHA-256 {expected}, found {found:#}; \
          an adapter fits only the weights that it was trained with: fetch those"
     )]
-    OtherBase { path: PathBuf, base: String, expected: String, found: Sha256Digest },
+    OtherBase {
+        /// Path of `adapter_config.json`.
+        path: PathBuf,
+        /// The base model, as the adapter names it.
+        base: String,
+        /// SHA-256 of the weights that it was trained with, in hexadecimal.
+        expected: String,
+        /// SHA-256 of the weights on this machine.
+        found: Sha256Digest,
+    },
 }
 
 impl LoadError {
@@ -80,19 +181,36 @@ pub fn reason(error: &candle_core::Error) -> String {
 /// Why a model could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
+    /// A file or folder cannot be written.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The reason that the system gave.
+        source: std::io::Error,
+    },
+    /// No base and linear factor give the model's rotary frequencies.
     #[error(
         "config.json cannot tell these rotary frequencies: expected base^(-2i / dims), all divided by one factor, \
          found {frequencies:?}; start from a model with plain or linearly scaled rotation"
     )]
-    Rotation { frequencies: Vec<f32> },
+    Rotation {
+        /// Radians per token, one per rotated pair: `(rotary_dims / 2)`.
+        frequencies: Vec<f32>,
+    },
+    /// Only the index reads the model's landmark, which `config.json` has no setting for.
     #[error("config.json cannot tell landmarks that only the index reads: save the adapter that gives them instead")]
     HiddenLandmark,
+    /// The tokenizers library could not write the tokenizer as JSON.
     #[error("tokenizer.json: {detail}")]
-    Tokenizer { detail: String },
+    Tokenizer {
+        /// The reason that the library gave.
+        detail: String,
+    },
+    /// A tensor could not be converted to the dtype of the file.
     #[error("weights: {}", reason(.0))]
     Weights(#[from] candle_core::Error),
+    /// The tensors could not be laid out as a safetensors file.
     #[error("weights: {0}")]
     Serialise(#[from] safetensors::SafeTensorError),
 }
@@ -101,32 +219,71 @@ pub enum SaveError {
 #[derive(Debug, thiserror::Error)]
 #[error("a text of {text_bytes} bytes cannot be tokenised: {detail}")]
 pub struct TokenizeError {
+    /// Length of the text, in bytes.
     pub text_bytes: usize,
+    /// The reason that the tokenizers library gave.
     pub detail: String,
 }
 
 /// Why a forward pass failed. The attention may hold part of the tokens then: start the sequence anew.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
+    /// A token id has no row in the embedding.
     #[error("token {id} is not in the vocabulary of {vocab}: encode the text with this model's tokenizer")]
-    UnknownToken { id: u32, vocab: usize },
+    UnknownToken {
+        /// The first such id.
+        id: u32,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
+    /// The embeddings are not `(T, hidden)` for any T.
     #[error("embeddings: expected a multiple of {hidden} numbers, found {found}")]
-    EmbeddingLength { hidden: usize, found: usize },
+    EmbeddingLength {
+        /// Width of the residual stream.
+        hidden: usize,
+        /// Values in the embeddings.
+        found: usize,
+    },
+    /// The caller's attention returned something else than `(T, Hq, D)`.
     #[error("attention of layer {layer} returned {found} numbers instead of {expected}")]
-    AttendedLength { layer: usize, expected: usize, found: usize },
+    AttendedLength {
+        /// The layer, counted from 0.
+        layer: usize,
+        /// Values in `(T, Hq, D)`.
+        expected: usize,
+        /// Values that came.
+        found: usize,
+    },
+    /// The caller's attention failed.
     #[error("layer {layer}: {source}")]
-    Attention { layer: usize, source: AttentionError },
+    Attention {
+        /// The layer, counted from 0.
+        layer: usize,
+        /// Why it failed.
+        source: AttentionError,
+    },
 }
 
 /// Why a generation stopped short.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
+    /// The prompt has no token to predict from.
     #[error("an empty prompt: give at least one token")]
     EmptyPrompt,
+    /// A parameter of the sampling is out of range.
     #[error("{field}: expected {expected}, found {found}")]
-    Invalid { field: &'static str, expected: &'static str, found: f32 },
+    Invalid {
+        /// `temperature` or `top_p`.
+        field: &'static str,
+        /// The values that it may have.
+        expected: &'static str,
+        /// The value that it has.
+        found: f32,
+    },
+    /// The logits of the next token are all NaN or infinite.
     #[error("no logit is a finite number: the weights are damaged, verify the model file")]
     NoFiniteLogit,
+    /// The forward pass of the prompt or of a generated token failed.
     #[error(transparent)]
     Forward(#[from] ForwardError),
 }
@@ -134,34 +291,66 @@ pub enum GenerateError {
 /// Why a model could not be found on this machine.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
+    /// `LANDMARKDB_CACHE` is not set, and the system names no cache folder of the user.
     #[error("no folder to keep models in: set LANDMARKDB_CACHE to one")]
     NoCacheFolder,
+    /// The name is no path that exists, and has no form that can be pulled.
     #[error("no model {spec:?}: expected the path of a .gguf file or of a safetensors folder, or a pulled model")]
-    NotFound { spec: String },
+    NotFound {
+        /// The name or path that was asked for.
+        spec: String,
+    },
+    /// The name is of a model that can be pulled, and its files are not in the cache folder.
     #[error("model {spec} is not on this machine yet: pull it")]
-    NotPulled { spec: String },
+    NotPulled {
+        /// The name that was asked for.
+        spec: String,
+    },
+    /// A file or folder of pulled models cannot be read or written.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The reason that the system gave.
+        source: std::io::Error,
+    },
 }
 
 /// Why a text could not be encoded into a memory, or a question about it not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum RememberError {
+    /// The text has no byte.
     #[error("an empty text: there is nothing to encode")]
     EmptyText,
+    /// The document holds other tokens than the text, or is sealed with a beginning of it.
     #[error("document {name:?} already holds another text: {difference}")]
-    OtherText { name: String, difference: Difference },
+    OtherText {
+        /// Name of the document.
+        name: String,
+        /// Where document and text part.
+        difference: Difference,
+    },
     /// What it holds is not a whole beginning of the text, and going on would leave it so.
     #[error("document {name:?} is damaged ({problem}): delete it and encode it again")]
-    Damaged { name: String, problem: String },
+    Damaged {
+        /// Name of the document.
+        name: String,
+        /// The first fault that verification found, human-readable.
+        problem: String,
+    },
+    /// The text or the prompt could not be tokenised.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    /// A forward pass outside of a generation failed.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// The answer could not be generated.
     #[error(transparent)]
     Generate(#[from] GenerateError),
+    /// The attention of a sequence could not be opened, or its tokens not be kept.
     #[error(transparent)]
     Attention(#[from] AttentionError),
+    /// The memory failed or refused a request.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }

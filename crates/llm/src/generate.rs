@@ -10,6 +10,7 @@ use landmarkdb::{CHUNK_TOKENS, SequenceAttention};
 /// What a generation is to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
+    /// How each token is chosen from its logits.
     pub sampling: Sampling,
     /// Most tokens to generate.
     pub max_tokens: usize,
@@ -28,6 +29,7 @@ pub enum Finish {
     EndOfText,
     /// One of [`GenerateOptions::stop`] appeared.
     Stop,
+    /// [`GenerateOptions::max_tokens`] were generated.
     MaxTokens,
 }
 
@@ -39,6 +41,7 @@ pub struct Generated {
     pub ids: Vec<u32>,
     /// The answer, without white space before it, up to a stop text.
     pub text: String,
+    /// Why no token follows.
     pub finish: Finish,
 }
 

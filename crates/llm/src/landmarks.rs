@@ -13,6 +13,7 @@ const CHUNK_BLOCKS: usize = 8;
 /// Text tokens as a model reads them: with its landmark after every B - 1 of them.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Reading {
+    /// The ids of text tokens and landmarks, in order.
     pub ids: Vec<u32>,
     /// For each id, which text token it is; for a landmark, which one follows it: their number after the last.
     pub text_tokens: Vec<usize>,
@@ -59,6 +60,8 @@ impl ModelConfig {
         if self.landmark.is_some() { KeyRule::Landmark } else { KeyRule::Tokens }
     }
 
+    /// [`Normalisation::Plain`] without a landmark, [`Normalisation::Hidden`] with an adapter's, else
+    /// [`Normalisation::Grouped`].
     pub fn normalisation(&self) -> Normalisation {
         match self.landmark {
             None => Normalisation::Plain,

@@ -32,7 +32,7 @@
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 
-#![warn(unreachable_pub)]
+#![warn(missing_docs, unreachable_pub)]
 
 mod adapter;
 mod ask;
@@ -109,7 +109,9 @@ use landmarkdb::{InvalidShape, ModelShape, Sha256Digest};
 pub struct LoadedModel {
     /// Human-readable: the file's own name for the model, or the folder's.
     pub name: String,
+    /// From text to the ids that `llama` reads, and back.
     pub tokenizer: Tokenizer,
+    /// The weights and hyperparameters.
     pub llama: Llama,
     /// Of the weight file, or of the digests of several; of an adapter, of both models' and the scale.
     pub model_digest: Sha256Digest,

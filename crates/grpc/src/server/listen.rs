@@ -43,20 +43,45 @@ impl Default for ListenOptions {
 /// Why nothing can be served there.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
+    /// The options name neither a TCP address nor a Unix socket.
     #[error("nowhere to listen: give a TCP address, a Unix socket, or both")]
     Nowhere,
+    /// The address can be reached from other machines, and [`ListenOptions::allow_remote`] is false.
     #[error(
         "{address} can be reached from other machines and the service has no passwords: allow it explicitly, or listen on 127.0.0.1"
     )]
-    NotLoopback { address: SocketAddr },
+    NotLoopback {
+        /// The address of the options.
+        address: SocketAddr,
+    },
+    /// The TCP address could not be bound.
     #[error("cannot listen on {address}: {source}")]
-    Tcp { address: SocketAddr, source: io::Error },
+    Tcp {
+        /// The address of the options.
+        address: SocketAddr,
+        /// The reason that the system gave.
+        source: io::Error,
+    },
+    /// A process answers on the socket file, or might.
     #[error("a running process answers on {path}: connect to it, stop it, or use another path")]
-    SocketInUse { path: PathBuf },
+    SocketInUse {
+        /// Path of the socket file.
+        path: PathBuf,
+    },
+    /// A file that is no socket lies where the socket is to be. It is left as it is.
     #[error("{path} exists and is not a socket: use another path")]
-    NotASocket { path: PathBuf },
+    NotASocket {
+        /// Path of the file.
+        path: PathBuf,
+    },
+    /// The socket file could not be looked at, replaced or bound.
     #[error("cannot listen on {path}: {source}")]
-    Unix { path: PathBuf, source: io::Error },
+    Unix {
+        /// Path of the socket file.
+        path: PathBuf,
+        /// The reason that the system gave.
+        source: io::Error,
+    },
 }
 
 /// Bound, and from now on queueing connections for [`serve`](super::serve).

@@ -45,8 +45,10 @@ const WRITES: &str = "landmark.v1.BlockMemory.Append";
 /// Why the service stopped before it was told to, or could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// The descriptors of the services cannot be decoded, so that reflection has nothing to offer.
     #[error("the descriptors cannot be served: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// A task that accepts connections or follows the memory's health panicked.
     #[error("a listener panicked: {0}")]
     Listener(#[from] tokio::task::JoinError),
 }

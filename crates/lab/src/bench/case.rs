@@ -67,7 +67,12 @@ pub struct Sizes {
 #[derive(Clone, Debug)]
 pub enum Keys {
     /// Random keys and queries, named by a shape that the sizes may differ from.
-    Random { shape: Shape, sizes: Sizes },
+    Random {
+        /// Names the case.
+        shape: Shape,
+        /// Sizes of the keys and queries; those of `shape` itself are [`Shape::sizes`].
+        sizes: Sizes,
+    },
     /// A file that holds a [`Capture`].
     Captured(PathBuf),
 }

@@ -28,8 +28,18 @@ pub enum BenchError {
     Bandwidth(#[from] CudaError),
     /// The interpreter is missing, the script failed, or a line of its output is not a result.
     #[error("running the peers with {python}: {source}")]
-    Peers { python: String, source: io::Error },
+    Peers {
+        /// The interpreter, as the settings name it.
+        python: String,
+        /// Why it did not start, its exit status, or why a line cannot be read.
+        source: io::Error,
+    },
     /// A step of the measurement itself.
     #[error("{what}: {source}")]
-    Io { what: &'static str, source: io::Error },
+    Io {
+        /// The step, such as `a plain read`.
+        what: &'static str,
+        /// The reason that the system gave.
+        source: io::Error,
+    },
 }

@@ -25,6 +25,7 @@ const FETCHED_BLOCKS: usize = 64;
 /// Keys and queries of some layers of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capture {
+    /// The model, its layers and the sizes of the tensors.
     pub about: About,
     /// By layer, `(N, Hkv, B, D)`: K of every block as it is stored, rotated by the offset inside the block.
     pub k: Vec<Vec<f16>>,
@@ -41,6 +42,7 @@ pub struct About {
     pub model: String,
     /// Of the captured layers.
     pub shape: ModelShape,
+    /// What stands for a block in the collection that was captured.
     pub key_rule: KeyRule,
     /// Which of the model's layers they are.
     pub layers: Vec<u32>,
@@ -51,12 +53,26 @@ pub struct About {
 /// A file that is no capture, or cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
+    /// The file cannot be read or written.
     #[error("{path} cannot be read or written: {detail}")]
-    File { path: String, detail: String },
+    File {
+        /// Path of the file.
+        path: String,
+        /// The reason that the system or the safetensors library gave.
+        detail: String,
+    },
+    /// The file can be read, and its metadata or tensors are not those of a capture.
     #[error("{path} is no capture: {detail}; make a new one")]
-    Content { path: String, detail: String },
+    Content {
+        /// Path of the file.
+        path: String,
+        /// What does not match.
+        detail: String,
+    },
+    /// The forward pass failed, or the memory that its layers ask.
     #[error(transparent)]
     Remember(#[from] RememberError),
+    /// The blocks' keys could not be fetched.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -65,12 +81,17 @@ type Captured<T> = std::result::Result<T, CaptureError>;
 
 /// What is captured, and of what.
 pub struct Capturing<'a> {
+    /// The model that reads `next`.
     pub model: &'a LoadedModel,
+    /// The memory that holds `document`; it answers the layers' lookups.
     pub memory: Arc<dyn BlockMemory>,
+    /// The collection of `document`, bound to `model`.
     pub collection: &'a CollectionInfo,
     /// Where the blocks lie.
     pub document: &'a DocumentInfo,
+    /// What a query sees without retrieval.
     pub window: Window,
+    /// Which blocks are retrieved, and by which layers.
     pub retrieval: Retrieval,
     /// Tokens that the model reads after the document, one by one.
     pub next: &'a [u32],

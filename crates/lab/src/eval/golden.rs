@@ -47,7 +47,9 @@ const GRANULARITIES: [(&str, Granularity); 5] = [
 /// One output of one case.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GoldenOutput {
+    /// The `name` in the JSON file of a model case; of any other case, its file's name without `.safetensors`.
     pub case: String,
+    /// Name of the recorded tensor, such as `logits_full`.
     pub output: String,
     /// Values compared.
     pub compared: usize,
@@ -58,6 +60,7 @@ pub struct GoldenOutput {
 }
 
 impl GoldenOutput {
+    /// Whether the difference is at most the tolerance; NaN is not.
     pub fn agrees(&self) -> bool {
         self.difference <= self.tolerance
     }
@@ -66,18 +69,46 @@ impl GoldenOutput {
 /// Why a case could not be checked.
 #[derive(Debug, thiserror::Error)]
 pub enum GoldenError {
+    /// The folder, or the JSON file of a model case, cannot be read.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Path of the folder or file.
+        path: PathBuf,
+        /// The reason that the system gave.
+        source: std::io::Error,
+    },
+    /// The folder holds no case, or only recorded prompts and no model was given for them.
     #[error(
         "{path}: no case here: expected NAME.json with NAME.model.safetensors and NAME.expected.safetensors, or NAME.safetensors with recorded prompts, which take a model"
     )]
-    NoCase { path: PathBuf },
+    NoCase {
+        /// Path of the folder.
+        path: PathBuf,
+    },
+    /// A file cannot be read as JSON, or as safetensors with values of the expected kind.
     #[error("{path}: {detail}")]
-    Damaged { path: PathBuf, detail: String },
+    Damaged {
+        /// Path of the file.
+        path: PathBuf,
+        /// The reason that the library gave.
+        detail: String,
+    },
+    /// A recorded tensor or setting is missing, or does not fit the rest of its case.
     #[error("{path}: {name}: expected {expected}, found {found}")]
-    Invalid { path: PathBuf, name: String, expected: String, found: String },
+    Invalid {
+        /// Path of the file.
+        path: PathBuf,
+        /// The tensors or settings, with commas.
+        name: String,
+        /// The shape, count or values that fit.
+        expected: String,
+        /// What the file has.
+        found: String,
+    },
+    /// The weights of a model case could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// A forward pass, a generation or the memory failed.
     #[error(transparent)]
     Remember(#[from] RememberError),
 }

@@ -23,6 +23,7 @@ words!(Haystack, "prose" => Prose, "garbage" => Garbage);
 /// A text with a pass key hidden in it, without the question.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Needle {
+    /// The task, the source text and, between two of its sentences, the information line.
     pub text: String,
     /// Five digits.
     pub key: String,

@@ -19,6 +19,7 @@ use landmarkdb_llm::{
 /// The texts of a test.
 #[derive(Clone, Debug)]
 pub struct PasskeyTexts {
+    /// What the key is hidden in.
     pub haystack: Haystack,
     /// Text of the prose haystack.
     pub prose: String,
@@ -26,6 +27,7 @@ pub struct PasskeyTexts {
     pub tokens: Vec<usize>,
     /// Texts per length.
     pub samples: usize,
+    /// Seed of keys, depths and windows of the source; combined with each text's length and number.
     pub seed: u64,
 }
 
@@ -34,6 +36,7 @@ pub struct PasskeyTexts {
 pub struct PasskeySettings {
     /// Each k is asked about the same encoded text.
     pub top_k: Vec<u32>,
+    /// What a token sees without retrieval, while a text is encoded and while it is asked about.
     pub window: Window,
     /// While the texts are encoded.
     pub encode_retrieval: Option<Retrieval>,
@@ -44,13 +47,19 @@ pub struct PasskeySettings {
 /// One question and its answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PasskeyCase {
+    /// Length that was asked for, in tokens; the text is about as long.
     pub tokens: usize,
+    /// Number of the text among those of its length, from 0.
     pub sample: usize,
     /// Where the key lies, as a share of the text.
     pub depth: f64,
+    /// The five digits that were hidden.
     pub key: String,
+    /// The generated text, at most 8 tokens, without white space around it.
     pub answer: String,
+    /// Whether `answer` begins with `key`.
     pub correct: bool,
+    /// Seconds to the first piece of the answer: from the question, under full attention from the start of the text.
     pub first_token_s: f64,
     /// How the text was remembered; none for full attention over all of it.
     pub remembered: Option<Remembered>,
@@ -59,20 +68,26 @@ pub struct PasskeyCase {
 /// See [`PasskeyCase::remembered`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Remembered {
+    /// k, the blocks per row of choices.
     pub top_k: u32,
+    /// The dtype that K and V are stored in.
     pub payload_dtype: DType,
     /// Tokens of the encoded text, landmarks included.
     pub tokens: u64,
     /// Bytes of the encoded document on disk.
     pub stored_bytes: u64,
+    /// Seconds to encode the text and to copy it into all other collections: one figure for all of them.
     pub encode_s: f64,
 }
 
 /// All samples of one length, k and payload dtype.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PasskeyScore {
+    /// Length that was asked for, in tokens.
     pub tokens: usize,
+    /// Cases whose answer begins with the key.
     pub correct: usize,
+    /// Cases of this length, k and payload dtype.
     pub samples: usize,
     /// Means over the samples.
     pub first_token_s: f64,
@@ -83,10 +98,13 @@ pub struct PasskeyScore {
 /// See [`PasskeyScore::remembered`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RememberedScore {
+    /// k, the blocks per row of choices.
     pub top_k: u32,
+    /// The dtype that K and V are stored in.
     pub payload_dtype: DType,
     /// Means over the samples. On disk: payload, keys, text and headers.
     pub bytes_per_token: f64,
+    /// Tokens, landmarks included, per second of [`Remembered::encode_s`].
     pub encode_tokens_per_s: f64,
 }
 

@@ -18,6 +18,7 @@ const LOGIT_TOKENS: usize = 128;
 pub struct PerplexitySettings {
     /// The first tokens of each text are read but not counted: they have little past to look at, or are not the question.
     pub skip_tokens: usize,
+    /// What a token sees without retrieval; without effect on full attention, except for the normalisation.
     pub window: Window,
     /// `top_k` and `newest_blocks` are those of the mode.
     pub retrieval: Retrieval,
@@ -32,18 +33,29 @@ pub enum PerplexityMode {
     Window,
     /// The window, the sink, and the last blocks before the window, unasked: the control that retrieval has
     /// to beat.
-    Recent { blocks: u32 },
+    Recent {
+        /// Blocks before the window that every query reads.
+        blocks: u32,
+    },
     /// The window, the sink, and k blocks retrieved from the newest ones, or from all.
-    Memory { top_k: u32, newest_blocks: Option<u32> },
+    Memory {
+        /// k, the blocks per row of choices.
+        top_k: u32,
+        /// Newest blocks before the window that can be retrieved. `None`: all.
+        newest_blocks: Option<u32>,
+    },
 }
 
 /// The result of one mode over all texts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Perplexity {
+    /// The mode that was measured.
     pub mode: PerplexityMode,
     /// `e^` mean negative log-likelihood.
     pub perplexity: f64,
+    /// Tokens whose likelihood is in the mean, over all texts.
     pub counted_tokens: usize,
+    /// Tokens of the texts per second, those not counted included, landmarks not.
     pub tokens_per_s: f64,
 }
 

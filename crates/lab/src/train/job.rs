@@ -12,7 +12,9 @@ use super::validation::Validation;
 pub struct Job {
     /// The folder of the model. Created if it is not there.
     pub out: PathBuf,
+    /// All settings that decide the weights.
     pub recipe: Recipe,
+    /// Texts to train on. Empty ones are left out.
     pub texts: Vec<String>,
     /// Texts to judge by, never trained on; may be none.
     pub validation: Vec<String>,
@@ -38,9 +40,12 @@ pub enum Event<'a> {
     Stage(&'static str),
     /// The loop begins, after steps that were done before.
     Begin {
+        /// Steps done at the checkpoint that the run resumes, else 0.
         done_steps: u64,
+        /// Steps of the whole training.
         steps: u64,
     },
+    /// A step is done and in the log.
     Step(&'a StepReport),
 }
 
@@ -54,6 +59,7 @@ pub struct StepReport {
     pub loss: f32,
     /// The same over the digits of first answers; measured in some steps, before their update.
     pub answer_loss: Option<f32>,
+    /// By the schedule, for the step's update.
     pub learning_rate: f64,
     /// Before clipping.
     pub gradient_norm: f64,
@@ -66,6 +72,7 @@ pub struct StepReport {
 pub struct Trained {
     /// Numbers that were trained.
     pub parameters: usize,
+    /// Steps done, those of earlier runs included.
     pub steps: u64,
     /// Steps that an earlier run had done.
     pub resumed_steps: u64,

@@ -12,6 +12,7 @@ use landmarkdb::limits::BLOCK_TOKENS_MAX;
 /// How a model is trained. Fields are named as the flags of `landmarkdb train`, which is where their defaults are.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
+    /// With landmarks, plain, or recurrent.
     pub kind: Kind,
     /// Name of the model that the training starts from; none for random weights. With a name the model's own sizes
     /// replace the ones from `layers` to `vocab`.
@@ -22,12 +23,15 @@ pub struct Recipe {
     /// What an adapter's updates are scaled with, times its rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter_alpha: Option<f32>,
+    /// L, the decoder layers.
     pub layers: u32,
+    /// Width of the residual stream, a multiple of `heads`.
     pub hidden: usize,
     /// Hq
     pub heads: u32,
     /// Hkv
     pub kv_heads: u32,
+    /// Width inside the feed-forward network.
     pub ffn: usize,
     /// Tokens of the vocabulary, control tokens included.
     pub vocab: usize,
@@ -39,7 +43,9 @@ pub struct Recipe {
     pub answer_weight: f32,
     /// At each landmark positions jump by a random number below this.
     pub pos_jump: u32,
+    /// Parts of the steps in order, each with a sequence length of its own; at least one.
     pub phases: Vec<Phase>,
+    /// Updates of the whole training.
     pub steps: u64,
     /// Peak learning rate.
     pub lr: f64,
@@ -47,12 +53,16 @@ pub struct Recipe {
     pub warmup: u64,
     /// What the learning rate falls to, as a share of its peak.
     pub lr_floor: f64,
+    /// AdamW's decay, 0 to 1: a step multiplies weights by 1 minus this times the learning rate, save norms and
+    /// embedding.
     pub weight_decay: f64,
+    /// Decay of the running mean of squared gradients in AdamW, 0 or more and below 1.
     pub beta2: f64,
     /// Longest gradient, in global norm; a longer one is scaled down.
     pub clip: f64,
     /// Rate at which retrieved blocks are dropped for a query.
     pub group_dropout: f32,
+    /// Seed of random weights, of the sampled sequences, their position jumps and the dropped blocks.
     pub seed: u64,
 }
 

@@ -17,6 +17,7 @@ const OUTPUT: &str = "lm_head.weight";
 pub struct Parameter {
     /// Its Hugging Face name; of an adapter, its name in the adapter's file.
     pub name: String,
+    /// Its values, f32. Each step sets new ones.
     pub var: Var,
     /// Whether weight decay applies: false for norms and embeddings.
     pub decay: bool,

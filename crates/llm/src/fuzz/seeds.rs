@@ -62,6 +62,7 @@ pub fn safetensors() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// Two adapters of the base, unlike in landmark and rank, and a configuration of another kind without weights.
 pub fn adapters() -> Vec<Vec<u8>> {
     let folder = tempfile::tempdir().unwrap();
     let adapter = |(landmark, rank)| {
@@ -77,12 +78,14 @@ pub fn adapters() -> Vec<Vec<u8>> {
     [(9, 1), (4, 2)].map(adapter).into_iter().chain([of_nothing]).collect()
 }
 
+/// `tokenizer.json` of a byte-level and of a SentencePiece vocabulary, a bare one, and an object without anything.
 pub fn tokenizers() -> Vec<Vec<u8>> {
     let bare: &[u8] = br#"{"version": "1.0", "decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "ByteLevel"},
         "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]}}"#;
     vec![fixture("folder/tokenizer.json"), fixture("tokenizer-spm.json"), bare.to_vec(), b"{}".to_vec()]
 }
 
+/// Zip archives of the known file, stored and deflated, and of one that is a byte too short.
 pub fn archives() -> Vec<Vec<u8>> {
     let content: Vec<u8> = (0..ARCHIVED.1).map(|i| (i / 7) as u8).collect();
     let archive = |(method, content): (zip::CompressionMethod, &[u8])| {

@@ -20,21 +20,37 @@ const MESSAGE_BYTES: u64 = 1024;
 /// A request, as a memory is asked it.
 #[derive(Clone)]
 pub enum Request {
+    /// Blocks for a document.
     Append(AppendRequest),
+    /// A lookup by itself, or one of a stream.
     Lookup(LookupRequest),
+    /// An attend by itself, or one of a stream.
     Attend(AttendRequest),
+    /// Attends that are answered together.
     AttendAll(Vec<AttendRequest>),
+    /// Blocks of a document with K, V and text.
     Fetch(FetchRequest),
+    /// The collection of a specification, made if it is not there.
     OpenCollection(CollectionSpec),
+    /// All collections.
     ListCollections,
+    /// The engine for all further lookups in a collection.
     SetEngine(CollectionId, Engine),
+    /// The document of a name in a collection, made if it is not there.
     OpenDocument(CollectionId, String),
+    /// All documents of a collection.
     ListDocuments(CollectionId),
+    /// A document as it is now.
     GetDocument(DocumentId),
+    /// No more appends to a document.
     SealDocument(DocumentId),
+    /// Blocks of a document without K and V.
     ListBlocks(BlockRange),
+    /// A document and its blocks are to go.
     DeleteDocument(DocumentId),
+    /// Totals of the data directory.
     GetStats,
+    /// A check of what a document holds on disk. `None`: of all documents.
     Verify(Option<DocumentId>),
 }
 

@@ -26,10 +26,15 @@ const RECOGNISED_TOKENS: usize = 16;
 
 /// A model, and where it keeps its blocks.
 pub struct Subject<'a> {
+    /// The model to measure.
     pub model: &'a LoadedModel,
+    /// The collection for the model's blocks, bound to it.
     pub collection: &'a CollectionInfo,
+    /// What a token sees without retrieval.
     pub window: Window,
+    /// Which blocks are retrieved, and by which layers; k and, in Table 2, the granularity are replaced.
     pub retrieval: Retrieval,
+    /// The same while passkey texts are encoded. `None`: nothing is retrieved then.
     pub encode_retrieval: Option<Retrieval>,
 }
 
@@ -42,31 +47,49 @@ pub struct ReportSettings {
     pub text_tokens: usize,
     /// Evaluation lengths: the text is cut into segments that each are read from nothing.
     pub lengths: Vec<usize>,
+    /// Values of k for perplexity, 1 or more each. Repetition, and the rows that keep half of the blocks, take the
+    /// last.
     pub top_k: Vec<u32>,
+    /// Lengths of the passkey texts, in tokens.
     pub passkey_lengths: Vec<usize>,
+    /// Values of k for passkeys, all asked about the same encoded text.
     pub passkey_top_k: Vec<u32>,
     /// Texts per length and haystack.
     pub samples: usize,
     /// Longest text that full attention is asked about: its cost grows with the square.
     pub full_tokens_max: usize,
+    /// Seed of the passkey texts.
     pub seed: u64,
 }
 
 /// Everything that was measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
+    /// Name of the model.
     pub model: String,
+    /// Name of the twin without landmarks. `None`: it was not measured.
     pub plain: Option<String>,
+    /// Name of the recurrent baseline. `None`: it was not measured.
     pub recurrent: Option<String>,
+    /// Whether the model has landmarks.
     pub landmarks: bool,
+    /// B, the landmark included.
     pub block_tokens: u32,
+    /// The context that the model was trained with, in tokens.
     pub context_tokens: u32,
+    /// Tokens of the text that perplexity was measured on.
     pub text_tokens: usize,
+    /// Passkey texts per length and haystack, and the most repetition texts per gap.
     pub samples: usize,
+    /// Seed of the passkey texts.
     pub seed: u64,
+    /// Table 1: perplexity by evaluation length, method and k.
     pub perplexity: Vec<PerplexityRow>,
+    /// Table 2: perplexity by granularity, evaluation length and k.
     pub granularity: Vec<GranularityRow>,
+    /// Perplexity of a repeated passage by gap and method.
     pub repetition: Vec<RepetitionRow>,
+    /// Figure 3: pass keys found by haystack, length, method and k.
     pub passkey: Vec<PasskeyRow>,
 }
 
