@@ -442,9 +442,35 @@ impl Recorded {
         if want.len() != found.len() {
             return Err(self.invalid(name, format!("{} numbers", found.len()), want.len().to_string()));
         }
-        // A NaN on either side is the largest difference, not none.
-        let larger = |worst: f32, d: f32| if d <= worst { worst } else { d };
-        let difference = want.iter().zip(found).map(|(want, found)| (want - found).abs()).fold(0.0, larger);
+        let difference = largest_difference(&want, found);
         Ok(GoldenOutput { case: case.into(), output: name.into(), compared: want.len(), difference, tolerance })
+    }
+}
+
+/// A NaN on either side is the largest difference, and stays it.
+fn largest_difference(want: &[f32], found: &[f32]) -> f32 {
+    let larger = |worst: f32, d: f32| if d <= worst || worst.is_nan() { worst } else { d };
+    want.iter().zip(found).map(|(want, found)| (want - found).abs()).fold(0.0, larger)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A NaN counted only at the end: `[0, NaN, 0.1, 0.05]` differed by 0.1 from zeros, so outputs with NaN could agree.
+    #[test]
+    fn a_nan_never_agrees() {
+        let agrees = |found: &[f32]| {
+            let difference = largest_difference(&[0.0; 4], found);
+            GoldenOutput { case: String::new(), output: String::new(), compared: 4, difference, tolerance: 0.5 }
+                .agrees()
+        };
+        assert!(agrees(&[0.0, 0.1, -0.5, 0.05]));
+        assert!(!agrees(&[0.0, 0.1, -0.6, 0.05]));
+        for at in 0..4 {
+            let mut found = [0.0, 0.1, 0.1, 0.05];
+            found[at] = f32::NAN;
+            assert!(!agrees(&found), "{at}");
+        }
     }
 }
