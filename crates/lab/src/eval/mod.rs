@@ -20,7 +20,10 @@ pub use passkey::{
     passkey_scores,
 };
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
-pub use report::{Report, ReportSettings, Subject, report, write_report};
+pub use report::{
+    GranularityRow, Method, PasskeyRow, PerplexityRow, RepetitionRow, Report, ReportSettings, Subject, report,
+    write_report,
+};
 
 /// A document name that no other run uses, whether it goes on at the same time or was stopped halfway: what an
 /// evaluation finds in a document would count as read.

@@ -20,7 +20,7 @@ pub struct Recipe {
     /// Rank of the landmark's updates if only those and its embedding are trained, as an adapter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<usize>,
-    /// What an adapter's updates are scaled with, times its rank.
+    /// LoRA alpha of an adapter: its updates are scaled by alpha / rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter_alpha: Option<f32>,
     /// L, the decoder layers.

@@ -96,7 +96,9 @@ pub struct Report {
 /// One row of Table 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PerplexityRow {
+    /// Evaluation length, in tokens.
     pub length_tokens: usize,
+    /// Who was measured.
     pub method: Method,
     /// Blocks retrieved, or shown unasked.
     pub top_k: Option<u32>,
@@ -104,7 +106,9 @@ pub struct PerplexityRow {
     pub blocks: Option<u32>,
     /// Most tokens that a query can attend to.
     pub attention_tokens: usize,
+    /// `exp` of the mean loss in nats.
     pub perplexity: f64,
+    /// Tokens evaluated per second.
     pub tokens_per_s: f64,
 }
 
@@ -131,36 +135,55 @@ pub enum Method {
 /// One row of Table 2.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct GranularityRow {
+    /// The [`Granularity`](landmarkdb::Granularity), by its word.
     pub granularity: String,
+    /// Evaluation length, in tokens.
     pub length_tokens: usize,
+    /// k, blocks retrieved per choice.
     pub top_k: u32,
     /// Choices of blocks per chunk and layer.
     pub choices: usize,
+    /// `exp` of the mean loss in nats.
     pub perplexity: f64,
+    /// Tokens evaluated per second.
     pub tokens_per_s: f64,
 }
 
 /// Perplexity of a passage that was read before, so many tokens ago.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RepetitionRow {
+    /// Tokens between the passage and its repetition.
     pub gap_tokens: usize,
+    /// Who was measured.
     pub method: Method,
+    /// k, blocks retrieved per choice. `None` where nothing is retrieved.
     pub top_k: Option<u32>,
+    /// `exp` of the mean loss in nats.
     pub perplexity: f64,
+    /// Texts measured.
     pub texts: usize,
 }
 
 /// One point of Figure 3.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PasskeyRow {
+    /// The [`Haystack`](super::Haystack), by its word.
     pub haystack: String,
+    /// Who was measured.
     pub method: Method,
+    /// Length of the texts, in tokens.
     pub tokens: usize,
+    /// k, blocks retrieved per choice. `None` where nothing is retrieved.
     pub top_k: Option<u32>,
+    /// Texts whose key was answered.
     pub correct: usize,
+    /// Texts asked about.
     pub samples: usize,
+    /// On disk: payload, keys, text and headers. `None` without a memory.
     pub bytes_per_token: Option<f64>,
+    /// Tokens encoded per second. `None` without a memory.
     pub encode_tokens_per_s: Option<f64>,
+    /// Mean time to the first token of the answer, in seconds.
     pub first_token_s: f64,
 }
 
