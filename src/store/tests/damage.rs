@@ -124,8 +124,8 @@ fn compaction_leaves_a_damaged_segment_for_repair() {
 }
 
 /// Dead bytes of a damaged segment, which may not be moved, used to count among those that compaction had to get rid of. So
-/// it never reached its goal, and rewrote every other segment with a few dead bytes at each roll: 17 new segments instead
-/// of 7 for these appends.
+/// it never reached its goal, and rewrote every other segment with a few dead bytes at each roll: up to 17 new segments
+/// where 7 are enough.
 #[test]
 fn a_damaged_segment_does_not_make_compaction_rewrite_the_others() {
     /// New segments of 20 appends, and whether compaction met the damage.
@@ -159,10 +159,13 @@ fn a_damaged_segment_does_not_make_compaction_rewrite_the_others() {
     // Which blocks share a segment depends on the sizes of records.
     for doomed_blocks in 1..12 {
         let (whole, (damaged, is_met)) = (segments_used(doomed_blocks, false).0, segments_used(doomed_blocks, true));
-        assert!(damaged <= whole + 3, "20 appends use {damaged} segments beside a damaged one, {whole} without");
+        assert!(
+            damaged <= whole + 3,
+            "{doomed_blocks} doomed: 20 appends use {damaged} segments beside a damaged one, {whole} without"
+        );
         met += is_met as u32;
     }
-    assert!(met > 0, "compaction met no damage");
+    assert!(met > 2, "compaction met the damage of {met} layouts");
 }
 
 #[test]

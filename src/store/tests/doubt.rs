@@ -294,8 +294,8 @@ fn forged(kind: Kind, number: u64, document: DocumentId, meta: &[u8], parts: Par
     bytes
 }
 
-/// What is left of a victim when the power fails during an append whose text holds the bytes of `forge (group number,
-/// victim, appended document)`. The power cut leaves these bytes whole.
+/// Judges what is left of a victim when the power fails during an append whose text holds the bytes of `forge (group number,
+/// victim, appended document, salt)`. The power cut leaves these bytes whole.
 fn after_a_forgery(
     guess: impl Fn(&FaultDisk, SegmentId) -> Salt,
     forge: impl Fn(u64, DocumentId, DocumentId, Salt) -> Vec<u8>,
@@ -340,10 +340,16 @@ fn forged_deletion(number: u64, victim: DocumentId, _: DocumentId, salt: Salt) -
     .concat()
 }
 
-/// A block whose size overflows.
+/// A block whose size overflows, and the end of a group.
 fn forged_size(number: u64, _: DocumentId, mine: DocumentId, salt: Salt) -> Vec<u8> {
     let parts = Parts { meta_bytes: 0, keys_bytes: 0, piece_bytes: u32::MAX, pieces: u32::MAX - 2 };
-    forged(Kind::Block, number, mine, &[], parts, salt)
+    let end = pack(&record::GroupEntry { number, named: Vec::new() });
+    let end_parts = Parts { meta_bytes: end.len() as u32, ..Parts::default() };
+    [
+        forged(Kind::Block, number, mine, &[], parts, salt),
+        forged(Kind::Group, number, DocumentId(0), &end, end_parts, salt),
+    ]
+    .concat()
 }
 
 /// A text that holds a record, in a group that a power cut tore, used to delete another document; with sizes that
@@ -363,7 +369,7 @@ fn a_text_is_never_taken_for_a_record() {
 }
 
 /// The same with the salt that no client knows: a deletion is believed, so the forgeries above are as good as they can be; a
-/// size that overflows is not.
+/// size that overflows keeps no store from opening.
 #[test]
 fn only_the_salt_tells_a_text_from_a_record() {
     let salt = |disk: &FaultDisk, segment| Salt::of(disk.directory(), segment);
