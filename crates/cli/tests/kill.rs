@@ -93,6 +93,7 @@ fn nothing_acknowledged_is_lost_when_service_or_encoder_are_killed() {
         encoder.0.kill().unwrap();
         encoder.0.wait().unwrap();
         if round % 2 == 0 {
+            service.child.wait().unwrap();
             service = serve(&data);
             address = service.target().to_string();
         }

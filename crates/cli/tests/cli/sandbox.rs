@@ -78,8 +78,10 @@ impl Sandbox {
     /// Runs a `serve --json` until it is ready.
     #[track_caller]
     pub(crate) fn serve(&self, args: &[&str]) -> Service {
-        Service::start(&mut self.command(args))
-            .unwrap_or_else(|printed| panic!("landmarkdb {}: {printed}", args.join(" ")))
+        match Service::start(self.command(args).stderr(Stdio::piped())) {
+            Ok(service) => service,
+            Err(said) => panic!("landmarkdb {}: {said}", args.join(" ")),
+        }
     }
 
     /// Runs with a standard output whose reader has left already; gives the exit code.

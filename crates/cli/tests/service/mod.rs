@@ -1,6 +1,6 @@
 //! `landmarkdb serve` as a child process.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -19,16 +19,25 @@ pub(crate) fn serve(program: &Path, data: &Path) -> Command {
 }
 
 impl Service {
-    /// Runs a `serve --json` until it prints that it is ready. Fails with what it printed instead.
+    /// Runs a `serve --json` until it prints that it is ready. Fails with its first line and, where standard error is a pipe,
+    /// with what it said there.
     pub(crate) fn start(command: &mut Command) -> Result<Service, String> {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
         let stdout = child.stdout.take().expect("a pipe");
         let mut service = Service { child, listening: Vec::new() };
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).expect("a line of text");
-        let ready: serde_json::Value = serde_json::from_str(&line).map_err(|error| format!("{error}: {line:?}"))?;
+        let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
         let targets = ready["listening"].as_array().into_iter().flatten();
         service.listening = targets.filter_map(|target| target.as_str()).map(String::from).collect();
+        if service.listening.is_empty() {
+            let _ = service.child.kill();
+            let mut said = String::new();
+            if let Some(mut stderr) = service.child.stderr.take() {
+                stderr.read_to_string(&mut said).expect("what it said");
+            }
+            return Err(format!("{line:?}\n{said}"));
+        }
         Ok(service)
     }
 
