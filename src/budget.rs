@@ -34,7 +34,7 @@ pub struct Taken {
 /// Why there are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Short {
-    /// More than one call may ever have, however idle the rest.
+    /// More than a single call may ever take, even when nothing else is in use.
     Never { limit: u64 },
     /// Others have them now.
     Now,

@@ -177,7 +177,7 @@ impl std::fmt::Display for Entity {
 }
 
 impl Until {
-    /// Ends work whose caller has gone: call it between steps.
+    /// Ends work whose answer is no longer wanted: call it between steps.
     ///
     /// # Errors
     /// [`MemoryError::DeadlineExceeded`] when time has run out, [`MemoryError::Unavailable`] when the caller has hung up.

@@ -111,7 +111,7 @@ impl<'a> Plan<'a> {
     pub(super) fn wanted(&self) -> Vec<(DocumentId, u32)> {
         let mut wanted: Vec<(DocumentId, u32)> = Vec::new();
         for (range, &durable) in self.request.scope.iter().zip(&self.durable) {
-            // Indexes cover the document, not the part that is asked.
+            // Indexes cover the whole document, not only the part that is asked.
             let blocks = if self.collection.engine.indexes().is_some() { durable } else { range.blocks.end };
             wanted.push((range.document, blocks));
         }

@@ -47,7 +47,7 @@ pub enum StoreError {
     #[error("segment {segment} needs format {oldest} or newer, this build reads up to {ours}: use a newer build")]
     UnsupportedFormat { segment: u32, oldest: u32, ours: u32 },
     /// The caller waits no longer.
-    #[error("cancelled: the caller has gone")]
+    #[error("cancelled: the answer is no longer wanted")]
     GivenUp,
     /// A writer panicked, so what it left in memory is not known: reopening finds out from the disk.
     #[error("writes are refused since one of them panicked: restart the process that has the store open")]

@@ -145,7 +145,7 @@ fn report_missing(ids: &[SegmentId], ledger: &Ledger) {
     }
 }
 
-/// A file that is older than what the catalog knows, and that it does not know, was put there by hand. Entering
+/// A file that is older than what the catalog knows, and that it does not know, was put there from outside. Entering
 /// it now would let old records replace newer ones. One that never came to hold anything is removed instead.
 fn refuse_unknown_old(handles: &Handles, ids: &mut Vec<SegmentId>, ledger: &Ledger) -> Result<(), StoreError> {
     let Some(&newest) = ledger.segments.keys().last() else { return Ok(()) };

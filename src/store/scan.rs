@@ -98,7 +98,7 @@ impl<'a> Scan<'a> {
         Scan { passes_over_blocks, ..self }
     }
 
-    /// Whether a record with this header lies where it begins, not looking behind the header.
+    /// Whether a record with this header lies where it begins, without a look behind the header.
     pub(super) fn begins_with(mut self, locator: &Locator) -> Result<bool, StoreError> {
         self.end = self.end.min(self.file.len_bytes().map_err(StoreError::io("measure a segment"))?);
         let header = self.header_at(self.at)?;

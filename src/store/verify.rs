@@ -53,7 +53,7 @@ impl Store {
         self.verify_until(document, progress, &Until::FOREVER)
     }
 
-    /// The same, until its caller has gone.
+    /// The same, as long as the answer is wanted.
     pub fn verify_until(
         &self,
         document: Option<DocumentId>,

@@ -23,8 +23,8 @@ const AT_HAND_ROWS_MAX: usize = 16;
 /// Ask a question about documents, answered from their blocks.
 ///
 /// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
-/// blocks it attends to from all documents. The blocks that were read are listed below the answer: those that were retrieved,
-/// then those at hand: the first block of the first document, the ends of all, and the window.
+/// blocks it attends to from all documents. The answer is followed by the blocks that were read: those that were
+/// retrieved, then those always at hand (the first block of the first document, the ends of all, and the window).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -12,7 +12,7 @@ use landmarkdb_grpc::server::ServeOptions;
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ServiceLimits {
-    /// Light calls that run at once; half as many heavy ones, and as many writers; at most 128 [default: twice the cores].
+    /// Light calls that run at once, and as many writers; half as many heavy calls; at most 128 [default: twice the cores].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     workers: Option<u64>,
 
@@ -24,7 +24,7 @@ pub(super) struct ServiceLimits {
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     work_mib: Option<u64>,
 
-    /// Open connections at most; when all are taken, idle ones are closed [default: 512].
+    /// Maximum open connections; when all are taken, idle and resting ones are closed [default: 512].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     connections: Option<u64>,
 
@@ -32,7 +32,7 @@ pub(super) struct ServiceLimits {
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     streams: Option<u64>,
 
-    /// Timeout for the first bytes of a new connection [default: 10000].
+    /// Timeout for the HTTP/2 greeting of a new connection [default: 10000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     handshake_ms: Option<u64>,
 
@@ -40,7 +40,8 @@ pub(super) struct ServiceLimits {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     idle_ms: Option<u64>,
 
-    /// Timeout for the next byte of an unfinished message, and for reading the next part of a reply [default: 30000].
+    /// Timeout for the next byte of an unfinished message, for the end of a call after its only message, and for reading the
+    /// next part of a reply [default: 30000].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     stall_ms: Option<u64>,
 
@@ -104,7 +105,7 @@ impl ServiceLimits {
         }
     }
 
-    /// Bytes that lookups and attends work with.
+    /// Bytes that lookups, attends and appends work with.
     pub(super) fn work_bytes(&self) -> u64 {
         self.work_mib.map_or(WORK_BYTES, bytes)
     }

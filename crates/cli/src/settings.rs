@@ -26,16 +26,17 @@ pub(super) struct ModelArgs {
 /// The local window.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct WindowArgs {
-    /// Local window in tokens, attended to without retrieval [default: 512; for a model trained with landmarks 0].
+    /// Tokens attended to without retrieval before the block that --window-from names, rounded up to full blocks
+    /// [default: 512; for a model trained with landmarks 0].
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
 
-    /// Where the local window ends: query (at each query's block) or chunk (at the chunk's first block) [default: query;
-    /// for a model trained with landmarks chunk].
+    /// Block that the window is counted back from: query (each query's own) or chunk (that of the chunk's first token)
+    /// [default: query; for a model trained with landmarks chunk].
     #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
     window_from: Option<CountedFrom>,
 
-    /// Tokens per forward pass [default: 512; for a model trained with landmarks 8 blocks].
+    /// Maximum tokens per forward pass [default: 512; for a model trained with landmarks 8 blocks].
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
 

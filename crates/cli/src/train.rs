@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "STEPS", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     checkpoint_every: u64,
 
-    /// Seed of the weights and of the sampled sequences.
+    /// Seed of everything random: weights, sequences, position jumps, dropped blocks.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 

@@ -3,7 +3,7 @@
 //! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i rotates with 2i + 1). Here
 //! they are put back into the half-split order (i rotates with i + rotary_dims / 2) that the rest of the crate uses.
 //!
-//! A setting that could change a logit is either computed or refused by name: see [`SETTINGS`] and
+//! A setting or tensor that could change a logit is either computed or refused by name: see [`SETTINGS`] and
 //! [`Gguf::refuse_unknown_tensors`].
 
 use std::collections::BTreeSet;

@@ -28,7 +28,7 @@
 //! }
 //! ```
 //!
-//! In reading order: [`LoadedModel`], `resolve`, `pull`, `pulled` and `digest` (from where), `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
+//! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 

@@ -14,7 +14,7 @@ pub(crate) struct PeerArgs {
     #[arg(long, default_value = "python3")]
     pub(super) python: String,
 
-    /// Time limit of each peer for building or reading a text, and for measuring.
+    /// Approximate time of each peer for building or reading a text, and for measuring.
     #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
     pub(super) peer_seconds: f64,
 }

@@ -13,9 +13,9 @@ use landmarkdb_lab::eval::{self, GoldenOutput};
 
 /// Check recorded cases: outputs of the paper's own code, of Hugging Face, or of yours.
 ///
-/// Runs every case of a folder and prints the largest difference of each output. docs/golden.md
-/// describes the format. Model cases keep their blocks in a temporary directory unless --data or --connect is given. Fails
-/// when an output differs by more than its tolerance.
+/// Runs every case of a folder and prints the largest difference of each output; docs/golden.md describes the format.
+/// Model cases keep their blocks in a temporary directory unless --data or --connect is given. Fails when an output
+/// differs by more than its tolerance.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

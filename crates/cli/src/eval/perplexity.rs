@@ -41,7 +41,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8")]
     top_k: Vec<u32>,
 
-    /// Measure the last k blocks before the window too: what retrieval has to beat.
+    /// Measure the last k blocks before the window too, in place of retrieved ones: what retrieval has to beat.
     #[arg(long)]
     control: bool,
 

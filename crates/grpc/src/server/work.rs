@@ -1,4 +1,4 @@
-//! The one place where calls meet the memory: bounded, off the network threads, until the caller has gone.
+//! The one place where calls meet the memory: bounded, off the network threads, as long as the answer is wanted.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

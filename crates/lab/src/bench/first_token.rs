@@ -54,7 +54,7 @@ pub(super) struct Reopened<'a> {
 }
 
 impl Reopened<'_> {
-    /// Opens a data directory again and again, which no process has open, with the files in the page cache and without.
+    /// Opens a data directory that no process has open, again and again, with the files in the page cache and without.
     pub(super) fn measure(&self, folder: &Path) -> Result<[FirstToken; 2], BenchError> {
         // Reads the files, so that they are in the page cache.
         self.open(folder)?;

@@ -31,7 +31,7 @@ pub enum PerplexityMode {
     Full,
     /// The window and the sink.
     Window,
-    /// The window, the sink, and the last blocks before the window, unasked: the control that retrieval has
+    /// The window, the sink, and the last blocks before the window in place of retrieved ones: the control that retrieval has
     /// to beat.
     Recent {
         /// Blocks before the window that every query reads.
