@@ -123,7 +123,8 @@ pub(super) enum CliError {
     #[error(transparent)]
     Listen(#[from] ListenError),
     #[error(
-        "{faults} faults in stored data: run `landmarkdb repair`; what it still lists, `landmarkdb rm` and encode again"
+        "{} in stored data: run `landmarkdb repair`; what it still lists, `landmarkdb rm` and encode again",
+        landmarkdb_lab::bench::plural(*faults as u64, "fault")
     )]
     Faults { faults: usize },
     #[error("not deleting {document} without being asked on a terminal: give --yes")]
