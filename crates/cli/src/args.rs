@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_shows_an_example() {
+    fn every_command_shows_an_example_and_explains_its_flags() {
         fn check(command: &clap::Command, path: &str) {
             if command.has_subcommands() {
                 command.get_subcommands().for_each(|sub| check(sub, &format!("{path} {}", sub.get_name())));
@@ -100,6 +100,9 @@ mod tests {
                 let help = command.get_after_help().map(|help| help.to_string()).unwrap_or_default();
                 assert!(help.contains(path), "the after_help of `{path}` has no example of it: {help:?}");
                 assert!(command.get_about().is_some(), "{path} does not say what it does");
+                for flag in command.get_arguments() {
+                    assert!(flag.get_help().is_some(), "{path}: {} does not say what it does", flag.get_id());
+                }
             }
         }
         check(&Cli::command(), "landmarkdb");

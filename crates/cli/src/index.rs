@@ -86,6 +86,7 @@ pub(super) struct TuneArgs {
     #[arg(long, default_value_t = 300)]
     lookups: usize,
 
+    /// Seed of the random queries.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }

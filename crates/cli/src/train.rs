@@ -87,6 +87,7 @@ struct ShapeArgs {
     #[arg(long, conflicts_with_all = ["plain", "passkey_share"])]
     recurrent: bool,
 
+    /// Layers.
     #[arg(long, default_value_t = 3)]
     layers: u32,
 
@@ -98,6 +99,7 @@ struct ShapeArgs {
     #[arg(long, default_value_t = 4)]
     heads: u32,
 
+    /// KV heads.
     #[arg(long, value_name = "HEADS", default_value_t = 2)]
     kv_heads: u32,
 
@@ -142,7 +144,7 @@ struct ReadingArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "How it learns")]
 struct LearningArgs {
-    /// [default: 7200, with --adapter 400]
+    /// Training steps [default: 7200, with --adapter 400]
     #[arg(long)]
     steps: Option<u64>,
 

@@ -48,6 +48,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 4096)]
     pub(super) prefill_tokens: usize,
 
+    /// Blocks retrieved per choice (k).
     #[arg(long, value_name = "K", default_value_t = 4)]
     pub(super) top_k: u32,
 

@@ -38,12 +38,15 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(super) blocks: Option<usize>,
 
+    /// Dimensions of a head.
     #[arg(long)]
     pub(super) head_dim: Option<usize>,
 
+    /// KV heads.
     #[arg(long)]
     pub(super) kv_heads: Option<usize>,
 
+    /// Query heads.
     #[arg(long)]
     pub(super) query_heads: Option<usize>,
 
@@ -79,6 +82,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1)]
     pub(super) query_tokens: usize,
 
+    /// Blocks retrieved per choice (k).
     #[arg(long, default_value_t = 4)]
     pub(super) top_k: u32,
 
@@ -97,6 +101,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) others: PeerArgs,
 
+    /// Seed of the random keys and queries.
     #[arg(long, default_value_t = 1)]
     pub(super) seed: u64,
 }

@@ -19,12 +19,15 @@ Examples:
   landmarkdb bench payload --blocks 2048 --head-dim 64 --peers redis --json
 ")]
 pub(crate) struct Args {
+    /// Blocks to store.
     #[arg(long, default_value_t = 512)]
     pub(super) blocks: usize,
 
+    /// Tokens per block.
     #[arg(long, default_value_t = 64)]
     pub(super) block_tokens: usize,
 
+    /// Dimensions of a head.
     #[arg(long, default_value_t = 128)]
     pub(super) head_dim: usize,
 
@@ -39,6 +42,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) others: PeerArgs,
 
+    /// Seed of the random values and of the order of reads.
     #[arg(long, default_value_t = 1)]
     pub(super) seed: u64,
 }

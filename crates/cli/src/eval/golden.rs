@@ -20,7 +20,7 @@ use landmarkdb_lab::eval::{self, GoldenOutput};
 #[command(after_help = "\
 Examples:
   landmarkdb eval golden tests/golden
-  landmarkdb eval golden tests/golden --connect http://127.0.0.1:7447
+  landmarkdb eval golden tests/golden --connect http://127.0.0.1:7601
   landmarkdb eval golden my-cases --no-prompts --json
 ")]
 pub(crate) struct Args {

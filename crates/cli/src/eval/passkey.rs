@@ -50,6 +50,7 @@ pub(crate) struct Args {
     #[arg(long)]
     full_attention: bool,
 
+    /// Seed of the random inputs.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 

@@ -71,6 +71,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TOKENS", default_value_t = 8192)]
     full_tokens_max: usize,
 
+    /// Seed of the random inputs.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
