@@ -77,6 +77,7 @@ fn spec() -> CollectionSpec {
             head_dim: HEAD_DIM,
             block_tokens: BLOCK_TOKENS,
             rope: Rope::from_base(10_000.0, HEAD_DIM as usize),
+            unrotated_layers: Vec::new(),
             softmax_scale: (HEAD_DIM as f32).powf(-0.5),
         },
         key_rule: KeyRule::Tokens,

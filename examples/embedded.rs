@@ -26,6 +26,7 @@ pub fn tour(memory: &dyn BlockMemory) -> Result<()> {
         head_dim: 16,
         block_tokens: 8,
         rope: Rope::from_base(10_000.0, 16),
+        unrotated_layers: Vec::new(),
         softmax_scale: 0.25,
     };
     let collection = memory.open_collection(&CollectionSpec {

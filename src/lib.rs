@@ -14,7 +14,8 @@
 //! // A model of one layer, one head of dimension 2 without RoPE, and blocks of 2 tokens.
 //! let (rope, digest) = (Rope { frequencies: vec![] }, Sha256Digest([0; 32]));
 //! let shape = ModelShape {
-//!     layers: 1, query_heads: 1, kv_heads: 1, head_dim: 2, block_tokens: 2, rope, softmax_scale: 1.0,
+//!     layers: 1, query_heads: 1, kv_heads: 1, head_dim: 2, block_tokens: 2, rope, unrotated_layers: vec![],
+//!     softmax_scale: 1.0,
 //! };
 //! let collection = memory.open_collection(&CollectionSpec {
 //!     name: "example".into(), shape, key_rule: KeyRule::Tokens, payload_dtype: DType::F16, key_dtype: DType::F16,

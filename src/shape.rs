@@ -34,6 +34,9 @@ pub struct ModelShape {
     pub block_tokens: u32,
     /// At most `D / 2` frequencies; none for a model without RoPE.
     pub rope: Rope,
+    /// Layers whose queries and keys are not rotated (NoPE), in rising order; their blocks have no place.
+    #[serde(default)]
+    pub unrotated_layers: Vec<u32>,
     /// The factor of `q . k` in attention, usually `1 / sqrt(D)`. Finite and positive.
     pub softmax_scale: f32,
 }
@@ -139,6 +142,12 @@ impl Rotation {
 }
 
 impl ModelShape {
+    /// How the queries and keys of a layer rotate: not at all in an unrotated one.
+    pub fn rope_of(&self, layer: u32) -> &Rope {
+        static UNROTATED: Rope = Rope { frequencies: Vec::new() };
+        if self.unrotated_layers.binary_search(&layer).is_ok() { &UNROTATED } else { &self.rope }
+    }
+
     /// G, query heads that share one KV head.
     pub fn group(&self) -> usize {
         (self.query_heads / self.kv_heads) as usize
@@ -186,6 +195,14 @@ impl ModelShape {
                 field: "rope.frequencies",
                 expected: "finite numbers".into(),
                 found: bad.to_string(),
+            });
+        }
+        let rising = self.unrotated_layers.is_sorted_by(|a, b| a < b);
+        if !rising || self.unrotated_layers.last().is_some_and(|&last| last >= self.layers) {
+            return Err(InvalidShape {
+                field: "unrotated_layers",
+                expected: format!("layers below {} in rising order", self.layers),
+                found: format!("{:?}", self.unrotated_layers),
             });
         }
         if !(self.softmax_scale.is_finite() && self.softmax_scale > 0.0) {
@@ -251,6 +268,11 @@ impl CollectionSpec {
         }
         hash.update(self.model_digest.0);
         hash.update(self.tokenizer_digest.0);
+        // Fingerprints of models that rotate in every layer are older than this field.
+        if !shape.unrotated_layers.is_empty() {
+            hash.update(b"unrotated layers\0");
+            shape.unrotated_layers.iter().for_each(|layer| hash.update(layer.to_le_bytes()));
+        }
         Fingerprint(hash.finalize().into())
     }
 }
@@ -330,6 +352,7 @@ mod tests {
                 head_dim: 8,
                 block_tokens: 16,
                 rope: Rope::from_base(10_000.0, 8),
+                unrotated_layers: Vec::new(),
                 softmax_scale: 8f32.powf(-0.5),
             },
             key_rule: KeyRule::Tokens,
@@ -360,6 +383,8 @@ mod tests {
             |shape: &mut ModelShape| shape.block_tokens = 17,
             |shape: &mut ModelShape| shape.rope.frequencies[0] = 0.5,
             |shape: &mut ModelShape| shape.softmax_scale = 1.0,
+            |shape: &mut ModelShape| shape.unrotated_layers = vec![0],
+            |shape: &mut ModelShape| shape.unrotated_layers = vec![1],
         ] {
             let mut other = spec();
             change(&mut other.shape);
@@ -398,6 +423,9 @@ mod tests {
         assert_eq!(field(|s| s.shape.rope.frequencies = vec![1.0; 5]), "rope.frequencies");
         assert_eq!(field(|s| s.shape.rope.frequencies[1] = f32::NAN), "rope.frequencies");
         assert_eq!(field(|s| s.shape.softmax_scale = 0.0), "softmax_scale");
+        assert_eq!(field(|s| s.shape.unrotated_layers = vec![2]), "unrotated_layers");
+        assert_eq!(field(|s| s.shape.unrotated_layers = vec![1, 0]), "unrotated_layers");
+        assert_eq!(field(|s| s.shape.unrotated_layers = vec![1, 1]), "unrotated_layers");
         assert_eq!(field(|s| s.key_dtype = DType::F32), "key_dtype");
         assert_eq!(field(|s| s.name = "a\nb".into()), "name");
         assert_eq!(field(|s| s.name.clear()), "name");

@@ -202,6 +202,7 @@ pub fn spec(name: &str, key_rule: KeyRule, dtype: DType) -> CollectionSpec {
             head_dim: 4,
             block_tokens: 2,
             rope: Rope::from_base(100.0, 4),
+            unrotated_layers: Vec::new(),
             softmax_scale: 0.5,
         },
         key_rule,

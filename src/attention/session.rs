@@ -446,7 +446,8 @@ impl BlockAttention {
             queries.extend(q[token * row + kv_head * group * d..][..group * d].iter().map(|x| x * shape.softmax_scale));
         }
         let mut sink_queries = if sink.k.is_empty() { Vec::new() } else { queries.clone() };
-        for (index, token) in run.tokens.clone().enumerate() {
+        let rotated = if shape.rope_of(layer as u32).frequencies.is_empty() { 0..0 } else { run.tokens.clone() };
+        for (index, token) in rotated.enumerate() {
             let of_token = index * group * d..(index + 1) * group * d;
             queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.rotations[token].apply(head));
             if !sink_queries.is_empty() {
@@ -600,6 +601,7 @@ mod tests {
             head_dim: 8,
             block_tokens: 8,
             rope: Rope::from_base(10_000.0, 8),
+            unrotated_layers: Vec::new(),
             softmax_scale: 8f32.powf(-0.5),
         }
     }
@@ -666,6 +668,18 @@ mod tests {
         let short = run(BlockAttention::window_only(&shape(), Window { tokens: 16, ..Window::default() }), &[9]);
         assert_eq!(full[0][..24 * 32], short[0][..24 * 32], "the first tokens see the same");
         assert!(full[0][40 * 32..].iter().zip(&short[0][40 * 32..]).any(|(a, b)| (a - b).abs() > 1e-3));
+    }
+
+    #[test]
+    fn a_layer_without_rotation_is_one_of_a_model_without_and_leaves_the_others_alone() {
+        let window = Window { tokens: 16, ..Window::default() };
+        let outs = |rope: Rope, unrotated_layers: Vec<u32>| {
+            let shape = ModelShape { rope, unrotated_layers, ..shape() };
+            run(BlockAttention::window_only(&shape, window), &[5])
+        };
+        let (rotated, still) = (outs(shape().rope, vec![]), outs(Rope { frequencies: vec![] }, vec![]));
+        assert_eq!(outs(shape().rope, vec![1]), [rotated[0].clone(), still[1].clone()]);
+        assert!(rotated[1] != still[1], "the rotation tells them apart");
     }
 
     #[test]

@@ -8,6 +8,8 @@ use crate::shape::{ModelShape, Rotation};
 pub(crate) struct LocalWindow {
     /// `(L, Hkv)` heads.
     heads: Vec<Head>,
+    /// `(L)`: whether its keys rotate.
+    rotates: Vec<bool>,
     kv_heads: usize,
     head_dim: usize,
     /// Position in the text of the first row.
@@ -39,11 +41,8 @@ pub(crate) struct Lead {
 impl Lead {
     /// Adds a stored tail of all layers, `k~` and `v (L, Hkv, tokens, D)`, whose first token is at the position of `rotation`.
     pub(crate) fn push(&mut self, shape: &ModelShape, k: &[f32], v: &[f32], rotation: &Rotation) {
-        let (d, head_len) = (shape.head_dim as usize, k.len() / shape.pieces());
         self.heads.resize(shape.pieces(), Head::default());
-        for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
-            head.push(k, v, d, rotation);
-        }
+        push_stored(&mut self.heads, &rotates(shape), k, v, (shape.head_dim as usize, rotation));
     }
 
     /// `(S, D)` of one head.
@@ -52,13 +51,23 @@ impl Lead {
     }
 }
 
-impl Head {
-    /// Adds stored tokens, `(tokens, D)`, rotating their keys from their places in their block to those of the text.
-    fn push(&mut self, k: &[f32], v: &[f32], head_dim: usize, rotation: &Rotation) {
-        let from = self.k.len();
-        self.k.extend_from_slice(k);
-        self.k[from..].chunks_exact_mut(head_dim).for_each(|key| rotation.apply(key));
-        self.v.extend_from_slice(v);
+/// `(L)`: whether a layer's keys rotate.
+fn rotates(shape: &ModelShape) -> Vec<bool> {
+    (0..shape.layers).map(|layer| !shape.rope_of(layer).frequencies.is_empty()).collect()
+}
+
+/// Adds stored tokens to `heads (L, Hkv)`: `k` and `v (L, Hkv, tokens, D)`. Keys that rotate are rotated from their places in
+/// their block to those of the text.
+fn push_stored(heads: &mut [Head], rotates: &[bool], k: &[f32], v: &[f32], (dim, rotation): (usize, &Rotation)) {
+    let (head_len, kv_heads) = (k.len() / heads.len(), heads.len() / rotates.len());
+    let stored = k.chunks_exact(head_len).zip(v.chunks_exact(head_len));
+    for (index, (head, (k, v))) in heads.iter_mut().zip(stored).enumerate() {
+        let from = head.k.len();
+        head.k.extend_from_slice(k);
+        head.v.extend_from_slice(v);
+        if rotates[index / kv_heads] {
+            head.k[from..].chunks_exact_mut(dim).for_each(|key| rotation.apply(key));
+        }
     }
 }
 
@@ -66,6 +75,7 @@ impl LocalWindow {
     pub(crate) fn new(shape: &ModelShape, base: usize) -> Self {
         LocalWindow {
             heads: vec![Head::default(); shape.pieces()],
+            rotates: rotates(shape),
             kv_heads: shape.kv_heads as usize,
             head_dim: shape.head_dim as usize,
             base,
@@ -86,7 +96,9 @@ impl LocalWindow {
                 let head = &mut self.heads[layer * self.kv_heads + head];
                 let from = head.k.len();
                 head.k.extend_from_slice(k);
-                rotation.apply(&mut head.k[from..]);
+                if self.rotates[layer] {
+                    rotation.apply(&mut head.k[from..]);
+                }
                 head.v.extend_from_slice(v);
             }
         }
@@ -95,10 +107,7 @@ impl LocalWindow {
     /// Adds the tokens of a stored block of all layers, `k~ (L, Hkv, tokens, D)` and `v (L, Hkv, tokens, D)`, whose
     /// first token is at the position of `rotation`.
     pub(crate) fn push_block(&mut self, k: &[f32], v: &[f32], rotation: &Rotation) {
-        let head_len = k.len() / self.heads.len();
-        for ((head, k), v) in self.heads.iter_mut().zip(k.chunks_exact(head_len)).zip(v.chunks_exact(head_len)) {
-            head.push(k, v, self.head_dim, rotation);
-        }
+        push_stored(&mut self.heads, &self.rotates, k, v, (self.head_dim, rotation));
     }
 
     /// Forgets the tokens before `position`.
@@ -125,7 +134,12 @@ impl LocalWindow {
     pub(crate) fn block(&self, position: usize, tokens: usize, back: &Rotation) -> (Vec<f32>, Vec<f32>) {
         let rows = (position - self.base) * self.head_dim..(position - self.base + tokens) * self.head_dim;
         let mut k: Vec<f32> = self.heads.iter().flat_map(|head| &head.k[rows.clone()]).copied().collect();
-        k.chunks_exact_mut(self.head_dim).for_each(|key| back.apply(key));
+        let layer_len = tokens * self.kv_heads * self.head_dim;
+        for (layer, &rotates) in k.chunks_exact_mut(layer_len).zip(&self.rotates) {
+            if rotates {
+                layer.chunks_exact_mut(self.head_dim).for_each(|key| back.apply(key));
+            }
+        }
         (k, self.heads.iter().flat_map(|head| &head.v[rows.clone()]).copied().collect())
     }
 }

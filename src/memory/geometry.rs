@@ -67,6 +67,8 @@ pub(super) struct LastRotations(Mutex<VecDeque<Kept>>);
 struct Kept {
     distances: Vec<u32>,
     slots: usize,
+    /// Whether they are of a layer that rotates.
+    rotates: bool,
     rotations: Arc<Rotations>,
 }
 
@@ -77,10 +79,12 @@ const KEPT_MAX: usize = 8;
 const KEPT_ROTATIONS_MAX: usize = 4096;
 
 impl LastRotations {
-    /// The rotations for all slots, made if they are not here.
+    /// The rotations for all slots, by the rotation of the collection's model or by none, made if they are not here.
     pub(super) fn get(&self, rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Arc<Rotations> {
         let lock = || self.0.lock().ignore_poison();
-        let same = |kept: &&Kept| kept.slots == geometry.slots && kept.distances == distances;
+        let rotates = !rope.frequencies.is_empty();
+        let same =
+            |kept: &&Kept| kept.slots == geometry.slots && kept.rotates == rotates && kept.distances == distances;
         if let Some(kept) = lock().iter().find(same) {
             return kept.rotations.clone();
         }
@@ -91,6 +95,7 @@ impl LastRotations {
             kept.push_front(Kept {
                 distances: distances.to_vec(),
                 slots: geometry.slots,
+                rotates,
                 rotations: rotations.clone(),
             });
         }

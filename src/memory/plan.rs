@@ -168,7 +168,8 @@ impl<'a> Plan<'a> {
 
     /// The rotations that scoring and attention need.
     pub(super) fn rotations(&self) -> Arc<Rotations> {
-        self.collection.rotations.get(&self.collection.spec.shape.rope, &self.geometry, &self.request.distances)
+        let rope = self.collection.spec.shape.rope_of(self.request.layer);
+        self.collection.rotations.get(rope, &self.geometry, &self.request.distances)
     }
 
     /// The block at a position among the eligible ones.

@@ -167,7 +167,7 @@ pub(super) fn put<T: Serialize>(key: Vec<u8>, value: &T) -> (Vec<u8>, Option<Vec
 }
 
 /// Raise it whenever keys or values change their meaning; an older catalog is then rebuilt.
-const FORMAT: u32 = 5;
+const FORMAT: u32 = 6;
 /// Pages of the tree kept in memory, by their bytes on disk; in memory they take some times as many. Over 40 million tokens
 /// appended (the bench `keys`) a process stayed at 94 MiB with 8 MiB, and grew beyond 157 with 32, no faster.
 const CACHE_BYTES: u64 = 8 << 20;

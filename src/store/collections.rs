@@ -1,10 +1,11 @@
 //! Collections and their documents: created, found by name, listed, sealed, deleted.
 
 use super::catalog::{self, key};
+use super::collection_entry::CollectionEntry;
 use super::document::Manifest;
 use super::error::{Entity, StoreError, used_up};
 use super::ledger::NAMES;
-use super::record::{CollectionEntry, DocumentEntry, Locator, Tombstone};
+use super::record::{DocumentEntry, Locator, Tombstone};
 use super::state::{Store, Writer};
 use crate::shape::{CollectionSpec, check_name};
 use crate::types::{CollectionId, DocumentId, Engine};

@@ -11,8 +11,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{self, Batch, Catalog, key};
+use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
-use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone, pack};
+use super::record::{Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone, pack};
 use super::segment::{DirectoryId, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
 

@@ -1,12 +1,12 @@
 //! Writing groups of records to the end of a segment.
 
+use super::collection_entry::CollectionEntry;
 use super::document::BlockRecord;
 use super::error::StoreError;
 use super::handles::Segment;
 use super::ledger::{Entry, Group};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone,
-    encode_meta, pack,
+    Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone, encode_meta, pack,
 };
 use super::scan::Scanned;
 use crate::types::{BlockId, CollectionId, DocumentId};
@@ -98,7 +98,7 @@ impl<'a> GroupWriter<'a> {
 
     fn small(&mut self, content: Content, collection: CollectionId, sequence: u64) -> Result<(), StoreError> {
         let (kind, document, meta) = match &content {
-            Content::Collection(_, entry) => (Kind::Collection, DocumentId(0), pack(entry)),
+            Content::Collection(_, entry) => (Kind::Collection, DocumentId(0), entry.encode()),
             Content::Document(entry) => (Kind::Document, entry.manifest.id, pack(entry)),
             Content::Tombstone(tombstone) => (Kind::Tombstone, tombstone.document, pack(tombstone)),
             Content::Group(entry) => (Kind::Group, DocumentId(0), pack(entry)),

@@ -10,9 +10,10 @@
 use std::collections::BTreeMap;
 
 use super::catalog::{self, Catalog, key};
+use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::ledger::{Damage, Doubt, Entry, NAMES};
-use super::record::{CollectionEntry, Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
+use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
 use crate::types::{CollectionId, DocumentId};
 
 /// Something that was written, acknowledged, and is not found.

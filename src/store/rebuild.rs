@@ -6,10 +6,11 @@ use std::io;
 
 use super::catalog::{Catalog, Pair};
 use super::catalog_memory::MemoryCatalog;
+use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::handles::Handles;
 use super::ledger::{Damage, Ledger, NAMES, SegmentState, Totals};
-use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
+use super::record::{DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
 use super::segment::SegmentId;
 use super::state::Store;

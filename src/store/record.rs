@@ -24,11 +24,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::collection_entry::CollectionEntry;
 use super::document::{BlockMeta, Manifest};
 use super::segment::{DirectoryId, SegmentId};
 use crate::limits;
-use crate::shape::CollectionSpec;
-use crate::types::{BlockId, CollectionId, DType, DocumentId, Engine};
+use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// What this build writes. Raise it with every change of the format.
 pub(super) const FORMAT: u32 = 4;
@@ -414,23 +414,6 @@ impl Locator {
     }
 }
 
-/// A collection as it is kept.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct CollectionEntry {
-    pub spec: CollectionSpec,
-    pub engine: Engine,
-}
-
-impl CollectionEntry {
-    /// Format 1 had no engine.
-    fn decode(meta: &[u8]) -> Option<Self> {
-        let entry: Self =
-            unpack(meta).or_else(|| Some(CollectionEntry { spec: unpack(meta)?, engine: Engine::default() }))?;
-        let spec = &entry.spec;
-        (spec.shape.check().is_ok() && matches!(spec.key_dtype, DType::F16 | DType::Int8)).then_some(entry)
-    }
-}
-
 /// A manifest as it is kept: what callers see, and what deletion needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct DocumentEntry {
@@ -620,20 +603,4 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 /// The caller has checked the length.
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u32_at(bytes, at) as u64 | (u32_at(bytes, at + 4) as u64) << 32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::tests::spec;
-
-    #[test]
-    fn collections_of_format_1_have_the_engine_that_there_was() {
-        let spec = spec("old");
-        let entry = CollectionEntry::decode(&pack(&spec)).unwrap();
-        assert_eq!(entry, CollectionEntry { spec: spec.clone(), engine: Engine::Flat });
-        let now = CollectionEntry { spec, engine: Engine::Sq8 };
-        assert_eq!(CollectionEntry::decode(&pack(&now)), Some(now.clone()));
-        assert_eq!(CollectionEntry::decode(&pack(&now)[1..]), None);
-    }
 }

@@ -13,11 +13,12 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use super::catalog::{self, Catalog, SledCatalog, key};
+use super::collection_entry::CollectionEntry;
 use super::compaction::current;
 use super::error::StoreError;
 use super::handles::{Handles, Segment};
 use super::read::read_small;
-use super::record::{CollectionEntry, Content, DocumentEntry, Locator, Tombstone, unpack};
+use super::record::{Content, DocumentEntry, Locator, Tombstone, unpack};
 use super::recovery::{read_records, recover};
 use super::repair_work::{Inventory, Work};
 use super::salvage::{self, Leftover, LostCollection, MissingCollection, Salvaged};

@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalog::{self, Catalog, key};
+use super::collection_entry::CollectionEntry;
 use super::document::Manifest;
 use super::error::StoreError;
 use super::ledger::{Doubt, NAMES};
 use super::loss::ADVICE;
 use super::piece::{KeysLayout, PieceLayout};
-use super::record::{CollectionEntry, DocumentEntry, Locator, Part, Tombstone, decode_meta};
+use super::record::{DocumentEntry, Locator, Part, Tombstone, decode_meta};
 use super::repair_work::{Inventory, Piece, Work};
 use super::scan::Item;
 use crate::types::{BlockId, CollectionId, DocumentId};

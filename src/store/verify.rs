@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalog::{self, key};
+use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::handles::Segment;
 use super::ledger::{Damage, Doubt, NAMES};
 use super::piece::KeysLayout;
 use super::read::{mismatch, read_exact, read_small};
 use super::record::{
-    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader,
-    SEGMENT_HEADER_BYTES, Tombstone,
+    Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Tombstone,
 };
 use super::segment::SegmentId;
 use super::state::Store;

@@ -4,7 +4,7 @@
 
 use landmarkdb::{CollectionSpec, DType, KeyRule, ModelShape, Rope, Sha256Digest};
 
-/// 2 layers, 4 query heads, 2 KV heads, head dim 8, blocks of 8 tokens.
+/// 2 layers, the second without rotation, 4 query heads, 2 KV heads, head dim 8, blocks of 8 tokens.
 pub fn shape() -> ModelShape {
     ModelShape {
         layers: 2,
@@ -13,6 +13,7 @@ pub fn shape() -> ModelShape {
         head_dim: 8,
         block_tokens: 8,
         rope: Rope::from_base(10_000.0, 8),
+        unrotated_layers: vec![1],
         softmax_scale: 8f32.powf(-0.5),
     }
 }

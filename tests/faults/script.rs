@@ -56,6 +56,7 @@ pub fn spec() -> CollectionSpec {
             head_dim: 4,
             block_tokens: 4,
             rope: Rope::from_base(10_000.0, 4),
+            unrotated_layers: Vec::new(),
             softmax_scale: 0.5,
         },
         key_rule: KeyRule::Landmark,

@@ -147,6 +147,7 @@ fn fill(memory: &RemoteMemory) -> (CollectionId, DocumentId) {
         head_dim: HEAD_DIM as u32,
         block_tokens: BLOCK_TOKENS,
         rope: Rope::from_base(10_000.0, HEAD_DIM),
+        unrotated_layers: Vec::new(),
         softmax_scale: (HEAD_DIM as f32).powf(-0.5),
     };
     let spec = CollectionSpec {

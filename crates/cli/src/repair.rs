@@ -119,6 +119,8 @@ struct Spec {
     block_tokens: u32,
     softmax_scale: f32,
     rope_frequencies: Vec<f32>,
+    #[serde(default)]
+    unrotated_layers: Vec<u32>,
     model_digest: String,
     tokenizer_digest: String,
 }
@@ -146,6 +148,7 @@ impl Spec {
                 head_dim: self.head_dim,
                 block_tokens: self.block_tokens,
                 rope: Rope { frequencies: self.rope_frequencies },
+                unrotated_layers: self.unrotated_layers,
                 softmax_scale: self.softmax_scale,
             },
             key_rule: self.key_rule.parse()?,

@@ -32,6 +32,8 @@ pub(super) struct CollectionReport {
     pub(super) softmax_scale: f32,
     /// Radians per token, one per rotated pair.
     pub(super) rope_frequencies: Vec<f32>,
+    /// Layers whose queries and keys are not rotated.
+    pub(super) unrotated_layers: Vec<u32>,
     /// 64 hex digits: SHA-256 of the model's weights.
     pub(super) model_digest: String,
     /// 64 hex digits: SHA-256 of the tokenizer.
@@ -79,6 +81,7 @@ impl CollectionReport {
             block_tokens: shape.block_tokens,
             softmax_scale: shape.softmax_scale,
             rope_frequencies: shape.rope.frequencies.clone(),
+            unrotated_layers: shape.unrotated_layers.clone(),
             model_digest: format!("{:#}", spec.model_digest),
             tokenizer_digest: format!("{:#}", spec.tokenizer_digest),
             documents: info.documents,

@@ -68,6 +68,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         head_dim: HEAD_DIM as u32,
         block_tokens: 16,
         rope: Rope::from_base(10_000.0, HEAD_DIM),
+        unrotated_layers: Vec::new(),
         softmax_scale: (HEAD_DIM as f32).powf(-0.5),
     };
 

@@ -73,6 +73,7 @@ impl ModelConfig {
             head_dim: self.head_dim,
             block_tokens,
             rope: self.rope.clone(),
+            unrotated_layers: Vec::new(),
             softmax_scale: (self.head_dim as f32).sqrt().recip(),
         };
         shape.check()?;

@@ -58,7 +58,7 @@ pub(super) fn attend<R: Runner>(
             page_of: &page_of,
             rotation_of: &tables.rotation_of[entries],
             rotations: &tables.rotations,
-            half: shape.rope.frequencies.len() as u32,
+            half: shape.rope_of(request.layer).frequencies.len() as u32,
             normalisation: plan.normalisation,
             softmax_scale: shape.softmax_scale,
         };

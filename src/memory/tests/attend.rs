@@ -17,7 +17,7 @@ fn reference(
     let shape = &world.spec.shape;
     let (lookup, dim, block_tokens) = (&request.lookup, shape.head_dim as usize, shape.block_tokens as i64);
     let q = &lookup.queries[(token * shape.query_heads as usize + head) * dim..][..dim];
-    let q = at_position(&shape.rope, q, slots * block_tokens + lookup.distances[token] as i64);
+    let q = at_position(shape.rope_of(lookup.layer), q, slots * block_tokens + lookup.distances[token] as i64);
     // (log weight, value) of every token that takes part.
     let mut weighed: Vec<(f64, Vec<f32>)> = Vec::new();
     let mut landmarks = Vec::new();
@@ -27,7 +27,10 @@ fn reference(
         let (layer, kv_head) = (lookup.layer as usize, head / shape.group());
         let scores: Vec<f64> = head_rows(&k, shape, layer, kv_head)
             .iter()
-            .map(|key| dot(&q, &at_position(&shape.rope, key, slot * block_tokens)) * shape.softmax_scale as f64)
+            .map(|key| {
+                dot(&q, &at_position(shape.rope_of(lookup.layer), key, slot * block_tokens))
+                    * shape.softmax_scale as f64
+            })
             .collect();
         let values = head_rows(&v, shape, layer, kv_head).into_iter().map(<[f32]>::to_vec);
         match request.normalisation {
@@ -110,6 +113,19 @@ fn attention_equals_double_precision_for_every_choice() {
                 }
             }
         }
+    }
+}
+
+/// The rotations of one layer are kept for the next, but not for one that does not rotate.
+#[test]
+fn layers_without_rotation_are_attended_to_where_nothing_has_a_place() {
+    let shape = ModelShape { unrotated_layers: vec![0], ..spec("c").shape };
+    let mut world = World::new(CollectionSpec { shape, ..spec("c") });
+    let document = world.document("a", 9);
+    let lookup = world.request(&[0, 3, 11], vec![range(document, 0..9)]);
+    for layer in [1, 0, 1, 0] {
+        let lookup = LookupRequest { layer, ..lookup.clone() };
+        check(&world, &AttendRequest { lookup, normalisation: Normalisation::Plain });
     }
 }
 

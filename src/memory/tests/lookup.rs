@@ -17,12 +17,13 @@ fn shares(world: &World, request: &LookupRequest, token: usize, head: usize) -> 
             let from_end = (eligible - scores.len()) as i64;
             let slot = if from_end <= recent as i64 { slots - from_end } else { 0 };
             let q = &request.queries[(token * shape.query_heads as usize + head) * dim..][..dim];
-            let q = at_position(&shape.rope, q, slots * block_tokens + request.distances[token] as i64);
+            let q =
+                at_position(shape.rope_of(request.layer), q, slots * block_tokens + request.distances[token] as i64);
             let k = stored.k.to_f32().unwrap();
             let rows = head_rows(&k, shape, request.layer as usize, head / shape.group());
             let keys: Vec<f64> = keys_of(world.spec.key_rule, &rows)
                 .iter()
-                .map(|key| at_position(&shape.rope, key, slot * block_tokens))
+                .map(|key| at_position(shape.rope_of(request.layer), key, slot * block_tokens))
                 .map(|key| dot(&q, &key) * shape.softmax_scale as f64)
                 .collect();
             scores.push((stored.id, log_sum_exp(&keys)));

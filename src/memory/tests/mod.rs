@@ -29,6 +29,7 @@ fn spec(name: &str) -> CollectionSpec {
             head_dim: 8,
             block_tokens: 5,
             rope: Rope::from_base(100.0, 6),
+            unrotated_layers: Vec::new(),
             softmax_scale: 8f32.powf(-0.5),
         },
         key_rule: KeyRule::Tokens,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::collection_entry::{CollectionEntry, KeptSpec};
 use super::document::{BlockMeta, BlockRecord};
 use super::error::StoreError;
 use super::fault_disk::{FaultDisk, Files, Table};
@@ -15,9 +16,8 @@ use super::handles::Handles;
 use super::ledger::{Damage, Doubt, SegmentState, Totals};
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{
-    CRC_BYTES, CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES,
-    RECORD_MAGIC, RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta, pack,
-    unpack,
+    CRC_BYTES, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RECORD_MAGIC,
+    RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta, pack, unpack,
 };
 use super::repair::{RepairOptions, repair};
 use super::scan::{Item, Scanned};
@@ -239,6 +239,7 @@ fn spec(name: &str) -> CollectionSpec {
             head_dim: HEAD_DIM,
             block_tokens: BLOCK_TOKENS,
             rope: Rope::from_base(10_000.0, HEAD_DIM as usize),
+            unrotated_layers: Vec::new(),
             softmax_scale: 0.5,
         },
         key_rule: KeyRule::Landmark,
@@ -332,7 +333,7 @@ pub fn record(bytes: &[u8]) -> bool {
         1 => record_header(bytes),
         2 => packed::<DocumentEntry>(bytes),
         3 => packed::<CollectionEntry>(bytes),
-        4 => packed::<CollectionSpec>(bytes),
+        4 => packed::<KeptSpec>(bytes),
         5 => packed::<Tombstone>(bytes),
         6 => packed::<GroupEntry>(bytes),
         7 => packed::<(Locator, DocumentEntry)>(bytes),

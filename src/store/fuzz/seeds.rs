@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::super::collection_entry::Kept;
 use super::*;
 use crate::store::Manifest;
 use crate::store::record::{Named, Parts};
@@ -83,7 +84,7 @@ pub fn records() -> Vec<Vec<u8>> {
     let block_id = BlockId { document: id, index: 1 };
     let (kind, commit, sequence, tokens) = (Kind::Block, false, 1 << 63, 4);
     let record = RecordHeader { kind, commit, sequence, collection, block: block_id, tokens, parts };
-    let old = CollectionSpec { name: "old".into(), ..spec("old") };
+    let old = Kept::from(CollectionEntry { spec: spec("old"), engine: Engine::Flat }).spec;
     let bodies = [
         (0, header.to_vec()),
         (1, record.encode(Salt::of(DIRECTORY, segment)).to_vec()),

@@ -57,6 +57,7 @@ fn spec_of(name: &str, key_rule: KeyRule, payload_dtype: DType, key_dtype: DType
         head_dim: HEAD_DIM as u32,
         block_tokens: BLOCK_TOKENS,
         rope: Rope { frequencies: vec![1.0, 0.5, 0.25, 0.125] },
+        unrotated_layers: Vec::new(),
         softmax_scale: 0.5,
     };
     CollectionSpec { shape, key_rule, payload_dtype, key_dtype, ..spec(name) }

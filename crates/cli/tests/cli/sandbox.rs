@@ -151,6 +151,7 @@ fn spec(name: &str) -> CollectionSpec {
             head_dim: HEAD_DIM as u32,
             block_tokens: BLOCK_TOKENS as u32,
             rope: Rope::from_base(10_000.0, HEAD_DIM),
+            unrotated_layers: Vec::new(),
             softmax_scale: 0.5,
         },
         key_rule: KeyRule::Tokens,

@@ -147,6 +147,7 @@ impl Model {
                 block_tokens: self.block_tokens as u32,
                 rope_frequencies: bytes_of(&self.frequencies).into(),
                 softmax_scale: self.scale,
+                unrotated_layers: Vec::new(),
             }),
             key_rule: self.rule.into(),
             payload_dtype: self.payload.into(),

@@ -17,6 +17,7 @@ impl From<ModelShape> for v1::ModelShape {
             block_tokens: shape.block_tokens,
             rope_frequencies: bytes_of_f32(&shape.rope.frequencies),
             softmax_scale: shape.softmax_scale,
+            unrotated_layers: shape.unrotated_layers,
         }
     }
 }
@@ -32,6 +33,7 @@ impl TryFrom<v1::ModelShape> for ModelShape {
             head_dim: wire.head_dim,
             block_tokens: wire.block_tokens,
             rope: Rope { frequencies: f32_of_bytes("rope_frequencies", &wire.rope_frequencies)? },
+            unrotated_layers: wire.unrotated_layers,
             softmax_scale: wire.softmax_scale,
         })
     }

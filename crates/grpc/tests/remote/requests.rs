@@ -12,6 +12,7 @@ pub(crate) fn spec() -> CollectionSpec {
             head_dim: 8,
             block_tokens: 4,
             rope: Rope::from_base(10_000.0, 6),
+            unrotated_layers: Vec::new(),
             softmax_scale: 8f32.powf(-0.5),
         },
         key_rule: KeyRule::Tokens,

@@ -154,6 +154,7 @@ impl Case {
                 // A lookup reads no payload, so blocks with one key have as few tokens as a block may have.
                 block_tokens: keys_per_block.max(2) as u32,
                 rope: Rope::from_base(500_000.0, head_dim / 2 * 2),
+                unrotated_layers: Vec::new(),
                 softmax_scale: (head_dim as f32).powf(-0.5),
             },
             key_rule: if keys_per_block == 1 { KeyRule::Landmark } else { KeyRule::Tokens },

@@ -190,6 +190,7 @@ impl Stored {
                 head_dim: layout.head_dim as u32,
                 block_tokens: layout.tokens as u32,
                 rope: Rope::from_base(10_000.0, layout.head_dim / 2 * 2),
+                unrotated_layers: Vec::new(),
                 softmax_scale: 1.0,
             },
             key_rule: KeyRule::Landmark,

@@ -133,10 +133,13 @@ pub fn capture(capturing: &Capturing<'_>, progress: &mut dyn FnMut(u64)) -> Capt
         }
     }
     let spec = &collection.spec;
+    let unrotated = |&index: &u32| spec.shape.unrotated_layers.contains(&capturing.layers[index as usize]);
+    let layers = capturing.layers.len() as u32;
+    let unrotated_layers = (0..layers).filter(unrotated).collect();
     Ok(Capture {
         about: About {
             model: spec.model_name.clone(),
-            shape: ModelShape { layers: capturing.layers.len() as u32, ..spec.shape.clone() },
+            shape: ModelShape { layers, unrotated_layers, ..spec.shape.clone() },
             key_rule: spec.key_rule,
             layers: capturing.layers.to_vec(),
             blocks: document.blocks,
@@ -310,6 +313,7 @@ mod tests {
             head_dim: 4,
             block_tokens: 2,
             rope: Rope::from_base(100.0, 4),
+            unrotated_layers: Vec::new(),
             softmax_scale: 0.5,
         };
         let values = |count: usize, first: f32| (0..count).map(|i| first + i as f32).collect::<Vec<f32>>();

@@ -89,6 +89,7 @@ fn spec() -> CollectionSpec {
             head_dim: HEAD_DIM as u32,
             block_tokens: BLOCK_TOKENS as u32,
             rope: Rope::from_base(100.0, HEAD_DIM),
+            unrotated_layers: Vec::new(),
             softmax_scale: 1.0,
         },
         key_rule: KeyRule::Tokens,
