@@ -169,7 +169,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let question = Question {
         documents: &documents,
         prompt: &prompt,
-        window: args.window.window(model.config()),
+        window: args.window.window(model.config())?,
         retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
         options,
     };

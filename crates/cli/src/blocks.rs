@@ -10,6 +10,7 @@ use super::Context;
 use super::error::CliError;
 use super::open::DocumentName;
 use super::output::{Report, count, excerpt, size, table, write_table};
+use super::settings::from_one;
 
 /// Blocks asked for in one call, so that a reply stays small for any document.
 const PAGE_BLOCKS: u32 = 512;
@@ -36,7 +37,7 @@ pub(super) struct Args {
     start: u32,
 
     /// How many blocks to list [default: all].
-    #[arg(long, value_name = "BLOCKS")]
+    #[arg(long, value_name = "BLOCKS", value_parser = from_one::<u32>())]
     count: Option<u32>,
 }
 

@@ -71,7 +71,7 @@ pub(super) fn keep(args: &Args, context: &Context) -> Result<Kept, CliError> {
     let model = args.setup.model.load(context)?;
     let scratch = context.scratch_memory()?;
     let collection = &scratch.collections(&args.setup.storage, &[], &model)?[0];
-    let window = args.setup.window.window(model.config());
+    let window = args.setup.window.window(model.config())?;
     let retrieval = args.setup.retrieval.retrieval(model.config(), 4)?;
     let text = args.text.as_deref().map(read).transpose()?;
     // Six bytes are more than a token has on average.

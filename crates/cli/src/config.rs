@@ -207,8 +207,8 @@ impl Layer {
     }
 
     fn checked(self, origin: &str) -> Result<Layer, ConfigError> {
-        if let Some(name) = self.server.limits.zero() {
-            let detail = format!("server.limits.{name}: expected at least 1, found 0");
+        if let Some((name, expected, found)) = self.server.limits.out_of_range() {
+            let detail = format!("server.limits.{name}: expected {expected}, found {found}");
             return Err(ConfigError::Invalid { origin: origin.into(), detail });
         }
         match (self.data, self.connect) {
@@ -386,6 +386,7 @@ mod tests {
             (file("[server]\nlisten = 'here'"), ["landmarkdb.toml", "server.listen"]),
             (file("[server.limits]\nworker = 1"), ["landmarkdb.toml", "worker"]),
             (file("[server.limits]\nwork_mib = 0"), ["landmarkdb.toml", "server.limits.work_mib"]),
+            (file("[server.limits]\nworkers = 500"), ["server.limits.workers", "1 to 128"]),
             (environment(&[("LANDMARKDB__SERVER__LIMITS__STREAMS", "0")]), ["LANDMARKDB__", "server.limits.streams"]),
             (file("[client]\ndeadline_ms = 'soon'"), ["landmarkdb.toml", "client.deadline_ms"]),
             (file("data = 'a'\nconnect = 'b'"), ["landmarkdb.toml", "keep one"]),

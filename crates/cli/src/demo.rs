@@ -18,12 +18,15 @@ use super::ask::Answered;
 use super::encode::token_bar;
 use super::error::CliError;
 use super::output::{Report, count, size};
-use super::settings::{ModelArgs, StorageArgs, top_k};
+use super::settings::{ModelArgs, StorageArgs, integer, number, top_k};
 
 const SENTENCE: &str = "The pass key of the old lighthouse is 48213. Remember it. 48213 is the pass key.";
 const QUESTION: &str = "What is the pass key of the old lighthouse? The pass key is";
 const DOCUMENT: &str = "persuasion";
 const COLLECTION: &str = "demo";
+
+/// A shorter text is at hand as a whole, and nothing is retrieved from it.
+const TOKENS_MIN: u32 = 1024;
 
 /// Watch a model answer from a text far longer than its window.
 ///
@@ -45,12 +48,12 @@ pub(super) struct Args {
     #[arg(long, default_value = QUESTION)]
     question: String,
 
-    /// Length of the text, in tokens.
-    #[arg(long, default_value_t = 24_576)]
+    /// Length of the text, in tokens, 1,024 to 1,048,576.
+    #[arg(long, default_value_t = 24_576, value_parser = integer::<usize>(TOKENS_MIN..=1 << 20))]
     tokens: usize,
 
-    /// Where the sentence is hidden, as a share of the text.
-    #[arg(long, default_value_t = 0.4)]
+    /// Where the sentence is hidden, as a share of the text, 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.4, value_parser = number(0.0..=1.0))]
     depth: f64,
 
     /// Blocks retrieved per choice (k), 1 to 1024.
@@ -175,7 +178,7 @@ fn hide(args: &Args, model: &LoadedModel) -> Result<(String, usize), CliError> {
     let encoded = encode(&book)?;
     let tokens = args.tokens.saturating_sub(encode(&args.sentence)?.ids.len() + 2).min(encoded.offsets.len() - 1);
     let novel = String::from_utf8_lossy(&book.as_bytes()[..encoded.offsets[tokens]]).into_owned();
-    let near = (novel.len() as f64 * args.depth.clamp(0.0, 1.0)) as usize;
+    let near = (novel.len() as f64 * args.depth) as usize;
     let at = novel.match_indices("\n\n").map(|(at, _)| at).find(|&at| at >= near).unwrap_or(novel.len());
     Ok((format!("{}\n\n{}{}", &novel[..at], args.sentence, &novel[at..]), at + 2))
 }

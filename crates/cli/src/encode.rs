@@ -90,7 +90,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let encoding = Encoding {
         name: &document.name,
         text: &text,
-        window: args.window.window(config),
+        window: args.window.window(config)?,
         retrieval: args.encode.retrieval(config, &args.retrieval.retrieval(config, 1)?),
     };
     let encoded = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {

@@ -94,6 +94,8 @@ pub(super) enum CliError {
         "{document} is damaged ({problem}): `landmarkdb repair` makes whole what it can; `landmarkdb rm {document}` otherwise, and encode it again"
     )]
     DamagedDocument { document: String, problem: String },
+    #[error("{flag}: expected {expected}, found {found}")]
+    Flag { flag: &'static str, expected: String, found: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
     #[error("a text from standard input needs a name: give --name NAME")]
@@ -200,6 +202,7 @@ impl CliError {
             CliError::Config(_)
             | CliError::ServeNeedsData { .. }
             | CliError::NameNeeded
+            | CliError::Flag { .. }
             | CliError::EmptyQuestion
             | CliError::SeveralCollections { .. }
             | CliError::RepairNeedsData { .. }

@@ -18,7 +18,7 @@ use landmarkdb_lab::eval::Capture;
 use super::Context;
 use super::error::CliError;
 use super::output::{Report, count, size, table, write_table};
-use super::settings::{faiss_index, top_k, word};
+use super::settings::{faiss_index, integer, number, top_k, word};
 
 /// Choose the engine that answers a collection's lookups.
 ///
@@ -75,7 +75,7 @@ pub(super) struct TuneArgs {
     faiss: Vec<TuneIndex>,
 
     /// The share of flat's blocks that an engine has to find.
-    #[arg(long, default_value_t = 0.99)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.99, value_parser = number(0.0..=1.0))]
     recall: f64,
 
     /// Queries of the collection's model, which `landmarkdb capture` recorded, in place of random ones.
@@ -83,8 +83,8 @@ pub(super) struct TuneArgs {
     captured: Option<PathBuf>,
 
     /// Lookups that are timed, with each engine.
-    #[arg(long, default_value_t = 300)]
-    lookups: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = 300, value_parser = integer::<u32>(1..=limits::TUNE_LOOKUPS_MAX))]
+    lookups: u32,
 
     /// Seed of the random queries.
     #[arg(long, default_value_t = 1)]
@@ -185,7 +185,7 @@ fn tune(
         queries,
         top_k: args.top_k,
         recall: args.recall,
-        lookups: u32::try_from(args.lookups).unwrap_or(u32::MAX),
+        lookups: args.lookups,
         indexes: args.faiss.clone(),
     };
     let mut last = None;

@@ -5,52 +5,54 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use landmarkdb::WORK_BYTES;
-use landmarkdb_grpc::server::ServeOptions;
+use landmarkdb_grpc::server::{ServeOptions, WORKERS_MAX};
 
-/// What one source says. Nothing may be 0.
+use super::settings::{from_one, integer};
+
+/// What one source says. See [`ServiceLimits::out_of_range`].
 #[derive(clap::Args, Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ServiceLimits {
     /// Light calls that run at once, and as many writers; half as many heavy calls; at most 128 [default: twice the cores].
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = integer::<u64>(1..=WORKERS_MAX as u32))]
     workers: Option<u64>,
 
     /// Budget for unanswered messages in MiB; one may take three quarters of it [default: 1539].
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MIB", value_parser = from_one::<u64>())]
     messages_mib: Option<u64>,
 
     /// Working memory of lookups, attends and appends in MiB; one may take three quarters of it [default: 512].
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MIB", value_parser = from_one::<u64>())]
     work_mib: Option<u64>,
 
     /// Maximum open connections; when all are taken, idle and resting ones are closed [default: 512].
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = from_one::<u64>())]
     connections: Option<u64>,
 
     /// Concurrent calls per connection [default: 128].
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = from_one::<u64>())]
     streams: Option<u64>,
 
     /// Timeout for the HTTP/2 greeting of a new connection [default: 10000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     handshake_ms: Option<u64>,
 
     /// Close a connection after this long without a call [default: 600000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     idle_ms: Option<u64>,
 
     /// Timeout for the next byte of an unfinished message, for the end of a call after its only message, and for reading the
     /// next part of a reply [default: 30000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     stall_ms: Option<u64>,
 
     /// Interval of keepalive pings, and timeout of their answers [default: 20000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     keepalive_ms: Option<u64>,
 
     /// Timeout for calls in flight after a signal [default: 30000].
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     grace_ms: Option<u64>,
 }
 
@@ -71,8 +73,8 @@ impl ServiceLimits {
         }
     }
 
-    /// The name of a setting that is 0.
-    pub(super) fn zero(&self) -> Option<&'static str> {
+    /// The first setting of a file or the environment that is out of the range of its flag: its name, the range, and what it is.
+    pub(super) fn out_of_range(&self) -> Option<(&'static str, String, u64)> {
         let all = [
             ("workers", self.workers),
             ("messages_mib", self.messages_mib),
@@ -85,7 +87,14 @@ impl ServiceLimits {
             ("keepalive_ms", self.keepalive_ms),
             ("grace_ms", self.grace_ms),
         ];
-        all.into_iter().find(|(_, value)| *value == Some(0)).map(|(name, _)| name)
+        let most = |name| if name == "workers" { WORKERS_MAX as u64 } else { u64::MAX };
+        let wrong = all.into_iter().find_map(|(name, value)| {
+            value.filter(|value| !(1..=most(name)).contains(value)).map(|value| (name, value))
+        });
+        wrong.map(|(name, value)| match most(name) {
+            u64::MAX => (name, "at least 1".into(), value),
+            most => (name, format!("1 to {most}"), value),
+        })
     }
 
     /// What they mean to the service.
@@ -145,9 +154,12 @@ mod tests {
         assert_eq!((options.connections, options.streams), (4, 5));
         assert_eq!((options.handshake, options.idle, options.stall), (ms(6), ms(7), ms(8)));
         assert_eq!((options.keepalive, options.grace), (ms(9), ms(10)));
-        assert_eq!((every(1).zero(), every(0).zero()), (None, Some("workers")));
+        let wrong = |limits: ServiceLimits| limits.out_of_range();
+        assert_eq!((wrong(every(1)), wrong(every(0))), (None, Some(("workers", "1 to 128".into(), 0))));
+        let workers = ServiceLimits { workers: Some(129), ..every(1) };
+        assert_eq!(wrong(workers).map(|(name, ..)| name), Some("workers"));
         let last = ServiceLimits { grace_ms: Some(0), ..every(1) };
-        assert_eq!(last.zero(), Some("grace_ms"));
+        assert_eq!(wrong(last), Some(("grace_ms", "at least 1".into(), 0)));
     }
 
     #[test]

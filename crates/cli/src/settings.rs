@@ -1,14 +1,17 @@
 //! Arguments that the commands with a model share, and what they mean.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::sync::Arc;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 
 use landmarkdb::limits;
 use landmarkdb::{
     BlockMemory, BlockScore, CollectionInfo, CollectionSpec, CountedFrom, DType, Engine, Granularity, KeyRule, Layers,
-    MemoryError, Retrieval, Window,
+    Retrieval, Window,
 };
 use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
 
@@ -37,7 +40,7 @@ pub(super) struct WindowArgs {
     window_from: Option<CountedFrom>,
 
     /// Maximum tokens per forward pass [default: 512; for a model trained with landmarks 8 blocks].
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = integer::<usize>(1..=limits::QUERY_TOKENS_MAX))]
     chunk: Option<usize>,
 
     /// No attention sink: do not keep the first block of the text visible.
@@ -63,7 +66,7 @@ pub(super) struct RetrievalArgs {
     retrieve_layers: Option<Layers>,
 
     /// Retrieve from this many of a document's newest blocks only [default: all].
-    #[arg(long, value_name = "BLOCKS")]
+    #[arg(long, value_name = "BLOCKS", value_parser = from_one::<u32>())]
     newest_blocks: Option<u32>,
 }
 
@@ -72,7 +75,7 @@ pub(super) struct RetrievalArgs {
 pub(super) struct EncodeArgs {
     /// Blocks retrieved per choice while encoding; 0 encodes within the window [default: 0; for a model trained with
     /// landmarks 4].
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(..=limits::TOP_K_MAX as i64))]
+    #[arg(long, value_name = "K", value_parser = integer::<u32>(0..=limits::TOP_K_MAX))]
     encode_top_k: Option<u32>,
 }
 
@@ -80,7 +83,7 @@ pub(super) struct EncodeArgs {
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct StorageArgs {
     /// Tokens per block [default: 64, or the model's own if it has landmarks].
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = integer::<u32>(2..=limits::BLOCK_TOKENS_MAX))]
     block_tokens: Option<u32>,
 
     /// What stands for a block in the index: tokens, mean or landmark [default: tokens, or landmark if the
@@ -128,15 +131,21 @@ impl ModelArgs {
 }
 
 impl WindowArgs {
-    pub(super) fn window(&self, model: &ModelConfig) -> Window {
+    /// A token of the window farther away than the model was trained to read would be noise.
+    pub(super) fn window(&self, model: &ModelConfig) -> Result<Window, CliError> {
         let best = model.window();
-        Window {
+        if let Some(tokens) = self.window
+            && tokens > model.context_tokens as usize
+        {
+            return Err(wrong("--window", format!("0 to {}, the model's context", model.context_tokens), tokens));
+        }
+        Ok(Window {
             tokens: self.window.unwrap_or(best.tokens),
             counted_from: self.window_from.unwrap_or(best.counted_from),
             sink: best.sink && !self.no_sink,
-            chunk_tokens: self.chunk.unwrap_or(best.chunk_tokens).max(1),
+            chunk_tokens: self.chunk.unwrap_or(best.chunk_tokens),
             normalisation: best.normalisation,
-        }
+        })
     }
 }
 
@@ -146,7 +155,7 @@ impl RetrievalArgs {
             && layers.len() > model.layers as usize
         {
             let expected = format!("0 to {}, the model's layers", model.layers.saturating_sub(1));
-            return Err(invalid("retrieve layers", expected, layers.len() - 1));
+            return Err(wrong("--retrieve-layers", expected, layers.len() - 1));
         }
         let best = model.retrieval();
         Ok(Retrieval {
@@ -200,16 +209,16 @@ impl StorageArgs {
         let block_tokens = block_tokens.unwrap_or(config.block_tokens());
         if config.landmark.is_some() && block_tokens != config.block_tokens() {
             let expected = format!("{}, where the model's landmarks are", config.block_tokens());
-            return Err(invalid("block tokens", expected, block_tokens));
+            return Err(wrong("--block-tokens", expected, block_tokens));
         }
         let key_rule = self.key_rule.or(existing.map(|spec| spec.key_rule)).unwrap_or(config.key_rule());
         if config.landmark.is_some_and(|landmark| landmark.hidden) && key_rule != KeyRule::Landmark {
             let expected = "landmark, as the adapter's landmarks are no text; for other rules take its base";
-            return Err(invalid("key rule", expected, key_rule));
+            return Err(wrong("--key-rule", expected, key_rule));
         }
         if config.landmark.is_none() && key_rule == KeyRule::Landmark {
             let expected = "tokens or mean, as the model has no landmarks (`landmarkdb train --adapter` gives it some)";
-            return Err(invalid("key rule", expected, key_rule));
+            return Err(wrong("--key-rule", expected, key_rule));
         }
         let key_dtype = if key_rule == KeyRule::Tokens { DType::Int8 } else { DType::F16 };
         Ok(CollectionSpec {
@@ -225,9 +234,9 @@ impl StorageArgs {
     }
 }
 
-fn invalid(field: &str, expected: impl ToString, found: impl ToString) -> CliError {
-    let (expected, found) = (expected.to_string(), found.to_string());
-    CliError::Memory(MemoryError::Invalid { field: field.into(), expected, found })
+/// What only the model can tell to be out of range.
+fn wrong(flag: &'static str, expected: impl ToString, found: impl ToString) -> CliError {
+    CliError::Flag { flag, expected: expected.to_string(), found: found.to_string() }
 }
 
 /// Numbers and ranges of layers.
@@ -272,9 +281,39 @@ pub(super) fn typed<A: clap::Args>(words: &[&OsStr]) -> A {
     matches.and_then(|matches| A::from_arg_matches(&matches)).expect("every word that the command needs")
 }
 
+/// For `value_parser`: an integer of a range.
+pub(super) fn integer<T>(range: RangeInclusive<u32>) -> RangedI64ValueParser<T>
+where
+    T: TryFrom<i64, Error: std::error::Error + Send + Sync> + Clone + Send + Sync + 'static,
+{
+    RangedI64ValueParser::new().range(i64::from(*range.start())..=i64::from(*range.end()))
+}
+
+/// For `value_parser`: an integer of at least 1.
+pub(super) fn from_one<T>() -> RangedI64ValueParser<T>
+where
+    T: TryFrom<i64, Error: std::error::Error + Send + Sync> + Clone + Send + Sync + 'static,
+{
+    RangedI64ValueParser::new().range(1..)
+}
+
+/// For `value_parser`: a number of a range, which may be open above.
+pub(super) fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync
+where
+    T: FromStr + PartialOrd + Display + Into<f64> + Copy + Send + Sync,
+{
+    let open = (*range.end()).into().is_infinite();
+    let expected =
+        if open { format!("{} or more", range.start()) } else { format!("{} to {}", range.start(), range.end()) };
+    move |typed| {
+        let number = typed.parse::<T>().ok().filter(|number| range.contains(number) && (*number).into().is_finite());
+        number.ok_or_else(|| format!("expected {expected}"))
+    }
+}
+
 /// For `value_parser`: how many blocks a choice may have.
-pub(super) fn top_k() -> clap::builder::RangedI64ValueParser<u32> {
-    clap::value_parser!(u32).range(1..=limits::TOP_K_MAX as i64)
+pub(super) fn top_k() -> RangedI64ValueParser<u32> {
+    integer(1..=limits::TOP_K_MAX)
 }
 
 /// For `value_parser`: FACTORY or FACTORY@EFFORT.

@@ -39,6 +39,30 @@ fn what_makes_no_sense_is_a_usage_error() {
     assert!(error.contains("--top-k") && error.contains("1..=1024"), "{error}");
 }
 
+/// Numbers that mean nothing were taken as something else, without a word.
+#[test]
+fn a_number_out_of_range_is_a_usage_error_that_says_the_range() {
+    let sandbox = Sandbox::new();
+    let encode = ["encode", "text.txt"];
+    let cases: [(&[&str], &str, &str, &str); 11] = [
+        (&encode, "--chunk", "0", "1..=4096"),
+        (&encode, "--block-tokens", "0", "2..=1024"),
+        (&encode, "--newest-blocks", "0", "1.."),
+        (&["serve"], "--workers", "500", "1..=128"),
+        (&["serve"], "--stall-ms", "0", "1.."),
+        (&["index", "tune"], "--lookups", "0", "1..=16384"),
+        (&["index", "tune"], "--recall", "2", "0 to 1"),
+        (&["demo"], "--depth", "3", "0 to 1"),
+        (&["demo"], "--tokens", "10", "1024..="),
+        (&["blocks", "emma"], "--count", "0", "1.."),
+        (&["bench", "lookup"], "--lookups", "0", "1.."),
+    ];
+    for (command, flag, found, range) in cases {
+        let error = sandbox.run(&[command, &[flag, found]].concat()).exits(2).stderr;
+        assert!(error.contains(flag) && error.contains(range), "{command:?} {flag} {found}: {error}");
+    }
+}
+
 #[test]
 fn completions_know_the_commands_and_a_reader_may_leave_early() {
     let sandbox = Sandbox::new();
@@ -118,6 +142,18 @@ fn a_name_is_collection_and_name_for_encode_too() {
     assert_eq!((&shown["document"]["name"], &shown["document"]["collection"]), (&"emma".into(), &"books".into()));
     run(&sandbox, 0, &["encode", "text.txt", "--name", "a/b", "--collection", "books"]);
     sandbox.run(&["show", "a/b", "--collection", "books", "--data", "d"]).exits(0);
+}
+
+/// What only the model can tell is a usage error as well.
+#[test]
+fn what_the_model_cannot_do_is_a_usage_error_too() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    let cases =
+        [("--window", "100000", "0 to 510"), ("--retrieve-layers", "40", "0 to 2"), ("--block-tokens", "16", "17")];
+    for (flag, found, expected) in cases {
+        let error = run(&sandbox, 2, &["encode", "text.txt", flag, found]).stderr;
+        assert!(error.contains(&format!("{flag}: expected {expected}")), "{error}");
+    }
 }
 
 /// The collection was made before the name of the document was found wanting.
@@ -341,7 +377,7 @@ fn payload_reads_are_measured() {
 fn a_capture_without_queries_is_refused() {
     let sandbox = Sandbox::new();
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen");
-    sandbox.run(&["capture", "few", "--model", model, "--tokens", "256", "--queries", "2", "--window", "512"]).exits(0);
+    sandbox.run(&["capture", "few", "--model", model, "--tokens", "256", "--queries", "2", "--window", "510"]).exits(0);
     let error = sandbox.run(&["bench", "lookup", "--captured", "few"]).exits(1).stderr;
     assert!(error.contains("longer than the window"), "{error}");
 }

@@ -9,7 +9,7 @@ use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, Rows, count, plain_table, plural, size, write_table};
 use crate::scratch::Scratch;
-use crate::settings::SetupArgs;
+use crate::settings::{SetupArgs, from_one, top_k};
 use landmarkdb_lab::bench::{self, DecodeReport, DecodeSettings, FirstToken, Place};
 use landmarkdb_lab::eval::Subject;
 use landmarkdb_llm as model;
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     pub(super) full_tokens: usize,
 
     /// Decode steps that are timed, of each kind in turn.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = from_one::<usize>())]
     pub(super) steps: usize,
 
     /// Tokens of plain prefill that are timed.
@@ -49,7 +49,7 @@ pub(crate) struct Args {
     pub(super) prefill_tokens: usize,
 
     /// Blocks retrieved per choice (k).
-    #[arg(long, value_name = "K", default_value_t = 4)]
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
     pub(super) top_k: u32,
 
     #[command(flatten)]
@@ -72,7 +72,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<DecodeReport, Cl
     let subject = Subject {
         model: &model,
         collection: &collection,
-        window: setup.window.window(config),
+        window: setup.window.window(config)?,
         retrieval: setup.retrieval.retrieval(config, args.top_k)?,
         encode_retrieval: setup.encode_retrieval(config)?,
     };

@@ -7,8 +7,8 @@ use super::peers::PeerArgs;
 use crate::Context;
 use crate::error::CliError;
 use crate::output::{Report, plain_table, size, write_table};
-use crate::settings::{faiss_index, one_of, word};
-use landmarkdb::{BlockScore, DType, Engine, Granularity};
+use crate::settings::{faiss_index, from_one, integer, one_of, top_k, word};
+use landmarkdb::{BlockScore, DType, Engine, Granularity, limits};
 use landmarkdb_lab::bench::{self, Keys, LookupReport, LookupSettings, Shape, Sizes, Skipped, Way};
 
 /// Measure a lookup: percentiles of its latency, and key bytes scanned per second.
@@ -35,23 +35,23 @@ pub(crate) struct Args {
     pub(super) captured: Option<PathBuf>,
 
     /// Blocks [default: the shape's, as are the following four].
-    #[arg(long)]
+    #[arg(long, value_parser = from_one::<usize>())]
     pub(super) blocks: Option<usize>,
 
     /// Dimensions of a head.
-    #[arg(long)]
+    #[arg(long, value_parser = from_one::<usize>())]
     pub(super) head_dim: Option<usize>,
 
     /// KV heads.
-    #[arg(long)]
+    #[arg(long, value_parser = from_one::<usize>())]
     pub(super) kv_heads: Option<usize>,
 
     /// Query heads.
-    #[arg(long)]
+    #[arg(long, value_parser = from_one::<usize>())]
     pub(super) query_heads: Option<usize>,
 
     /// m: 1 (one key per block) or more (the token keys of blocks of that many tokens).
-    #[arg(long)]
+    #[arg(long, value_parser = from_one::<usize>())]
     pub(super) keys_per_block: Option<usize>,
 
     /// Data types of keys: f16, int8 or both.
@@ -79,11 +79,11 @@ pub(crate) struct Args {
     pub(super) together: Option<u16>,
 
     /// T, query tokens per lookup.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = integer::<usize>(1..=limits::QUERY_TOKENS_MAX))]
     pub(super) query_tokens: usize,
 
     /// Blocks retrieved per choice (k).
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = top_k())]
     pub(super) top_k: u32,
 
     /// Who shares a choice of blocks [default: kv-group; beside peers token-head, as they choose].
@@ -95,7 +95,7 @@ pub(crate) struct Args {
     pub(super) block_score: Option<BlockScore>,
 
     /// Lookups that are timed.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = from_one::<usize>())]
     pub(super) lookups: usize,
 
     #[command(flatten)]

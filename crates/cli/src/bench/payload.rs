@@ -6,6 +6,7 @@ use super::peers::PeerArgs;
 use crate::Context;
 use crate::error::CliError;
 use crate::output::{Report, count, plain_table, size, write_table};
+use crate::settings::from_one;
 use landmarkdb_lab::bench::{self, PayloadReport, PayloadSettings};
 
 /// Measure how fast pieces (K and V of one block, layer and KV head) come from the store, checked.
@@ -20,23 +21,23 @@ Examples:
 ")]
 pub(crate) struct Args {
     /// Blocks to store.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = from_one::<usize>())]
     pub(super) blocks: usize,
 
     /// Tokens per block.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = from_one::<usize>())]
     pub(super) block_tokens: usize,
 
     /// Dimensions of a head.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = from_one::<usize>())]
     pub(super) head_dim: usize,
 
     /// Pieces read in one batch: k blocks for each of some heads.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = from_one::<usize>())]
     pub(super) batch: usize,
 
     /// Batches that are timed.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = from_one::<usize>())]
     pub(super) batches: usize,
 
     #[command(flatten)]

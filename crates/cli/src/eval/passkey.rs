@@ -10,7 +10,7 @@ use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, count, table, write_table};
-use crate::settings::{SetupArgs, word};
+use crate::settings::{SetupArgs, from_one, top_k, word};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Haystack, PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts};
 
@@ -31,15 +31,15 @@ pub(crate) struct Args {
     haystack: Haystack,
 
     /// Lengths of the texts, in tokens.
-    #[arg(long, value_delimiter = ',', default_value = "4096")]
+    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = from_one::<usize>())]
     tokens: Vec<usize>,
 
     /// Texts per length.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = from_one::<usize>())]
     samples: usize,
 
     /// Blocks retrieved per choice (k); several share one encoded text.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4")]
+    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Payload dtypes to compare on the same encoded text [default: --payload].
@@ -120,7 +120,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         let collections = scratch.collections(&args.setup.storage, &args.payload_dtypes, &model)?;
         let settings = PasskeySettings {
             top_k: args.top_k.clone(),
-            window: args.setup.window.window(model.config()),
+            window: args.setup.window.window(model.config())?,
             encode_retrieval: args.setup.encode_retrieval(model.config())?,
             retrieval: args.setup.retrieval.retrieval(model.config(), 1)?,
         };

@@ -10,7 +10,7 @@ use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, table, write_table};
-use crate::settings::{SetupArgs, word};
+use crate::settings::{SetupArgs, from_one, top_k, word};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Perplexity, PerplexityMode, PerplexitySettings};
 
@@ -26,7 +26,7 @@ Examples:
 ")]
 pub(crate) struct Args {
     /// Length of each text, in tokens.
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = from_one::<usize>())]
     tokens: usize,
 
     /// Tokens at the beginning that are not counted.
@@ -34,11 +34,11 @@ pub(crate) struct Args {
     skip: usize,
 
     /// Texts, evenly spaced in the source.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = from_one::<usize>())]
     samples: usize,
 
     /// Blocks retrieved per choice (k).
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8")]
+    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Measure the last k blocks before the window too, in place of retrieved ones: what retrieval has to beat.
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let texts = eval::segments(&source, args.tokens, args.samples);
     let settings = PerplexitySettings {
         skip_tokens: args.skip,
-        window: args.setup.window.window(model.config()),
+        window: args.setup.window.window(model.config())?,
         retrieval: args.setup.retrieval.retrieval(model.config(), 1)?,
     };
     let bar = token_bar(context, "");

@@ -10,7 +10,7 @@ use super::source_text;
 use crate::Context;
 use crate::error::CliError;
 use crate::output::Report as Answer;
-use crate::settings::{ModelArgs, SetupArgs};
+use crate::settings::{ModelArgs, SetupArgs, from_one, top_k};
 use landmarkdb::{BlockMemory, CollectionInfo};
 use landmarkdb_lab::eval::{self, Report, ReportSettings, Subject};
 use landmarkdb_llm::LoadedModel;
@@ -52,7 +52,7 @@ pub(crate) struct Args {
     lengths: Vec<usize>,
 
     /// Blocks retrieved while perplexity is measured.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "2,4")]
+    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "2,4", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Lengths of the texts with a pass key.
@@ -60,11 +60,11 @@ pub(crate) struct Args {
     passkey_lengths: Vec<usize>,
 
     /// Blocks retrieved when a pass key is asked for.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "1,2,4")]
+    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "1,2,4", value_parser = top_k())]
     passkey_top_k: Vec<u32>,
 
     /// Texts per length and haystack.
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = from_one::<usize>())]
     samples: usize,
 
     /// Longest text for full attention, whose cost grows with the square of the length.
@@ -143,7 +143,7 @@ impl Args {
         Ok(Subject {
             model,
             collection,
-            window: self.setup.window.window(config),
+            window: self.setup.window.window(config)?,
             retrieval: self.setup.retrieval.retrieval(config, 1)?,
             encode_retrieval: self.setup.encode_retrieval(config)?,
         })

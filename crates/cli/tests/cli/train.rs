@@ -72,16 +72,16 @@ fn an_adapter_gives_a_model_landmark_keys() {
 
     sandbox.write_file("note.txt", &BOOK[..3000]);
     let encode = ["encode", "note.txt", "--model", "adapter", "--data", "data"];
-    let refused = sandbox.run(&[&encode[..], &["--key-rule", "tokens"]].concat()).exits(1).stderr;
+    let refused = sandbox.run(&[&encode[..], &["--key-rule", "tokens"]].concat()).exits(2).stderr;
     assert!(refused.contains("expected landmark"), "{refused}");
     let unmarked = ["encode", "note.txt", "--model", "plain", "--data", "plain-data", "--key-rule", "landmark"];
-    let refused = sandbox.run(&unmarked).exits(1).stderr;
+    let refused = sandbox.run(&unmarked).exits(2).stderr;
     assert!(refused.contains("tokens or mean") && refused.contains("found landmark"), "{refused}");
     sandbox.run(&[&encode[..], &["--encode-top-k", "1", "--retrieve-layers", "1"]].concat()).exits(0);
     let ask = ["ask", "What?", "--doc", "note", "--model", "adapter", "--data", "data", "--window", "18", "--json"];
     let answer = sandbox.run(&ask).exits(0).json();
     assert!(answer["blocks"].as_array().is_some_and(|blocks| !blocks.is_empty()), "{answer}");
-    let refused = sandbox.run(&[&ask[..], &["--retrieve-layers", "1-2"]].concat()).exits(1).stderr;
+    let refused = sandbox.run(&[&ask[..], &["--retrieve-layers", "1-2"]].concat()).exits(2).stderr;
     assert!(refused.contains("0 to 1") && refused.contains("found 2"), "{refused}");
 }
 

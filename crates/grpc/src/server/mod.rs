@@ -37,3 +37,4 @@ mod work;
 pub use listen::{ListenError, ListenOptions, Listeners, OPEN_FILES_MIN, raise_open_files};
 pub use options::ServeOptions;
 pub use serve::{ServeError, serve};
+pub use work::WORKERS_MAX;

@@ -17,8 +17,9 @@ use landmarkdb::{BlockMemory, LookupRequest, MemoryError, Result, Until};
 /// Verifications read everything, and measurements want to be alone: more of them at once would only fight for the machine.
 const VERIFY_WORKERS: usize = 2;
 
-/// Threads that may wait for a disk or a lock are cheap, but not without end.
-const WORKERS_MAX: usize = 128;
+/// Most light calls at once ([`ServeOptions::workers`](super::ServeOptions::workers)): threads that may wait for a disk or a lock
+/// are cheap, but not without end.
+pub const WORKERS_MAX: usize = 128;
 
 /// Which line a call stands in, so that none waits for calls of another kind.
 #[derive(Clone, Copy, Debug, PartialEq)]
