@@ -12,7 +12,7 @@ use super::Context;
 use super::error::CliError;
 use super::open::DocumentName;
 use super::output::{Report, count, excerpt, table, write_table};
-use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, top_k};
+use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, from_one, number, top_k};
 
 /// Characters of a block's text that a table row shows.
 const EXCERPT_CHARS: usize = 72;
@@ -49,15 +49,15 @@ pub(super) struct Args {
     top_k: u32,
 
     /// Maximum length of the answer in tokens.
-    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = from_one::<usize>())]
     max_tokens: usize,
 
     /// Sample with this temperature; 0 is greedy.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = number(0.0..=f32::INFINITY))]
     temperature: f32,
 
     /// Nucleus sampling: draw from the likeliest tokens that make up this probability.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = number(0.0..=1.0f32))]
     top_p: f32,
 
     /// Seed of the sampling.

@@ -181,10 +181,8 @@ fn a_question_is_answered_and_the_answer_says_how_it_ended() {
     assert!(json["answer"].as_str().unwrap().contains("Moreau"), "{json}");
     assert!(["end_of_text", "stop"].contains(&json["finish"].as_str().unwrap()), "{json}");
     assert_eq!(json["incomplete"], serde_json::json!([]));
-    let none = [&typed[..], &["--max-tokens", "0"]].concat();
-    let table = sandbox.run(&none).exits(0).stdout;
-    assert!(table.contains("no answer: the model wrote nothing") && table.contains("--max-tokens"), "{table}");
-    assert_eq!(sandbox.run(&[&none[..], &["--json"]].concat()).exits(0).json()["finish"], "max_tokens");
+    let cut = [&typed[..], &["--max-tokens", "1", "--json"]].concat();
+    assert_eq!(sandbox.run(&cut).exits(0).json()["finish"], "max_tokens");
 }
 
 /// The block with the answer stood in the window, and the blocks that the answer named were others.

@@ -44,10 +44,14 @@ fn what_makes_no_sense_is_a_usage_error() {
 fn a_number_out_of_range_is_a_usage_error_that_says_the_range() {
     let sandbox = Sandbox::new();
     let encode = ["encode", "text.txt"];
-    let cases: [(&[&str], &str, &str, &str); 11] = [
+    let ask = ["ask", "Who?", "--doc", "emma"];
+    let cases: [(&[&str], &str, &str, &str); 14] = [
         (&encode, "--chunk", "0", "1..=4096"),
         (&encode, "--block-tokens", "0", "2..=1024"),
         (&encode, "--newest-blocks", "0", "1.."),
+        (&ask, "--max-tokens", "0", "1.."),
+        (&ask, "--top-p", "3", "0 to 1"),
+        (&ask, "--temperature", "nan", "0 or more"),
         (&["serve"], "--workers", "500", "1..=128"),
         (&["serve"], "--stall-ms", "0", "1.."),
         (&["index", "tune"], "--lookups", "0", "1..=16384"),
