@@ -1,6 +1,8 @@
 //! What was typed. What it means, together with the configuration file and the environment, is said by `config`.
 
-use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::error::{CliError, Exit};
 use super::global::Global;
@@ -55,6 +57,25 @@ pub(super) enum Command {
     Index(index::Command),
     Train(train::Args),
     Completions(completions::Args),
+}
+
+impl Cli {
+    /// What was typed, program name first.
+    pub(super) fn read(typed: &[OsString]) -> Result<Cli, clap::Error> {
+        let mut command = with_negative_numbers(Cli::command());
+        let is_help = typed.get(1).is_some_and(|word| word == "help");
+        // Help of `help` is help.
+        let words = typed.iter().filter(|word| !is_help || !["-h", "--help"].iter().any(|flag| word == flag));
+        let mut matches = command.try_get_matches_from_mut(words)?;
+        Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))
+    }
+}
+
+/// Lets `-1` be the value of a flag: its range says more than that there is no flag `-1`.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let takes = |arg: &clap::Arg| !arg.is_positional() && arg.get_action().takes_values();
+    let command = command.mut_args(|arg| if takes(&arg) { arg.allow_negative_numbers(true) } else { arg });
+    command.mut_subcommands(with_negative_numbers)
 }
 
 impl Command {

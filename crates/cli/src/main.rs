@@ -43,7 +43,6 @@ mod verify;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
 
 use args::{Cli, Command};
@@ -74,7 +73,7 @@ fn main() -> ExitCode {
 /// Runs one command line, program name first, and says how it went.
 fn run_line(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
     let typed: Vec<OsString> = typed.into_iter().collect();
-    let cli = match Cli::try_parse_from(&typed) {
+    let cli = match Cli::read(&typed) {
         Ok(cli) => cli,
         Err(error) => return misunderstood(&error, &typed).into(),
     };

@@ -20,6 +20,9 @@ fn help_says_what_there_is() {
     let help = sandbox.run(&["verify", "--help"]).exits(0).stdout;
     assert!(help.contains("Examples:") && help.contains("landmarkdb verify"), "{help}");
     sandbox.run(&["--version"]).exits(0);
+    for of_help in [["help", "--help"], ["help", "help"]] {
+        sandbox.run(&of_help).exits(0);
+    }
 }
 
 #[test]
@@ -45,7 +48,10 @@ fn a_number_out_of_range_is_a_usage_error_that_says_the_range() {
     let sandbox = Sandbox::new();
     let encode = ["encode", "text.txt"];
     let ask = ["ask", "Who?", "--doc", "emma"];
-    let cases: [(&[&str], &str, &str, &str); 14] = [
+    let cases: [(&[&str], &str, &str, &str); 17] = [
+        (&encode, "--chunk", "-1", "1..=4096"),
+        (&ask, "--temperature", "-1", "0 or more"),
+        (&["demo"], "--depth", "-0.5", "0 to 1"),
         (&encode, "--chunk", "0", "1..=4096"),
         (&encode, "--block-tokens", "0", "2..=1024"),
         (&encode, "--newest-blocks", "0", "1.."),
