@@ -39,7 +39,11 @@ const EXITS: [(Exit, &str, &str); 8] = [
         "the service cannot be reached or is busy, or another process holds the directory",
     ),
     (Exit::Damaged, "damaged", "stored data is damaged"),
-    (Exit::FingerprintMismatch, "fingerprint_mismatch", "the collection belongs to another model"),
+    (
+        Exit::FingerprintMismatch,
+        "fingerprint_mismatch",
+        "the collection is of another model, block size, key rule or dtype",
+    ),
     (Exit::Interrupted, "interrupted", "interrupted by a signal"),
 ];
 
@@ -96,6 +100,11 @@ pub(super) enum CliError {
     DamagedDocument { document: String, problem: String },
     #[error("{flag}: expected {expected}, found {found}")]
     Flag { flag: &'static str, expected: String, found: String },
+    #[error(
+        "collection {collection} is of another kind: {field} is {stored} there, here it is {offered}; leave the flag out or use the \
+         model it was made with, or give --collection NAME"
+    )]
+    OtherCollection { collection: String, field: &'static str, stored: String, offered: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
     #[error("a text from standard input needs a name: give --name NAME")]
@@ -221,6 +230,7 @@ impl CliError {
                 TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },
             ) => Exit::Usage,
             CliError::Train(TrainError::InUse { .. }) => Exit::Unavailable,
+            CliError::OtherCollection { .. } => Exit::FingerprintMismatch,
             CliError::TrainingStopped { .. } => Exit::Interrupted,
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,

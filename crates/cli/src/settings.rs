@@ -191,7 +191,11 @@ impl StorageArgs {
         memory: &Arc<dyn BlockMemory>,
     ) -> Result<CollectionInfo, CliError> {
         let existing = memory.collections()?.into_iter().find(|collection| collection.spec.name == name);
-        let spec = self.spec(name, model, existing.map(|collection| collection.spec).as_ref(), None)?;
+        let stored = existing.map(|collection| collection.spec);
+        let spec = self.spec(name, model, stored.as_ref(), None)?;
+        if let Some((field, stored, offered)) = stored.and_then(|stored| difference(&stored, &spec)) {
+            return Err(CliError::OtherCollection { collection: name.into(), field, stored, offered });
+        }
         Ok(memory.open_collection(&spec)?)
     }
 
@@ -232,6 +236,23 @@ impl StorageArgs {
             model_name: model.name.clone(),
         })
     }
+}
+
+/// The first thing that keeps blocks of one specification out of a collection of another: its name, and what both say.
+fn difference(stored: &CollectionSpec, offered: &CollectionSpec) -> Option<(&'static str, String, String)> {
+    let said = |spec: &CollectionSpec| {
+        let model = format!("{} (SHA-256 {})", spec.model_name, spec.model_digest);
+        let words = [spec.key_rule.to_string(), spec.payload_dtype.to_string(), spec.key_dtype.to_string()];
+        let [key_rule, payload, keys] = words;
+        let tokenizer = format!("with SHA-256 {}", spec.tokenizer_digest);
+        [model, tokenizer, format!("{} tokens", spec.shape.block_tokens), key_rule, payload, keys]
+    };
+    // The model's name is no part of it.
+    let renamed = CollectionSpec { model_name: stored.model_name.clone(), ..offered.clone() };
+    let names = ["the model", "the tokenizer", "the block size", "the key rule", "the payload dtype", "the key dtype"];
+    let differs = std::iter::zip(said(stored), said(&renamed)).position(|(stored, offered)| stored != offered)?;
+    let [stored, offered] = [said(stored), said(offered)].map(|mut said| std::mem::take(&mut said[differs]));
+    Some((names[differs], stored, offered))
 }
 
 /// What only the model can tell to be out of range.

@@ -123,8 +123,8 @@ fn what_cannot_be_encoded_or_asked_says_why() {
     fails(1, "this one begins with it and goes on", &["encode", "more.txt", "--name", "notes"]);
     fails(2, "empty question", &["ask", "", "--doc", "notes"]);
     fails(2, "empty question", &["ask", " \n", "--doc", "notes", "--raw"]);
-    fails(6, "fingerprint", &["encode", "other.txt", "--payload", "int8"]);
-    fails(6, "fingerprint", &["encode", "other.txt", "--block-tokens", "32"]);
+    fails(6, "the payload dtype is f16 there, here it is int8", &["encode", "other.txt", "--payload", "int8"]);
+    fails(6, "the block size is 64 tokens there, here it is 32", &["encode", "other.txt", "--block-tokens", "32"]);
     fails(1, "no-such-file", &["encode", "no-such-file"]);
     fails(2, "--name", &["encode", "-"]);
     fails(3, "letters", &["ask", "What?", "--doc", "notes", "--doc", "letters"]);

@@ -168,6 +168,15 @@ fn what_the_model_cannot_do_is_a_usage_error_too() {
 
 /// The collection was made before the name of the document was found wanting.
 #[test]
+/// A payload dtype that the collection does not have was said to be another model.
+#[test]
+fn a_collection_of_another_kind_says_what_differs() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    run(&sandbox, 0, &["encode", "text.txt"]);
+    let error = run(&sandbox, 6, &["encode", "text.txt", "--name", "other", "--payload", "int8"]).stderr;
+    assert!(error.contains("collection default") && error.contains("f16 there, here it is int8"), "{error}");
+}
+
 fn a_name_that_is_none_leaves_nothing_behind() {
     let (sandbox, run) = with_text("The ferry leaves at nine.");
     run(&sandbox, 1, &["encode", "text.txt", "--name", &"x".repeat(300)]);
