@@ -7,7 +7,7 @@ use std::time::Instant;
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
-use landmarkdb::{MemoryError, check_name};
+use landmarkdb::{InvalidShape, MemoryError, check_name};
 use landmarkdb_llm::{self as model, Difference, EncodeProgress, Encoding, RememberError};
 
 use super::Context;
@@ -79,7 +79,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         return Err(CliError::EmptyText { path: args.file.clone() });
     }
     // Before the collection is made for it.
-    check_name("name", &document.name).map_err(MemoryError::from)?;
+    let of_collection = if context.config.collection_typed { "--collection" } else { "--name" };
+    for (flag, part) in [(of_collection, &document.collection), ("--name", &document.name)] {
+        let wrong = |error: InvalidShape| CliError::Flag { flag, expected: error.expected, found: error.found };
+        check_name("name", part).map_err(wrong)?;
+    }
     let model = args.model.load(context)?;
     let memory = context.memory_or_new()?;
     let collection = args.storage.open(&document.collection, &model, &memory)?;

@@ -305,6 +305,8 @@ fn memory_exit(error: &MemoryError) -> Exit {
         MemoryError::NotFound { .. } => Exit::NotFound,
         // The client's name for what `--connect` was given.
         MemoryError::Invalid { field, .. } if field == "target" => Exit::Usage,
+        // The store's, of a folder with other things in it.
+        MemoryError::Invalid { field, .. } if field == "data directory" => Exit::NotFound,
         MemoryError::Locked { .. }
         | MemoryError::Unavailable { .. }
         | MemoryError::Busy { .. }

@@ -113,7 +113,9 @@ fn a_folder_that_is_no_data_directory_is_left_alone() {
     let sandbox = Sandbox::new();
     sandbox.make_folder("docs");
     sandbox.write_file("docs/letter.txt", "mine");
-    for typed in [&["ls"][..], &["show", "x"], &["blocks", "x"], &["stats"], &["verify"], &["rm", "x", "--yes"]] {
+    for typed in
+        [&["ls"][..], &["show", "x"], &["blocks", "x"], &["stats"], &["verify"], &["rm", "x", "--yes"], &["repair"]]
+    {
         let answer = sandbox.run(&[&["--data", "docs"], typed].concat()).exits(3);
         assert!(answer.stderr.contains("no data directory"), "{typed:?}: {}", answer.stderr);
         assert_eq!(std::fs::read_dir(sandbox.path("docs")).unwrap().count(), 1, "{typed:?}");
@@ -166,8 +168,6 @@ fn what_the_model_cannot_do_is_a_usage_error_too() {
     }
 }
 
-/// The collection was made before the name of the document was found wanting.
-#[test]
 /// A payload dtype that the collection does not have was said to be another model.
 #[test]
 fn a_collection_of_another_kind_says_what_differs() {
@@ -177,9 +177,14 @@ fn a_collection_of_another_kind_says_what_differs() {
     assert!(error.contains("collection default") && error.contains("f16 there, here it is int8"), "{error}");
 }
 
+/// The collection was made before the name of the document was found wanting.
+#[test]
 fn a_name_that_is_none_leaves_nothing_behind() {
     let (sandbox, run) = with_text("The ferry leaves at nine.");
-    run(&sandbox, 1, &["encode", "text.txt", "--name", &"x".repeat(300)]);
+    for name in ["", "/", "books/", "/emma", &"x".repeat(300)] {
+        let error = run(&sandbox, 2, &["encode", "text.txt", "--name", name]).stderr;
+        assert!(error.contains("--name: expected 1 to 255 bytes"), "{error}");
+    }
     assert!(!sandbox.path("d").exists());
 }
 
