@@ -10,8 +10,9 @@ use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Q
 
 use super::Context;
 use super::error::CliError;
+use super::hints::Hints;
 use super::open::DocumentName;
-use super::output::{Report, count, excerpt, table, write_table};
+use super::output::{Report, excerpt, plural, table, write_table};
 use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, from_one, number, top_k};
 
 /// Characters of a block's text that a table row shows.
@@ -100,6 +101,8 @@ pub(super) struct Answered {
     /// Layers times KV heads of the model.
     #[serde(skip)]
     heads_count: usize,
+    #[serde(skip)]
+    hints: Hints,
 }
 
 /// One block that was read.
@@ -176,6 +179,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
     context.output.stream_end();
     let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
+    let answered = Answered { hints: context.hints.clone(), ..answered };
     context.output.print(&answered)
 }
 
@@ -213,6 +217,7 @@ impl Answered {
             blocks: citations.into_iter().map(BlockRead::from).collect(),
             shown,
             heads_count: shape.pieces(),
+            hints: Hints::default(),
         })
     }
 }
@@ -273,24 +278,27 @@ impl Report for Answered {
         write_table(to, &rows)?;
         let rest = retrieved.len().saturating_sub(self.shown);
         if rest > 0 {
-            writeln!(to, "and {rest} blocks that weighed less")?;
+            writeln!(to, "and {} that weighed less", plural(rest as u64, "block"))?;
         }
         let rest = at_hand.len().saturating_sub(AT_HAND_ROWS_MAX);
         if rest > 0 {
-            writeln!(to, "and {rest} blocks of the window")?;
+            writeln!(to, "and {} of the window", plural(rest as u64, "block"))?;
         }
         writeln!(to)?;
         for Incomplete { document, tokens } in &self.incomplete {
-            let tokens = count(*tokens);
+            let tokens = plural(*tokens, "token");
+            let encode = self.hints.command("encode");
             writeln!(
                 to,
-                "{document} is not whole: only its first {tokens} tokens were read; its `landmarkdb encode`, run again, goes on"
+                "{document} is not whole: only its first {tokens} were read; its {encode}, run again, goes on"
             )?;
         }
         writeln!(
             to,
-            "first token after {:.2} s, {} tokens in {:.2} s",
-            self.first_token_s, self.answer_tokens, self.total_s
+            "first token after {:.2} s, {} in {:.2} s",
+            self.first_token_s,
+            plural(self.answer_tokens as u64, "token"),
+            self.total_s
         )
     }
 }

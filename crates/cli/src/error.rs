@@ -120,8 +120,8 @@ pub(super) enum CliError {
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
     NoDataDirectory { path: PathBuf },
     #[error(
-        "{path} is no data directory: it has no folder segments; `landmarkdb encode` makes one of an empty folder, \
-         --data names another"
+        "{path} is no data directory: it has no folder segments; an empty folder becomes one when a text is encoded into \
+         it, --data names another"
     )]
     NoStore { path: PathBuf },
     #[error(
@@ -129,7 +129,7 @@ pub(super) enum CliError {
         landmarkdb_grpc::server::OPEN_FILES_MIN
     )]
     TooFewFiles { files: u64 },
-    #[error("`landmarkdb serve` needs a data directory of its own, found --connect {connect}: give --data DIR")]
+    #[error("a service needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -145,9 +145,7 @@ pub(super) enum CliError {
          them again"
     )]
     SomethingLost,
-    #[error(
-        "`landmarkdb repair` needs a data directory that no process has open, found --connect {connect}: give --data DIR"
-    )]
+    #[error("a repair needs a data directory that no process has open, found --connect {connect}: give --data DIR")]
     RepairNeedsData { connect: String },
     #[error("{}: {problem}", .path.display())]
     CollectionSpec { path: PathBuf, problem: String },

@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod faults;
 mod global;
+mod hints;
 mod logging;
 mod open;
 mod output;
@@ -48,6 +49,7 @@ use clap::error::ErrorKind;
 use args::{Cli, Command};
 use config::Config;
 use error::{CliError, Exit};
+use hints::Hints;
 use output::Output;
 use target::Target;
 
@@ -58,6 +60,7 @@ const CANDLE_THREADS: &str = "CANDLE_NUM_THREADS";
 struct Context {
     config: Config,
     output: Output,
+    hints: Hints,
 }
 
 fn main() -> ExitCode {
@@ -78,25 +81,26 @@ fn run_line(typed: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return misunderstood(&error, &typed).into(),
     };
     let output = Output::new(&cli.global);
-    match run(cli, output) {
+    let hints = Hints::new(&cli.global);
+    match run(cli, output, hints.clone()) {
         Ok(()) => Exit::Ok,
         Err(error) if error.is_broken_pipe() => Exit::Ok,
         Err(error) => {
-            output.error(&error.message(), error.exit());
+            output.error(&hints.complete(&error.message()), error.exit());
             error.exit()
         }
     }
     .into()
 }
 
-fn run(cli: Cli, output: Output) -> Result<(), CliError> {
+fn run(cli: Cli, output: Output, hints: Hints) -> Result<(), CliError> {
     logging::start(cli.global.verbose, matches!(cli.command, Command::Serve(_)))?;
     let config = Config::load(&cli.global)?;
     if let (true, Ok(Target::Data(data))) = (config.target_found_here, config.target()) {
         output
             .progress(&format!("landmarkdb.toml of the working directory decides: data directory {}", data.display()));
     }
-    cli.command.run(&Context { config, output })
+    cli.command.run(&Context { config, output, hints })
 }
 
 /// Help and version are answers, not errors. Anything else is a usage error, in JSON where JSON was asked for.

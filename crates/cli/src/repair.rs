@@ -11,6 +11,7 @@ use landmarkdb::{CollectionId, CollectionSpec, MemoryError, ModelShape, Rope, Sh
 use super::Context;
 use super::error::CliError;
 use super::faults::{FaultReport, fault_table};
+use super::hints::Hints;
 use super::output::{Report, plural, size, table, write_table};
 use super::target::Target;
 
@@ -55,6 +56,11 @@ struct Repairs {
     discarded_bytes: u64,
     /// Bytes in DIR/torn now.
     set_aside_bytes: u64,
+    /// Where they are.
+    #[serde(skip)]
+    torn: String,
+    #[serde(skip)]
+    hints: Hints,
 }
 
 #[derive(Debug, Serialize)]
@@ -96,7 +102,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         collections.extend(read_specs(path).map_err(problem)?);
     }
     let options = RepairOptions { discard_torn: args.discard_torn, collections };
-    let report = Repairs::from(Store::repair(dir, &options).map_err(MemoryError::from)?);
+    let report = Store::repair(dir, &options).map_err(MemoryError::from)?;
+    let torn = dir.join("torn").display().to_string();
+    let report = Repairs { torn, hints: context.hints.clone(), ..Repairs::from(report) };
     context.output.print(&report)?;
     if report.lost { Err(CliError::SomethingLost) } else { Ok(()) }
 }
@@ -219,6 +227,8 @@ impl From<RepairReport> for Repairs {
             gone: leftovers.chain(faults).collect(),
             discarded_bytes: report.discarded.iter().map(|torn| torn.bytes).sum(),
             set_aside_bytes: report.kept.iter().map(|torn| torn.bytes).sum(),
+            torn: String::new(),
+            hints: Hints::default(),
         }
     }
 }
@@ -228,8 +238,13 @@ impl Report for Repairs {
         if !self.salvaged.is_empty() {
             let mut rows = table(["DOCUMENT>", "NAME", "BLOCKS>", "TAIL>", "READABLE AGAIN"]);
             for salvaged in &self.salvaged {
-                let note =
-                    if salvaged.perhaps_deleted { " (perhaps it was deleted: `landmarkdb rm` it then)" } else { "" };
+                let note = match salvaged.perhaps_deleted {
+                    true => format!(
+                        " (perhaps it was deleted: {} then)",
+                        self.hints.command(format!("rm {}", salvaged.title))
+                    ),
+                    false => String::new(),
+                };
                 rows.add_row([
                     salvaged.document.to_string(),
                     salvaged.title.clone(),
@@ -263,14 +278,16 @@ impl Report for Repairs {
             writeln!(to, "{} that only the catalog knew written again", plural(self.rewritten, "record"))?;
         }
         if !self.moved_segments.is_empty() {
-            writeln!(to, "{} moved to DIR/torn", plural(self.moved_segments.len() as u64, "damaged segment"))?;
+            let segments = plural(self.moved_segments.len() as u64, "damaged segment");
+            writeln!(to, "{segments} moved to {}", self.torn)?;
         }
         if self.discarded_bytes > 0 {
-            writeln!(to, "{} of DIR/torn removed", size(self.discarded_bytes))?;
+            writeln!(to, "{} of {} removed", size(self.discarded_bytes), self.torn)?;
         }
         if self.set_aside_bytes > 0 {
             let kept = size(self.set_aside_bytes);
-            writeln!(to, "{kept} kept in DIR/torn: `landmarkdb repair --discard-torn` removes it")?;
+            let removes = self.hints.command("repair --discard-torn");
+            writeln!(to, "{kept} kept in {}: {removes} removes it", self.torn)?;
         }
         writeln!(to, "{}", if self.lost { "repaired, and something is gone" } else { "repaired: all is well" })
     }

@@ -9,6 +9,7 @@ use landmarkdb::{Until, VerifyReport};
 use super::Context;
 use super::error::CliError;
 use super::faults::{FaultReport, Names, fault_table, names};
+use super::hints::Hints;
 use super::open::DocumentName;
 use super::output::{Report, plural, size, write_table};
 
@@ -43,6 +44,8 @@ struct Findings {
     set_aside_bytes: u64,
     /// Empty when all is well.
     faults: Vec<FaultReport>,
+    #[serde(skip)]
+    hints: Hints,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
@@ -62,7 +65,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let report = report?;
     // Where they cannot be listed, ids have to do.
     let names = if report.faults.is_empty() { Names::new() } else { names(memory.as_ref()).unwrap_or_default() };
-    let findings = Findings::new(report, &names);
+    let findings = Findings { hints: context.hints.clone(), ..Findings::new(report, &names) };
     context.output.print(&findings)?;
     match findings.faults.len() {
         0 => Ok(()),
@@ -79,6 +82,7 @@ impl Findings {
             read_bytes: report.bytes,
             set_aside_bytes: report.set_aside_bytes,
             faults: faults.map(|fault| FaultReport::new(fault.document, fault.block, fault.problem, names)).collect(),
+            hints: Hints::default(),
         }
     }
 }
@@ -90,7 +94,8 @@ impl Report for Findings {
         }
         if self.set_aside_bytes > 0 {
             let set_aside = size(self.set_aside_bytes);
-            writeln!(to, "{set_aside} set aside in DIR/torn: `landmarkdb repair --discard-torn` removes it")?;
+            let removes = self.hints.command("repair --discard-torn");
+            writeln!(to, "{set_aside} set aside in the folder torn of the data directory: {removes} removes it")?;
         }
         let read = format!(
             "{}, {}, {} read",

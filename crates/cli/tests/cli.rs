@@ -273,6 +273,18 @@ fn an_error_is_one_line_whatever_the_environment_asks_for() {
     }
 }
 
+/// `landmarkdb ls` was advised where `--data` had been typed, and listed another directory.
+#[test]
+fn an_advised_command_works_where_the_user_does() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("my data", "books", "emma");
+    let error = sandbox.run(&["show", "x", "--data", "my data"]).exits(3).stderr;
+    assert!(error.contains("`landmarkdb ls --data 'my data'`"), "{error}");
+    sandbox.damage_text("my data");
+    let repaired = sandbox.run(&["repair", "--data", "my data"]).exits(5);
+    assert!(repaired.stdout.contains("my data/torn") && !repaired.stdout.contains("DIR"), "{}", repaired.stdout);
+}
+
 #[test]
 fn unknown_documents_are_not_found() {
     let sandbox = Sandbox::new();

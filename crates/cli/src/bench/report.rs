@@ -60,7 +60,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let failed = |source| CliError::WriteReport { path: args.out.clone(), source };
     let folder = tempfile::Builder::new().prefix("landmarkdb-report-").tempdir();
     let folder = folder.map_err(|source| CliError::Io { what: "a temporary directory", source })?;
-    let silent = Context { config: context.config.clone(), output: context.output.silenced() };
+    let silent =
+        Context { config: context.config.clone(), output: context.output.silenced(), hints: context.hints.clone() };
     let captured = args.captured.clone().unwrap_or_else(|| folder.path().join(CAPTURED));
     let subjects = args.subjects(&captured);
     // Before an hour is spent for a page that cannot be written.
