@@ -362,7 +362,7 @@ pub struct Measured {
     pub p50_us: f64,
     /// 99th percentile of the latency of a lookup, in microseconds.
     pub p99_us: f64,
-    /// Bytes of landmark keys and indexes in memory, of all documents.
+    /// Bytes of landmark keys and indexes that all documents of the collection take in memory, by what the measured one takes.
     pub index_bytes: u64,
 }
 

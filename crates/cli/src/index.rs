@@ -119,7 +119,7 @@ struct MeasuredEngine {
     recall: f64,
     p50_us: f64,
     p99_us: f64,
-    /// Of all documents in memory.
+    /// What the keys of the collection take in memory, by what the measured document takes.
     index_bytes: u64,
 }
 

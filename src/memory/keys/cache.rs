@@ -108,6 +108,11 @@ impl KeyCache {
         }
     }
 
+    /// What a document takes; nothing where it is not held.
+    pub(in crate::memory) fn bytes_of(&self, document: DocumentId) -> Option<u64> {
+        self.state().documents.get(&document).map(|entry| entry.bytes)
+    }
+
     pub(in crate::memory) fn passing(&self) -> &Arc<Passing> {
         &self.passing
     }

@@ -38,6 +38,23 @@ fn every_engine_is_measured_on_the_longest_document_and_one_that_finds_enough_is
     }
 }
 
+/// What others had looked up was counted too, so that a service named five times the memory.
+#[test]
+fn the_memory_of_an_engine_is_that_of_the_collection_whatever_else_is_held() {
+    let mut world = World::new(spec("c"));
+    world.document("short", 10);
+    world.document("long", 40);
+    let request = request(&mut world, 2);
+    let alone = tune(&world, &request).0.unwrap().measured;
+    let (first, other) = (world.collection, world.memory.open_collection(&spec("other")).unwrap().id);
+    world.collection = other;
+    world.document("held", 60);
+    tune(&world, &TuneRequest { collection: other, ..request.clone() }).0.unwrap();
+    world.collection = first;
+    let beside = tune(&world, &request).0.unwrap().measured;
+    assert_eq!((beside[0].index_bytes, beside[1].index_bytes), (alone[0].index_bytes, alone[1].index_bytes));
+}
+
 #[test]
 fn a_measurement_that_fails_leaves_the_engine_as_it_was() {
     let mut world = World::new(spec("c"));
