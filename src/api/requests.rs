@@ -342,7 +342,7 @@ pub enum TuneStep {
         /// Full blocks of the document that is looked up in.
         blocks: u32,
     },
-    /// An engine is skipped, because this machine does not have it.
+    /// An engine is skipped, because this machine has the hardware and not the rest.
     LeftOut {
         /// The skipped engine.
         engine: Engine,

@@ -2,6 +2,7 @@
 //! enough is kept.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// When to come again for a second tuning of a collection.
 const TUNING_RETRY_MS: u64 = 1000;
+
+/// Where Linux describes the driver of NVIDIA GPUs. Without one, nobody misses the engine `cuda`.
+const GPU_DRIVER: &str = "/proc/driver/nvidia/version";
 
 /// The least effort that is tried.
 const EFFORT_MIN: u32 = 8;
@@ -171,6 +175,7 @@ impl Tuning<'_> {
         }
         match self.memory.set_engine(self.collection.id, Engine::Cuda) {
             Ok(_) => engines.push(Engine::Cuda),
+            Err(MemoryError::Invalid { .. }) if !Path::new(GPU_DRIVER).exists() => {}
             Err(error @ MemoryError::Invalid { .. }) => {
                 (self.progress)(TuneStep::LeftOut { engine: Engine::Cuda, reason: error.to_string() });
             }
