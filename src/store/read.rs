@@ -198,7 +198,7 @@ pub(super) fn mismatch(block: BlockId, part: Part) -> StoreError {
         Part::Keys => "its landmark keys".to_string(),
         Part::Piece(piece) => format!("its piece {piece}"),
     };
-    damaged(block, &format!("the checksum of {part} does not agree"))
+    damaged(block, &format!("checksum mismatch in {part}"))
 }
 
 fn damaged(block: BlockId, detail: &str) -> StoreError {

@@ -200,7 +200,7 @@ impl Store {
     /// for one pass over the catalog, not over payloads.
     fn verify_accounting(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
         let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
-        // What a failed change left to be found out; if it cannot be, the books are as they were.
+        // What a failed change left to be found out; if it cannot be, the counts are as they were.
         let _ = self.find_end(&mut writer);
         let catalog = &self.catalog;
         let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
@@ -220,7 +220,10 @@ impl Store {
         for (id, state) in &writer.ledger.segments {
             let found = live.remove(id).unwrap_or(0);
             if found != state.live_bytes {
-                let problem = format!("segment {id}: {} live bytes on the books, {found} found", state.live_bytes);
+                let problem = format!(
+                    "segment {id}: the catalog counts {} live bytes, its records have {found}",
+                    state.live_bytes
+                );
                 report.fault(None, None, problem);
             }
         }
@@ -236,7 +239,7 @@ impl Store {
                 report.fault(
                     None,
                     None,
-                    format!("segment {id}: {} bytes on the books, {found} in the file", state.bytes),
+                    format!("segment {id}: the catalog counts {} bytes, the file has {found}", state.bytes),
                 );
             }
         }
