@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use landmarkdb::limits;
 use landmarkdb::{
-    BlockMemory, BlockRange, BlockScore, CollectionInfo, DocumentInfo, Engine, Entity, FaissIndex, Granularity,
+    BlockMemory, BlockRange, BlockScore, CollectionInfo, DType, DocumentInfo, Engine, Entity, FaissIndex, Granularity,
     LookupRequest, MemoryError, ModelShape, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, Until,
 };
 use landmarkdb_lab::eval::Capture;
@@ -99,6 +99,9 @@ const RANDOM_QUERIES: usize = 64;
 struct EngineReport {
     collection: String,
     engine: String,
+    /// The engine has nothing to compress: the keys are int8 already.
+    #[serde(skip)]
+    as_flat: bool,
 }
 
 /// What was measured, and what answers now.
@@ -134,7 +137,10 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
             if let Engine::Faiss(_) = collection.engine {
                 build(memory.as_ref(), &collection, context)?;
             }
-            context.output.print(&EngineReport { collection: name.clone(), engine: collection.engine.to_string() })
+            let as_flat =
+                collection.spec.key_dtype == DType::Int8 && matches!(collection.engine, Engine::Sq8 | Engine::Sq4);
+            let engine = collection.engine.to_string();
+            context.output.print(&EngineReport { collection: name.clone(), engine, as_flat })
         }
         Command::Tune(args) => context.output.print(&tune(args, memory.as_ref(), &collection, context)?),
     }
@@ -269,7 +275,8 @@ fn missing(entity: Entity, id: String) -> CliError {
 
 impl Report for EngineReport {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
-        writeln!(to, "lookups in {} are answered by {}", self.collection, self.engine)
+        let note = if self.as_flat { ", which is the same as flat: the keys are int8 already" } else { "" };
+        writeln!(to, "lookups in {} are answered by {}{note}", self.collection, self.engine)
     }
 }
 
