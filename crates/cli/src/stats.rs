@@ -26,7 +26,10 @@ pub(super) struct Args {}
 struct Totals {
     collections: u64,
     documents: u64,
+    /// Full blocks.
     blocks: u64,
+    /// Documents that end with tokens that do not fill a block.
+    tails: u64,
     tokens: u64,
     /// Bytes of records that documents refer to.
     live_bytes: u64,
@@ -57,7 +60,12 @@ struct Totals {
 }
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
-    let stats = context.memory()?.stats()?;
+    let memory = context.memory()?;
+    let stats = memory.stats()?;
+    let mut tails = 0;
+    for collection in memory.collections()? {
+        tails += memory.documents(collection.id)?.iter().filter(|document| document.tail_tokens > 0).count() as u64;
+    }
     let (health, health_reason) = match stats.health {
         Health::Serving => ("serving", None),
         Health::ReadOnly { reason } => ("read-only", Some(reason)),
@@ -69,6 +77,7 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<(), CliError> {
         collections: stats.collections,
         documents: stats.documents,
         blocks: stats.blocks,
+        tails,
         tokens: stats.tokens,
         live_bytes: stats.live_bytes,
         segment_bytes: stats.segment_bytes,
@@ -100,7 +109,7 @@ impl Report for Totals {
             &[
                 ("collections", count(self.collections)),
                 ("documents", count(self.documents)),
-                ("blocks", count(self.blocks)),
+                ("blocks", format!("{} and {}", count(self.blocks), plural(self.tails, "tail"))),
                 ("tokens", count(self.tokens)),
                 ("live data", size(self.live_bytes)),
                 ("segments", segments),

@@ -11,7 +11,7 @@ use super::error::CliError;
 use super::faults::{FaultReport, Names, fault_table, names};
 use super::hints::Hints;
 use super::open::DocumentName;
-use super::output::{Report, plural, size, write_table};
+use super::output::{Report, count, plural, size, write_table};
 
 /// Read everything that is stored and referred to, and check it against its checksums.
 ///
@@ -28,7 +28,8 @@ pub(super) struct Args {
     /// Check this document only: NAME in the collection given by --collection, or COLLECTION/NAME.
     doc: Option<String>,
 
-    /// Compare the catalog with one that is rebuilt from the segments, too. Changes nothing.
+    /// Also rebuild the catalog in memory from the segments and report every difference as a fault. Changes nothing on disk. It
+    /// checks everything, so it takes no DOC.
     #[arg(long, conflicts_with = "doc")]
     rebuild: bool,
 }
@@ -37,11 +38,14 @@ pub(super) struct Args {
 #[derive(Debug, Serialize)]
 struct Findings {
     documents: u64,
+    /// Full blocks and tails.
     blocks: u64,
     /// Bytes read.
     read_bytes: u64,
     /// Bytes in DIR/torn, kept until `landmarkdb repair --discard-torn`. No fault.
     set_aside_bytes: u64,
+    /// Whether the catalog was compared with one that was rebuilt from the segments.
+    rebuilt: bool,
     /// Empty when all is well.
     faults: Vec<FaultReport>,
     #[serde(skip)]
@@ -65,7 +69,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let report = report?;
     // Where they cannot be listed, ids have to do.
     let names = if report.faults.is_empty() { Names::new() } else { names(memory.as_ref()).unwrap_or_default() };
-    let findings = Findings { hints: context.hints.clone(), ..Findings::new(report, &names) };
+    let findings = Findings { rebuilt: args.rebuild, hints: context.hints.clone(), ..Findings::new(report, &names) };
     context.output.print(&findings)?;
     match findings.faults.len() {
         0 => Ok(()),
@@ -81,10 +85,16 @@ impl Findings {
             blocks: report.blocks,
             read_bytes: report.bytes,
             set_aside_bytes: report.set_aside_bytes,
+            rebuilt: false,
             faults: faults.map(|fault| FaultReport::new(fault.document, fault.block, fault.problem, names)).collect(),
             hints: Hints::default(),
         }
     }
+}
+
+/// What the count of a verification has in it.
+fn blocks_and_tails(number: u64) -> String {
+    if number == 1 { "1 block or tail".into() } else { format!("{} blocks and tails", count(number)) }
 }
 
 impl Report for Findings {
@@ -98,10 +108,11 @@ impl Report for Findings {
             writeln!(to, "{set_aside} set aside in the folder torn of the data directory: {removes} removes it")?;
         }
         let read = format!(
-            "{}, {}, {} read",
+            "{}, {}, {} read{}",
             plural(self.documents, "document"),
-            plural(self.blocks, "block"),
-            size(self.read_bytes)
+            blocks_and_tails(self.blocks),
+            size(self.read_bytes),
+            if self.rebuilt { ", catalog compared with a rebuilt one" } else { "" }
         );
         match self.faults.len() as u64 {
             0 => writeln!(to, "{read}: all is well"),
@@ -127,7 +138,7 @@ mod tests {
         findings.human(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
         assert_eq!(text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>(), ["id", "3", "7", "checksum"]);
-        assert!(text.ends_with("1 document, 8 blocks, 2.0 KiB read: 1 fault\n"), "{text}");
+        assert!(text.ends_with("1 document, 8 blocks and tails, 2.0 KiB read: 1 fault\n"), "{text}");
         let json = serde_json::to_value(&findings).unwrap();
         assert_eq!(
             json["faults"][0],
