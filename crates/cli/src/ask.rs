@@ -10,6 +10,7 @@ use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Q
 
 use super::Context;
 use super::error::CliError;
+use super::faults::named;
 use super::hints::Hints;
 use super::open::DocumentName;
 use super::output::{Report, excerpt, plural, table, write_table};
@@ -176,9 +177,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
         options,
     };
-    let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
+    let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece));
+    let answer = answer.map_err(|error| named(error.into(), memory.as_ref()))?;
     context.output.stream_end();
-    let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show)?;
+    let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show);
+    let answered = answered.map_err(|error| named(error, memory.as_ref()))?;
     let answered = Answered { hints: context.hints.clone(), ..answered };
     context.output.print(&answered)
 }

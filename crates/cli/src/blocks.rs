@@ -1,15 +1,16 @@
 //! `landmarkdb blocks`: the blocks of one document.
 
 use std::io::{self, Write};
+use std::ops::Range;
 
 use serde::Serialize;
 
-use landmarkdb::{BlockInfo, BlockMemory, BlockRange, DocumentInfo};
+use landmarkdb::{BlockInfo, BlockMemory, BlockRange, DocumentInfo, MemoryError};
 
 use super::Context;
 use super::error::CliError;
 use super::open::DocumentName;
-use super::output::{Report, count, excerpt, size, table, write_table};
+use super::output::{Report, count, excerpt, plural, size, table, write_table};
 use super::settings::from_one;
 
 /// Blocks asked for in one call, so that a reply stays small for any document.
@@ -46,6 +47,19 @@ pub(super) struct Args {
 struct Blocks {
     document: u64,
     blocks: Vec<BlockReport>,
+    /// Those of the range that are damaged.
+    damaged: Vec<DamagedBlock>,
+    /// Said where there is none in the range.
+    #[serde(skip)]
+    none: String,
+}
+
+/// A block that cannot be read.
+#[derive(Debug, Serialize)]
+struct DamagedBlock {
+    index: u32,
+    /// Human-readable.
+    problem: String,
 }
 
 /// One block.
@@ -69,22 +83,44 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let memory = context.memory()?;
     let (_, document) = DocumentName::new(&args.doc, &context.config).find(memory.as_ref())?;
     // The tail, where there is one, is the block after the last full one.
-    let end = document.blocks + u32::from(document.tail_tokens > 0);
-    let end = args.count.map_or(end, |count| end.min(args.start.saturating_add(count)));
-    let blocks = read(memory.as_ref(), &document, args.start, end)?;
-    context.output.print(&Blocks { document: document.id.0, blocks })
+    let all = document.blocks + u32::from(document.tail_tokens > 0);
+    let end = args.count.map_or(all, |count| all.min(args.start.saturating_add(count)));
+    let mut blocks = Blocks {
+        document: document.id.0,
+        blocks: Vec::new(),
+        damaged: Vec::new(),
+        none: format!("{} has {}, none from {} on", args.doc, plural(all.into(), "block"), args.start),
+    };
+    blocks.read(memory.as_ref(), &document, args.start..end)?;
+    context.output.print(&blocks)?;
+    match blocks.damaged.len() {
+        0 => Ok(()),
+        faults => Err(CliError::Faults { faults }),
+    }
 }
 
-fn read(memory: &dyn BlockMemory, document: &DocumentInfo, start: u32, end: u32) -> Result<Vec<BlockReport>, CliError> {
-    let mut blocks = Vec::new();
-    let mut next = start;
-    while next < end {
-        let page = next..end.min(next.saturating_add(PAGE_BLOCKS));
-        next = page.end;
-        let infos = memory.blocks(&BlockRange { document: document.id, blocks: page })?;
-        blocks.extend(infos.into_iter().map(|info| BlockReport::new(info, document)));
+impl Blocks {
+    /// Page by page, and one by one where a page has a damaged block.
+    fn read(&mut self, memory: &dyn BlockMemory, document: &DocumentInfo, range: Range<u32>) -> Result<(), CliError> {
+        for start in range.clone().step_by(PAGE_BLOCKS as usize) {
+            let page = start..range.end.min(start.saturating_add(PAGE_BLOCKS));
+            let read = |blocks: Range<u32>| memory.blocks(&BlockRange { document: document.id, blocks });
+            let infos = match read(page.clone()) {
+                Err(MemoryError::DataLoss { .. }) => page.map(|index| (index, read(index..index + 1))).collect(),
+                read => vec![(start, read)],
+            };
+            for (index, read) in infos {
+                match read {
+                    Ok(infos) => self.blocks.extend(infos.into_iter().map(|info| BlockReport::new(info, document))),
+                    Err(MemoryError::DataLoss { detail: problem, .. }) => {
+                        self.damaged.push(DamagedBlock { index, problem })
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(())
     }
-    Ok(blocks)
 }
 
 impl BlockReport {
@@ -105,11 +141,22 @@ impl BlockReport {
 impl Report for Blocks {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut rows = table(["BLOCK>", "TOKENS>", "ON DISK>", "TEXT"]);
+        let damaged = |block: &DamagedBlock| {
+            [block.index.to_string(), "-".into(), "-".into(), format!("damaged: {}", block.problem)]
+        };
+        let mut lost = self.damaged.iter().peekable();
         for block in &self.blocks {
+            while let Some(before) = lost.next_if(|lost| lost.index < block.index) {
+                rows.add_row(damaged(before));
+            }
             let tokens = if block.tail { format!("{} (tail)", block.tokens) } else { count(block.tokens) };
             let text = excerpt(block.text.as_bytes(), EXCERPT_CHARS);
             rows.add_row([block.index.to_string(), tokens, size(block.stored_bytes), text]);
         }
-        write_table(to, &rows)
+        for last in lost {
+            rows.add_row(damaged(last));
+        }
+        let is_empty = self.blocks.is_empty() && self.damaged.is_empty();
+        if is_empty { writeln!(to, "{}", self.none) } else { write_table(to, &rows) }
     }
 }

@@ -105,6 +105,11 @@ pub(super) enum CliError {
          model it was made with, or give --collection NAME"
     )]
     OtherCollection { collection: String, field: &'static str, stored: String, offered: String },
+    #[error(
+        "block {block} of {document} is damaged ({problem}): `landmarkdb rm {document}` and encode it again, no repair can bring it \
+         back; the other blocks are readable"
+    )]
+    DamagedBlock { document: String, block: u32, problem: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
     #[error("a text from standard input needs a name: give --name NAME")]
@@ -192,7 +197,7 @@ impl CliError {
     }
 
     /// The memory's own error, wherever it came up.
-    fn memory(&self) -> Option<&MemoryError> {
+    pub(super) fn memory(&self) -> Option<&MemoryError> {
         match self {
             CliError::Memory(error) | CliError::Capture(CaptureError::Memory(error)) => Some(error),
             CliError::Remember(error) | CliError::Capture(CaptureError::Remember(error)) => error.memory(),
@@ -223,6 +228,7 @@ impl CliError {
             CliError::Faults { .. }
             | CliError::SomethingLost
             | CliError::DamagedDocument { .. }
+            | CliError::DamagedBlock { .. }
             | CliError::Train(TrainError::CheckpointDamaged { .. }) => Exit::Damaged,
             CliError::Train(
                 TrainError::Invalid { .. } | TrainError::OtherRecipe { .. } | TrainError::FolderTaken { .. },

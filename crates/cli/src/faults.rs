@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use landmarkdb::{BlockId, BlockMemory, DocumentId, Result};
+use landmarkdb::{BlockId, BlockMemory, DocumentId, MemoryError, Result};
 
+use super::error::CliError;
 use super::output::{Rows, table};
 
 /// What documents are called: COLLECTION/NAME.
@@ -19,7 +20,7 @@ pub(super) struct FaultReport {
     /// COLLECTION/NAME of it, where it has one.
     name: Option<String>,
     /// Index of the damaged block in that document, where it is known.
-    block: Option<u32>,
+    pub(super) block: Option<u32>,
     /// Human-readable.
     problem: String,
 }
@@ -33,6 +34,21 @@ impl FaultReport {
             block: block.map(|block| block.index),
             problem,
         }
+    }
+
+    /// COLLECTION/NAME, or its id where it has no name.
+    pub(super) fn title(&self) -> String {
+        let id = self.document.map(|id| format!("id {id}"));
+        self.name.clone().or(id).unwrap_or_else(|| "-".into())
+    }
+}
+
+/// An error that knows a damaged block by its ids only, with the document's name.
+pub(super) fn named(error: CliError, memory: &dyn BlockMemory) -> CliError {
+    let Some(MemoryError::DataLoss { block: Some(block), detail }) = error.memory() else { return error };
+    match names(memory).ok().and_then(|mut names| names.remove(&block.document)) {
+        Some(document) => CliError::DamagedBlock { document, block: block.index, problem: detail.clone() },
+        None => error,
     }
 }
 
@@ -63,8 +79,7 @@ pub(super) fn fault_table(faults: &[FaultReport], heading: &str) -> Rows {
             1 => block.to_string(),
             _ => format!("{block}-{}", left[alike - 1].block.unwrap_or(block)),
         });
-        let document = first.name.clone().or(first.document.map(|id| format!("id {id}")));
-        rows.add_row([known(document), known(blocks), first.problem.clone()]);
+        rows.add_row([first.title(), known(blocks), first.problem.clone()]);
         left = &left[alike..];
     }
     rows
