@@ -1,5 +1,6 @@
 //! `landmarkdb repair`: makes what is left of a damaged data directory readable again, and says what is gone.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -35,6 +36,9 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     collection_spec: Vec<PathBuf>,
 }
+
+/// Documents that the last line names.
+const TITLES_MAX: usize = 5;
 
 /// What was done, and what is gone.
 #[derive(Debug, Serialize)]
@@ -289,6 +293,36 @@ impl Report for Repairs {
             let removes = self.hints.command("repair --discard-torn");
             writeln!(to, "{kept} kept in {}: {removes} removes it", self.torn)?;
         }
-        writeln!(to, "{}", if self.lost { "repaired, and something is gone" } else { "repaired: all is well" })
+        match self.lost {
+            true => writeln!(to, "repaired, but not readable any more: {}", self.losses()),
+            false => writeln!(to, "repaired: all is well"),
+        }
+    }
+}
+
+impl Repairs {
+    /// `1 block of books/emma, 1 collection`
+    fn losses(&self) -> String {
+        let mut blocks = BTreeMap::new();
+        let mut others = 0;
+        for fault in &self.gone {
+            match fault.block {
+                Some(_) => *blocks.entry(fault.title()).or_insert(0) += 1,
+                None => others += 1,
+            }
+        }
+        let named = blocks.len() <= TITLES_MAX;
+        let several = || {
+            vec![format!("{} of {}", plural(blocks.values().sum(), "block"), plural(blocks.len() as u64, "document"))]
+        };
+        let each = || blocks.iter().map(|(title, &lost)| format!("{} of {title}", plural(lost, "block"))).collect();
+        let mut losses: Vec<String> = if named { each() } else { several() };
+        let missing = self.missing_collections.len() as u64;
+        losses.extend(
+            [(missing, "collection"), (others, "part that is listed above")]
+                .into_iter()
+                .filter_map(|(number, what)| (number > 0).then(|| plural(number, what))),
+        );
+        losses.join(", ")
     }
 }

@@ -280,7 +280,8 @@ fn an_advised_command_works_where_the_user_does() {
     sandbox.write_document("my data", "books", "emma");
     let error = sandbox.run(&["show", "x", "--data", "my data"]).exits(3).stderr;
     assert!(error.contains("`landmarkdb ls --data 'my data'`"), "{error}");
-    sandbox.damage_text("my data");
+    sandbox.damage("my data", b"test model");
+    std::fs::remove_dir_all(sandbox.path("my data/catalog")).unwrap();
     let repaired = sandbox.run(&["repair", "--data", "my data"]).exits(5);
     assert!(repaired.stdout.contains("my data/torn") && !repaired.stdout.contains("DIR"), "{}", repaired.stdout);
 }
@@ -324,9 +325,13 @@ fn a_document_is_listed_shown_and_removed() {
     assert_eq!(blocks["blocks"][2]["tail"], true);
     let second = run(&["blocks", "books/emma", "--start", "1", "--count", "1", "--json"]).exits(0).json();
     assert_eq!(second["blocks"], serde_json::json!([blocks["blocks"][1]]));
-    run(&["blocks", "books/emma", "--start", "7"]).exits(0);
+    let none = run(&["blocks", "books/emma", "--start", "7"]).exits(0).stdout;
+    assert!(none.contains("books/emma has 3 blocks, none from 7 on"), "{none}");
+    let stats = run(&["stats"]).exits(0).stdout;
+    assert!(stats.contains("2 and 1 tail"), "{stats}");
 
-    assert!(run(&["verify", "books/emma"]).exits(0).stdout.contains("all is well"));
+    let verified = run(&["verify", "books/emma"]).exits(0).stdout;
+    assert!(verified.contains("3 blocks and tails") && verified.contains("all is well"), "{verified}");
     let error = run(&["rm", "books/emma"]).exits(2).stderr;
     assert!(error.contains("--yes"), "{error}");
     assert_eq!(run(&["rm", "books/emma", "--yes", "--json"]).exits(0).json()["blocks"], 2);
@@ -471,12 +476,44 @@ fn a_damaged_document_is_reported_and_named() {
     assert_eq!(answer.json()["faults"][0]["document"], id);
 }
 
+/// One damaged block hid all others, and a question about it named ids and advised a repair that could not help.
+#[test]
+fn the_blocks_beside_a_damaged_one_are_listed_and_it_is_named() {
+    let (sandbox, run) = with_text(&"The ferry leaves at nine, and the bell rings twice. ".repeat(20));
+    run(&sandbox, 0, &["encode", "text.txt"]);
+    let all = sandbox.run(&["blocks", "text", "--data", "d", "--json"]).exits(0).json();
+    let first = all["blocks"][0]["text"].as_str().unwrap();
+    sandbox.damage("d", first.as_bytes());
+    let listed = sandbox.run(&["blocks", "text", "--data", "d", "--json"]).exits(5).json();
+    let rest = all["blocks"].as_array().unwrap().len() - 1;
+    assert_eq!((listed["blocks"].as_array().unwrap().len(), &listed["damaged"][0]["index"]), (rest, &0.into()));
+    let table = sandbox.run(&["blocks", "text", "--data", "d"]).exits(5).stdout;
+    assert!(table.lines().nth(1).is_some_and(|row| row.contains("damaged: checksum mismatch")), "{table}");
+    for _ in 0..2 {
+        let error = run(&sandbox, 5, &["ask", "The ferry", "--raw", "--doc", "text", "--max-tokens", "2"]).stderr;
+        assert!(error.contains("block 0 of default/text") && error.contains("landmarkdb rm default/text"), "{error}");
+        sandbox.run(&["repair", "--data", "d"]).exits(5);
+    }
+}
+
+#[test]
+fn engines_that_would_compress_int8_keys_are_said_to_be_flat() {
+    let (sandbox, run) = with_text("The ferry leaves at nine.");
+    run(&sandbox, 0, &["encode", "text.txt", "--key-rule", "tokens"]);
+    let said = sandbox.run(&["index", "set", "sq8", "--data", "d"]).exits(0).stdout;
+    assert!(said.contains("answered by sq8, which is the same as flat"), "{said}");
+    let said = sandbox.run(&["index", "set", "flat", "--data", "d"]).exits(0).stdout;
+    assert!(!said.contains("the same as"), "{said}");
+}
+
 #[test]
 fn a_whole_directory_is_verified_against_a_rebuild_and_repaired_to_itself() {
     let sandbox = Sandbox::new();
     sandbox.write_document("data", "books", "emma");
     let run = |args: &[&str]| sandbox.run(&[&["--data", "data"], args].concat());
     assert_eq!(run(&["verify", "--rebuild", "--json"]).exits(0).json()["faults"], serde_json::json!([]));
+    let compared = run(&["verify", "--rebuild"]).exits(0).stdout;
+    assert!(compared.contains("catalog compared with a rebuilt one: all is well"), "{compared}");
     run(&["verify", "books/emma", "--rebuild"]).exits(2);
     let listed = run(&["ls", "--json"]).exits(0).json();
     let repaired = run(&["repair", "--json"]).exits(0).json();
@@ -503,7 +540,7 @@ fn a_repair_says_what_is_gone() {
         assert_eq!((&gone["document"], &gone["block"]), (&id.into(), &0.into()));
     }
     let answer = sandbox.run(&["--data", "data", "repair"]).exits(5);
-    assert!(answer.stdout.contains("something is gone"), "{}", answer.stdout);
+    assert!(answer.stdout.contains("not readable any more: 1 block of books/emma"), "{}", answer.stdout);
     assert!(answer.stdout.contains("books/emma") && answer.stderr.contains("landmarkdb rm"), "{}", answer.stdout);
 }
 
