@@ -12,7 +12,7 @@ use landmarkdb_llm::{self as model, Encoding, RememberError};
 use super::Context;
 use super::encode::{read, token_bar};
 use super::error::CliError;
-use super::output::{Report, count, size};
+use super::output::{Report, plural, size};
 use super::settings::{SetupArgs, layers};
 
 /// Layers that are kept if none are named.
@@ -120,10 +120,10 @@ impl Report for Kept {
         let layers: Vec<String> = self.layers.iter().map(u32::to_string).collect();
         writeln!(
             to,
-            "{}: keys of {} blocks and queries of {} tokens in layers {} of {}, {}",
+            "{}: keys of {} and queries of {} in layers {} of {}, {}",
             self.file,
-            count(self.blocks),
-            count(self.queries as u64),
+            plural(self.blocks.into(), "block"),
+            plural(self.queries as u64, "token"),
             layers.join(", "),
             self.model,
             size(self.bytes)

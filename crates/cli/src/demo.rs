@@ -17,7 +17,7 @@ use super::Context;
 use super::ask::Answered;
 use super::encode::token_bar;
 use super::error::CliError;
-use super::output::{Report, count, size};
+use super::output::{Report, count, plural, size};
 use super::settings::{ModelArgs, StorageArgs, integer, number, top_k};
 
 const SENTENCE: &str = "The pass key of the old lighthouse is 48213. Remember it. 48213 is the pass key.";
@@ -93,8 +93,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let model = load(args, context)?;
     let (text, sentence_at) = hide(args, &model)?;
     context.output.say(&format!(
-        "text     {} tokens of a novel; {} can read {} at once. Hidden at {:.0} %: {:?}",
-        count(args.tokens as u64),
+        "text     {} of a novel; {} can read {} at once. Hidden at {:.0} %: {:?}",
+        plural(args.tokens as u64, "token"),
         model.name,
         count(model.config().context_tokens as u64),
         100.0 * sentence_at as f64 / text.len() as f64,
@@ -116,8 +116,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let encode_s = encode_begin.elapsed().as_secs_f64();
     let encode_tokens_per_s = document.tokens as f64 / encode_s;
     context.output.say(&format!(
-        "         {} tokens in {encode_s:.1} s ({encode_tokens_per_s:.0} tokens/s), {} on disk",
-        count(document.tokens),
+        "         {} in {encode_s:.1} s ({encode_tokens_per_s:.0} tokens/s), {} on disk",
+        plural(document.tokens, "token"),
         size(document.stored_bytes)
     ));
     drop(memory);

@@ -13,7 +13,7 @@ use landmarkdb_llm::{self as model, Difference, EncodeProgress, Encoding, Rememb
 use super::Context;
 use super::error::CliError;
 use super::open::DocumentName;
-use super::output::{Report, count, shown_line, size};
+use super::output::{Report, plural, shown_line, size};
 use super::report::DocumentReport;
 use super::settings::{EncodeArgs, ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
 
@@ -181,18 +181,18 @@ impl TokenBar {
 impl Report for Encoded {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let document = &self.document;
-        let tokens = count(document.tokens);
+        let tokens = plural(document.tokens, "token");
         let stored = size(document.stored_bytes);
-        let per_token = document.stored_bytes / document.tokens.max(1);
+        let per_token = size(document.stored_bytes / document.tokens.max(1));
         if self.resumed_tokens == document.tokens {
-            return writeln!(to, "{} is already encoded: {tokens} tokens, {stored} on disk", document.name);
+            return writeln!(to, "{} is already encoded: {tokens}, {stored} on disk", document.name);
         }
         if self.resumed_tokens > 0 {
-            writeln!(to, "resumed after {} tokens", count(self.resumed_tokens))?;
+            writeln!(to, "resumed after {}", plural(self.resumed_tokens, "token"))?;
         }
         writeln!(
             to,
-            "encoded {}: {tokens} tokens in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} bytes/token)",
+            "encoded {}: {tokens} in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} a token)",
             document.name, self.encode_s, self.tokens_per_s
         )
     }

@@ -17,7 +17,7 @@ use landmarkdb_lab::eval::Capture;
 
 use super::Context;
 use super::error::CliError;
-use super::output::{Report, count, size, table, write_table};
+use super::output::{Report, plural, size, table, write_table};
 use super::settings::{faiss_index, integer, number, top_k, word};
 
 /// Choose the engine that answers a collection's lookups.
@@ -199,7 +199,7 @@ fn tune(
         // Said again now and then, as a sign of life.
         TuneStep::Measuring { engine, .. } if last.as_ref() == Some(&engine) => {}
         TuneStep::Measuring { engine, blocks } => {
-            context.output.say(&format!("measuring {engine} on {} blocks", count(blocks)));
+            context.output.say(&format!("measuring {engine} on {}", plural(blocks.into(), "block")));
             last = Some(engine);
         }
         TuneStep::LeftOut { engine, reason } => context.output.say(&format!("not measuring {engine}: {reason}")),
@@ -292,7 +292,8 @@ impl Report for Tuned {
                 size(measured.index_bytes),
             ]);
         }
-        writeln!(to, "one lookup in {}/{}, {} blocks\n", self.collection, self.document, count(self.blocks))?;
+        let blocks = plural(self.blocks.into(), "block");
+        writeln!(to, "one lookup in {}/{}, {blocks}\n", self.collection, self.document)?;
         write_table(to, &rows)?;
         writeln!(to, "\nlookups in {} are answered by {}", self.collection, self.engine)
     }

@@ -14,7 +14,7 @@ use landmarkdb_llm as model;
 use super::Context;
 use super::encode::read;
 use super::error::CliError;
-use super::output::{Report, count, write_facts};
+use super::output::{Report, count, plural, write_facts};
 use super::signals::Listening;
 
 /// Train a small landmark model on texts, on the CPU.
@@ -376,7 +376,7 @@ impl Report for TrainReport {
         facts.extend(self.answer_loss.map(|loss| ("loss on answers", format!("{loss:.4}"))));
         facts.extend(self.validation.map(|validation| match validation {
             Validation::Prediction { perplexity, counted_tokens } => {
-                ("perplexity", format!("{perplexity:.2} over {} tokens of validation", count(counted_tokens as u64)))
+                ("perplexity", format!("{perplexity:.2} over {} of validation", plural(counted_tokens as u64, "token")))
             }
             Validation::Choice { shared, by_chance, top_k, choices } => (
                 "choices",
