@@ -3,6 +3,11 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+/// A service that says nothing for so long is stuck.
+const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// A running service, killed when dropped.
 pub(crate) struct Service {
@@ -25,8 +30,14 @@ impl Service {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
         let stdout = child.stdout.take().expect("a pipe");
         let mut service = Service { child, listening: Vec::new() };
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line).expect("a line of text");
+        let (send, receive) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line).expect("a line of text");
+            // Nobody waits any more if it came too late.
+            let _ = send.send(line);
+        });
+        let line = receive.recv_timeout(READY_WITHIN).unwrap_or_else(|_| format!("no line within {READY_WITHIN:?}"));
         let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
         let targets = ready["listening"].as_array().into_iter().flatten();
         service.listening = targets.filter_map(|target| target.as_str()).map(String::from).collect();
