@@ -24,9 +24,9 @@ const AT_HAND_ROWS_MAX: usize = 16;
 
 /// Ask a question about documents, answered from their blocks.
 ///
-/// The model goes on after the last document as if the text continued, and every layer and KV head retrieves the
-/// blocks it attends to from all documents. The answer is followed by the blocks that were read: those that were
-/// retrieved, then those always at hand (the first block of the first document, the ends of all, and the window).
+/// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--top-k) and
+/// attends to them, beside the end of the last document. The answer is followed by the blocks that were read: retrieved ones,
+/// heaviest first, then those that are always at hand (the first block of the first document, the ends of all, and the window).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -42,7 +42,7 @@ pub(super) struct Args {
     #[arg(long = "doc", value_name = "DOC", required = true)]
     docs: Vec<String>,
 
-    /// Let the model continue the question's own words, without a question frame.
+    /// Give the model the question's words alone, to continue; otherwise they are framed as a question that an answer follows.
     #[arg(long)]
     raw: bool,
 
