@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 
 use landmarkdb::limits;
 use landmarkdb::{
@@ -17,6 +17,31 @@ use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
 
 use super::Context;
 use super::error::CliError;
+
+/// Words of a flag, and what the help says of each.
+pub(super) type Explained = &'static [(&'static str, &'static str)];
+
+pub(super) const WINDOW_FROM: Explained = &[
+    ("query", "Each query's own block: chunks change no answer"),
+    ("chunk", "The block of the chunk's first token: the way of models trained with landmarks"),
+];
+
+pub(super) const BLOCK_SCORE: Explained =
+    &[("max", "The best key decides"), ("log-sum-exp", "All keys of the block count, as in a softmax over them")];
+
+pub(super) const GRANULARITY: Explained = &[
+    ("token-head", "Nobody: each query token and query head chooses for itself"),
+    ("head", "All query tokens of a chunk, for each query head"),
+    ("token", "All heads of a layer, for each query token"),
+    ("kv-group", "The query heads of a KV head, for each query token"),
+    ("shared", "All query tokens of a chunk and all heads of a layer"),
+];
+
+pub(super) const KEY_RULE: Explained = &[
+    ("landmark", "One key that was trained to stand for the block: for models that have landmarks"),
+    ("tokens", "The keys of all its tokens: finds most, and has most to scan"),
+    ("mean", "The mean of its tokens' keys: one key, which finds less"),
+];
 
 /// The model.
 #[derive(clap::Args, Clone, Debug)]
@@ -29,14 +54,13 @@ pub(super) struct ModelArgs {
 /// The local window.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(super) struct WindowArgs {
-    /// Tokens attended to without retrieval before the block that --window-from names, rounded up to full blocks
-    /// [default: 512; for a model trained with landmarks 0].
+    /// Tokens attended to without retrieval before the block that --window-from names, at most the model's context, rounded up to
+    /// full blocks; at least one block with --window-from query [default: 512; for a model trained with landmarks 0].
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
 
-    /// Block that the window is counted back from: query (each query's own) or chunk (that of the chunk's first token)
-    /// [default: query; for a model trained with landmarks chunk].
-    #[arg(long, value_name = "FROM", value_parser = word::<CountedFrom>)]
+    /// Block that the window is counted back from [default: query; for a model trained with landmarks chunk].
+    #[arg(long, value_name = "FROM", value_parser = explained::<CountedFrom>(WINDOW_FROM))]
     window_from: Option<CountedFrom>,
 
     /// Maximum tokens per forward pass [default: 512; for a model trained with landmarks 8 blocks].
@@ -51,13 +75,12 @@ pub(super) struct WindowArgs {
 /// What is retrieved.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct RetrievalArgs {
-    /// Score of a block: max or log-sum-exp over its keys [default: log-sum-exp].
-    #[arg(long, value_name = "SCORE", value_parser = word::<BlockScore>)]
+    /// How the scores of a block's keys become one [default: log-sum-exp; for a model trained with landmarks max].
+    #[arg(long, value_name = "SCORE", value_parser = explained::<BlockScore>(BLOCK_SCORE))]
     block_score: Option<BlockScore>,
 
-    /// Who shares a choice of blocks: token-head, head, token, kv-group or shared [default: kv-group; for a model trained
-    /// with landmarks token-head].
-    #[arg(long, value_name = "GRANULARITY", value_parser = word::<Granularity>)]
+    /// Who shares a choice of blocks [default: kv-group; for a model trained with landmarks token-head].
+    #[arg(long, value_name = "GRANULARITY", value_parser = explained::<Granularity>(GRANULARITY))]
     granularity: Option<Granularity>,
 
     /// Layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
@@ -86,17 +109,16 @@ pub(super) struct StorageArgs {
     #[arg(long, value_name = "TOKENS", value_parser = integer::<u32>(2..=limits::BLOCK_TOKENS_MAX))]
     block_tokens: Option<u32>,
 
-    /// What stands for a block in the index: tokens, mean or landmark [default: tokens, or landmark if the
-    /// model has them].
-    #[arg(long, value_name = "RULE", value_parser = word::<KeyRule>)]
+    /// The keys that a new collection's index has for each block [default: tokens, or landmark if the model has them].
+    #[arg(long, value_name = "RULE", value_parser = explained::<KeyRule>(KEY_RULE))]
     pub(super) key_rule: Option<KeyRule>,
 
-    /// Data type of stored K and V: f32, f16, bf16 or int8 [default: f16].
-    #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
+    /// Data type of stored K and V [default: f16].
+    #[arg(long, value_name = "DTYPE", value_parser = one_of::<DType>(DType::WORDS))]
     pub(super) payload: Option<DType>,
 
-    /// Data type of index keys: f16 or int8 [default: int8 for token keys, else f16].
-    #[arg(long, value_name = "DTYPE", value_parser = word::<DType>)]
+    /// Data type of index keys [default: int8 for token keys, else f16].
+    #[arg(long, value_name = "DTYPE", value_parser = one_of::<DType>(&["f16", "int8"]))]
     keys: Option<DType>,
 }
 
@@ -292,6 +314,15 @@ where
     PossibleValuesParser::new(words).try_map(|typed| word(&typed))
 }
 
+/// For `value_parser`: the same with a line for each word.
+pub(super) fn explained<T>(words: Explained) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err = String> + Clone + Send + Sync + 'static,
+{
+    let values = words.iter().map(|&(word, about)| PossibleValue::new(word).help(about));
+    PossibleValuesParser::new(values).try_map(|typed| word(&typed))
+}
+
 /// A command's arguments as they are where nothing but `words` is typed.
 ///
 /// # Panics
@@ -345,6 +376,15 @@ pub(super) fn faiss_index(typed: &str) -> Result<Engine, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_word_is_explained() {
+        let words = |explained: Explained| explained.iter().map(|(word, _)| *word).collect::<Vec<_>>();
+        assert_eq!(words(WINDOW_FROM), CountedFrom::WORDS);
+        assert_eq!(words(BLOCK_SCORE), BlockScore::WORDS);
+        assert_eq!(words(GRANULARITY), Granularity::WORDS);
+        assert_eq!(words(KEY_RULE), KeyRule::WORDS);
+    }
 
     #[test]
     fn layers_are_numbers_and_ranges() {

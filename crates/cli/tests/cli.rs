@@ -20,6 +20,8 @@ fn help_says_what_there_is() {
     let help = sandbox.run(&["verify", "--help"]).exits(0).stdout;
     assert!(help.contains("Examples:") && help.contains("landmarkdb verify"), "{help}");
     sandbox.run(&["--version"]).exits(0);
+    let help = sandbox.run(&["ask", "--help"]).exits(0).stdout;
+    assert!(help.contains("- kv-group:") && help.contains("- chunk:"), "{help}");
     for of_help in [["help", "--help"], ["help", "help"]] {
         sandbox.run(&of_help).exits(0);
     }
@@ -78,7 +80,7 @@ fn completions_know_the_commands_and_a_reader_may_leave_early() {
     let sandbox = Sandbox::new();
     for shell in ["bash", "zsh", "fish"] {
         let script = sandbox.run(&["completions", shell]).exits(0).stdout;
-        assert!(script.contains("verify"), "{shell}: {script}");
+        assert!(["verify", "token-head"].iter().all(|word| script.contains(word)), "{shell}: {script}");
     }
     assert_eq!(sandbox.run_with_closed_stdout(&["completions", "bash"]), Some(0));
 }

@@ -7,7 +7,7 @@ use super::peers::PeerArgs;
 use crate::Context;
 use crate::error::CliError;
 use crate::output::{Report, plain_table, size, write_table};
-use crate::settings::{faiss_index, from_one, integer, one_of, top_k, word};
+use crate::settings::{BLOCK_SCORE, GRANULARITY, explained, faiss_index, from_one, integer, one_of, top_k, word};
 use landmarkdb::{BlockScore, DType, Engine, Granularity, limits};
 use landmarkdb_lab::bench::{self, Keys, LookupReport, LookupSettings, Shape, Sizes, Skipped, Way};
 
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     pub(super) keys_per_block: Option<usize>,
 
     /// Data types of keys: f16, int8 or both.
-    #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = word::<DType>)]
+    #[arg(long, value_delimiter = ',', default_value = "f16,int8", value_parser = one_of::<DType>(&["f16", "int8"]))]
     pub(super) keys: Vec<DType>,
 
     /// Engines to measure: flat, sq8, sq4, cuda. Where keys are int8, sq8 and sq4 are flat; cuda is skipped where there is no GPU.
@@ -87,11 +87,11 @@ pub(crate) struct Args {
     pub(super) top_k: u32,
 
     /// Who shares a choice of blocks [default: kv-group; beside peers token-head, as they choose].
-    #[arg(long, value_parser = word::<Granularity>)]
+    #[arg(long, value_parser = explained::<Granularity>(GRANULARITY))]
     pub(super) granularity: Option<Granularity>,
 
     /// Score of a block, over its keys [default: log-sum-exp; beside peers max, as they score].
-    #[arg(long, value_parser = word::<BlockScore>)]
+    #[arg(long, value_parser = explained::<BlockScore>(BLOCK_SCORE))]
     pub(super) block_score: Option<BlockScore>,
 
     /// Lookups that are timed.

@@ -10,9 +10,12 @@ use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, count, table, write_table};
-use crate::settings::{SetupArgs, from_one, top_k, word};
+use crate::settings::{Explained, SetupArgs, explained, from_one, one_of, top_k};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Haystack, PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts};
+
+const HAYSTACK: Explained =
+    &[("prose", "Windows of a novel"), ("garbage", "The paper's five sentences, again and again")];
 
 /// Hide five digits in long texts and ask for them.
 ///
@@ -26,8 +29,8 @@ Examples:
   landmarkdb eval passkey --haystack garbage --tokens 32768 --top-k 2,4 --payload-dtypes f16,int8
 ")]
 pub(crate) struct Args {
-    /// What the key is hidden in: prose (windows of a novel) or garbage (the paper's five sentences).
-    #[arg(long, default_value = "prose", value_parser = word::<Haystack>)]
+    /// What the key is hidden in.
+    #[arg(long, default_value = "prose", value_parser = explained::<Haystack>(HAYSTACK))]
     haystack: Haystack,
 
     /// Lengths of the texts, in tokens.
@@ -43,7 +46,7 @@ pub(crate) struct Args {
     top_k: Vec<u32>,
 
     /// Payload dtypes to compare on the same encoded text [default: --payload].
-    #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
+    #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = one_of::<DType>(DType::WORDS))]
     payload_dtypes: Vec<DType>,
 
     /// The baseline: ask the model alone, with full attention over each text. Its cost grows with the square of the length.

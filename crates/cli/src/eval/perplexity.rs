@@ -10,7 +10,7 @@ use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
 use crate::output::{Report, table, write_table};
-use crate::settings::{SetupArgs, from_one, top_k, word};
+use crate::settings::{SetupArgs, from_one, one_of, top_k};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Perplexity, PerplexityMode, PerplexitySettings};
 
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     control: bool,
 
     /// Payload dtypes to compare [default: --payload].
-    #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = word::<DType>)]
+    #[arg(long, value_name = "DTYPES", value_delimiter = ',', value_parser = one_of::<DType>(DType::WORDS))]
     payload_dtypes: Vec<DType>,
 
     /// The source: a UTF-8 text file [default: the novel that comes with landmarkdb].
