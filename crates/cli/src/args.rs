@@ -21,8 +21,10 @@ Examples:
 
 /// The block memory of language models: landmark keys in an index, KV blocks on disk.
 ///
-/// Every command works on a data directory (--data) or on a running service (--connect). Settings come from the
-/// configuration file, then from LANDMARKDB__SECTION__KEY variables, then from flags; the later one wins.
+/// Commands on documents work on a data directory (--data) or on a running service (--connect). serve and repair need a data
+/// directory; eval, bench and capture work in a temporary one unless told otherwise, demo always; model, train and completions
+/// need none. Settings come from the configuration file, then from LANDMARKDB__SECTION__KEY variables, then from flags; the
+/// later one wins.
 #[derive(Debug, Parser)]
 #[command(name = "landmarkdb", version, arg_required_else_help = true)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{}", Exit::help()))]

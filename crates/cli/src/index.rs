@@ -44,10 +44,16 @@ Examples:
   landmarkdb index set faiss:IVF256,Flat@32
 ")]
 pub(super) struct SetArgs {
-    /// flat: keys are scanned as they are stored. sq8, sq4: f16 keys are scanned as int8 or int4, and blocks that could
-    /// be among the best are compared as f16; half or a quarter as much memory again. cuda: an NVIDIA GPU scans keys as they are
-    /// stored, and attends. faiss:FACTORY or faiss:FACTORY@EFFORT: indexes of the FAISS library, in the language of its
-    /// index_factory, find most of the blocks.
+    /// flat, sq8, sq4, cuda, or faiss:FACTORY[@EFFORT].
+    ///
+    /// flat: the CPU scans every key as it is stored.
+    ///
+    /// sq8, sq4: the CPU scans f16 keys as int8 or int4 and compares the best blocks as f16: faster, for half or a quarter as much
+    /// memory again. int8 keys are scanned as with flat.
+    ///
+    /// cuda: an NVIDIA GPU scans every key as it is stored, and computes attention.
+    ///
+    /// faiss:FACTORY[@EFFORT]: indexes of the FAISS library find most of the best blocks; FACTORY is what its index_factory takes.
     #[arg(value_parser = word::<Engine>)]
     engine: Engine,
 }

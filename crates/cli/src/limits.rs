@@ -14,11 +14,12 @@ use super::settings::{from_one, integer};
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ServiceLimits {
-    /// Light calls that run at once, and as many writers; half as many heavy calls; at most 128 [default: twice the cores].
+    /// Threads for light calls, as many for writes, and half as many for heavy calls; 1 to 128 [default: twice the cores].
     #[arg(long, value_name = "COUNT", value_parser = integer::<u64>(1..=WORKERS_MAX as u32))]
     workers: Option<u64>,
 
-    /// Budget for unanswered messages in MiB; one may take three quarters of it [default: 1539].
+    /// Memory for requests until they are answered and for replies until they are sent, in MiB; one message may take three quarters
+    /// of it [default: 1539].
     #[arg(long, value_name = "MIB", value_parser = from_one::<u64>())]
     messages_mib: Option<u64>,
 
@@ -42,8 +43,8 @@ pub(super) struct ServiceLimits {
     #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     idle_ms: Option<u64>,
 
-    /// Timeout for the next byte of an unfinished message, for the end of a call after its only message, and for reading the
-    /// next part of a reply [default: 30000].
+    /// Give up on a client that stops in the middle of a message, does not end its call, or does not read its reply, after so
+    /// many milliseconds [default: 30000].
     #[arg(long, value_name = "MS", value_parser = from_one::<u64>())]
     stall_ms: Option<u64>,
 

@@ -32,7 +32,8 @@ pub(super) struct Args {
     #[arg(long)]
     discard_torn: bool,
 
-    /// Put lost collections back as this file says: what `ls --json` or `show --json` printed of them.
+    /// Put back collections whose description is lost, from a file with what `ls --json` or `show --json` once printed of them; may
+    /// be repeated.
     #[arg(long, value_name = "FILE")]
     collection_spec: Vec<PathBuf>,
 }

@@ -12,7 +12,8 @@ use super::output::{Report, count, plural, size, write_facts};
 
 /// Show totals: documents, bytes on disk and in memory, calls answered.
 ///
-/// Calls are counted since the memory was opened: of interest with --connect.
+/// live data is what documents refer to, segments are the files that hold it, set aside is what was cut off or repaired away and
+/// is kept. Figures of the index and of calls count since the memory was opened: of interest with --connect.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
