@@ -19,7 +19,7 @@ use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, from_one, number, to
 /// Characters of a block's text that a table row shows.
 const EXCERPT_CHARS: usize = 72;
 
-/// Blocks at hand that the table shows: a window of usual size.
+/// Rows of blocks at hand that the table shows, of which consecutive ones share a row.
 const AT_HAND_ROWS_MAX: usize = 16;
 
 /// Ask a question about documents, answered from their blocks.
@@ -269,10 +269,19 @@ impl Report for Answered {
             writeln!(to, "nothing was retrieved: the documents are at hand as a whole")?;
         }
         let mut rows = table(["DOCUMENT", "BLOCK>", "SHARE>", "CHOSEN BY", "TEXT"]);
-        for block in retrieved.iter().take(self.shown).chain(at_hand.iter().take(AT_HAND_ROWS_MAX)) {
+        let retrieved_rows = retrieved.chunks(1).take(self.shown);
+        let follows = |one: &&BlockRead, next: &&BlockRead| {
+            one.from == next.from && one.document == next.document && one.block + 1 == next.block
+        };
+        for run in retrieved_rows.chain(at_hand.chunk_by(follows).take(AT_HAND_ROWS_MAX)) {
+            let block = run[0];
             rows.add_row([
                 block.document.clone(),
-                block.block.to_string(),
+                if run.len() == 1 {
+                    block.block.to_string()
+                } else {
+                    format!("{}-{}", block.block, run[run.len() - 1].block)
+                },
                 block.share.map(|share| format!("{:.1} %", 100.0 * share)).unwrap_or_default(),
                 block.choosers(self.heads_count),
                 excerpt(block.text.as_bytes(), EXCERPT_CHARS),
@@ -283,9 +292,9 @@ impl Report for Answered {
         if rest > 0 {
             writeln!(to, "and {} that weighed less", plural(rest as u64, "block"))?;
         }
-        let rest = at_hand.len().saturating_sub(AT_HAND_ROWS_MAX);
+        let rest = at_hand.chunk_by(follows).skip(AT_HAND_ROWS_MAX).map(|run| run.len() as u64).sum();
         if rest > 0 {
-            writeln!(to, "and {} of the window", plural(rest as u64, "block"))?;
+            writeln!(to, "and {} at hand", plural(rest, "block"))?;
         }
         writeln!(to)?;
         for Incomplete { document, tokens } in &self.incomplete {
