@@ -2,6 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use indicatif::ProgressStyle;
@@ -16,6 +18,7 @@ use super::open::DocumentName;
 use super::output::{Report, plural, shown_line, size};
 use super::report::DocumentReport;
 use super::settings::{EncodeArgs, ModelArgs, RetrievalArgs, StorageArgs, WindowArgs};
+use super::signals::Listening;
 
 /// U+FEFF in UTF-8: no part of the text, and as a sink it would be read with every token.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
@@ -87,7 +90,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let model = args.model.load(context)?;
     let memory = context.memory_or_new()?;
     let collection = args.storage.open(&document.collection, &model, &memory)?;
-    let bar = token_bar(context, &document.name);
+    let bar = token_bar(context, &document.to_string());
+    let kept_tokens = Arc::new(AtomicU64::new(0));
+    let _listening = Listening::begin(stop(context, &document, &bar, &kept_tokens))?;
     let begin = Instant::now();
     let mut resumed_tokens = 0;
     let config = model.config();
@@ -99,6 +104,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     };
     let encoded = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;
+        kept_tokens.store(step.done_tokens, Ordering::Relaxed);
         bar.show(step);
     });
     bar.finish();
@@ -110,6 +116,22 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         encode_s,
         document: DocumentReport::new(&collection, &encoded),
     })
+}
+
+/// What a signal does: all that is acknowledged is durable, so that nothing needs to be finished.
+fn stop(
+    context: &Context,
+    document: &DocumentName,
+    bar: &TokenBar,
+    kept: &Arc<AtomicU64>,
+) -> impl FnOnce() + Send + use<> {
+    let (output, bar, kept, document) = (context.output, bar.0.clone(), kept.clone(), document.to_string());
+    move || {
+        bar.finish_and_clear();
+        let error = CliError::EncodingStopped { document, tokens: kept.load(Ordering::Relaxed) };
+        output.error(&error.message(), error.exit());
+        std::process::exit(error.exit() as i32);
+    }
 }
 
 /// Says under which name another text is, or a damaged one, and what frees it: the memory knows its id only.
@@ -181,19 +203,20 @@ impl TokenBar {
 impl Report for Encoded {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         let document = &self.document;
+        let title = format!("{}/{}", document.collection, document.name);
         let tokens = plural(document.tokens, "token");
         let stored = size(document.stored_bytes);
         let per_token = size(document.stored_bytes / document.tokens.max(1));
         if self.resumed_tokens == document.tokens {
-            return writeln!(to, "{} is already encoded: {tokens}, {stored} on disk", document.name);
+            return writeln!(to, "{title} is already encoded: {tokens}, {stored} on disk");
         }
         if self.resumed_tokens > 0 {
             writeln!(to, "resumed after {}", plural(self.resumed_tokens, "token"))?;
         }
         writeln!(
             to,
-            "encoded {}: {tokens} in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} a token)",
-            document.name, self.encode_s, self.tokens_per_s
+            "encoded {title}: {tokens} in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} a token)",
+            self.encode_s, self.tokens_per_s
         )
     }
 }

@@ -120,6 +120,8 @@ pub(super) enum CliError {
     Train(#[from] TrainError),
     #[error("stopped after {done} of {steps} steps: the same command goes on from there")]
     TrainingStopped { done: u64, steps: u64 },
+    #[error("interrupted: {document} keeps its first {}; the same command goes on from there", landmarkdb_lab::bench::plural(*tokens, "token"))]
+    EncodingStopped { document: String, tokens: u64 },
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
@@ -235,7 +237,7 @@ impl CliError {
             ) => Exit::Usage,
             CliError::Train(TrainError::InUse { .. }) => Exit::Unavailable,
             CliError::OtherCollection { .. } => Exit::FingerprintMismatch,
-            CliError::TrainingStopped { .. } => Exit::Interrupted,
+            CliError::EncodingStopped { .. } | CliError::TrainingStopped { .. } => Exit::Interrupted,
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
             CliError::Memory(_)

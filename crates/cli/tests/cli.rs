@@ -6,6 +6,8 @@ mod sandbox;
 mod train;
 
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use landmarkdb::{AppendRequest, BlockMemory, DType, FetchRequest, LocalMemory, NewBlock};
 use sandbox::Sandbox;
@@ -151,7 +153,8 @@ fn an_empty_text_is_refused_and_its_name_stays_free() {
 #[test]
 fn a_name_is_collection_and_name_for_encode_too() {
     let (sandbox, run) = with_text("The ferry leaves at nine.");
-    run(&sandbox, 0, &["encode", "text.txt", "--name", "books/emma"]);
+    let said = run(&sandbox, 0, &["encode", "text.txt", "--name", "books/emma"]).stdout;
+    assert!(said.contains("encoded books/emma:"), "{said}");
     let shown = sandbox.run(&["show", "books/emma", "--data", "d", "--json"]).exits(0).json();
     assert_eq!((&shown["document"]["name"], &shown["document"]["collection"]), (&"emma".into(), &"books".into()));
     run(&sandbox, 0, &["encode", "text.txt", "--name", "a/b", "--collection", "books"]);
@@ -188,6 +191,30 @@ fn a_name_that_is_none_leaves_nothing_behind() {
         assert!(error.contains("--name: expected 1 to 255 bytes"), "{error}");
     }
     assert!(!sandbox.path("d").exists());
+}
+
+/// An interrupted encoding ended without a word of what was kept.
+#[test]
+fn an_interrupted_encoding_says_what_is_kept() {
+    let (sandbox, run) = with_text(&"The ferry leaves at nine, and the bell rings twice. ".repeat(40_000));
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen");
+    let typed = ["encode", "text.txt", "--model", model, "--data", "d"];
+    let child = sandbox.command(&typed).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let segment = sandbox.path("d/segments/0000000001.seg");
+    let is_begun = || std::fs::metadata(&segment).is_ok_and(|file| file.len() > 100_000);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_begun() {
+        assert!(Instant::now() < deadline, "nothing is written");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("default/text keeps its first") && said.contains("goes on from there"), "{said}");
+    sandbox.write_file("text.txt", "Another text.");
+    run(&sandbox, 1, &["encode", "text.txt"]);
 }
 
 /// A byte order mark became the first tokens, which every later token attends to.
