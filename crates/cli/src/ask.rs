@@ -12,9 +12,10 @@ use super::Context;
 use super::error::CliError;
 use super::faults::named;
 use super::hints::Hints;
+use super::numbers::{from_one, number, top_k};
 use super::open::DocumentName;
 use super::output::{Report, excerpt, plural, table, write_table};
-use super::settings::{ModelArgs, RetrievalArgs, WindowArgs, from_one, number, top_k};
+use super::settings::{ModelArgs, RetrievalArgs, WindowArgs};
 
 /// Characters of a block's text that a table row shows.
 const EXCERPT_CHARS: usize = 72;

@@ -9,9 +9,9 @@ use landmarkdb::{BlockInfo, BlockMemory, BlockRange, DocumentInfo, MemoryError};
 
 use super::Context;
 use super::error::CliError;
+use super::numbers::from_one;
 use super::open::DocumentName;
 use super::output::{Report, count, excerpt, plural, size, table, write_table};
-use super::settings::from_one;
 
 /// Blocks asked for in one call, so that a reply stays small for any document.
 const PAGE_BLOCKS: u32 = 512;

@@ -17,8 +17,9 @@ use super::Context;
 use super::ask::Answered;
 use super::encode::token_bar;
 use super::error::CliError;
+use super::numbers::{integer, number, top_k};
 use super::output::{Report, count, plural, size};
-use super::settings::{ModelArgs, StorageArgs, integer, number, top_k};
+use super::settings::{ModelArgs, StorageArgs};
 
 const SENTENCE: &str = "The pass key of the old lighthouse is 48213. Remember it. 48213 is the pass key.";
 const QUESTION: &str = "What is the pass key of the old lighthouse? The pass key is";

@@ -17,8 +17,9 @@ use landmarkdb_lab::eval::Capture;
 
 use super::Context;
 use super::error::CliError;
+use super::numbers::{integer, number, top_k};
 use super::output::{Report, plural, size, table, write_table};
-use super::settings::{faiss_index, integer, number, top_k, word};
+use super::settings::{faiss_index, word};
 
 /// Choose the engine that answers a collection's lookups.
 ///

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use landmarkdb::WORK_BYTES;
 use landmarkdb_grpc::server::{ServeOptions, WORKERS_MAX};
 
-use super::settings::{from_one, integer};
+use super::numbers::{from_one, integer};
 
 /// What one source says. See [`ServiceLimits::out_of_range`].
 #[derive(clap::Args, Clone, Debug, Default, Deserialize, PartialEq)]

@@ -11,6 +11,7 @@ mod faults;
 mod global;
 mod hints;
 mod logging;
+mod numbers;
 mod open;
 mod output;
 mod report;

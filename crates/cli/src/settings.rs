@@ -1,12 +1,10 @@
 //! Arguments that the commands with a model share, and what they mean.
 
 use std::ffi::OsStr;
-use std::fmt::Display;
-use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use landmarkdb::limits;
 use landmarkdb::{
@@ -17,6 +15,7 @@ use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
 
 use super::Context;
 use super::error::CliError;
+use super::numbers::{from_one, integer};
 
 /// Words of a flag, and what the help says of each.
 pub(super) type Explained = &'static [(&'static str, &'static str)];
@@ -331,41 +330,6 @@ pub(super) fn typed<A: clap::Args>(words: &[&OsStr]) -> A {
     let command = A::augment_args(clap::Command::new("landmarkdb")).no_binary_name(true);
     let matches = command.try_get_matches_from(words);
     matches.and_then(|matches| A::from_arg_matches(&matches)).expect("every word that the command needs")
-}
-
-/// For `value_parser`: an integer of a range.
-pub(super) fn integer<T>(range: RangeInclusive<u32>) -> RangedI64ValueParser<T>
-where
-    T: TryFrom<i64, Error: std::error::Error + Send + Sync> + Clone + Send + Sync + 'static,
-{
-    RangedI64ValueParser::new().range(i64::from(*range.start())..=i64::from(*range.end()))
-}
-
-/// For `value_parser`: an integer of at least 1.
-pub(super) fn from_one<T>() -> RangedI64ValueParser<T>
-where
-    T: TryFrom<i64, Error: std::error::Error + Send + Sync> + Clone + Send + Sync + 'static,
-{
-    RangedI64ValueParser::new().range(1..)
-}
-
-/// For `value_parser`: a number of a range, which may be open above.
-pub(super) fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync
-where
-    T: FromStr + PartialOrd + Display + Into<f64> + Copy + Send + Sync,
-{
-    let open = (*range.end()).into().is_infinite();
-    let expected =
-        if open { format!("{} or more", range.start()) } else { format!("{} to {}", range.start(), range.end()) };
-    move |typed| {
-        let number = typed.parse::<T>().ok().filter(|number| range.contains(number) && (*number).into().is_finite());
-        number.ok_or_else(|| format!("expected {expected}"))
-    }
-}
-
-/// For `value_parser`: how many blocks a choice may have.
-pub(super) fn top_k() -> RangedI64ValueParser<u32> {
-    integer(1..=limits::TOP_K_MAX)
 }
 
 /// For `value_parser`: FACTORY or FACTORY@EFFORT.

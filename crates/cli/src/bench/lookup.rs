@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use super::peers::PeerArgs;
 use crate::Context;
 use crate::error::CliError;
+use crate::numbers::{from_one, integer, top_k};
 use crate::output::{Report, plain_table, size, write_table};
-use crate::settings::{BLOCK_SCORE, GRANULARITY, explained, faiss_index, from_one, integer, one_of, top_k, word};
+use crate::settings::{BLOCK_SCORE, GRANULARITY, explained, faiss_index, one_of, word};
 use landmarkdb::{BlockScore, DType, Engine, Granularity, limits};
 use landmarkdb_lab::bench::{self, Keys, LookupReport, LookupSettings, Shape, Sizes, Skipped, Way};
 

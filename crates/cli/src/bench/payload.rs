@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use super::peers::PeerArgs;
 use crate::Context;
 use crate::error::CliError;
+use crate::numbers::from_one;
 use crate::output::{Report, count, plain_table, size, write_table};
-use crate::settings::from_one;
 use landmarkdb_lab::bench::{self, PayloadReport, PayloadSettings};
 
 /// Measure how fast pieces (K and V of one block, layer and KV head) come from the store, checked.

@@ -9,8 +9,9 @@ use super::source_text;
 use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
+use crate::numbers::{from_one, top_k};
 use crate::output::{Report, count, table, write_table};
-use crate::settings::{Explained, SetupArgs, explained, from_one, one_of, top_k};
+use crate::settings::{Explained, SetupArgs, explained, one_of};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Haystack, PasskeyCase, PasskeyScore, PasskeySettings, PasskeyTexts};
 

@@ -9,8 +9,9 @@ use super::source_text;
 use crate::Context;
 use crate::encode::token_bar;
 use crate::error::CliError;
+use crate::numbers::{from_one, top_k};
 use crate::output::{Report, table, write_table};
-use crate::settings::{SetupArgs, from_one, one_of, top_k};
+use crate::settings::{SetupArgs, one_of};
 use landmarkdb::DType;
 use landmarkdb_lab::eval::{self, Perplexity, PerplexityMode, PerplexitySettings};
 
