@@ -318,12 +318,9 @@ impl Repairs {
         };
         let each = || blocks.iter().map(|(title, &lost)| format!("{} of {title}", plural(lost, "block"))).collect();
         let mut losses: Vec<String> = if named { each() } else { several() };
-        let missing = self.missing_collections.len() as u64;
-        losses.extend(
-            [(missing, "collection"), (others, "part that is listed above")]
-                .into_iter()
-                .filter_map(|(number, what)| (number > 0).then(|| plural(number, what))),
-        );
+        let missing = (self.missing_collections.len() as u64, "collection");
+        let rest = [missing, (others, "other record")].into_iter().filter(|&(number, _)| number > 0);
+        losses.extend(rest.map(|(number, what)| plural(number, what)));
         losses.join(", ")
     }
 }
