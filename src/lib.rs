@@ -85,8 +85,8 @@ pub use api::{
     StoredBlock, Tensor, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, VerifyReport, check_together,
 };
 pub use attention::{
-    AtHandBlock, AttentionError, BlockAttention, BlockReads, CHUNK_TOKENS, CountedFrom, HeadReads, Layers, NewTokens,
-    Place, Retrieval, SequenceAttention, Window,
+    AtHandReads, AttentionError, BlockAttention, BlockReads, CHUNK_TOKENS, CountedFrom, HeadReads, Layers, NewTokens,
+    Place, Reads, Retrieval, SequenceAttention, Window,
 };
 #[cfg(feature = "local")]
 pub use memory::{GPU_CACHE_BYTES, LocalMemory, WORK_BYTES, keys_bytes};

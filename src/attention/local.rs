@@ -133,6 +133,8 @@ pub(crate) struct LocalAttention {
     pub(crate) out: Vec<f32>,
     /// `(rows)`: log-sum-exp.
     pub(crate) lse: Vec<f32>,
+    /// `(rows, segments)`: the share of each segment that [`attend`] was given.
+    pub(crate) shares: Vec<f32>,
 }
 
 /// What one KV head has at hand.
@@ -145,8 +147,15 @@ pub(crate) struct AtHand<'a> {
 }
 
 /// Attends to the window, of which the run's first token sees `visible` rows and each further token one more, and to all
-/// of lead and sink. Rows are `(T, G)`.
-pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rule: Rule) -> LocalAttention {
+/// of lead and sink. Rows are `(T, G)`. `segments` are lengths in tokens, from the first of the lead on: which parts of what all
+/// rows see are told apart in [`LocalAttention::shares`].
+pub(crate) fn attend(
+    queries: &HeadQueries,
+    at_hand: AtHand,
+    visible: usize,
+    rule: Rule,
+    segments: &[usize],
+) -> LocalAttention {
     let HeadQueries { group, head_dim, .. } = *queries;
     let AtHand { lead, sink, window } = at_hand;
     let rows = queries.window.len() / head_dim;
@@ -173,10 +182,17 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
 
         let mut lse = Vec::with_capacity(rows);
         let mut sums = Vec::with_capacity(rows);
+        let mut shares = Vec::with_capacity(rows * segments.len());
         for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
             let (seen, future) = scores.split_at_mut(before + visible + row / group);
             let (log_sum_exp, sum) = rule.weigh(lead_rows, seen);
             future.fill(0.0);
+            let mut rest = &*seen;
+            for &tokens in segments {
+                let (segment, after) = rest.split_at(tokens);
+                shares.push(segment.iter().sum::<f32>() / sum);
+                rest = after;
+            }
             sums.push(sum);
             lse.push(log_sum_exp);
         }
@@ -194,7 +210,7 @@ pub(crate) fn attend(queries: &HeadQueries, at_hand: AtHand, visible: usize, rul
         for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
             out.iter_mut().for_each(|x| *x /= sum);
         }
-        LocalAttention { out, lse }
+        LocalAttention { out, lse, shares }
     })
 }
 
@@ -286,12 +302,28 @@ mod tests {
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v } };
-            let LocalAttention { out, lse } = attend(&queries, at_hand, visible, rule);
+            // The sink in two segments where it can be cut, and the window's tokens that every query sees.
+            let segments = [sink / 2, sink - sink / 2, visible - 1];
+            let LocalAttention { out, lse, shares } = attend(&queries, at_hand, visible, rule, &segments);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
                 let (want, want_lse) =
                     defined(rule, &q[row * d..][..d], &[&sink_k, &k[..seen]].concat(), &[&sink_v, &v[..seen]].concat());
                 assert!((lse[row] as f64 - want_lse).abs() < 1e-5);
+                if rule.normalisation == Normalisation::Plain {
+                    let keys = [&sink_k[..], &k].concat();
+                    let weights = keys.chunks(d).map(|key| {
+                        let score: f64 = q[row * d..][..d].iter().zip(key).map(|(a, b)| *a as f64 * *b as f64).sum();
+                        (score - want_lse).exp()
+                    });
+                    let weights: Vec<f64> = weights.collect();
+                    let mut from = 0;
+                    for (&tokens, share) in segments.iter().zip(&shares[row * 3..]) {
+                        let want: f64 = weights[from..from + tokens].iter().sum();
+                        assert!((*share as f64 - want).abs() < 1e-5, "{share} {want}");
+                        from += tokens;
+                    }
+                }
                 for (got, want) in out[row * d..][..d].iter().zip(want) {
                     assert!((*got as f64 - want).abs() < 1e-5, "{tokens} {group} {d} {sink} {visible}");
                 }
@@ -312,9 +344,9 @@ mod tests {
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let (lead, sink) = (HeadKv { k: &lead_k, v: &lead_v }, HeadKv { k: &sink_k, v: &sink_v });
             let window = HeadKv { k: &k, v: &v };
-            let found = attend(&queries, AtHand { lead, sink, window }, visible, rule);
+            let found = attend(&queries, AtHand { lead, sink, window }, visible, rule, &[]);
 
-            let mut want = attend(&queries, AtHand { lead: NONE, sink, window }, visible, rule);
+            let mut want = attend(&queries, AtHand { lead: NONE, sink, window }, visible, rule, &[]);
             let plain: Vec<_> = q.chunks(d).map(|q| defined(PLAIN, q, &lead_k, &lead_v)).collect();
             let is_landmark = |row: usize| {
                 normalisation == Normalisation::Hidden && (visible + row / group).is_multiple_of(rule.block_tokens)
@@ -340,7 +372,7 @@ mod tests {
         let part = |range: std::ops::Range<usize>| {
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
             let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };
-            attend(&queries, AtHand { lead: NONE, sink: NONE, window: kv }, range.len(), PLAIN)
+            attend(&queries, AtHand { lead: NONE, sink: NONE, window: kv }, range.len(), PLAIN, &[])
         };
         let mut merged = part(0..13);
         let other = part(13..40);

@@ -36,9 +36,9 @@ mod trace;
 mod window;
 mod writer;
 
-pub use session::{AtHandBlock, BlockAttention, Place};
+pub use session::BlockAttention;
 pub use settings::{CHUNK_TOKENS, CountedFrom, Layers, Retrieval, Window};
-pub use trace::{BlockReads, HeadReads};
+pub use trace::{AtHandReads, BlockReads, HeadReads, Place, Reads};
 pub use writer::NewTokens;
 
 use crate::api::MemoryError;

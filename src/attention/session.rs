@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
 use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, LocalAttention};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
-use crate::attention::trace::{BlockReads, Heads, Trace};
+use crate::attention::trace::{AtHandReads, Heads, Place, Reads, Trace};
 use crate::attention::window::{Lead, LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
@@ -37,7 +37,8 @@ pub struct BlockAttention {
     lead: Lead,
     /// Tokens by which the longest tail of the lead begins before the window.
     overhang: usize,
-    at_hand: Vec<AtHandBlock>,
+    /// Tokens of each block at hand, in the order of [`local::AtHand`]; none where they are not told apart.
+    segments: Vec<usize>,
     link: Option<Link>,
     writer: Option<Writer>,
     /// Tokens that all layers have seen.
@@ -55,26 +56,6 @@ struct Link {
     fixed: Vec<BlockRange>,
     /// The document that is written, and its first eligible block.
     growing: Option<(DocumentId, u32)>,
-}
-
-/// A block that every layer and head reads, without choosing it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AtHandBlock {
-    /// A full block or, with index `blocks` of its document, a tail.
-    pub block: BlockId,
-    /// Why the block is at hand.
-    pub place: Place,
-}
-
-/// Where a block at hand lies. Exhaustive, because citations name each place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// The first block of the first document.
-    Sink,
-    /// Tokens after the last full block of an earlier document.
-    Tail,
-    /// The end of the last document, its tail included.
-    Window,
 }
 
 /// See [`Window`].
@@ -169,7 +150,9 @@ impl BlockAttention {
         let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
         session.load_lead(memory.as_ref(), earlier)?;
         let windowed = (session.window.base() / shape.block_tokens as usize) as u32;
-        session.at_hand = at_hand(&documents, session.has_sink(), windowed);
+        let (at_hand, segments) = at_hand(&documents, session.has_sink(), windowed, shape.block_tokens);
+        session.segments = segments;
+        session.trace = Trace::new(at_hand);
         let eligible = documents.iter().enumerate().map(|(index, document)| {
             let end = if document.id == last.id { windowed } else { document.blocks };
             let first = (window.sink && index == 0) as u32;
@@ -224,7 +207,7 @@ impl BlockAttention {
             sink,
             lead: Lead::default(),
             overhang: 0,
-            at_hand: Vec::new(),
+            segments: Vec::new(),
             link: None,
             writer: None,
             position: base,
@@ -305,15 +288,9 @@ impl BlockAttention {
         Ok(())
     }
 
-    /// The retrieved blocks that were read since the last call, by falling mass.
-    pub fn take_reads(&mut self) -> Vec<BlockReads> {
+    /// Where attention went since the last call.
+    pub fn take_reads(&mut self) -> Reads {
         self.trace.take()
-    }
-
-    /// The blocks that all layers and heads of a [`read`](Self::read) sequence read without choosing them, in the order of
-    /// the documents. Empty for other sequences.
-    pub fn at_hand(&self) -> &[AtHandBlock] {
-        &self.at_hand
     }
 
     /// Checks that layers come in order, and at the first one prepares for the group.
@@ -461,7 +438,7 @@ impl BlockAttention {
         let queries = HeadQueries { window: &queries, sink: &sink_queries, group, head_dim: d };
         let rule = local::Rule { normalisation: self.normalisation, block_tokens };
         let lead = self.lead.head(layer * shape.kv_heads as usize + kv_head);
-        local::attend(&queries, AtHand { lead, sink, window }, visible, rule)
+        local::attend(&queries, AtHand { lead, sink, window }, visible, rule, &self.segments)
     }
 
     /// Tokens from the first position at hand to a query.
@@ -490,15 +467,19 @@ impl BlockAttention {
         let join = |(run, heads): (&Run, &[LocalAttention])| {
             let mut out = vec![0.0; run.tokens.len() * query_heads * d];
             let mut lse = vec![0.0; run.tokens.len() * query_heads];
+            let segments = self.segments.len();
+            let mut shares = vec![0.0; run.tokens.len() * query_heads * segments];
             for (kv_head, head) in heads.iter().enumerate() {
                 for token in 0..run.tokens.len() {
                     let first = token * query_heads + kv_head * group;
                     let from = token * group..(token + 1) * group;
                     out[first * d..(first + group) * d].copy_from_slice(&head.out[from.start * d..from.end * d]);
+                    let of_segments = from.start * segments..from.end * segments;
+                    shares[first * segments..(first + group) * segments].copy_from_slice(&head.shares[of_segments]);
                     lse[first..first + group].copy_from_slice(&head.lse[from]);
                 }
             }
-            LocalAttention { out, lse }
+            LocalAttention { out, lse, shares }
         };
         runs.iter().zip(heads.chunks_exact(kv_heads)).map(join).collect()
     }
@@ -510,6 +491,7 @@ impl BlockAttention {
         let slots: Vec<usize> =
             requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
         let mut partials = self.attend_at_hand(layer, &runs, &slots, q);
+        let mut retrieved: Vec<Vec<f32>> = partials.iter().map(|partial| vec![0.0; partial.lse.len()]).collect();
         if let Some(link) = &self.link {
             let asking = requests.into_iter().enumerate().filter_map(|(run, request)| Some((run, request?)));
             let (asking, requests): (Vec<usize>, Vec<AttendRequest>) = asking.unzip();
@@ -518,7 +500,11 @@ impl BlockAttention {
                 let attended = attended?;
                 let shares = local::merge(&mut partials[run], &attended.out, &attended.lse);
                 self.trace.add(layer, &attended.hits, link.retrieval.granularity, &shares, heads);
+                retrieved[run] = shares;
             }
+        }
+        for (partial, retrieved) in partials.iter().zip(&retrieved) {
+            self.trace.add_local(&partial.shares, retrieved);
         }
         Ok(partials.into_iter().flat_map(|partial| partial.out).collect())
     }
@@ -557,23 +543,29 @@ impl Sliding {
     }
 }
 
-/// What is at hand of `documents`: the sink, the tails of all but the last, and the last from block `windowed` on.
-fn at_hand(documents: &[&DocumentInfo], sink: bool, windowed: u32) -> Vec<AtHandBlock> {
-    let mut blocks = Vec::new();
+/// What is at hand of `documents`, in the order of [`AtHand`]: the tails of all but the last, the sink, and the last from block
+/// `windowed` on; and how many tokens each has.
+fn at_hand(
+    documents: &[&DocumentInfo],
+    sink: bool,
+    windowed: u32,
+    block_tokens: u32,
+) -> (Vec<AtHandReads>, Vec<usize>) {
+    let (mut blocks, mut tokens) = (Vec::new(), Vec::new());
     let mut push = |document: &DocumentInfo, index, place| {
-        blocks.push(AtHandBlock { block: BlockId { document: document.id, index }, place });
+        let is_tail = index == document.blocks;
+        blocks.push(AtHandReads { block: BlockId { document: document.id, index }, place, mass: 0.0 });
+        tokens.push(if is_tail { document.tail_tokens } else { block_tokens } as usize);
     };
-    for (number, document) in documents.iter().enumerate() {
-        let is_last = number + 1 == documents.len();
-        let from = if is_last { windowed } else { document.blocks };
-        let end = document.blocks + (document.tail_tokens > 0) as u32;
-        if number == 0 && sink && from > 0 {
-            push(document, 0, Place::Sink);
-        }
-        let place = if is_last { Place::Window } else { Place::Tail };
-        (from..end).for_each(|index| push(document, index, place));
+    let Some((last, earlier)) = documents.split_last() else { return (blocks, tokens) };
+    let tails = earlier.iter().filter(|document| document.tail_tokens > 0);
+    tails.for_each(|document| push(document, document.blocks, Place::Tail));
+    if sink {
+        push(documents[0], 0, Place::Sink);
     }
-    blocks
+    let end = last.blocks + (last.tail_tokens > 0) as u32;
+    (windowed..end).for_each(|index| push(last, index, Place::Window));
+    (blocks, tokens)
 }
 
 impl Retrieval {

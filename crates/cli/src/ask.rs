@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, Sampling};
+use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, ReadFrom, Sampling};
 
 use super::Context;
 use super::error::CliError;
@@ -95,7 +95,9 @@ pub(super) struct Answered {
     /// From the question to the first piece of the answer, with the model loaded.
     pub(super) first_token_s: f64,
     total_s: f64,
-    /// What was read: retrieved blocks, heaviest first, then those at hand, in the order of the documents.
+    /// Share of all attention that went to question and answer themselves; the blocks have the rest.
+    own_share: f64,
+    /// What was read: retrieved blocks, heaviest first, then those at hand: tails, the sink, the window.
     blocks: Vec<BlockRead>,
     /// How many of them the table shows.
     #[serde(skip)]
@@ -115,8 +117,8 @@ struct BlockRead {
     /// retrieved; or at hand for every layer and head: sink (the first block of the first document), tail (an earlier
     /// document's tokens after its last full block) or window (the end of the last document).
     from: String,
-    /// Estimated share of the attention that went to retrieved blocks; none for blocks at hand.
-    share: Option<f64>,
+    /// Share of all attention of question and answer; of retrieved blocks an estimate.
+    share: f64,
     /// Which layers and KV heads chose the block, and for how many query tokens times query heads; none for blocks at hand.
     heads: Vec<HeadRead>,
     text_start_bytes: u64,
@@ -199,6 +201,7 @@ impl Answered {
     ) -> Result<Self, CliError> {
         let shape = &collection.spec.shape;
         let citations = model::citations(answer, memory, documents)?;
+        let read: f64 = citations.iter().map(|citation| citation.share).sum();
         let incomplete = documents.iter().filter(|document| !document.sealed);
         Ok(Answered {
             question: question.into(),
@@ -218,6 +221,7 @@ impl Answered {
                 .collect(),
             first_token_s: answer.first_token.as_secs_f64(),
             total_s: answer.total.as_secs_f64(),
+            own_share: (1.0 - read).max(0.0),
             blocks: citations.into_iter().map(BlockRead::from).collect(),
             shown,
             heads_count: shape.pieces(),
@@ -243,9 +247,13 @@ impl From<Citation> for BlockRead {
 }
 
 impl BlockRead {
+    fn is_retrieved(&self) -> bool {
+        self.from == ReadFrom::Retrieved.to_string()
+    }
+
     /// `12 of 90 heads, layers 3-29`
     fn choosers(&self, heads_count: usize) -> String {
-        if self.share.is_none() {
+        if !self.is_retrieved() {
             return format!("all ({})", self.from);
         }
         let layers: BTreeSet<u32> = self.heads.iter().map(|head| head.layer).collect();
@@ -265,7 +273,7 @@ impl Report for Answered {
             writeln!(to, "no answer: {}", self.why_empty())?;
         }
         writeln!(to)?;
-        let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.share.is_some());
+        let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.is_retrieved());
         if retrieved.is_empty() {
             writeln!(to, "nothing was retrieved: the documents are at hand as a whole")?;
         }
@@ -283,7 +291,7 @@ impl Report for Answered {
                 } else {
                     format!("{}-{}", block.block, run[run.len() - 1].block)
                 },
-                block.share.map(|share| format!("{:.1} %", 100.0 * share)).unwrap_or_default(),
+                percent(run.iter().map(|block| block.share).sum()),
                 block.choosers(self.heads_count),
                 excerpt(block.text.as_bytes(), EXCERPT_CHARS),
             ]);
@@ -298,6 +306,14 @@ impl Report for Answered {
             writeln!(to, "and {} at hand", plural(rest, "block"))?;
         }
         writeln!(to)?;
+        let sum = |blocks: &[&BlockRead]| percent(blocks.iter().map(|block| block.share).sum());
+        writeln!(
+            to,
+            "of all attention {} went to retrieved blocks, {} to blocks at hand, {} to question and answer",
+            sum(&retrieved),
+            sum(&at_hand),
+            percent(self.own_share)
+        )?;
         for Incomplete { document, tokens } in &self.incomplete {
             let tokens = plural(*tokens, "token");
             let encode = self.hints.command("encode");
@@ -314,6 +330,10 @@ impl Report for Answered {
             self.total_s
         )
     }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }
 
 impl Answered {

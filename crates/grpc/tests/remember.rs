@@ -99,7 +99,7 @@ fn in_process_and_remote_agree_bit_for_bit() {
                     write(memory, &format!("{name} {granularity}"), payload, Some(retrieval(3, granularity)));
                 let out = text.feed(&mut session, 0, TOKENS, 16);
                 session.flush().unwrap();
-                let reads = session.take_reads();
+                let reads = session.take_reads().retrieved;
                 (out, reads.iter().map(|read| (read.block.index, read.mass.to_bits())).collect::<Vec<_>>())
             };
             assert_eq!(run(&memory, "in process"), run(&served.remote, "remote"), "{granularity}, {payload}");
@@ -184,7 +184,7 @@ fn several_documents_are_read_together() {
         let retrieval = retrieval(3, Granularity::TokenHead);
         let mut session = BlockAttention::read(memory.clone(), &collection, documents, WINDOW, retrieval).unwrap();
         let out = text.feed(&mut session, 64, 72, 8);
-        (out, session.take_reads())
+        (out, session.take_reads().retrieved)
     };
     let (one, _) = ask(&documents[..1]);
     let (three, reads) = ask(&documents);

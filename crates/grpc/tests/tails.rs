@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::{Activations, difference, spec};
 use landmarkdb::{
-    AtHandBlock, BlockAttention, BlockId, BlockMemory, DType, DocumentInfo, LocalMemory, Normalisation, Place,
+    AtHandReads, BlockAttention, BlockId, BlockMemory, DType, DocumentInfo, LocalMemory, Normalisation, Place,
     Retrieval, Window,
 };
 
@@ -38,14 +38,20 @@ fn read(
     memory: &Arc<dyn BlockMemory>,
     documents: &[&DocumentInfo],
     normalisation: Normalisation,
-) -> (Vec<Vec<f32>>, Vec<AtHandBlock>) {
+) -> (Vec<Vec<f32>>, Vec<AtHandReads>) {
     let collection = memory.collections().unwrap().remove(0);
     let documents: Vec<DocumentInfo> = documents.iter().map(|&document| document.clone()).collect();
     let retrieval = Retrieval::default();
     let session = BlockAttention::read(memory.clone(), &collection, &documents, window(normalisation), retrieval);
     let mut session = session.unwrap();
     let outs = Activations::random(2, 99).feed(&mut session, 0, 2, 2);
-    (outs, session.at_hand().to_vec())
+    let reads = session.take_reads();
+    let retrieved: f64 = reads.retrieved.iter().map(|read| read.mass).sum();
+    let at_hand: f64 = reads.at_hand.iter().map(|read| read.mass).sum();
+    // 2 tokens, 2 layers, 4 query heads.
+    assert!((retrieved + at_hand + reads.own_mass - 16.0).abs() < 1e-4, "{reads:?}");
+    assert!(reads.own_mass > 0.0 && reads.at_hand.iter().all(|read| read.mass > 0.0), "{reads:?}");
+    (outs, reads.at_hand)
 }
 
 #[test]
@@ -56,8 +62,8 @@ fn the_order_of_short_documents_changes_nothing() {
         let (outs, at_hand) = read(&memory, &[a, b, c], normalisation);
         assert!(difference(&outs, &read(&memory, &[c, a, b], normalisation).0) < 1e-5);
         assert!(difference(&outs, &read(&memory, &[b, c], normalisation).0) > 1e-3, "all three are read");
-        let tail =
-            |document: &DocumentInfo, place| AtHandBlock { block: BlockId { document: document.id, index: 0 }, place };
+        let at_hand: Vec<_> = at_hand.iter().map(|read| (read.block, read.place)).collect();
+        let tail = |document: &DocumentInfo, place| (BlockId { document: document.id, index: 0 }, place);
         assert_eq!(at_hand, [tail(a, Place::Tail), tail(b, Place::Tail), tail(c, Place::Window)]);
     }
 }
@@ -82,13 +88,13 @@ fn a_first_document_without_a_full_block_has_no_sink() {
 }
 
 #[test]
-fn sink_tails_and_window_are_named_in_the_order_of_the_documents() {
+fn tails_sink_and_window_are_named() {
     let (_folder, memory, documents) = memory(&[19, 8, 45]);
     let (_, at_hand) = read(&memory, &documents.iter().collect::<Vec<_>>(), Normalisation::Plain);
     let places: Vec<(u64, u32, Place)> =
         at_hand.iter().map(|at_hand| (at_hand.block.document.0, at_hand.block.index, at_hand.place)).collect();
     let [a, _, c] = [&documents[0], &documents[1], &documents[2]];
     let window = (3..6).map(|index| (c.id.0, index, Place::Window));
-    let before = [(a.id.0, 0, Place::Sink), (a.id.0, 2, Place::Tail)];
+    let before = [(a.id.0, 2, Place::Tail), (a.id.0, 0, Place::Sink)];
     assert_eq!(places, before.into_iter().chain(window).collect::<Vec<_>>());
 }

@@ -87,7 +87,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = GenerateOptions { max_tokens: 32, ..GenerateOptions::default() };
     let question = Question { documents: &[document], prompt: "Anne ", window, retrieval, options };
     let answer = ask(&model, &memory, &collection, &question, &mut |_| {})?;
-    println!("Anne {:?}, from {} of the blocks", answer.generated.text, answer.reads.len());
+    println!("Anne {:?}, from {} of the blocks", answer.generated.text, answer.reads.retrieved.len());
     Ok(())
 }
 

@@ -6,19 +6,15 @@ use std::time::{Duration, Instant};
 use super::LoadedModel;
 use super::error::RememberError;
 use super::generate::{GenerateOptions, Generated, generate};
-use landmarkdb::{
-    AtHandBlock, BlockAttention, BlockMemory, BlockReads, CollectionInfo, DocumentInfo, Retrieval, Window,
-};
+use landmarkdb::{BlockAttention, BlockMemory, CollectionInfo, DocumentInfo, Reads, Retrieval, Window};
 
 /// An answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     /// The answer's tokens and text, and why it ended.
     pub generated: Generated,
-    /// Which blocks were retrieved for the prompt and the answer, heaviest first.
-    pub reads: Vec<BlockReads>,
-    /// Which blocks all layers and heads read besides, without choosing them.
-    pub at_hand: Vec<AtHandBlock>,
+    /// Where the attention of prompt and answer went.
+    pub reads: Reads,
     /// Tokens of the prompt, landmarks not counted.
     pub prompt_tokens: usize,
     /// From the call to the first piece of the answer: window and sink read back, prompt through the model, blocks
@@ -74,7 +70,6 @@ pub fn ask(
     Ok(Answer {
         generated,
         reads: session.take_reads(),
-        at_hand: session.at_hand().to_vec(),
         prompt_tokens: prompt.len(),
         first_token: first_token.unwrap_or(total),
         total,

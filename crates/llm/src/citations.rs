@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::ask::Answer;
-use landmarkdb::{BlockId, BlockMemory, BlockRange, DocumentInfo, HeadReads, MemoryError, Place};
+use landmarkdb::{BlockId, BlockMemory, BlockRange, DocumentInfo, HeadReads, MemoryError, Place, Reads};
 
 /// A block that an answer was read from.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,10 +15,10 @@ pub struct Citation {
     pub block: BlockId,
     /// Retrieved from the memory, or a place at hand.
     pub from: ReadFrom,
-    /// The block's part of the attention that retrieved blocks received, 0 to 1; over all of them the shares sum to 1. The
-    /// sum runs over the tokens of prompt and answer, layers and query heads. It is an estimate: the score of the block's
-    /// keys stands for the attention to its tokens. `None` for blocks at hand, whose attention is not measured.
-    pub share: Option<f64>,
+    /// The block's part of all attention of prompt and answer, 0 to 1: over tokens, layers and query heads. What the shares of
+    /// all citations leave out of 1 went to prompt and answer themselves. Of retrieved blocks an estimate: the scores of their
+    /// keys divide the attention that they had together.
+    pub share: f64,
     /// Which KV heads of which layers chose the block, and how often. Empty for blocks at hand, which all heads read.
     pub heads: Vec<HeadReads>,
     /// Where `text` begins in the document's source text, in bytes.
@@ -40,8 +40,8 @@ pub enum ReadFrom {
     Window,
 }
 
-/// The blocks that an answer was read from: those that were retrieved, heaviest first, then those at hand, in the order of
-/// the documents.
+/// The blocks that an answer was read from: those that were retrieved, heaviest first, then those at hand: tails, the sink, the
+/// window.
 ///
 /// `memory` and `documents` are those that the question was asked of. The memory is called once for each run of consecutive
 /// blocks of a document. Gaps between runs stay unread: damage there has no part in the answer and is no error.
@@ -53,29 +53,28 @@ pub fn citations(
     memory: &dyn BlockMemory,
     documents: &[DocumentInfo],
 ) -> Result<Vec<Citation>, MemoryError> {
-    let (reads, at_hand) = (answer.reads.iter(), answer.at_hand.iter());
+    let Reads { retrieved, at_hand, own_mass } = &answer.reads;
+    let (reads, at_hand) = (retrieved.iter(), at_hand.iter());
     let blocks = reads.clone().map(|read| read.block).chain(at_hand.clone().map(|read| read.block));
     let texts = texts(memory, &blocks.collect())?;
-    let cite = |block: BlockId, from| {
+    let masses = reads.clone().map(|read| read.mass).chain(at_hand.clone().map(|read| read.mass));
+    let all = (masses.sum::<f64>() + own_mass).max(f64::MIN_POSITIVE);
+    let cite = |block: BlockId, from, mass: f64| {
         let document = documents.iter().find(|document| document.id == block.document);
         let (text_start_bytes, text) = texts.get(&block).cloned().unwrap_or_default();
         Citation {
             document: document.map(|document| document.name.clone()).unwrap_or_default(),
             block,
             from,
-            share: None,
+            share: mass / all,
             heads: Vec::new(),
             text_start_bytes,
             text,
         }
     };
-    let mass: f64 = reads.clone().map(|read| read.mass).sum();
-    let retrieved = reads.map(|read| Citation {
-        share: Some(read.mass / mass.max(f64::MIN_POSITIVE)),
-        heads: read.heads.clone(),
-        ..cite(read.block, ReadFrom::Retrieved)
-    });
-    Ok(retrieved.chain(at_hand.map(|read| cite(read.block, read.place.into()))).collect())
+    let retrieved =
+        reads.map(|read| Citation { heads: read.heads.clone(), ..cite(read.block, ReadFrom::Retrieved, read.mass) });
+    Ok(retrieved.chain(at_hand.map(|read| cite(read.block, read.place.into(), read.mass))).collect())
 }
 
 /// Of each block where its text begins in the source text, in bytes, and the text.

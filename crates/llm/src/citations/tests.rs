@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::{Finish, Generated};
 use landmarkdb::{
-    AtHandBlock, BlockReads, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, LocalMemory, ModelShape,
+    AtHandReads, BlockReads, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, LocalMemory, ModelShape,
     Rope, Sha256Digest, Until, *,
 };
 
@@ -101,11 +101,10 @@ fn spec() -> CollectionSpec {
     }
 }
 
-fn answer(reads: Vec<BlockReads>, at_hand: Vec<AtHandBlock>) -> Answer {
+fn answer(retrieved: Vec<BlockReads>, at_hand: Vec<AtHandReads>) -> Answer {
     Answer {
         generated: Generated { ids: Vec::new(), text: String::new(), finish: Finish::Stop },
-        reads,
-        at_hand,
+        reads: Reads { retrieved, at_hand, own_mass: 4.0 },
         prompt_tokens: 1,
         first_token: Duration::ZERO,
         total: Duration::ZERO,
@@ -127,7 +126,7 @@ fn blocks_that_were_read_are_cited_in_order_with_one_call_for_a_run() {
         mass,
         heads: vec![head(0, 9), head(index, 1)],
     };
-    let at_hand = |document, index, place| AtHandBlock { block: BlockId { document, index }, place };
+    let at_hand = |document, index, place| AtHandReads { block: BlockId { document, index }, place, mass: 1.0 };
     let answer = answer(
         vec![read(last, 1, 3.0), read(first, 4, 2.0), read(first, 2, 1.5), read(first, 3, 1.0), read(last, 3, 0.5)],
         vec![
@@ -156,9 +155,8 @@ fn blocks_that_were_read_are_cited_in_order_with_one_call_for_a_run() {
     ];
     assert_eq!(rows, expected);
 
-    let shares: Vec<f64> = cited.iter().filter_map(|cited| cited.share).collect();
-    assert_eq!(shares, [3.0, 2.0, 1.5, 1.0, 0.5].map(|mass| mass / 8.0));
-    assert_eq!(shares.iter().sum::<f64>(), 1.0);
+    let shares: Vec<f64> = cited.iter().map(|cited| cited.share).collect();
+    assert_eq!(shares, [3.0, 2.0, 1.5, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0].map(|mass| mass / 16.0));
     let heads: Vec<usize> = cited.iter().map(|cited| cited.heads.len()).collect();
     assert_eq!(heads, [2, 2, 2, 2, 2, 0, 0, 0, 0]);
     assert_eq!(cited[1].heads, [head(0, 9), head(4, 1)]);
@@ -181,6 +179,6 @@ fn a_document_that_is_gone_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let memory = Counting { inner: LocalMemory::open(folder.path()).unwrap(), asked: Mutex::default() };
     let block = BlockId { document: DocumentId(7), index: 0 };
-    let answer = answer(Vec::new(), vec![AtHandBlock { block, place: Place::Window }]);
+    let answer = answer(Vec::new(), vec![AtHandReads { block, place: Place::Window, mass: 1.0 }]);
     assert!(matches!(citations(&answer, &memory, &[]), Err(MemoryError::NotFound { .. })));
 }
