@@ -235,6 +235,10 @@ CASES = {
             max_position_embeddings=256, original_max_position_embeddings=64, partial_rotary_factor=0.75,
             rope_parameters=longrope(6, partial_rotary_factor=0.75),
         ),
+        without=[
+            dict(partial_rotary_factor=1.0, rope_parameters=longrope(8, partial_rotary_factor=1.0)),
+            dict(rope_parameters=longrope(6, partial_rotary_factor=0.75, long_factor=longrope(6)["short_factor"])),
+        ],
     ),
     "granite": Case(
         "granite", arch="granite", what="the four multipliers",
@@ -462,17 +466,48 @@ def write(name, case):
         folder.mkdir(parents=True)
         write_gguf(folder / "model.gguf", name, case.arch, model)
     model.to(getattr(torch, case.dtype)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if case.model_type not in ("ministral3",):
+        (folder / "older").mkdir()
+        (folder / "older/config.json").write_text(json.dumps(older(config), indent=2) + "\n")
     (folder / "golden").mkdir()
     save_file(tensors, folder / "golden" / f"{name}.safetensors")
     sizes = [path.stat().st_size // 1024 for path in (folder / "model.safetensors", folder / "model.gguf") if path.exists()]
     print(f"{name}: {sizes} KiB, largest logit {float(tensors['p.logits_last'].abs().max()):.1f}", flush=True)
 
 
+def older(config):
+    """The configuration as files from before transformers 5 have it, which most of those on the Hub are; none if it is no other."""
+    config = dict(config)
+    if "text_config" in config:
+        return config | {"text_config": older(config["text_config"])}
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        pattern = config.pop("_sliding_window_pattern")
+        if all((kind == "full_attention") == ((i + 1) % pattern == 0) for i, kind in enumerate(config["layer_types"])):
+            config["sliding_window_pattern"] = pattern
+            del config["layer_types"]
+    rope = dict(rope)
+    config["rope_theta"] = rope.pop("rope_theta")
+    config.pop("partial_rotary_factor", None)
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if config["model_type"] == "phi3":
+        rope.pop("original_max_position_embeddings", None)
+    kind = rope.pop("rope_type")
+    old_name = "rope_type" if kind == "llama3" or "rope_local_base_freq" in config else "type"
+    config["rope_scaling"] = None if kind == "default" else {old_name: kind} | rope
+    config["torch_dtype"] = config.pop("dtype")
+    return config
+
+
 def write_refused():
     for name, own in REFUSED.items():
-        config = AutoConfig.for_model(name.split("-")[0])
-        known = {key: value for key, value in SMALL.items() if hasattr(config, key)}
         model_type = name.split("-")[0]
+        config = AutoConfig.for_model(model_type)
+        known = {key: value for key, value in SMALL.items() if hasattr(config, key)}
         config = AutoConfig.for_model(model_type, **known | own)
         mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         config.architectures = [mapping[model_type]]
@@ -501,6 +536,10 @@ def check(name, case):
     read = dict(dtype=torch.float32, attn_implementation="eager")
     folder = auto.from_pretrained(FAMILIES / name, **read)
     print(f"{name}: folder {float((last_logits(folder, ids) - want).abs().max()):.1e}", end="")
+    if (FAMILIES / name / "older").exists():
+        config = AutoConfig.from_pretrained(FAMILIES / name / "older")
+        folder = auto.from_pretrained(FAMILIES / name, config=config, **read)
+        print(f", older {float((last_logits(folder, ids) - want).abs().max()):.1e}", end="")
     kinds = {".".join(key.split(".")[-2:]) for key, values in model.named_parameters() if values.dim() == 1 and "vision" not in key and "multi_modal" not in key}
     for kind in sorted(kinds):
         changed = build(name, case)
