@@ -431,7 +431,7 @@ def write_gguf(path, name, arch, model):
     config = model.config.to_dict()
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"tiny {name}")
+    writer.add_name("tiny")  # transformers and llama.cpp both read more into "mistral" or "phi3".
     extra = write_metadata(writer, arch, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_tokenizer(writer)
