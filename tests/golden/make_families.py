@@ -16,9 +16,15 @@ families/NAME/ is what `save_pretrained` writes, `model.gguf` beside it what lla
 golden/NAME.safetensors the recorded prompts of docs/golden.md: `p` of 100 tokens, `one` of a single one, which neither a rotation
 nor a window can change, and others where a case has them.
 
---check says of each case how far logits move when a part is left out (each kind of norm, of bias and of factor, and the settings
-that the case is about), and fails below 0.05. It also reads model.gguf back with transformers, first all of it, then its tensors alone,
-with the folder's config.json.
+--check says of each case how far the last logits of `p` move when a part is left out (each kind of norm and of bias, and the
+settings that the case is about), and fails below 0.05. It also prints how far from the recorded ones they are when others read
+the files:
+
+    folder        transformers, the folder
+    older         the same with older/config.json
+    gguf          transformers, model.gguf alone
+    gguf tensors  the same with the folder's config.json
+    llama.cpp     model.gguf, log-probabilities; where xllamacpp (2026.10.11549) is installed too
 """
 
 import json
@@ -26,6 +32,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -38,7 +45,7 @@ import numpy as np
 import torch
 import transformers
 import transformers.utils.logging
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 transformers.utils.logging.disable_progress_bar()
@@ -100,7 +107,14 @@ def longrope(rotary_dims, **more):
     } | more
 
 
-GEMMA_3 = SMALL | dict(num_hidden_layers=6, intermediate_size=40, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, rms_norm_eps=1e-6)
+GEMMA_3 = SMALL | dict(
+    num_hidden_layers=6,
+    intermediate_size=40,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=16,
+    rms_norm_eps=1e-6,
+)
 
 
 def gemma_rope(**scaling):
@@ -113,126 +127,217 @@ def gemma_rope(**scaling):
 CASES = {
     "llama": Case("llama", arch="llama", what="the plain model, tied", **SMALL | dict(rope_parameters=THETA)),
     "llama-bias": Case(
-        "llama", arch="llama", dtype="bfloat16", what="`attention_bias`, `mlp_bias`; untied",
+        "llama",
+        arch="llama",
+        dtype="bfloat16",
+        what="`attention_bias`, `mlp_bias`; untied",
         **SMALL | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False, rope_parameters=THETA),
     ),
     "llama-linear": Case(
-        "llama", arch="llama", what="RoPE linear, factor 4",
+        "llama",
+        arch="llama",
+        what="RoPE linear, factor 4",
         **SMALL | dict(rope_parameters=THETA | {"rope_type": "linear", "factor": 4.0}),
         without=[dict(rope_parameters=THETA)],
     ),
     "llama-llama3": Case(
-        "llama", arch="llama", what="RoPE llama3, all three ranges of wavelengths; head dim 16, not hidden / heads",
-        **SMALL | dict(
+        "llama",
+        arch="llama",
+        what="RoPE llama3, all three ranges of wavelengths; head dim 16, not hidden / heads",
+        **SMALL
+        | dict(
             head_dim=16,
-            rope_parameters=THETA | {
-                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            rope_parameters=THETA
+            | {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 128,
             },
         ),
         without=[dict(rope_parameters=THETA)],
     ),
     "llama-yarn": Case(
-        "llama", arch="llama", what="RoPE yarn, factor 4: attention factor 0.1 ln 4 + 1", **SMALL | dict(rope_parameters=YARN),
+        "llama",
+        arch="llama",
+        what="RoPE yarn, factor 4: attention factor 0.1 ln 4 + 1",
+        **SMALL | dict(rope_parameters=YARN),
         without=[dict(rope_parameters=THETA), dict(rope_parameters=YARN | {"attention_factor": 1.0})],
     ),
-    "qwen2": Case("qwen2", arch="qwen2", what="bias of q, k, v", **SMALL | dict(rope_parameters=THETA | {"rope_theta": 1000000.0})),
+    "qwen2": Case(
+        "qwen2", arch="qwen2", what="bias of q, k, v", **SMALL | dict(rope_parameters=THETA | {"rope_theta": 1000000.0})
+    ),
     "qwen2-yarn": Case(
-        "qwen2", arch="qwen2", what="the same with yarn; untied", dtype="bfloat16",
+        "qwen2",
+        arch="qwen2",
+        what="the same with yarn; untied",
+        dtype="bfloat16",
         **SMALL | dict(tie_word_embeddings=False, rope_parameters=YARN | {"rope_theta": 1000000.0}),
         without=[dict(rope_parameters=THETA | {"rope_theta": 1000000.0})],
     ),
     "qwen2-window": Case(
-        "qwen2", what="`use_sliding_window`, window 24 from layer `max_window_layers` = 1 on (a GGUF does not say it)",
-        **SMALL | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=24, max_window_layers=1, rope_parameters=THETA),
+        "qwen2",
+        what="`use_sliding_window`, window 24 from layer `max_window_layers` = 1 on (a GGUF does not say it)",
+        **SMALL
+        | dict(
+            num_hidden_layers=3, use_sliding_window=True, sliding_window=24, max_window_layers=1, rope_parameters=THETA
+        ),
         without=[dict(use_sliding_window=False)],
     ),
     "qwen3": Case(
-        "qwen3", arch="qwen3", what="norm of q and k per head; head dim 16, not hidden / heads; tied",
+        "qwen3",
+        arch="qwen3",
+        what="norm of q and k per head; head dim 16, not hidden / heads; tied",
         **SMALL | dict(head_dim=16, rope_parameters=THETA | {"rope_theta": 1000000.0}),
     ),
     "qwen3-untied": Case(
-        "qwen3", arch="qwen3", what="the same, untied", dtype="bfloat16",
+        "qwen3",
+        arch="qwen3",
+        what="the same, untied",
+        dtype="bfloat16",
         **SMALL | dict(head_dim=16, tie_word_embeddings=False, rope_parameters=THETA | {"rope_theta": 1000000.0}),
     ),
     "mistral": Case(
-        "mistral", arch="llama", what="`sliding_window` null; head dim 16, not hidden / heads; untied", dtype="bfloat16",
+        "mistral",
+        arch="llama",
+        what="`sliding_window` null; head dim 16, not hidden / heads; untied",
+        dtype="bfloat16",
         **SMALL | dict(head_dim=16, sliding_window=None, tie_word_embeddings=False, rope_parameters=THETA),
     ),
     "mistral-window": Case(
-        "mistral", what="`sliding_window` 24 in all layers (a GGUF of arch llama does not say it)",
+        "mistral",
+        what="`sliding_window` 24 in all layers (a GGUF of arch llama does not say it)",
         **SMALL | dict(sliding_window=24, rope_parameters=THETA),
         without=[dict(sliding_window=None)],
     ),
     "ministral3": Case(
-        "ministral3", arch="mistral3",
-        what="yarn with `mscale` = `mscale_all_dim`: attention factor 1; queries grow with their position (`llama_4_scaling_beta`)",
-        **SMALL | dict(
+        "ministral3",
+        arch="mistral3",
+        what="yarn, `mscale` = `mscale_all_dim`: attention factor 1; queries grow with position (`llama_4_scaling_beta`)",
+        **SMALL
+        | dict(
             head_dim=16,
-            rope_parameters=YARN | {
-                "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.5, "max_position_embeddings": 512,
+            rope_parameters=YARN
+            | {
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+                "max_position_embeddings": 512,
             },
         ),
         without=[dict(rope_parameters=dict(llama_4_scaling_beta=0.0)), dict(rope_parameters=dict(mscale=None))],
     ),
     "gemma3-270m": Case(
-        "gemma3_text", arch="gemma3", dtype="bfloat16", what="6 layers, the last global, window 16, one KV head, local RoPE base 1e4",
+        "gemma3_text",
+        arch="gemma3",
+        dtype="bfloat16",
+        what="6 layers, the last global, window 16, one KV head, local RoPE base 1e4",
         **GEMMA_3 | dict(num_key_value_heads=1, rope_parameters=gemma_rope()),
-        without=[dict(sliding_window=4096), dict(rope_parameters=dict(sliding_attention={"rope_type": "default", "rope_theta": 1e6}))],
+        without=[
+            dict(sliding_window=4096),
+            dict(rope_parameters=dict(sliding_attention={"rope_type": "default", "rope_theta": 1e6})),
+        ],
     ),
     "gemma3-4b": Case(
-        "gemma3_text", arch="gemma3", dtype="bfloat16", what="7 layers, two KV heads, RoPE linear (factor 8) in the global layer alone",
+        "gemma3_text",
+        arch="gemma3",
+        dtype="bfloat16",
+        what="7 layers, two KV heads, RoPE linear (factor 8) in the global layer alone",
         **GEMMA_3 | dict(num_hidden_layers=7, rope_parameters=gemma_rope(rope_type="linear", factor=8.0)),
         without=[dict(sliding_window=4096), dict(rope_parameters=gemma_rope()), dict(hidden_activation="silu")],
     ),
     "gemma3-27b": Case(
-        "gemma3_text", dtype="bfloat16",
-        what="`query_pre_attn_scalar` 6, not the head dim (no key in a GGUF says it); global layers are 2 and 3 of 4, by `layer_types`",
-        **GEMMA_3 | dict(
-            num_hidden_layers=4, query_pre_attn_scalar=6, rope_parameters=gemma_rope(rope_type="linear", factor=8.0),
+        "gemma3_text",
+        dtype="bfloat16",
+        what="`query_pre_attn_scalar` 6, not the head dim; global layers 1 and 2 of 4, by `layer_types`; no GGUF says either",
+        **GEMMA_3
+        | dict(
+            num_hidden_layers=4,
+            query_pre_attn_scalar=6,
+            rope_parameters=gemma_rope(rope_type="linear", factor=8.0),
             layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
         ),
         without=[dict(query_pre_attn_scalar=16), dict(layer_types=["sliding_attention"] * 3 + ["full_attention"])],
     ),
     "gemma3-wrapper": Case(
-        "gemma3", dtype="bfloat16", what="`text_config` beside a vision tower, whose weights are in the file too",
-        text_config=GEMMA_3 | dict(model_type="gemma3_text", num_hidden_layers=3, sliding_window_pattern=3, rope_parameters=gemma_rope(rope_type="linear", factor=8.0)),
-        vision_config=dict(
-            model_type="siglip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            image_size=28, patch_size=14,
+        "gemma3",
+        dtype="bfloat16",
+        what="`text_config` beside a vision tower, whose weights are in the file too",
+        text_config=GEMMA_3
+        | dict(
+            model_type="gemma3_text",
+            num_hidden_layers=3,
+            sliding_window_pattern=3,
+            rope_parameters=gemma_rope(rope_type="linear", factor=8.0),
         ),
-        mm_tokens_per_image=4, image_token_index=319, boi_token_index=318, eoi_token_index=317, eos_token_id=EOS,
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=319,
+        boi_token_index=318,
+        eoi_token_index=317,
+        eos_token_id=EOS,
     ),
     "smollm3": Case(
-        "smollm3", arch="smollm3", dtype="bfloat16", what="no RoPE in every fourth layer (layer 3 of 5)",
+        "smollm3",
+        arch="smollm3",
+        dtype="bfloat16",
+        what="no RoPE in every fourth layer (layer 3 of 5)",
         **SMALL | dict(num_hidden_layers=5, rope_parameters=THETA | {"rope_theta": 5000000.0}),
         without=[dict(no_rope_layers=[1] * 5)],
     ),
     "smollm3-list": Case(
-        "smollm3", what="`no_rope_layers` [0, 1, 0] (a GGUF does not say it)",
+        "smollm3",
+        what="`no_rope_layers` [0, 1, 0] (a GGUF does not say it)",
         **SMALL | dict(num_hidden_layers=3, no_rope_layers=[0, 1, 0], rope_parameters=THETA),
         without=[dict(no_rope_layers=[1, 1, 1]), dict(no_rope_layers=[1, 0, 1])],
     ),
     "phi3": Case(
-        "phi3", arch="phi3", what="q, k, v in one tensor, gate and up in one; untied", dtype="bfloat16",
+        "phi3",
+        arch="phi3",
+        what="q, k, v in one tensor, gate and up in one; untied",
+        dtype="bfloat16",
         **SMALL | dict(tie_word_embeddings=False, original_max_position_embeddings=512, rope_parameters=THETA),
     ),
     "phi3-window": Case(
-        "phi3", arch="phi3", what="`sliding_window` 24 in all layers",
+        "phi3",
+        arch="phi3",
+        what="`sliding_window` 24 in all layers",
         **SMALL | dict(sliding_window=24, original_max_position_embeddings=512, rope_parameters=THETA),
         without=[dict(sliding_window=None)],
     ),
     "phi3-longrope": Case(
-        "phi3", arch="phi3", prompts={"short": 40},
-        what="longrope: `short` of 40 tokens stays within the original 64, `p` does not and takes the long factors for all of it",
+        "phi3",
+        arch="phi3",
+        prompts={"short": 40},
+        what="longrope, original context 64: `p` takes the long factors for all of it, `short` the short ones",
         **SMALL | dict(max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=longrope(8)),
-        without=[dict(rope_parameters=longrope(8, long_factor=longrope(8)["short_factor"])), dict(rope_parameters=longrope(8, attention_factor=1.0))],
+        without=[
+            dict(rope_parameters=longrope(8, long_factor=longrope(8)["short_factor"])),
+            dict(rope_parameters=longrope(8, attention_factor=1.0)),
+        ],
     ),
     "phi4-mini": Case(
-        "phi3", arch="phi3", prompts={"short": 40}, what="`partial_rotary_factor` 0.75 (6 of 8), longrope, tied",
-        **SMALL | dict(
-            max_position_embeddings=256, original_max_position_embeddings=64, partial_rotary_factor=0.75,
+        "phi3",
+        arch="phi3",
+        prompts={"short": 40},
+        what="`partial_rotary_factor` 0.75 (6 of 8), longrope, tied",
+        **SMALL
+        | dict(
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+            partial_rotary_factor=0.75,
             rope_parameters=longrope(6, partial_rotary_factor=0.75),
         ),
         without=[
@@ -241,16 +346,29 @@ CASES = {
         ],
     ),
     "granite": Case(
-        "granite", arch="granite", what="the four multipliers",
-        **SMALL | dict(
-            embedding_multiplier=3.0, attention_multiplier=0.25, residual_multiplier=0.5, logits_scaling=2.0, rope_parameters=THETA,
+        "granite",
+        arch="granite",
+        what="the four multipliers",
+        **SMALL
+        | dict(
+            embedding_multiplier=3.0,
+            attention_multiplier=0.25,
+            residual_multiplier=0.5,
+            logits_scaling=2.0,
+            rope_parameters=THETA,
         ),
         without=[
-            dict(embedding_multiplier=1.0), dict(attention_multiplier=8**-0.5), dict(residual_multiplier=1.0), dict(logits_scaling=1.0),
+            dict(embedding_multiplier=1.0),
+            dict(attention_multiplier=8**-0.5),
+            dict(residual_multiplier=1.0),
+            dict(logits_scaling=1.0),
         ],
     ),
     "olmo2": Case(
-        "olmo2", arch="olmo2", what="norms after the branches only, norm of q and k over all heads; untied", dtype="bfloat16",
+        "olmo2",
+        arch="olmo2",
+        what="norms after the branches only, norm of q and k over all heads; untied",
+        dtype="bfloat16",
         **SMALL | dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=THETA | {"rope_theta": 500000.0}),
     ),
 }
@@ -427,7 +545,18 @@ def write_tokenizer(writer):
     writer.add_add_bos_token(False)
 
 
-def write_gguf(path, name, arch, model):
+def write_plain_tokens(writer):
+    """llama.cpp's server holds back the probabilities of a token that is no whole character."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{i}t" for i in range(VOCAB)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * VOCAB)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(False)
+
+
+def write_gguf(path, arch, model, write_tokenizer=write_tokenizer):
     config = model.config.to_dict()
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -464,7 +593,7 @@ def write(name, case):
     tensors = record(name, case, model)
     if case.arch:
         folder.mkdir(parents=True)
-        write_gguf(folder / "model.gguf", name, case.arch, model)
+        write_gguf(folder / "model.gguf", case.arch, model)
     model.to(getattr(torch, case.dtype)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     if case.model_type not in ("ministral3",):
@@ -472,12 +601,14 @@ def write(name, case):
         (folder / "older/config.json").write_text(json.dumps(older(config), indent=2) + "\n")
     (folder / "golden").mkdir()
     save_file(tensors, folder / "golden" / f"{name}.safetensors")
-    sizes = [path.stat().st_size // 1024 for path in (folder / "model.safetensors", folder / "model.gguf") if path.exists()]
+    sizes = [
+        path.stat().st_size // 1024 for path in (folder / "model.safetensors", folder / "model.gguf") if path.exists()
+    ]
     print(f"{name}: {sizes} KiB, largest logit {float(tensors['p.logits_last'].abs().max()):.1f}", flush=True)
 
 
 def older(config):
-    """The configuration as files from before transformers 5 have it, which most of those on the Hub are; none if it is no other."""
+    """The configuration as transformers before 5 wrote it, and most files on the Hub have it."""
     config = dict(config)
     if "text_config" in config:
         return config | {"text_config": older(config["text_config"])}
@@ -519,49 +650,101 @@ def write_refused():
 def merged(config, change):
     merged = dict(config)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(config.get(key), dict) and not {"rope_type", "full_attention"} & value.keys()
+        both = (
+            isinstance(value, dict)
+            and isinstance(config.get(key), dict)
+            and not {"rope_type", "full_attention"} & value.keys()
+        )
         merged[key] = config[key] | value if both else value
     return merged
 
 
-def check(name, case):
-    from safetensors.torch import load_file
+def llama_cpp(arch, model, ids):
+    """The log-probabilities after `ids`."""
+    import xllamacpp
 
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, arch, model, write_plain_tokens)
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        # More than the original context of longrope, so that it takes the long factors, whatever the prompt's length.
+        params.n_ctx, params.n_parallel, params.warmup, params.fit_params, params.cache_ram_mib = (
+            256,
+            1,
+            False,
+            False,
+            0,
+        )
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        request = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "n_probs": VOCAB, "cache_prompt": False}
+        answer = xllamacpp.Server(params).handle_completions(request)
+    first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return torch.tensor([token["logprob"] for token in sorted(first, key=lambda token: token["id"])])
+
+
+def readings(name, case, model, ids, want):
+    """Who reads the files, and what they compute."""
+    read = dict(dtype=torch.float32, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if case.model_type == "gemma3" else AutoModelForCausalLM
+    folder = FAMILIES / name
+
+    def distance(**more):
+        return float((last_logits(auto.from_pretrained(folder, **read, **more), ids) - want).abs().max())
+
+    yield "folder", distance
+    if (folder / "older").exists():
+        yield "older", lambda: distance(config=AutoConfig.from_pretrained(folder / "older"))
+    if case.arch:
+        yield "gguf", lambda: distance(gguf_file="model.gguf")
+        yield "gguf tensors", lambda: distance(gguf_file="model.gguf", config=AutoConfig.from_pretrained(folder))
+        log_probabilities = torch.log_softmax(want, 0)
+        yield "llama.cpp", lambda: float((llama_cpp(case.arch, model, ids) - log_probabilities).abs().max())
+
+
+def check(name, case):
     model = build(name, case)
     recorded = load_file(FAMILIES / name / "golden" / f"{name}.safetensors")
     ids, want = recorded["p.input_ids"].tolist(), recorded["p.logits_last"]
-    moved = {}
-    # The folder as others read it.
-    auto = AutoModelForImageTextToText if case.model_type == "gemma3" else AutoModelForCausalLM
-    read = dict(dtype=torch.float32, attn_implementation="eager")
-    folder = auto.from_pretrained(FAMILIES / name, **read)
-    print(f"{name}: folder {float((last_logits(folder, ids) - want).abs().max()):.1e}", end="")
-    if (FAMILIES / name / "older").exists():
-        config = AutoConfig.from_pretrained(FAMILIES / name / "older")
-        folder = auto.from_pretrained(FAMILIES / name, config=config, **read)
-        print(f", older {float((last_logits(folder, ids) - want).abs().max()):.1e}", end="")
-    kinds = {".".join(key.split(".")[-2:]) for key, values in model.named_parameters() if values.dim() == 1 and "vision" not in key and "multi_modal" not in key}
-    for kind in sorted(kinds):
+    print(name)
+    for reader, distance in readings(name, case, model, ids, want):
+        try:
+            print(f"    {reader:12} {distance():.1e}", flush=True)
+        except Exception as error:
+            print(f"    {reader:12} refused: {str(error).splitlines()[0][:90]}", flush=True)
+
+    def moved(model):
+        return float((last_logits(model, ids) - want).abs().max())
+
+    def parts(model):
+        vectors = [(key, values) for key, values in model.named_parameters() if values.dim() == 1]
+        return [(key, values) for key, values in vectors if "vision" not in key and "multi_modal" not in key]
+
+    without = {}
+    for kind in sorted({".".join(key.split(".")[-2:]) for key, _ in parts(model)}):
         changed = build(name, case)
         with torch.no_grad():
-            for key, values in changed.named_parameters():
-                if f".{key}".endswith(f".{kind}") and "vision" not in key:
+            for key, values in parts(changed):
+                if f".{key}".endswith(f".{kind}"):
                     values.fill_(1.0 if kind.endswith("weight") and "gemma" not in name else 0.0)
-        moved[kind] = float((last_logits(changed, ids) - want).abs().max())
+        without[kind] = moved(changed)
     for change in case.without:
         other = Case(case.model_type, what="", **merged(case.config, change))
-        moved[str(change)] = float((last_logits(build(name, other), ids) - want).abs().max())
-    for mode in ["all of gguf", "its tensors"] if case.arch else []:
-        try:
-            config = {} if mode == "all of gguf" else dict(config=AutoConfig.from_pretrained(FAMILIES / name))
-            again = AutoModelForCausalLM.from_pretrained(FAMILIES / name, gguf_file="model.gguf", **config, **read)
-            print(f", {mode} {float((last_logits(again, ids) - want).abs().max()):.1e}", end="")
-        except Exception as error:
-            print(f", {mode} refused ({str(error).splitlines()[0][:100]})", end="")
-    print()
-    for part, far in moved.items():
-        print(f"    {'LITTLE ' if far < MATTERS else ''}{far:8.3f} without {part}")
-    return all(far >= MATTERS for far in moved.values())
+        without[json.dumps(change)[:90]] = moved(build(name, other))
+    for part, far in without.items():
+        print(f"    {far:6.3f} without {part}{'  TOO LITTLE' if far < MATTERS else ''}")
+    return min(without.values()) >= MATTERS
+
+
+def write_table():
+    """The cases in README.md."""
+    rows = [f"| `{name}` | {case.model_type} | {case.arch or ''} | {case.what} |" for name, case in CASES.items()]
+    lines = (FAMILIES / "README.md").read_text().splitlines()
+    first = lines.index("|---|---|---|---|") + 1
+    after = lines.index("", first)
+    (FAMILIES / "README.md").write_text("\n".join(lines[:first] + rows + lines[after:]) + "\n")
 
 
 def main():
@@ -573,6 +756,7 @@ def main():
         write(name, CASES[name])
     if not arguments:
         write_refused()
+        write_table()
 
 
 if __name__ == "__main__":
