@@ -8,17 +8,17 @@ Needs these packages of PyPI; the recorded files were made with these versions:
 
     pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 gguf==0.19.0 numpy==2.4.6 accelerate==1.15.0
 
-No weight is downloaded, and no tokenizer but that of tests/fixtures/models. Each weight is drawn from a generator that its
-case and its name seed, and is a small integer times a power of two: f32, f16 and bf16 all hold it exactly, so storage changes
-no logit. Logits are computed in f32 with eager attention and without a cache.
+No weight is downloaded, and no tokenizer but that of tests/fixtures/models. Each weight is drawn from a generator that
+its case and its name seed, and is a small integer times a power of two: f32, f16 and bf16 all hold it exactly, so storage
+changes no logit. Logits are computed in f32 with eager attention and without a cache.
 
-families/NAME/ is what `save_pretrained` writes, `model.gguf` beside it what llama.cpp's converter would write of it (F32), and
-golden/NAME.safetensors the recorded prompts of docs/golden.md: `p` of 100 tokens, `one` of a single one, which neither a rotation
-nor a window can change, and others where a case has them.
+families/NAME/ is what `save_pretrained` writes, `model.gguf` beside it what llama.cpp's converter would write of it (F32),
+and golden/NAME.safetensors the recorded prompts of docs/golden.md: `p` of 100 tokens, `one` of a single one, which neither
+a rotation nor a window can change, and others where a case has them.
 
---check says of each case how far the last logits of `p` move when a part is left out (each kind of norm and of bias, and the
-settings that the case is about), and fails below 0.05. It also prints how far from the recorded ones they are when others read
-the files:
+--check says of each case how far the last logits of `p` move when a part is left out (each kind of norm and of bias, and
+the settings that the case is about), and fails below 0.05. It also prints how far from the recorded ones they are when
+others read the files:
 
     folder        transformers, the folder
     older         the same with older/config.json
