@@ -162,6 +162,9 @@ pub(super) fn open(folder: &Path) -> Result<(ModelConfig, Box<dyn TensorSource>,
         let (base, expected) = (json.base_model_name_or_path, json.base_model_digest);
         return Err(LoadError::OtherBase { path, base, expected, found });
     }
+    if !base_config.architecture.is_plain() {
+        return Err(LoadError::NotPlain { path: base_path });
+    }
     if base_config.landmark.is_some() {
         let found = "one that has landmarks".into();
         return Err(unsupported(&path, "base_model_name_or_path", "a model without landmarks", found));

@@ -1,5 +1,6 @@
-//! What a Llama-family model is, whichever file it came from.
+//! What a model is, whichever file it came from.
 
+use super::architecture::{Architecture, LayerKind};
 use landmarkdb::{InvalidShape, ModelShape, Rope};
 
 /// The hyperparameters of a model. RoPE scaling is already folded into the frequencies.
@@ -23,7 +24,7 @@ pub struct ModelConfig {
     pub context_tokens: u32,
     /// Added to the mean square in RMS normalisation.
     pub norm_epsilon: f32,
-    /// Rotation of q and k.
+    /// Rotation of q and k in global layers.
     pub rope: Rope,
     /// The output matrix is the embedding.
     pub tied_output: bool,
@@ -31,6 +32,8 @@ pub struct ModelConfig {
     pub eos_ids: Vec<u32>,
     /// Of a model with landmarks.
     pub landmark: Option<Landmark>,
+    /// What sets the model apart from plain Llama.
+    pub architecture: Architecture,
 }
 
 /// How a model with landmarks reads a text: cut into blocks, each closed by the landmark token (Mohtashami and Jaggi
@@ -46,38 +49,51 @@ pub struct Landmark {
     pub hidden: bool,
 }
 
-/// How a model stretches its rotation beyond the context it was first trained with.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum RopeScaling {
-    None,
-    /// Every frequency divided by one factor (position interpolation, Chen et al. 2023).
-    Linear {
-        factor: f64,
-    },
-    /// Llama 3: slow pairs are divided by `factor`, fast ones stay, and those between are blended.
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_context_tokens: f64,
-    },
-}
-
 impl ModelConfig {
-    /// The shape that a memory with blocks of `block_tokens` sees.
+    /// The shape that a memory with blocks of `block_tokens` sees: of the layers that look back over the whole text.
+    ///
+    /// # Errors
+    /// Sizes that contradict each other or a limit. Layers without rotation: a memory would rotate them.
     pub fn shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
-        let shape = ModelShape {
-            layers: self.layers,
+        let unrotated = self.architecture.kinds.iter().filter(|kind| **kind == LayerKind::Unrotated).count();
+        if unrotated > 0 {
+            return Err(InvalidShape {
+                field: "layers without rotation",
+                expected: "none: a memory rotates the keys of every layer".into(),
+                found: unrotated.to_string(),
+            });
+        }
+        self.checked_shape(block_tokens)
+    }
+
+    fn checked_shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
+        let shape = self.unchecked_shape(block_tokens);
+        shape.check()?;
+        Ok(shape)
+    }
+
+    fn unchecked_shape(&self, block_tokens: u32) -> ModelShape {
+        ModelShape {
+            layers: self.layers.saturating_sub(self.sliding_layers().count() as u32),
             query_heads: self.query_heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             block_tokens,
             rope: self.rope.clone(),
             unrotated_layers: Vec::new(),
-            softmax_scale: (self.head_dim as f32).sqrt().recip(),
-        };
-        shape.check()?;
-        Ok(shape)
+            softmax_scale: self.softmax_scale(),
+        }
+    }
+
+    /// The layers that see the last tokens only: those that no memory has.
+    pub fn sliding_layers(&self) -> impl Iterator<Item = usize> {
+        let kinds = self.architecture.kinds.iter().enumerate();
+        kinds.filter(|(_, kind)| matches!(kind, LayerKind::Sliding { .. })).map(|(layer, _)| layer)
+    }
+
+    /// What products of queries and keys are multiplied with.
+    pub fn softmax_scale(&self) -> f32 {
+        self.architecture.softmax_scale.unwrap_or_else(|| (self.head_dim as f32).sqrt().recip())
     }
 
     /// `Hq * D`
@@ -104,6 +120,18 @@ impl ModelConfig {
             let found = self.norm_epsilon.to_string();
             return Err(InvalidShape { field: "RMS norm epsilon", expected: "a positive number".into(), found });
         }
+        let Architecture { rotary_gain, embedding_scale, residual_scale, logit_scale, .. } = self.architecture;
+        for (field, found) in [
+            ("attention factor", rotary_gain),
+            ("embedding scale", embedding_scale),
+            ("residual scale", residual_scale),
+            ("logit scale", logit_scale),
+        ] {
+            if !(found.is_finite() && found > 0.0) {
+                return Err(InvalidShape { field, expected: "a positive number".into(), found: found.to_string() });
+            }
+        }
+        self.check_kinds()?;
         if let Some(landmark) = self.landmark {
             if landmark.id as usize >= self.vocab {
                 return Err(InvalidShape {
@@ -112,70 +140,31 @@ impl ModelConfig {
                     found: landmark.id.to_string(),
                 });
             }
-            return self.shape(landmark.block_tokens).map(|_| ());
+            return self.checked_shape(landmark.block_tokens).map(|_| ());
         }
-        self.shape(2).map(|_| ())
+        self.checked_shape(2).map(|_| ())
     }
-}
-
-impl RopeScaling {
-    /// The frequencies `(rotary_dims / 2)` of `base` after scaling.
-    pub(super) fn rope(self, base: f64, rotary_dims: usize) -> Rope {
-        let mut rope = Rope::from_base(base, rotary_dims);
-        for (i, frequency) in rope.frequencies.iter_mut().enumerate() {
-            *frequency = self.scale(base.powf(-2.0 * i as f64 / rotary_dims as f64)) as f32;
+    fn check_kinds(&self) -> Result<(), InvalidShape> {
+        let count = self.architecture.kinds.len();
+        if count != 0 && count != self.layers as usize {
+            let expected = format!("one for each of {} layers", self.layers);
+            return Err(InvalidShape { field: "kinds of layers", expected, found: count.to_string() });
         }
-        rope
-    }
-
-    fn scale(self, frequency: f64) -> f64 {
-        match self {
-            RopeScaling::None => frequency,
-            RopeScaling::Linear { factor } => frequency / factor,
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context_tokens } => {
-                let turns = original_context_tokens * frequency / std::f64::consts::TAU;
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                frequency * (kept + (1.0 - kept) / factor)
+        for kind in &self.architecture.kinds {
+            let LayerKind::Sliding { window_tokens, rope } = kind else { continue };
+            if *window_tokens == 0 {
+                return Err(InvalidShape { field: "sliding window", expected: "at least 1".into(), found: "0".into() });
             }
+            // Sizes and frequencies are held to the same bounds as those of global layers.
+            ModelShape { layers: 1, rope: rope.clone(), ..self.unchecked_shape(2) }.check()?;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn llama_3_scaling_keeps_fast_pairs_slows_slow_ones_and_blends_between() {
-        // Llama 3.1 8B.
-        let scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_context_tokens: 8192.0,
-        };
-        let (plain, scaled) = (Rope::from_base(500_000.0, 128), scaling.rope(500_000.0, 128));
-        let ratio = |i: usize| scaled.frequencies[i] / plain.frequencies[i];
-        for (i, frequency) in plain.frequencies.iter().enumerate() {
-            let wavelength = std::f32::consts::TAU / frequency;
-            let expected = if wavelength < 2048.0 {
-                1.0
-            } else if wavelength > 8192.0 {
-                0.125
-            } else {
-                let smooth = (8192.0 / wavelength - 1.0) / 3.0;
-                (1.0 - smooth) / 8.0 + smooth
-            };
-            assert!((ratio(i) - expected).abs() < 1e-5, "pair {i}: {} {expected}", ratio(i));
-        }
-        assert!((29..35).any(|i| ratio(i) > 0.126 && ratio(i) < 0.999), "no pair is blended: the test has no teeth");
-    }
-
-    #[test]
-    fn linear_scaling_divides_every_frequency() {
-        let (plain, scaled) = (Rope::from_base(10_000.0, 8), RopeScaling::Linear { factor: 4.0 }.rope(10_000.0, 8));
-        for (a, b) in plain.frequencies.iter().zip(&scaled.frequencies) {
-            assert!((a / 4.0 - b).abs() < 1e-9);
+        match self.sliding_layers().count() == count && count > 0 {
+            false => Ok(()),
+            true => Err(InvalidShape {
+                field: "layers that look back over the whole text",
+                expected: "at least 1".into(),
+                found: "0".into(),
+            }),
         }
     }
 }

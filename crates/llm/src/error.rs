@@ -33,7 +33,7 @@ pub enum LoadError {
         detail: String,
     },
     /// The file lacks a setting that has no default.
-    #[error("{path}: {key} is missing; the file is incomplete, or not of a model of the Llama family")]
+    #[error("{path}: {key} is missing; the file is incomplete, or not of a kind of model that is known here")]
     MissingKey {
         /// Path of the JSON or GGUF file.
         path: PathBuf,
@@ -66,7 +66,7 @@ pub enum LoadError {
     /// The file has a tensor that the forward pass has no place for.
     #[error(
         "{path}: this program does not know the tensor {name}, and answers that leave it out would be wrong: \
-         take a model of the Llama family without it"
+         take a model without it"
     )]
     UnknownTensor {
         /// Path of the weight file.
@@ -74,18 +74,27 @@ pub enum LoadError {
         /// The tensor's name in the file.
         name: String,
     },
-    /// The GGUF file has a setting of the model or the tokenizer that is not known here.
+    /// The file has a setting of the model or the tokenizer that is not known here.
     #[error(
         "{path}: this program does not know the setting {key} ({found}), and answers that ignore it would be wrong: \
-         take a model of the Llama family without it"
+         take a model without it"
     )]
     UnknownSetting {
-        /// Path of the GGUF file.
+        /// Path of the JSON or GGUF file.
         path: PathBuf,
         /// Name of the setting.
         key: String,
         /// Its value, shortened.
         found: String,
+    },
+    /// The model computes something that Llama does not, such as biases, and is wanted for training or as an adapter's base.
+    #[error(
+        "{path}: expected a plain Llama model, found one of another architecture: it can be asked but not trained, \
+         and adapters do not fit it; take a Llama model"
+    )]
+    NotPlain {
+        /// Path of the file or folder.
+        path: PathBuf,
     },
     /// A tensor holds NaN or an infinity.
     #[error(
@@ -198,6 +207,9 @@ pub enum SaveError {
         /// Radians per token, one per rotated pair: `(rotary_dims / 2)`.
         frequencies: Vec<f32>,
     },
+    /// The model computes something that Llama does not, such as biases.
+    #[error("config.json is written for plain Llama models only: start from one of those")]
+    Architecture,
     /// Only the index reads the model's landmark, which `config.json` has no setting for.
     #[error("config.json cannot tell landmarks that only the index reads: save the adapter that gives them instead")]
     HiddenLandmark,

@@ -28,7 +28,7 @@ fn off(model: &LoadedModel, golden: &str) -> f32 {
     let tensors = candle_core::safetensors::load(fixture("golden").join(golden), &Device::Cpu).unwrap();
     let ids: Vec<u32> = tensors["p.input_ids"].to_dtype(DType::U32).unwrap().to_vec1().unwrap();
     let want: Vec<f32> = tensors["p.logits_last"].to_vec1().unwrap();
-    let mut attention = PlainAttention::new(model.shape(64).unwrap());
+    let mut attention = PlainAttention::new(model.config());
     let found = model.llama.forward(&ids, &mut attention, Logits::Last).unwrap();
     found.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
@@ -106,10 +106,23 @@ fn the_tiny_model_gives_the_recorded_logits_from_gguf_and_from_a_folder() {
 /// Biases in a GGUF file were left out without a word: logits were off by 4, and other tokens came out.
 #[test]
 fn a_gguf_tensor_that_nobody_reads_is_refused_by_name() {
-    for name in ["blk.0.attn_q.bias", "blk.0.ffn_up.bias", "blk.1.attn_norm.weight", "output_norm.bias", "v.patch_embd"]
+    for name in
+        ["blk.0.attn_sinks", "blk.0.attn_norm.bias", "blk.1.attn_norm.weight", "output_norm.bias", "v.patch_embd"]
     {
         match Parts::new().with(name, vec![1.0; 32]).refused() {
             LoadError::UnknownTensor { name: found, .. } => assert_eq!(found, name),
+            other => panic!("{name}: {other}"),
+        }
+    }
+}
+
+/// What llama.cpp adds where it is there, and takes one by one.
+#[test]
+fn a_gguf_bias_without_those_beside_it_is_missed_by_name() {
+    for (name, missing) in [("blk.0.attn_q.bias", "blk.0.attn_k.bias"), ("blk.0.ffn_up.bias", "blk.0.ffn_gate.bias")] {
+        let width = if name.contains("attn") { 32 } else { 64 };
+        match Parts::new().with(name, vec![1.0; width]).refused() {
+            LoadError::MissingTensor { name: found, .. } => assert_eq!(found, missing),
             other => panic!("{name}: {other}"),
         }
     }
@@ -137,8 +150,9 @@ fn a_gguf_setting_that_is_not_computed_is_refused_by_name() {
     let text = |text: &str| Value::String(text.into());
     for (key, value) in [
         ("llama.attention.scale", Value::F32(0.5)),
-        ("llama.rope.scaling.type", text("yarn")),
+        ("llama.rope.scaling.type", text("dynamic")),
         ("llama.rope.scaling.yarn_beta_fast", Value::F32(32.0)),
+        ("llama.rope.scaling.attn_factor", Value::F32(2.0)),
         ("llama.logit_scale", Value::F32(0.5)),
         ("llama.attention.causal", Value::Bool(false)),
         ("llama.attention.sliding_window", Value::U32(128)),
@@ -150,7 +164,7 @@ fn a_gguf_setting_that_is_not_computed_is_refused_by_name() {
         ("tokenizer.ggml.a_rule_of_tomorrow", Value::Bool(true)),
         ("tokenizer.ggml.model", text("llama")),
         ("tokenizer.ggml.pre", text("tekken")),
-        ("general.architecture", text("qwen2")),
+        ("general.architecture", text("command-r")),
         ("general.alignment", Value::U32(0)),
         ("general.alignment", Value::U32(7)),
         ("split.count", Value::U16(3)),
@@ -338,8 +352,7 @@ fn what_a_folder_says_and_is_not_computed_is_refused_by_name() {
     };
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     for (field, value, key) in [
-        ("attention_bias", true.into(), "attention_bias"),
-        ("mlp_bias", true.into(), "mlp_bias"),
+        ("hidden_act", "gelu".into(), "hidden_act"),
         ("quantization_config", json(r#"{"quant_method": "fp8"}"#), "quantization_config"),
         ("auto_map", json(r#"{"AutoModelForCausalLM": "m.M"}"#), "auto_map.AutoModelForCausalLM"),
         ("logits_scaling", 8.into(), "logits_scaling"),

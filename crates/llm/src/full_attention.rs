@@ -1,9 +1,17 @@
-//! A test double: full causal attention at true positions, in plain loops.
+//! A test double: the attention that a model was trained with, at true positions, in plain loops. It defines what is right for
+//! every kind of layer.
 
-use landmarkdb::{AttentionError, ModelShape, SequenceAttention};
+use super::architecture::LayerKind;
+use super::config::ModelConfig;
+use landmarkdb::{AttentionError, Rope, SequenceAttention};
 
 pub(super) struct PlainAttention {
-    shape: ModelShape,
+    query_heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    softmax_scale: f32,
+    /// How far back each layer looks, and how it rotates.
+    kinds: Vec<(usize, Rope)>,
     layers: Vec<Past>,
 }
 
@@ -16,9 +24,22 @@ struct Past {
 }
 
 impl PlainAttention {
-    pub(super) fn new(shape: ModelShape) -> Self {
-        let layers = vec![Past::default(); shape.layers as usize];
-        PlainAttention { shape, layers }
+    pub(super) fn new(config: &ModelConfig) -> Self {
+        let longest = config.architecture.window_tokens_max.map_or(usize::MAX, |tokens| tokens as usize);
+        let still = Rope { frequencies: Vec::new() };
+        let kind = |layer: usize| match config.architecture.kind(layer) {
+            LayerKind::Global => (longest, config.rope.clone()),
+            LayerKind::Unrotated => (longest, still.clone()),
+            LayerKind::Sliding { window_tokens, rope } => (*window_tokens, rope.clone()),
+        };
+        PlainAttention {
+            query_heads: config.query_heads as usize,
+            kv_heads: config.kv_heads as usize,
+            dim: config.head_dim as usize,
+            softmax_scale: config.softmax_scale(),
+            kinds: (0..config.layers as usize).map(kind).collect(),
+            layers: vec![Past::default(); config.layers as usize],
+        }
     }
 }
 
@@ -31,34 +52,34 @@ impl SequenceAttention for PlainAttention {
         k: &[f32],
         v: &[f32],
     ) -> Result<Vec<f32>, AttentionError> {
-        let shape = &self.shape;
-        let (query_heads, kv_heads, dim) =
-            (shape.query_heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
+        let (query_heads, kv_heads, dim) = (self.query_heads, self.kv_heads, self.dim);
+        let (window_tokens, rope) = &self.kinds[layer];
         let past = &mut self.layers[layer];
         let before = past.k.len() / (kv_heads * dim);
         past.v.extend_from_slice(v);
         for (t, heads) in k.chunks(kv_heads * dim).enumerate() {
             for head in heads.chunks(dim) {
                 let mut head = head.to_vec();
-                shape.rope.rotate(&mut head, (before + t) as i64);
+                rope.rotate(&mut head, (before + t) as i64);
                 past.k.extend(head);
             }
         }
         let mut out = vec![0.0; q.len()];
         for (row, (q, out)) in q.chunks(dim).zip(out.chunks_mut(dim)).enumerate() {
             let (t, head) = (row / query_heads, row % query_heads);
-            let kv_head = head / shape.group();
+            let kv_head = head / (query_heads / kv_heads);
             let at = |s: usize| (s * kv_heads + kv_head) * dim..(s * kv_heads + kv_head + 1) * dim;
             let mut q = q.to_vec();
-            shape.rope.rotate(&mut q, (before + t) as i64);
-            let scores = (0..=before + t).map(|s| {
+            rope.rotate(&mut q, (before + t) as i64);
+            let first = (before + t + 1).saturating_sub(*window_tokens);
+            let scores = (first..=before + t).map(|s| {
                 let product: f32 = q.iter().zip(&past.k[at(s)]).map(|(q, k)| q * k).sum();
-                product * shape.softmax_scale
+                product * self.softmax_scale
             });
             let scores: Vec<f32> = scores.collect();
             let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let sum: f32 = scores.iter().map(|score| (score - top).exp()).sum();
-            for (s, score) in scores.iter().enumerate() {
+            for (s, score) in (first..).zip(&scores) {
                 let weight = (score - top).exp() / sum;
                 out.iter_mut().zip(&past.v[at(s)]).for_each(|(out, v)| *out += weight * v);
             }
@@ -69,6 +90,6 @@ impl SequenceAttention for PlainAttention {
 
     fn position(&self) -> usize {
         let last = &self.layers[self.layers.len() - 1];
-        last.k.len() / (self.shape.kv_heads * self.shape.head_dim) as usize
+        last.k.len() / (self.kv_heads * self.dim)
     }
 }

@@ -1,11 +1,13 @@
 //! GGUF files: the configuration and tokenizer in their metadata, and weights: as f32, or in the quantized blocks of the file.
 //!
-//! llama.cpp's converter stores the rows of Q and K in interleaved RoPE order (dimension 2i rotates with 2i + 1). Here
-//! they are put back into the half-split order (i rotates with i + rotary_dims / 2) that the rest of the crate uses.
+//! llama.cpp's converter stores the rows of Q and K of some architectures in interleaved RoPE order (dimension 2i rotates with
+//! 2i + 1). Here they are put back into the half-split order (i rotates with i + rotary_dims / 2) that the rest of the crate
+//! uses.
 //!
-//! A setting or tensor that could change a logit is either computed or refused by name: see [`SETTINGS`] and
-//! [`Gguf::refuse_unknown_tensors`].
+//! A setting or tensor that could change a logit is either computed or refused by name: `families` says which, and what is not
+//! asked for is refused here.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -13,67 +15,30 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
-use super::config::{ModelConfig, RopeScaling};
+use super::config::ModelConfig;
 use super::error::{LoadError, reason};
+use super::families::{self, Family, GGUF_NEUTRAL, Key, Settings};
 use super::gguf_header::Header;
+use super::rotation::{RopeScaling, Rotation, YARN_BETAS, Yarn, yarn_mscale};
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite, table};
-use landmarkdb::limits::HEAD_DIM_MAX;
+use landmarkdb::InvalidShape;
 use linalg::BlockFormat;
+
+const OTHER_KIND: &str = "take a model of one of these kinds";
 
 /// llama.cpp's own tool puts the parts of a split file together.
 const MERGE_PARTS: &str = "put the parts together with llama.cpp: llama-gguf-split --merge FIRST_PART OUT";
 
-/// What a setting under `llama.` means here.
-enum Meaning {
-    /// Read below, or of no weight for a logit.
-    Known,
-    /// Computed only where it says what is computed anyway.
-    Only(Value),
-}
-
-/// Every setting under `llama.` that may be in a file. Any other one is refused: what it would change is not known.
-const SETTINGS: &[(&str, Meaning)] = &[
-    ("llama.block_count", Meaning::Known),
-    ("llama.context_length", Meaning::Known),
-    ("llama.embedding_length", Meaning::Known),
-    ("llama.feed_forward_length", Meaning::Known),
-    ("llama.vocab_size", Meaning::Known),
-    ("llama.attention.head_count", Meaning::Known),
-    ("llama.attention.head_count_kv", Meaning::Known),
-    ("llama.attention.key_length", Meaning::Known),
-    ("llama.attention.value_length", Meaning::Known),
-    ("llama.attention.layer_norm_rms_epsilon", Meaning::Known),
-    ("llama.attention.scale", Meaning::Known),
-    ("llama.attention.causal", Meaning::Only(Value::Bool(true))),
-    ("llama.attention.clamp_kqv", Meaning::Only(Value::F32(0.0))),
-    ("llama.attention.max_alibi_bias", Meaning::Only(Value::F32(0.0))),
-    ("llama.attention.sliding_window", Meaning::Only(Value::U32(0))),
-    ("llama.rope.dimension_count", Meaning::Known),
-    ("llama.rope.freq_base", Meaning::Known),
-    ("llama.rope.scale_linear", Meaning::Known),
-    ("llama.rope.scaling.type", Meaning::Known),
-    ("llama.rope.scaling.factor", Meaning::Known),
-    ("llama.rope.scaling.attn_factor", Meaning::Only(Value::F32(1.0))),
-    // They say where a scaling came from; the scalings that use them are refused.
-    ("llama.rope.scaling.finetuned", Meaning::Known),
-    ("llama.rope.scaling.original_context_length", Meaning::Known),
-    ("llama.expert_count", Meaning::Only(Value::U32(0))),
-    ("llama.expert_used_count", Meaning::Only(Value::U32(0))),
-    ("llama.logit_scale", Meaning::Only(Value::F32(1.0))),
-    ("llama.embedding_scale", Meaning::Only(Value::F32(1.0))),
-    ("llama.residual_scale", Meaning::Only(Value::F32(1.0))),
-    ("llama.pooling_type", Meaning::Only(Value::U32(0))),
-    // The order of rows that every converter of this architecture writes.
-    ("llama.tensor_data_layout", Meaning::Known),
-];
-
-/// Tensors beside those of the model: the divisors of Llama 3's frequencies.
+/// Tensors beside those of the model: the divisors of Llama 3's frequencies, and those of LongRoPE's.
 const ROPE_DIVISORS: &str = "rope_freqs.weight";
+const LONG_DIVISORS: &str = "rope_factors_long.weight";
+const SHORT_DIVISORS: &str = "rope_factors_short.weight";
 
 /// An opened GGUF file: everything but the tensors' bytes.
 pub(super) struct Gguf {
     path: PathBuf,
     header: Header,
+    family: &'static Family,
     /// Heads and rotary dimensions, for the order of Q and K rows.
     query_heads: usize,
     kv_heads: usize,
@@ -81,12 +46,14 @@ pub(super) struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the metadata of a GGUF file of the `llama` architecture.
+    /// Reads the metadata of a GGUF file.
     pub(super) fn open(path: &Path) -> Result<(Self, ModelConfig), LoadError> {
         let header = Header::read(path)?;
-        let mut gguf = Gguf { path: path.into(), header, query_heads: 1, kv_heads: 1, rotary_dims: 0 };
-        gguf.refuse_unknown_settings()?;
-        let config = gguf.config()?;
+        let family = Self::family(&header, path)?;
+        let mut gguf = Gguf { path: path.into(), header, family, query_heads: 1, kv_heads: 1, rotary_dims: 0 };
+        let settings = GgufSettings::new(&gguf);
+        let config = families::read(family, &settings)?;
+        settings.refuse_unread()?;
         gguf.refuse_unknown_tensors(&config)?;
         gguf.header.check_places(path)?;
         gguf.query_heads = config.query_heads as usize;
@@ -107,141 +74,39 @@ impl Gguf {
         }
     }
 
-    /// Settings of another architecture's prefix, and those of `general.`, are no part of the mathematics.
-    fn refuse_unknown_settings(&self) -> Result<(), LoadError> {
-        let architecture = self.text("general.architecture")?;
-        if architecture != "llama" {
-            let way_out = Some("take a model of the Llama family");
-            return Err(self.refuse("general.architecture", "llama", architecture, way_out));
+    /// The family, which comes first: others have other settings.
+    fn family(header: &Header, path: &Path) -> Result<&'static Family, LoadError> {
+        let key = "general.architecture";
+        let refuse = |key: &str, expected: String, found: String, way_out| {
+            let path = path.to_path_buf();
+            Err(LoadError::Unsupported { path, key: key.into(), expected, found, way_out: Some(way_out) })
+        };
+        let architecture = match header.settings.get(key) {
+            Some(Value::String(name)) => name,
+            Some(other) => return refuse(key, "a string".into(), brief(other), OTHER_KIND),
+            None => return Err(LoadError::MissingKey { path: path.into(), key: key.into() }),
+        };
+        let Some(family) = families::by_gguf(architecture) else {
+            return refuse(key, families::gguf_architectures(), architecture.clone(), OTHER_KIND);
+        };
+        if let Some(parts) = header.settings.get("split.count").filter(|parts| number(parts) != Some(1)) {
+            return refuse("split.count", "1, a model in one file".into(), brief(parts), MERGE_PARTS);
         }
-        if self.header.settings.contains_key("split.count") && self.number("split.count")? > 1 {
-            let found = self.number("split.count")?.to_string();
-            return Err(self.refuse("split.count", "1, a model in one file", &found, Some(MERGE_PARTS)));
-        }
-        for (key, value) in &self.header.settings {
-            if !key.starts_with("llama.") {
-                continue;
-            }
-            match SETTINGS.iter().find(|(known, _)| known == key) {
-                Some((_, Meaning::Known)) => {}
-                Some((_, Meaning::Only(only))) if same(value, only) => {}
-                Some((_, Meaning::Only(only))) => return Err(self.unsupported(key, &brief(only), &brief(value))),
-                None => {
-                    return Err(LoadError::UnknownSetting {
-                        path: self.path.clone(),
-                        key: key.clone(),
-                        found: brief(value),
-                    });
-                }
-            }
-        }
-        Ok(())
+        Ok(family)
     }
 
     /// Biases, norms and further layers that are not read would be left out of the sum without a word.
     fn refuse_unknown_tensors(&self, config: &ModelConfig) -> Result<(), LoadError> {
-        let known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| file_name(name)).collect();
-        let unknown = self.header.tensors.keys().find(|name| !known.contains(*name) && *name != ROPE_DIVISORS);
-        match unknown {
+        let mut known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| self.file_name(name)).collect();
+        known.extend([ROPE_DIVISORS, LONG_DIVISORS, SHORT_DIVISORS].map(String::from));
+        match self.header.tensors.keys().find(|name| !known.contains(*name)) {
             Some(name) => Err(LoadError::UnknownTensor { path: self.path.clone(), name: name.clone() }),
             None => Ok(()),
         }
     }
 
-    fn config(&self) -> Result<ModelConfig, LoadError> {
-        let query_heads = self.number("llama.attention.head_count")?;
-        let hidden = self.number("llama.embedding_length")?;
-        let head_dim =
-            self.number_or("llama.attention.key_length", hidden.checked_div(query_heads).unwrap_or_default())?;
-        let value_length = self.number_or("llama.attention.value_length", head_dim)?;
-        if value_length != head_dim {
-            let expected = format!("{head_dim}, the length of keys");
-            return Err(self.unsupported("llama.attention.value_length", &expected, &value_length.to_string()));
-        }
-        let rotary_dims = self.number_or("llama.rope.dimension_count", head_dim)?;
-        if rotary_dims > head_dim || !rotary_dims.is_multiple_of(2) {
-            let expected = format!("an even number of at most the head dim, {head_dim}");
-            return Err(self.unsupported("llama.rope.dimension_count", &expected, &rotary_dims.to_string()));
-        }
-        if head_dim > HEAD_DIM_MAX {
-            let expected = format!("at most {HEAD_DIM_MAX}");
-            return Err(self.unsupported("llama.attention.key_length", &expected, &head_dim.to_string()));
-        }
-        self.check_attention_scale(head_dim)?;
-        let Some(embedding) = self.header.tensors.get("token_embd.weight") else {
-            return Err(LoadError::MissingTensor { path: self.path.clone(), name: "token_embd.weight".into() });
-        };
-        let config = ModelConfig {
-            layers: self.number("llama.block_count")?,
-            query_heads,
-            kv_heads: self.number_or("llama.attention.head_count_kv", query_heads)?,
-            head_dim,
-            hidden: hidden as usize,
-            ffn: self.number("llama.feed_forward_length")? as usize,
-            vocab: embedding.dims.first().copied().unwrap_or_default(),
-            context_tokens: self.number("llama.context_length")?,
-            norm_epsilon: self.float("llama.attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
-                LoadError::MissingKey { path: self.path.clone(), key: "llama.attention.layer_norm_rms_epsilon".into() }
-            })? as f32,
-            rope: self.rope(rotary_dims as usize)?,
-            tied_output: !self.header.tensors.contains_key("output.weight"),
-            eos_ids: self.eos_ids()?,
-            landmark: None,
-        };
-        config.check().map_err(|source| LoadError::Shape { path: self.path.clone(), source })?;
-        Ok(config)
-    }
-
-    /// Scores are divided by the root of the head dim, which 0 asks for too.
-    fn check_attention_scale(&self, head_dim: u32) -> Result<(), LoadError> {
-        let key = "llama.attention.scale";
-        let scale = (head_dim as f64).sqrt().recip();
-        match self.float(key)? {
-            Some(found) if found != 0.0 && (found - scale).abs() > 1e-6 * scale => {
-                Err(self.unsupported(key, &format!("{scale}, of the head dim"), &found.to_string()))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn rope(&self, rotary_dims: usize) -> Result<landmarkdb::Rope, LoadError> {
-        let base = self.positive("llama.rope.freq_base")?.unwrap_or(10_000.0);
-        let mut rope = self.scaling()?.rope(base, rotary_dims);
-        // The converter writes Llama 3's scaling as one divisor per frequency.
-        if self.header.tensors.contains_key(ROPE_DIVISORS) {
-            let divisors = self.dequantize(ROPE_DIVISORS, &[rotary_dims / 2])?;
-            let divisors = divisors.to_vec1::<f32>().map_err(|error| damaged(&self.path, &reason(&error)))?;
-            for (frequency, divisor) in rope.frequencies.iter_mut().zip(divisors) {
-                *frequency /= divisor;
-            }
-        }
-        Ok(rope)
-    }
-
-    /// As llama.cpp reads it: a factor alone means linear scaling, and an older key has the factor too.
-    fn scaling(&self) -> Result<RopeScaling, LoadError> {
-        let factor = match self.positive("llama.rope.scaling.factor")? {
-            Some(factor) => Some(factor),
-            None => self.positive("llama.rope.scale_linear")?,
-        };
-        let linear = RopeScaling::Linear { factor: factor.unwrap_or(1.0) };
-        match self.header.settings.get("llama.rope.scaling.type") {
-            None => Ok(factor.map_or(RopeScaling::None, |_| linear)),
-            Some(Value::String(kind)) if kind == "none" => Ok(RopeScaling::None),
-            Some(Value::String(kind)) if kind == "linear" => Ok(linear),
-            Some(other) => Err(self.unsupported("llama.rope.scaling.type", "none or linear", &brief(other))),
-        }
-    }
-
-    fn eos_ids(&self) -> Result<Vec<u32>, LoadError> {
-        let mut ids = Vec::new();
-        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-            if self.header.settings.contains_key(key) {
-                ids.push(self.number(key)?);
-            }
-        }
-        ids.dedup();
-        Ok(ids)
+    fn file_name(&self, name: TensorName) -> String {
+        families::gguf_name(self.family, name)
     }
 
     /// Names and values of the settings that begin with `prefix`.
@@ -267,16 +132,7 @@ impl Gguf {
 
     pub(super) fn number(&self, key: &str) -> Result<u32, LoadError> {
         let value = self.value(key)?;
-        let number = match value {
-            Value::I32(number) => u32::try_from(*number).ok(),
-            Value::I64(number) => u32::try_from(*number).ok(),
-            other => other.to_u64().ok().and_then(|number| u32::try_from(number).ok()),
-        };
-        number.ok_or_else(|| self.unsupported(key, "a whole number of at most 32 bits", &brief(value)))
-    }
-
-    fn number_or(&self, key: &str, default: u32) -> Result<u32, LoadError> {
-        if self.header.settings.contains_key(key) { self.number(key) } else { Ok(default) }
+        number(value).ok_or_else(|| self.unsupported(key, "a whole number of at most 32 bits", &brief(value)))
     }
 
     fn float(&self, key: &str) -> Result<Option<f64>, LoadError> {
@@ -285,15 +141,6 @@ impl Gguf {
             Some(Value::F32(number)) => Ok(Some(*number as f64)),
             Some(Value::F64(number)) => Ok(Some(*number)),
             Some(other) => Err(self.unsupported(key, "a floating-point number", &brief(other))),
-        }
-    }
-
-    fn positive(&self, key: &str) -> Result<Option<f64>, LoadError> {
-        match self.float(key)? {
-            Some(found) if !(found.is_finite() && found > 0.0) => {
-                Err(self.unsupported(key, "a positive number", &found.to_string()))
-            }
-            found => Ok(found),
         }
     }
 
@@ -338,11 +185,15 @@ impl Gguf {
 
     /// Where the rows of a tensor lie in the file, if they have another order there.
     fn row_order(&self, name: TensorName, rows: usize) -> Option<Vec<usize>> {
-        match name {
-            TensorName::Layer(_, LayerTensor::Query) => Some(half_split(rows, self.query_heads, self.rotary_dims)),
-            TensorName::Layer(_, LayerTensor::Key) => Some(half_split(rows, self.kv_heads, self.rotary_dims)),
-            _ => None,
+        if !self.family.gguf_interleaved {
+            return None;
         }
+        let heads = match name {
+            TensorName::Layer(_, LayerTensor::Query | LayerTensor::QueryBias) => self.query_heads,
+            TensorName::Layer(_, LayerTensor::Key | LayerTensor::KeyBias) => self.kv_heads,
+            _ => return None,
+        };
+        Some(half_split(rows, heads, self.rotary_dims))
     }
 
     fn read_tensor(&self, name: &str, shape: &[usize]) -> Result<QTensor, LoadError> {
@@ -363,7 +214,7 @@ impl Gguf {
 
 impl TensorSource for Gguf {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let tensor = self.dequantize(&file_name(name), shape)?;
+        let tensor = self.dequantize(&self.file_name(name), shape)?;
         match self.row_order(name, shape[0]) {
             None => Ok(tensor),
             Some(order) => Tensor::from_iter(order.iter().map(|&row| row as u32), &Device::Cpu)
@@ -373,7 +224,7 @@ impl TensorSource for Gguf {
     }
 
     fn read_blocks(&self, name: TensorName, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
-        let file_name = file_name(name);
+        let file_name = self.file_name(name);
         let Some(entry) = self.header.tensors.get(&file_name) else { return Ok(None) };
         let format = match entry.format(&self.path, &file_name)? {
             GgmlDType::Q4_0 => BlockFormat::Q4_0,
@@ -410,27 +261,6 @@ fn half_split(rows: usize, heads: usize, rotary_dims: usize) -> Vec<usize> {
     (0..rows).map(|row| row / head_dim * head_dim + of_head(row % head_dim)).collect()
 }
 
-fn file_name(name: TensorName) -> String {
-    let (layer, tensor) = match name {
-        TensorName::Embedding => return "token_embd.weight".into(),
-        TensorName::OutputNorm => return "output_norm.weight".into(),
-        TensorName::Output => return "output.weight".into(),
-        TensorName::Layer(layer, tensor) => (layer, tensor),
-    };
-    let part = match tensor {
-        LayerTensor::AttentionNorm => "attn_norm",
-        LayerTensor::Query => "attn_q",
-        LayerTensor::Key => "attn_k",
-        LayerTensor::Value => "attn_v",
-        LayerTensor::AttentionOutput => "attn_output",
-        LayerTensor::FfnNorm => "ffn_norm",
-        LayerTensor::Gate => "ffn_gate",
-        LayerTensor::Up => "ffn_up",
-        LayerTensor::Down => "ffn_down",
-    };
-    format!("blk.{layer}.{part}.weight")
-}
-
 fn damaged(path: &Path, detail: &str) -> LoadError {
     LoadError::Damaged { path: path.into(), detail: detail.into() }
 }
@@ -455,9 +285,255 @@ fn brief(value: &Value) -> String {
     }
 }
 
-/// Whether two settings say the same, in any width.
-fn same(a: &Value, b: &Value) -> bool {
-    brief(a) == brief(b)
+/// A setting as a whole number of 32 bits, if it is one.
+fn number(value: &Value) -> Option<u32> {
+    match value {
+        Value::I32(number) => u32::try_from(*number).ok(),
+        Value::I64(number) => u32::try_from(*number).ok(),
+        other => other.to_u64().ok().and_then(|number| u32::try_from(number).ok()),
+    }
+}
+
+/// A setting as a number of any kind; true is 1.
+fn any_number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Bool(flag) => Some(f64::from(*flag)),
+        Value::F32(number) => Some(*number as f64),
+        Value::F64(number) => Some(*number),
+        other => number(other).map(f64::from),
+    }
+}
+
+/// The settings of a file, as a family reads them: those behind its architecture and a dot.
+struct GgufSettings<'a> {
+    file: &'a Gguf,
+    /// Names that were asked for, in full.
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl<'a> GgufSettings<'a> {
+    fn new(file: &'a Gguf) -> Self {
+        GgufSettings { file, read: RefCell::default() }
+    }
+
+    /// `llama.` and the like.
+    fn prefix(&self) -> String {
+        format!("{}.", self.file.family.gguf.unwrap_or_default())
+    }
+
+    fn name(&self, key: &str) -> String {
+        let name = format!("{}{key}", self.prefix());
+        self.read.borrow_mut().insert(name.clone());
+        name
+    }
+
+    /// The name of a setting that the file has, if the setting has a name here.
+    fn found(&self, key: &str) -> Option<String> {
+        let name = self.name(key);
+        (!key.is_empty() && self.file.header.settings.contains_key(&name)).then_some(name)
+    }
+
+    fn positive(&self, key: &str) -> Result<Option<f64>, LoadError> {
+        let Some(name) = self.found(key) else { return Ok(None) };
+        match self.file.float(&name)? {
+            Some(found) if !(found.is_finite() && found > 0.0) => {
+                Err(self.file.unsupported(&name, "a positive number", &found.to_string()))
+            }
+            found => Ok(found),
+        }
+    }
+
+    /// Refuses settings that the family has not asked for, but those that say nothing or nothing new. Settings of another
+    /// architecture's prefix, and those of `general.`, are no part of the mathematics.
+    fn refuse_unread(&self) -> Result<(), LoadError> {
+        let (prefix, read) = (self.prefix(), self.read.borrow());
+        for (name, value) in &self.file.header.settings {
+            let Some(key) = name.strip_prefix(&prefix) else { continue };
+            if read.contains(name) || families::is_harmless_setting(key) {
+                continue;
+            }
+            match GGUF_NEUTRAL.iter().find(|(known, _)| *known == key) {
+                Some((_, neutral)) if any_number(value) == Some(*neutral) => {}
+                Some((_, neutral)) => {
+                    let expected = match value {
+                        Value::Bool(_) => (*neutral != 0.0).to_string(),
+                        _ => neutral.to_string(),
+                    };
+                    return Err(self.file.unsupported(name, &expected, &brief(value)));
+                }
+                None => {
+                    let (path, key, found) = (self.file.path.clone(), name.clone(), brief(value));
+                    return Err(LoadError::UnknownSetting { path, key, found });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rotary_dims(&self, head_dim: u32) -> Result<usize, LoadError> {
+        let Some(name) = self.found("rope.dimension_count") else { return Ok(head_dim as usize / 2 * 2) };
+        let found = self.file.number(&name)?;
+        if found > head_dim || !found.is_multiple_of(2) {
+            let expected = format!("an even number of at most the head dim, {head_dim}");
+            return Err(self.file.unsupported(&name, &expected, &found.to_string()));
+        }
+        Ok(found as usize)
+    }
+
+    /// As llama.cpp reads it: a factor alone means linear scaling, and an older key has the factor too.
+    fn scaling(&self, context: f64, pairs: usize) -> Result<RopeScaling, LoadError> {
+        let factor = match self.positive("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.positive("rope.scale_linear")?,
+        };
+        let original = match self.found("rope.scaling.original_context_length") {
+            Some(name) => self.file.number(&name)?.max(1) as f64,
+            None => context,
+        };
+        let attention_factor = self.positive("rope.scaling.attn_factor")?;
+        let linear = RopeScaling::Linear { factor: factor.unwrap_or(1.0) };
+        let kind = self.found("rope.scaling.type").map(|name| self.file.text(&name)).transpose()?;
+        let scaling = match kind {
+            _ if self.file.header.tensors.contains_key(LONG_DIVISORS) => {
+                let long = self.divisors(LONG_DIVISORS, pairs)?;
+                let short = self.divisors(SHORT_DIVISORS, pairs)?;
+                let attention_factor = attention_factor.unwrap_or(1.0);
+                return Ok(RopeScaling::LongRope {
+                    divisors: if context > original { long } else { short },
+                    attention_factor,
+                });
+            }
+            None => factor.map_or(RopeScaling::None, |_| linear),
+            Some("none") => RopeScaling::None,
+            Some("linear") => linear,
+            Some("yarn") => {
+                let factor = factor.unwrap_or(1.0);
+                let [fast, slow] = YARN_BETAS;
+                return Ok(RopeScaling::Yarn(Yarn {
+                    factor,
+                    original_context_tokens: original,
+                    beta_fast: self.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(fast),
+                    beta_slow: self.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(slow),
+                    truncate: true,
+                    attention_factor: attention_factor.unwrap_or(1.0) * yarn_mscale(factor, 1.0),
+                }));
+            }
+            // What it divides by is in tensors.
+            Some("longrope") => {
+                return Err(LoadError::MissingTensor { path: self.file.path.clone(), name: LONG_DIVISORS.into() });
+            }
+            Some(other) => {
+                let name = self.name("rope.scaling.type");
+                return Err(self.file.unsupported(&name, "none, linear, yarn or longrope", &format!("{other:?}")));
+            }
+        };
+        match attention_factor {
+            Some(found) if found != 1.0 => {
+                let name = self.name("rope.scaling.attn_factor");
+                Err(self.file.unsupported(&name, "1, of this kind of scaling", &found.to_string()))
+            }
+            _ => Ok(scaling),
+        }
+    }
+
+    /// One divisor for each pair that rotates.
+    fn divisors(&self, name: &str, pairs: usize) -> Result<Vec<f64>, LoadError> {
+        let tensor = self.file.dequantize(name, &[pairs])?;
+        let divisors = tensor.to_vec1::<f32>().map_err(|error| damaged(&self.file.path, &reason(&error)))?;
+        match divisors.iter().find(|divisor| !(divisor.is_finite() && **divisor > 0.0)) {
+            Some(bad) => Err(self.file.unsupported(name, "positive numbers", &bad.to_string())),
+            None => Ok(divisors.into_iter().map(f64::from).collect()),
+        }
+    }
+}
+
+impl Settings for GgufSettings<'_> {
+    fn number(&self, key: Key) -> Result<Option<u32>, LoadError> {
+        self.found(key.gguf).map(|name| self.file.number(&name)).transpose()
+    }
+
+    fn float(&self, key: Key) -> Result<Option<f64>, LoadError> {
+        Ok(self.found(key.gguf).map(|name| self.file.float(&name)).transpose()?.flatten())
+    }
+
+    fn flag(&self, key: Key) -> Result<Option<bool>, LoadError> {
+        self.found(key.gguf).map(|name| self.file.flag_or(&name, false)).transpose()
+    }
+
+    fn text(&self, key: Key) -> Result<Option<&str>, LoadError> {
+        self.found(key.gguf).map(|name| self.file.text(&name)).transpose()
+    }
+
+    fn numbers(&self, key: Key) -> Result<Option<Vec<u32>>, LoadError> {
+        let Some(name) = self.found(key.gguf) else { return Ok(None) };
+        let numbers: Option<Vec<u32>> = self.file.list(&name)?.iter().map(number).collect();
+        numbers.map(Some).ok_or_else(|| self.file.unsupported(&name, "whole numbers", "others"))
+    }
+
+    fn texts(&self, key: Key) -> Result<Option<Vec<&str>>, LoadError> {
+        self.found(key.gguf).map(|name| self.file.texts(&name)).transpose()
+    }
+
+    fn vocab(&self) -> Result<u32, LoadError> {
+        let name = self.file.file_name(TensorName::Embedding);
+        let Some(embedding) = self.file.header.tensors.get(&name) else {
+            return Err(LoadError::MissingTensor { path: self.file.path.clone(), name });
+        };
+        let rows = embedding.dims.first().copied().unwrap_or_default();
+        u32::try_from(rows).map_err(|_| self.file.unsupported(&name, "rows of at most 32 bits", &rows.to_string()))
+    }
+
+    fn tied_output(&self) -> Result<bool, LoadError> {
+        Ok(!self.file.header.tensors.contains_key(&self.file.file_name(TensorName::Output)))
+    }
+
+    fn eos_ids(&self) -> Result<Vec<u32>, LoadError> {
+        let keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"].into_iter();
+        let found = keys.filter(|key| self.file.header.settings.contains_key(*key));
+        let mut ids = found.map(|key| self.file.number(key)).collect::<Result<Vec<u32>, LoadError>>()?;
+        ids.dedup();
+        Ok(ids)
+    }
+
+    fn rotation(&self, head_dim: u32, context_tokens: u32) -> Result<Rotation, LoadError> {
+        let rotary_dims = self.rotary_dims(head_dim)?;
+        let base = self.positive("rope.freq_base")?.unwrap_or(10_000.0);
+        let mut rotation = self.scaling(context_tokens as f64, rotary_dims / 2)?.rotation(base, rotary_dims);
+        // The converter writes Llama 3's scaling as one divisor per frequency.
+        if self.file.header.tensors.contains_key(ROPE_DIVISORS) {
+            let divisors = self.divisors(ROPE_DIVISORS, rotary_dims / 2)?;
+            for (frequency, divisor) in rotation.rope.frequencies.iter_mut().zip(divisors) {
+                *frequency /= divisor as f32;
+            }
+        }
+        Ok(rotation)
+    }
+
+    fn local_rotation(&self, head_dim: u32) -> Result<Rotation, LoadError> {
+        let base = self.positive("rope.freq_base_swa")?.or(self.file.family.local_base).unwrap_or(10_000.0);
+        Ok(RopeScaling::None.rotation(base, self.rotary_dims(head_dim)?))
+    }
+
+    fn has_bias(&self, _: Key, tensors: &[LayerTensor]) -> Result<bool, LoadError> {
+        let endings = tensors.iter().map(|&tensor| self.file.file_name(TensorName::Layer(0, tensor)));
+        let endings: Vec<String> = endings.map(|name| name.trim_start_matches("blk.0").into()).collect();
+        let is_one = |name: &String| name.starts_with("blk.") && endings.iter().any(|ending| name.ends_with(ending));
+        Ok(self.file.header.tensors.keys().any(is_one))
+    }
+
+    fn missing(&self, key: Key) -> LoadError {
+        LoadError::MissingKey { path: self.file.path.clone(), key: self.name(key.gguf) }
+    }
+
+    fn refuse(&self, key: Key, expected: &str, way_out: Option<&'static str>) -> LoadError {
+        let name = self.name(key.gguf);
+        let found = self.file.header.settings.get(&name).map_or("nothing".into(), brief);
+        self.file.refuse(&name, expected, &found, way_out)
+    }
+
+    fn shape(&self, source: InvalidShape) -> LoadError {
+        LoadError::Shape { path: self.file.path.clone(), source }
+    }
 }
 
 #[cfg(test)]

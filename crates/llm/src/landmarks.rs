@@ -105,7 +105,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Landmark;
+    use crate::{Architecture, Landmark};
     use landmarkdb::Rope;
 
     fn config(block_tokens: Option<u32>) -> ModelConfig {
@@ -123,6 +123,7 @@ mod tests {
             tied_output: true,
             eos_ids: vec![],
             landmark: block_tokens.map(|block_tokens| Landmark { id: 99, block_tokens, hidden: false }),
+            architecture: Architecture::default(),
         }
     }
 

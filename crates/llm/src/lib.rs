@@ -1,4 +1,4 @@
-//! Language models of the Llama family whose attention reads a landmarkdb memory.
+//! Language models whose attention reads a landmarkdb memory.
 //!
 //! A model file becomes a [`LoadedModel`]. Its forward pass hands `q`, `k`, `v` of every layer to a
 //! [`SequenceAttention`](landmarkdb::SequenceAttention), which owns all state of a sequence; only `encode`,
@@ -28,13 +28,15 @@
 //! }
 //! ```
 //!
-//! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `config`, `gguf`, `gguf_header`, `huggingface`, `safetensors`,
+//! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
+//! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
 
 mod adapter;
+mod architecture;
 mod ask;
 mod attend_tensors;
 mod citations;
@@ -42,6 +44,7 @@ mod config;
 mod digest;
 mod encode;
 mod error;
+mod families;
 mod fields;
 mod files;
 mod generate;
@@ -57,6 +60,7 @@ mod packing;
 mod pull;
 mod pulled;
 mod resolve;
+mod rotation;
 mod safetensors;
 mod sample;
 mod tensors;
@@ -80,6 +84,7 @@ use std::path::{Path, PathBuf};
 
 pub use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
 pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
+pub use architecture::{Activation, Architecture, Biases, LayerKind, Norms, QueryKeyNorm};
 pub use ask::{Answer, Question, ask, frame_question};
 pub use attend_tensors::attend_tensors;
 pub use citations::{Citation, ReadFrom, citations};

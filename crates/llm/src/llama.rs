@@ -1,21 +1,21 @@
-//! The forward pass of a Llama-family decoder in f32. Attention is the caller's: this hands over `q`, `k`, `v`
+//! The forward pass of a decoder in f32: Llama's, and what an [`Architecture`] changes about it. Attention is the caller's: this hands over `q`, `k`, `v`
 //! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
 
 use std::path::Path;
 
-use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::architecture::{Architecture, LayerKind};
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
-use super::kernels::{rms_norm, swiglu, take_columns};
+use super::kernels::{add_bias, gated, rms_norm, rms_norm_in_place, take_columns};
 use super::low_rank::LandmarkUpdates;
 use super::packing::values;
 use super::safetensors::SafeTensorsFolder;
 use super::tensors::{Opened, open_weights};
-use super::weights::{LayerTensor, TensorName, TensorSource, read_packed};
+use super::weights::{LayerSource, LayerTensor, TensorName, TensorSource, read_packed};
 use landmarkdb::SequenceAttention;
-use linalg::{Packed, Write};
+use linalg::{Packed, Write, add_scaled};
 
 /// The weights of a model. Shared between sequences; all state of a sequence is in its [`SequenceAttention`].
 pub struct Llama {
@@ -30,20 +30,39 @@ pub struct Llama {
 }
 
 struct Layer {
-    /// `(hidden)`
-    attention_norm: Vec<f32>,
+    /// `(hidden)`: of what goes into the attention.
+    attention_norm: Option<Vec<f32>>,
     /// `(Hq * D + 2 * Hkv * D, hidden)`: q, k and v in one product.
     qkv: Packed,
+    /// `(Hq * D + 2 * Hkv * D)`
+    qkv_bias: Option<Vec<f32>>,
+    /// `(D)` or `(Hq * D)`
+    query_norm: Option<Vec<f32>>,
+    /// `(D)` or `(Hkv * D)`
+    key_norm: Option<Vec<f32>>,
     /// `(hidden, Hq * D)`
     attention_output: Packed,
-    /// `(hidden)`
-    ffn_norm: Vec<f32>,
+    after_attention: After,
+    /// `(hidden)`: of what goes into the feed-forward network.
+    ffn_norm: Option<Vec<f32>>,
     /// `(2 * ffn, hidden)`: gate and up in one product.
     gate_up: Packed,
+    /// `(2 * ffn)`
+    gate_up_bias: Option<Vec<f32>>,
     /// `(hidden, ffn)`
     down: Packed,
+    after_ffn: After,
     /// Of a model whose landmarks were given to it by an adapter.
     landmark: Option<LandmarkUpdates>,
+}
+
+/// What becomes of a branch's output before it is added to the residual stream.
+struct After {
+    /// `(hidden)`
+    bias: Option<Vec<f32>>,
+    /// `(hidden)`
+    norm: Option<Vec<f32>>,
+    scale: f32,
 }
 
 /// Of which tokens the logits are wanted. The output matrix is the largest of a small model: ask for no more.
@@ -73,6 +92,8 @@ struct Scratch {
     gate_up: Vec<f32>,
     /// `(T, ffn)`
     gated: Vec<f32>,
+    /// `(T, hidden)`; empty where branches are added as they come out.
+    branch: Vec<f32>,
 }
 
 impl Llama {
@@ -91,10 +112,9 @@ impl Llama {
 
     /// Reads all weights, layers in parallel.
     pub(super) fn load(config: ModelConfig, source: &dyn TensorSource) -> Result<Self, LoadError> {
-        let read = |name, shape: &[usize]| source.read(name, shape);
         let table = |name| read_packed(source, &[(name, [config.vocab, config.hidden])]);
         let embedding = table(TensorName::Embedding)?;
-        let norm = read(TensorName::OutputNorm, &[config.hidden])?;
+        let norm = source.read(TensorName::OutputNorm, &[config.hidden])?;
         let output = match config.tied_output {
             true => None,
             false => Some(table(TensorName::Output)?),
@@ -103,7 +123,8 @@ impl Llama {
             .into_par_iter()
             .map(|layer| Layer::load(&config, layer, source))
             .collect::<Result<_, _>>()?;
-        Ok(Llama { embedding, norm: vector(&norm), output, layers, config })
+        let norm = values(&norm).expect("a source gives f32 tensors");
+        Ok(Llama { embedding, norm, output, layers, config })
     }
 
     /// The hyperparameters.
@@ -132,6 +153,7 @@ impl Llama {
             }
             self.embedding.push_column(id as usize, &mut x);
         }
+        scale(&mut x, self.config.architecture.embedding_scale);
         Ok(x)
     }
 
@@ -164,7 +186,7 @@ impl Llama {
                 x.drain(..(tokens - wanted) * hidden);
                 attended.drain(..(tokens - wanted) * self.config.query_width());
             }
-            layer.attention_output.multiply(&attended, &mut x, Write::Add);
+            layer.after_attention.add(&layer.attention_output, &attended, &mut x, &self.config, &mut scratch.branch);
             if let Some(output) = layer.landmark.as_ref().and_then(|updates| updates.output.as_ref()) {
                 let width = self.config.query_width();
                 for &row in &landmarks {
@@ -177,6 +199,7 @@ impl Llama {
         rms_norm(&x, &self.norm, self.config.norm_epsilon, normed);
         let mut out = vec![0.0; wanted * self.config.vocab];
         self.output.as_ref().unwrap_or(&self.embedding).multiply(normed, &mut out, Write::Replace);
+        scale(&mut out, self.config.architecture.logit_scale);
         if let Some(landmark) = self.config.landmark.filter(|landmark| landmark.hidden) {
             // The model that it was given to does not know the token.
             out.chunks_exact_mut(self.config.vocab).for_each(|row| row[landmark.id as usize] = f32::NEG_INFINITY);
@@ -204,7 +227,7 @@ impl Llama {
         let (query_width, kv_width) = (config.query_width(), config.kv_width());
         let columns = query_width + 2 * kv_width;
         let Scratch { normed, qkv, q, k, v, .. } = scratch;
-        rms_norm(x, &layer.attention_norm, config.norm_epsilon, normed);
+        let normed = normalised(x, &layer.attention_norm, config.norm_epsilon, normed);
         layer.qkv.multiply(normed, qkv, Write::Replace);
         if let Some(updates) = &layer.landmark {
             for &row in landmarks {
@@ -221,6 +244,22 @@ impl Llama {
         take_columns(qkv, columns, 0, q);
         take_columns(qkv, columns, query_width, k);
         take_columns(qkv, columns, query_width + kv_width, v);
+        if let Some(bias) = &layer.qkv_bias {
+            let (query, rest) = bias.split_at(query_width);
+            let (key, value) = rest.split_at(kv_width);
+            add_bias(q, query);
+            add_bias(k, key);
+            add_bias(v, value);
+        }
+        if let (Some(query), Some(key)) = (&layer.query_norm, &layer.key_norm) {
+            rms_norm_in_place(q, query, config.norm_epsilon);
+            rms_norm_in_place(k, key, config.norm_epsilon);
+        }
+        let Architecture { rotary_gain, .. } = config.architecture;
+        if rotary_gain != 1.0 && *config.architecture.kind(index) == LayerKind::Global {
+            let rotary_dims = 2 * config.rope.frequencies.len();
+            q.chunks_exact_mut(config.head_dim as usize).for_each(|head| scale(&mut head[..rotary_dims], rotary_gain));
+        }
         let attended = attention
             .attend(index, x.len() / config.hidden, q, k, v)
             .map_err(|source| ForwardError::Attention { layer: index, source })?;
@@ -232,43 +271,80 @@ impl Llama {
 
     /// Adds the feed-forward network's output to `x (T, hidden)`.
     fn feed_forward(&self, layer: &Layer, x: &mut [f32], scratch: &mut Scratch) {
-        let (hidden, ffn) = (self.config.hidden, self.config.ffn);
-        let tokens = x.len() / hidden;
-        let normed = &mut scratch.normed[..tokens * hidden];
+        let ffn = self.config.ffn;
+        let tokens = x.len() / self.config.hidden;
         let gate_up = &mut scratch.gate_up[..tokens * 2 * ffn];
-        let gated = &mut scratch.gated[..tokens * ffn];
-        rms_norm(x, &layer.ffn_norm, self.config.norm_epsilon, normed);
+        let inner = &mut scratch.gated[..tokens * ffn];
+        let normed = normalised(x, &layer.ffn_norm, self.config.norm_epsilon, &mut scratch.normed);
         layer.gate_up.multiply(normed, gate_up, Write::Replace);
-        swiglu(gate_up, ffn, gated);
-        layer.down.multiply(gated, x, Write::Add);
+        if let Some(bias) = &layer.gate_up_bias {
+            add_bias(gate_up, bias);
+        }
+        gated(gate_up, self.config.architecture.activation, ffn, inner);
+        layer.after_ffn.add(&layer.down, inner, x, &self.config, &mut scratch.branch);
     }
 }
 
 impl Layer {
     fn load(config: &ModelConfig, layer: u32, source: &dyn TensorSource) -> Result<Self, LoadError> {
         use LayerTensor::*;
-        let (hidden, ffn) = (config.hidden, config.ffn);
-        let (query_width, kv_width) = (config.query_width(), config.kv_width());
-        let read = |tensor, shape: &[usize]| source.read(TensorName::Layer(layer, tensor), shape);
-        let packed = |parts: &[(LayerTensor, [usize; 2])]| {
-            let parts: Vec<_> =
-                parts.iter().map(|&(tensor, shape)| (TensorName::Layer(layer, tensor), shape)).collect();
-            read_packed(source, &parts)
-        };
+        let landmark = source.landmark_updates(layer)?;
+        let source = LayerSource::new(config, layer, source);
+        let scale = config.architecture.residual_scale;
+        let after = |bias, norm| Ok(After { bias: source.vector(&[bias])?, norm: source.vector(&[norm])?, scale });
         Ok(Layer {
-            attention_norm: vector(&read(AttentionNorm, &[hidden])?),
-            qkv: packed(&[(Query, [query_width, hidden]), (Key, [kv_width, hidden]), (Value, [kv_width, hidden])])?,
-            attention_output: packed(&[(AttentionOutput, [hidden, query_width])])?,
-            ffn_norm: vector(&read(FfnNorm, &[hidden])?),
-            gate_up: packed(&[(Gate, [ffn, hidden]), (Up, [ffn, hidden])])?,
-            down: packed(&[(Down, [hidden, ffn])])?,
-            landmark: source.landmark_updates(layer)?,
+            attention_norm: source.vector(&[AttentionNorm])?,
+            qkv: source.packed(&[Query, Key, Value, QueryKeyValue])?,
+            qkv_bias: source.vector(&[QueryBias, KeyBias, ValueBias])?,
+            query_norm: source.vector(&[QueryNorm])?,
+            key_norm: source.vector(&[KeyNorm])?,
+            attention_output: source.packed(&[AttentionOutput])?,
+            after_attention: after(AttentionOutputBias, AttentionOutputNorm)?,
+            ffn_norm: source.vector(&[FfnNorm])?,
+            gate_up: source.packed(&[Gate, Up, GateUp])?,
+            gate_up_bias: source.vector(&[GateBias, UpBias])?,
+            down: source.packed(&[Down])?,
+            after_ffn: after(DownBias, FfnOutputNorm)?,
+            landmark,
         })
     }
 }
 
-fn vector(tensor: &Tensor) -> Vec<f32> {
-    values(tensor).expect("a source gives f32 tensors")
+impl After {
+    /// Whether a branch is added as it comes out.
+    fn is_nothing(&self) -> bool {
+        self.bias.is_none() && self.norm.is_none() && self.scale == 1.0
+    }
+
+    /// Adds `scale * norm(matrix inner + bias)` to `x (T, hidden)`, with `inner (T, in)`.
+    fn add(&self, matrix: &Packed, inner: &[f32], x: &mut [f32], config: &ModelConfig, branch: &mut Vec<f32>) {
+        if self.is_nothing() {
+            return matrix.multiply(inner, x, Write::Add);
+        }
+        branch.resize(x.len(), 0.0);
+        matrix.multiply(inner, branch, Write::Replace);
+        if let Some(bias) = &self.bias {
+            add_bias(branch, bias);
+        }
+        if let Some(norm) = &self.norm {
+            rms_norm_in_place(branch, norm, config.norm_epsilon);
+        }
+        add_scaled(x, self.scale, branch);
+    }
+}
+
+/// `x (T, hidden)` after RMS normalisation, in the beginning of `room`; as it is without `weight`.
+fn normalised<'a>(x: &'a [f32], weight: &Option<Vec<f32>>, epsilon: f32, room: &'a mut [f32]) -> &'a [f32] {
+    let Some(weight) = weight else { return x };
+    let room = &mut room[..x.len()];
+    rms_norm(x, weight, epsilon, room);
+    room
+}
+
+fn scale(values: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        values.iter_mut().for_each(|value| *value *= factor);
+    }
 }
 
 impl Scratch {
@@ -283,6 +359,7 @@ impl Scratch {
             v: values(kv_width),
             gate_up: values(2 * config.ffn),
             gated: values(config.ffn),
+            branch: Vec::new(),
         }
     }
 }

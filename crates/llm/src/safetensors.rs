@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use super::config::ModelConfig;
 use super::error::LoadError;
+use super::families::{self, Family};
 use super::huggingface::read_json;
 use super::weights::{LayerTensor, TensorName, TensorSource, is_finite, table};
 use landmarkdb::limits::SAFETENSORS_HEADER_BYTES_MAX;
@@ -21,9 +22,10 @@ use landmarkdb::limits::SAFETENSORS_HEADER_BYTES_MAX;
 /// The weight files of one folder, headers read.
 pub(super) struct SafeTensorsFolder {
     files: Vec<WeightFile>,
-    /// Where each tensor lies: an index into `files`.
-    places: BTreeMap<String, usize>,
+    /// Where each tensor lies: its name there, and an index into `files`.
+    places: BTreeMap<String, (String, usize)>,
     folder: PathBuf,
+    family: &'static Family,
 }
 
 struct WeightFile {
@@ -40,7 +42,7 @@ struct IndexJson {
 
 impl SafeTensorsFolder {
     /// Opens the weights of a folder: the files its index names, or `model.safetensors`.
-    pub(super) fn open(folder: &Path) -> Result<Self, LoadError> {
+    pub(super) fn open(folder: &Path, family: &'static Family) -> Result<Self, LoadError> {
         let index = folder.join("model.safetensors.index.json");
         let names = if index.exists() {
             let names = read_json::<IndexJson>(&index)?.weight_map.into_values().collect::<BTreeSet<_>>();
@@ -57,38 +59,44 @@ impl SafeTensorsFolder {
         let files = names.iter().map(|name| WeightFile::open(&folder.join(name))).collect::<Result<Vec<_>, _>>()?;
         let mut places = BTreeMap::new();
         for (number, file) in files.iter().enumerate() {
-            places.extend(file.header.offset_keys().into_iter().map(|name| (name, number)));
+            for stored in file.header.offset_keys() {
+                places.extend(families::text_name(family, &stored).map(|name| (name, (stored, number))));
+            }
         }
-        Ok(SafeTensorsFolder { files, places, folder: folder.into() })
+        Ok(SafeTensorsFolder { files, places, folder: folder.into(), family })
     }
 
     /// Refuses tensors that `config` has no place for: left out of the sum without a word, they would make answers wrong.
     pub(super) fn refuse_unknown(&self, config: &ModelConfig) -> Result<(), LoadError> {
-        let mut known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| huggingface_name(name)).collect();
+        let mut known: BTreeSet<String> = table(config).into_iter().map(|(name, _)| self.name(name)).collect();
         // Of a tied output some files hold a copy, which is not read.
-        known.insert(huggingface_name(TensorName::Output));
+        known.insert(self.name(TensorName::Output));
         // Older checkpoints hold the frequencies that the configuration tells.
         let unknown =
             self.places.iter().find(|(name, _)| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
         match unknown {
-            Some((name, &file)) => {
-                Err(LoadError::UnknownTensor { path: self.files[file].path.clone(), name: name.clone() })
+            Some((_, (stored, file))) => {
+                Err(LoadError::UnknownTensor { path: self.files[*file].path.clone(), name: stored.clone() })
             }
             None => Ok(()),
         }
     }
 
-    /// One weight file of any name.
+    fn name(&self, name: TensorName) -> String {
+        families::folder_name(self.family, name)
+    }
+
+    /// One weight file of any name, of a plain Llama model or of an adapter.
     pub(super) fn file(path: &Path) -> Result<Self, LoadError> {
         let file = WeightFile::open(path)?;
-        let places = file.header.offset_keys().into_iter().map(|name| (name, 0)).collect();
-        Ok(SafeTensorsFolder { files: vec![file], places, folder: path.into() })
+        let places = file.header.offset_keys().into_iter().map(|name| (name.clone(), (name, 0))).collect();
+        Ok(SafeTensorsFolder { files: vec![file], places, folder: path.into(), family: families::plain() })
     }
 
     /// Reads one tensor by the name that it has in the files, like [`TensorSource::read`].
     pub(super) fn read_named(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
         match self.places.get(name) {
-            Some(&number) => self.files[number].read(name, shape),
+            Some((stored, number)) => self.files[*number].read(stored, shape),
             None => Err(missing(&self.folder, name)),
         }
     }
@@ -174,7 +182,11 @@ impl WeightFile {
 
 impl TensorSource for SafeTensorsFolder {
     fn read(&self, name: TensorName, shape: &[usize]) -> Result<Tensor, LoadError> {
-        self.read_named(&huggingface_name(name), shape)
+        let tensor = self.read_named(&self.name(name), shape)?;
+        match self.family.norms_less_one && is_norm(name) {
+            true => Ok((tensor + 1.0).expect("a source gives f32 tensors")),
+            false => Ok(tensor),
+        }
     }
 }
 
@@ -182,24 +194,17 @@ fn missing(path: &Path, name: &str) -> LoadError {
     LoadError::MissingTensor { path: path.into(), name: name.into() }
 }
 
-/// What Hugging Face calls a tensor.
+/// What Hugging Face calls a tensor of a plain Llama model.
 pub(super) fn huggingface_name(name: TensorName) -> String {
-    let (layer, tensor) = match name {
-        TensorName::Embedding => return "model.embed_tokens.weight".into(),
-        TensorName::OutputNorm => return "model.norm.weight".into(),
-        TensorName::Output => return "lm_head.weight".into(),
-        TensorName::Layer(layer, tensor) => (layer, tensor),
-    };
-    let part = match tensor {
-        LayerTensor::AttentionNorm => "input_layernorm",
-        LayerTensor::Query => "self_attn.q_proj",
-        LayerTensor::Key => "self_attn.k_proj",
-        LayerTensor::Value => "self_attn.v_proj",
-        LayerTensor::AttentionOutput => "self_attn.o_proj",
-        LayerTensor::FfnNorm => "post_attention_layernorm",
-        LayerTensor::Gate => "mlp.gate_proj",
-        LayerTensor::Up => "mlp.up_proj",
-        LayerTensor::Down => "mlp.down_proj",
-    };
-    format!("model.layers.{layer}.{part}.weight")
+    families::folder_name(families::plain(), name)
+}
+
+fn is_norm(name: TensorName) -> bool {
+    use LayerTensor::*;
+    let of_layer = [AttentionNorm, AttentionOutputNorm, FfnNorm, FfnOutputNorm, QueryNorm, KeyNorm];
+    match name {
+        TensorName::OutputNorm => true,
+        TensorName::Layer(_, tensor) => of_layer.contains(&tensor),
+        _ => false,
+    }
 }

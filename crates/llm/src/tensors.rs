@@ -39,7 +39,8 @@ pub(super) struct Opened {
 /// Opens a `.gguf` file, or a folder with `config.json` and safetensors weights.
 pub(super) fn open_weights(path: &Path) -> Result<Opened, LoadError> {
     if path.is_dir() {
-        let (config, weights) = (huggingface::read_config(path)?, SafeTensorsFolder::open(path)?);
+        let (config, family) = huggingface::read_config(path)?;
+        let weights = SafeTensorsFolder::open(path, family)?;
         weights.refuse_unknown(&config)?;
         let paths = weights.paths().map(Path::to_path_buf).collect();
         Ok(Opened { config, weights: Box::new(weights), paths })
@@ -51,8 +52,14 @@ pub(super) fn open_weights(path: &Path) -> Result<Opened, LoadError> {
 
 /// Reads every tensor of a `.gguf` file, or of a folder with `config.json` and safetensors weights, as f32 on the CPU.
 /// Names, order and shapes are those of [`tensor_shapes`].
+///
+/// # Errors
+/// Beside those of files: a model that is not plain Llama, as only that can be trained and written.
 pub fn read_tensors(path: &Path) -> Result<(ModelConfig, Vec<NamedTensor>), LoadError> {
     let Opened { config, weights: source, .. } = open_weights(path)?;
+    if !config.architecture.is_plain() {
+        return Err(LoadError::NotPlain { path: path.into() });
+    }
     let read = |(name, shape): (TensorName, Vec<usize>)| {
         Ok(NamedTensor { name: huggingface_name(name), tensor: source.read(name, &shape)? })
     };

@@ -18,7 +18,7 @@ fn smollm2() -> Option<&'static LoadedModel> {
 }
 
 fn attention(model: &LoadedModel) -> PlainAttention {
-    PlainAttention::new(model.shape(64).unwrap())
+    PlainAttention::new(model.config())
 }
 
 /// One recorded prompt, from `tests/golden/smollm2.safetensors`.

@@ -22,8 +22,8 @@ use landmarkdb::{
     Retrieval, Rope, SequenceAttention, Sha256Digest, Window,
 };
 use landmarkdb_llm::{
-    self, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelConfig, RememberError,
-    generate,
+    self, Architecture, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelConfig,
+    RememberError, generate,
 };
 
 /// Largest difference of a logit that rounding explains, between two implementations in single precision.
@@ -293,6 +293,7 @@ impl ModelCase {
             tied_output: false,
             eos_ids: Vec::new(),
             landmark: Some(Landmark { id: self.mem_id, block_tokens: self.mem_freq + 1, hidden: false }),
+            architecture: Architecture::default(),
         })
     }
 

@@ -15,7 +15,7 @@ use landmarkdb::DType;
 use landmarkdb_llm::{Adapter, ModelConfig};
 
 pub(super) enum Learner {
-    Whole(TrainingModel),
+    Whole(Box<TrainingModel>),
     Adapter(Box<AdapterModel>),
 }
 

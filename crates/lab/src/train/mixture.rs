@@ -116,7 +116,7 @@ mod tests {
     use crate::train::recipe::tests::tiny;
     use crate::train::vocabulary::tests::{prose, tokenizer};
     use landmarkdb::Rope;
-    use landmarkdb_llm::Landmark;
+    use landmarkdb_llm::{Architecture, Landmark};
 
     const LANDMARK: u32 = 299;
 
@@ -143,6 +143,7 @@ mod tests {
             tied_output: true,
             eos_ids: vec![0],
             landmark: landmark.then_some(Landmark { id: LANDMARK, block_tokens: 9, hidden: false }),
+            architecture: Architecture::default(),
         };
         Parts { tokenizer, texts, model }
     }

@@ -11,7 +11,7 @@ use super::model::TrainingModel;
 use super::recipe::{Kind, Recipe};
 use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
 use landmarkdb::Rope;
-use landmarkdb_llm::{Adapter, Landmark, LoadedModel, ModelConfig, Tokenizer, is_adapter, replace_file};
+use landmarkdb_llm::{Adapter, Architecture, Landmark, LoadedModel, ModelConfig, Tokenizer, is_adapter, replace_file};
 
 /// Added to the mean square in RMS normalisation of a new model.
 const NORM_EPSILON: f32 = 1e-5;
@@ -54,7 +54,7 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
         }
         let tokenizer = Tokenizer::open(&path)?;
         let model = TrainingModel::new(new_config(&job.recipe, &tokenizer)?, job.recipe.seed)?;
-        return Ok(Start { tokenizer, learner: Learner::Whole(model) });
+        return Ok(Start { tokenizer, learner: Learner::Whole(Box::new(model)) });
     };
     if is_adapter(&base.path) {
         return Err(TrainError::Invalid {
@@ -79,7 +79,7 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
         }
         (_, landmark) => {
             drop(known);
-            Learner::Whole(TrainingModel::open(&base.path, landmark)?)
+            Learner::Whole(Box::new(TrainingModel::open(&base.path, landmark)?))
         }
     };
     Ok(Start { tokenizer: Tokenizer::open(&path)?, learner })
@@ -109,6 +109,7 @@ fn new_config(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ModelConfig, Tra
         tied_output: true,
         eos_ids: vec![token(END_OF_TEXT)?],
         landmark: (recipe.kind == Kind::Landmark).then_some(landmark),
+        architecture: Architecture::default(),
     })
 }
 

@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::*;
 use landmarkdb::{BlockAttention, DType, Rope};
-use landmarkdb_llm::{Landmark, Llama, LoadedModel, Logits, ModelConfig, test_model};
+use landmarkdb_llm::{Architecture, Landmark, Llama, LoadedModel, Logits, ModelConfig, test_model};
 
 const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5, hidden: false };
 
@@ -26,6 +26,7 @@ pub(super) fn config(landmark: Option<Landmark>) -> ModelConfig {
         tied_output: true,
         eos_ids: vec![0],
         landmark,
+        architecture: Architecture::default(),
     }
 }
 

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use tempfile::TempDir;
 
 use super::adapter;
+use super::architecture::Architecture;
 use super::config::ModelConfig;
 use super::digest::weights_digest;
 use super::full_attention::PlainAttention;
@@ -133,9 +134,8 @@ pub fn archive(bytes: &[u8]) -> bool {
 /// Two tokens go through the model, the last of its vocabulary among them.
 fn compute(model: &Llama) {
     let config = model.config();
-    let shape = config.shape(2).expect("a model that was loaded has a shape");
     let ids = [0, config.vocab as u32 - 1];
-    let logits = model.forward(&ids, &mut PlainAttention::new(shape), Logits::All).expect("plain attention answers");
+    let logits = model.forward(&ids, &mut PlainAttention::new(config), Logits::All).expect("plain attention answers");
     assert_eq!(logits.len(), ids.len() * config.vocab);
 }
 
@@ -164,6 +164,7 @@ pub(super) fn base_config() -> ModelConfig {
         tied_output: false,
         eos_ids: vec![0],
         landmark: None,
+        architecture: Architecture::default(),
     }
 }
 

@@ -1,0 +1,15 @@
+//! Qwen 2 and 2.5: Llama with biases of q, k and v. Windows are refused: no released model uses one.
+
+use super::{Family, PLAIN, no_window};
+use crate::architecture::Biases;
+
+pub(super) static FAMILY: Family = Family {
+    model_types: &["qwen2"],
+    gguf: Some("qwen2"),
+    defaults: &[("max_position_embeddings", 32_768.0)],
+    describe: |settings, config| {
+        config.architecture.biases = Biases { qkv: true, ..Biases::default() };
+        no_window(settings)
+    },
+    ..PLAIN
+};
