@@ -10,7 +10,7 @@ pub struct Architecture {
     pub kinds: Vec<LayerKind>,
     /// What products of queries and keys are multiplied with, if not with `1 / sqrt(D)`.
     pub softmax_scale: Option<f32>,
-    /// What the rotated dimensions of a query are multiplied with in rotated global layers. YaRN and LongRoPE multiply cosines
+    /// What the rotated dimensions of a query are multiplied with in global layers. YaRN and LongRoPE multiply cosines
     /// and sines by a factor: its square, and on queries alone, so that stored keys stay plain.
     pub rotary_gain: f32,
     /// The longest local window of layers that the model was trained to look back over no more than so many tokens, the
@@ -47,6 +47,8 @@ pub enum LayerKind {
         window_tokens: usize,
         /// Rotation of q and k in this layer.
         rope: Rope,
+        /// As [`Architecture::rotary_gain`], in this layer.
+        rotary_gain: f32,
     },
 }
 
@@ -115,6 +117,15 @@ impl Architecture {
     /// The kind of a layer, counted from 0.
     pub fn kind(&self, layer: usize) -> &LayerKind {
         self.kinds.get(layer).unwrap_or(&LayerKind::Global)
+    }
+
+    /// What the rotated dimensions of a layer's queries are multiplied with.
+    pub fn gain(&self, layer: usize) -> f32 {
+        match self.kind(layer) {
+            LayerKind::Global => self.rotary_gain,
+            LayerKind::Unrotated => 1.0,
+            LayerKind::Sliding { rotary_gain, .. } => *rotary_gain,
+        }
     }
 
     /// Whether the model is plain Llama, but for rotation and sizes: what can be trained here.

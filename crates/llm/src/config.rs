@@ -116,10 +116,7 @@ impl ModelConfig {
         if self.context_tokens == 0 {
             return Err(InvalidShape { field: "context length", expected: "at least 1".into(), found: "0".into() });
         }
-        if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0) {
-            let found = self.norm_epsilon.to_string();
-            return Err(InvalidShape { field: "RMS norm epsilon", expected: "a positive number".into(), found });
-        }
+        positive("RMS norm epsilon", self.norm_epsilon)?;
         let Architecture { rotary_gain, embedding_scale, residual_scale, logit_scale, .. } = self.architecture;
         for (field, found) in [
             ("attention factor", rotary_gain),
@@ -127,9 +124,7 @@ impl ModelConfig {
             ("residual scale", residual_scale),
             ("logit scale", logit_scale),
         ] {
-            if !(found.is_finite() && found > 0.0) {
-                return Err(InvalidShape { field, expected: "a positive number".into(), found: found.to_string() });
-            }
+            positive(field, found)?;
         }
         self.check_kinds()?;
         if let Some(landmark) = self.landmark {
@@ -151,7 +146,8 @@ impl ModelConfig {
             return Err(InvalidShape { field: "kinds of layers", expected, found: count.to_string() });
         }
         for kind in &self.architecture.kinds {
-            let LayerKind::Sliding { window_tokens, rope } = kind else { continue };
+            let LayerKind::Sliding { window_tokens, rope, rotary_gain } = kind else { continue };
+            positive("attention factor", *rotary_gain)?;
             if *window_tokens == 0 {
                 return Err(InvalidShape { field: "sliding window", expected: "at least 1".into(), found: "0".into() });
             }
@@ -166,5 +162,12 @@ impl ModelConfig {
                 found: "0".into(),
             }),
         }
+    }
+}
+
+fn positive(field: &'static str, found: f32) -> Result<(), InvalidShape> {
+    match found.is_finite() && found > 0.0 {
+        true => Ok(()),
+        false => Err(InvalidShape { field, expected: "a positive number".into(), found: found.to_string() }),
     }
 }

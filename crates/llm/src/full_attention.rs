@@ -30,7 +30,7 @@ impl PlainAttention {
         let kind = |layer: usize| match config.architecture.kind(layer) {
             LayerKind::Global => (longest, config.rope.clone()),
             LayerKind::Unrotated => (longest, still.clone()),
-            LayerKind::Sliding { window_tokens, rope } => (*window_tokens, rope.clone()),
+            LayerKind::Sliding { window_tokens, rope, .. } => (*window_tokens, rope.clone()),
         };
         PlainAttention {
             query_heads: config.query_heads as usize,

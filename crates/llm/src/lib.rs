@@ -74,6 +74,8 @@ mod foreign_files;
 mod full_attention;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+#[cfg(test)]
+mod golden_families;
 #[cfg(all(any(test, feature = "fuzzing"), feature = "pull"))]
 pub mod test_model;
 #[cfg(all(test, feature = "pull"))]

@@ -1,11 +1,11 @@
-//! The forward pass of a decoder in f32: Llama's, and what an [`Architecture`] changes about it. Attention is the caller's: this hands over `q`, `k`, `v`
+//! The forward pass of a decoder in f32: Llama's, and what an [`Architecture`](super::Architecture) changes about it. Attention is the caller's: this hands over `q`, `k`, `v`
 //! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
 
 use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::architecture::{Architecture, LayerKind};
+use super::architecture::LayerKind;
 use super::config::ModelConfig;
 use super::error::{ForwardError, LoadError};
 use super::kernels::{add_bias, gated, rms_norm, rms_norm_in_place, take_columns};
@@ -255,10 +255,14 @@ impl Llama {
             rms_norm_in_place(q, query, config.norm_epsilon);
             rms_norm_in_place(k, key, config.norm_epsilon);
         }
-        let Architecture { rotary_gain, .. } = config.architecture;
-        if rotary_gain != 1.0 && *config.architecture.kind(index) == LayerKind::Global {
-            let rotary_dims = 2 * config.rope.frequencies.len();
-            q.chunks_exact_mut(config.head_dim as usize).for_each(|head| scale(&mut head[..rotary_dims], rotary_gain));
+        let gain = config.architecture.gain(index);
+        if gain != 1.0 {
+            let rope = match config.architecture.kind(index) {
+                LayerKind::Sliding { rope, .. } => rope,
+                _ => &config.rope,
+            };
+            let rotary_dims = 2 * rope.frequencies.len();
+            q.chunks_exact_mut(config.head_dim as usize).for_each(|head| scale(&mut head[..rotary_dims], gain));
         }
         let attended = attention
             .attend(index, x.len() / config.hidden, q, k, v)

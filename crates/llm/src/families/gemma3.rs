@@ -2,7 +2,7 @@
 //! sides, heads of queries and keys too.
 
 use super::names::NAMES_OF_OUTPUT_NORMS;
-use super::{FULL_ATTENTION, Family, PLAIN, SLIDING_ATTENTION, Settings, biases, key};
+use super::{Family, PLAIN, Settings, are_global, biases, key};
 use crate::architecture::{Activation, Architecture, LayerKind, Norms, QueryKeyNorm};
 use crate::config::ModelConfig;
 use crate::error::LoadError;
@@ -47,8 +47,8 @@ fn describe(settings: &dyn Settings, config: &mut ModelConfig) -> Result<(), Loa
         None if config.layers == LAYERS_27B => config.hidden as f64 / config.query_heads as f64,
         None => config.head_dim as f64,
     };
-    let sliding =
-        LayerKind::Sliding { window_tokens: window as usize, rope: settings.local_rotation(config.head_dim)?.rope };
+    let rope = settings.local_rotation(config.head_dim)?.rope;
+    let sliding = LayerKind::Sliding { window_tokens: window as usize, rope, rotary_gain: 1.0 };
     let kinds = is_global(settings, config.layers)?.into_iter();
     config.architecture = Architecture {
         kinds: kinds.map(|is_global| if is_global { LayerKind::Global } else { sliding.clone() }).collect(),
@@ -76,9 +76,5 @@ fn is_global(settings: &dyn Settings, layers: u32) -> Result<Vec<bool>, LoadErro
     let Some(kinds) = settings.texts(key::LAYER_TYPES)? else {
         return Ok(by_pattern(pattern.unwrap_or(PATTERN_DEFAULT)));
     };
-    if kinds.len() != layers as usize || !kinds.iter().all(|kind| [FULL_ATTENTION, SLIDING_ATTENTION].contains(kind)) {
-        let expected = format!("{FULL_ATTENTION} or {SLIDING_ATTENTION} for each of {layers} layers");
-        return Err(settings.refuse(key::LAYER_TYPES, &expected, None));
-    }
-    Ok(kinds.iter().map(|kind| *kind == FULL_ATTENTION).collect())
+    are_global(settings, &kinds, layers)
 }

@@ -25,7 +25,7 @@ pub(super) use llama::LANDMARK_TYPE;
 pub(super) use names::{Name, folder_name, gguf_name, text_name};
 pub(super) use settled::{FOLDER_NEUTRAL, GGUF_NEUTRAL, is_beside_text, is_harmless_field, is_harmless_setting};
 
-use super::architecture::{Activation, Architecture, Biases};
+use super::architecture::{Activation, Architecture, Biases, LayerKind};
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::rotation::Rotation;
@@ -252,13 +252,34 @@ fn window_of_all_layers(settings: &dyn Settings) -> Result<Option<u32>, LoadErro
     Ok(settings.number(key::SLIDING_WINDOW)?.filter(|&tokens| tokens > 0))
 }
 
-/// For families whose configurations tell a window that `use_sliding_window` says is not used.
-fn no_window(settings: &dyn Settings) -> Result<(), LoadError> {
-    if settings.flag(key::USE_SLIDING_WINDOW)? == Some(true) {
-        let way_out = "no released model of this kind has one; take a version of the model without it";
-        return Err(settings.refuse(key::USE_SLIDING_WINDOW, "false", Some(way_out)));
+/// For families in which some layers see the last tokens only, with the same rotation, if `use_sliding_window` says so.
+fn some_windows(settings: &dyn Settings, config: &mut ModelConfig) -> Result<(), LoadError> {
+    let window = settings.number(key::SLIDING_WINDOW)?;
+    // The layers before have none.
+    let first = settings.number(key::WINDOW_LAYERS)?;
+    if settings.flag(key::USE_SLIDING_WINDOW)? != Some(true) {
+        return Ok(());
     }
-    settings.number(key::SLIDING_WINDOW)?;
-    settings.number(key::WINDOW_LAYERS)?;
+    let window_tokens = window.ok_or_else(|| settings.missing(key::SLIDING_WINDOW))? as usize;
+    let global = match settings.texts(key::LAYER_TYPES)? {
+        Some(kinds) => are_global(settings, &kinds, config.layers)?,
+        None => {
+            let first = first.ok_or_else(|| settings.missing(key::WINDOW_LAYERS))?;
+            (0..config.layers).map(|layer| layer < first).collect()
+        }
+    };
+    let Architecture { rotary_gain, .. } = config.architecture;
+    let sliding = LayerKind::Sliding { window_tokens, rope: config.rope.clone(), rotary_gain };
+    let kind = |is_global| if is_global { LayerKind::Global } else { sliding.clone() };
+    config.architecture.kinds = global.into_iter().map(kind).collect();
     Ok(())
+}
+
+/// Which layers see the whole text, by Hugging Face's words for their kinds.
+fn are_global(settings: &dyn Settings, kinds: &[&str], layers: u32) -> Result<Vec<bool>, LoadError> {
+    if kinds.len() != layers as usize || !kinds.iter().all(|kind| [FULL_ATTENTION, SLIDING_ATTENTION].contains(kind)) {
+        let expected = format!("{FULL_ATTENTION} or {SLIDING_ATTENTION} for each of {layers} layers");
+        return Err(settings.refuse(key::LAYER_TYPES, &expected, None));
+    }
+    Ok(kinds.iter().map(|kind| *kind == FULL_ATTENTION).collect())
 }

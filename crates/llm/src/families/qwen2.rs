@@ -1,6 +1,6 @@
-//! Qwen 2 and 2.5: Llama with biases of q, k and v. Windows are refused: no released model uses one.
+//! Qwen 2 and 2.5: Llama with biases of q, k and v, and in some layers a window if they are set to slide.
 
-use super::{Family, PLAIN, no_window};
+use super::{Family, PLAIN, some_windows};
 use crate::architecture::Biases;
 
 pub(super) static FAMILY: Family = Family {
@@ -9,7 +9,7 @@ pub(super) static FAMILY: Family = Family {
     defaults: &[("max_position_embeddings", 32_768.0)],
     describe: |settings, config| {
         config.architecture.biases = Biases { qkv: true, ..Biases::default() };
-        no_window(settings)
+        some_windows(settings, config)
     },
     ..PLAIN
 };

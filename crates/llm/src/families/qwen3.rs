@@ -1,6 +1,6 @@
 //! Qwen 3, the dense models: each head of queries and keys is normalised.
 
-use super::{Family, PLAIN, biases, no_window};
+use super::{Family, PLAIN, biases, some_windows};
 use crate::architecture::QueryKeyNorm;
 
 pub(super) static FAMILY: Family = Family {
@@ -10,7 +10,7 @@ pub(super) static FAMILY: Family = Family {
     describe: |settings, config| {
         config.architecture.query_key_norm = Some(QueryKeyNorm::Head);
         config.architecture.biases = biases(settings)?;
-        no_window(settings)
+        some_windows(settings, config)
     },
     ..PLAIN
 };

@@ -1,6 +1,6 @@
 //! SmolLM 3: Llama, in which every fourth layer does not rotate.
 
-use super::{Family, PLAIN, Settings, biases, check_kinds, key, no_window};
+use super::{Family, PLAIN, Settings, biases, check_kinds, key};
 use crate::architecture::LayerKind;
 use crate::config::ModelConfig;
 use crate::error::LoadError;
@@ -38,4 +38,15 @@ fn describe(settings: &dyn Settings, config: &mut ModelConfig) -> Result<(), Loa
     // `layer_types` tells windows, which no released model has.
     check_kinds(settings)?;
     no_window(settings)
+}
+
+/// Configurations tell a window that `use_sliding_window` says is not used.
+fn no_window(settings: &dyn Settings) -> Result<(), LoadError> {
+    if settings.flag(key::USE_SLIDING_WINDOW)? == Some(true) {
+        let way_out = "no released model of this kind has one; take a version of the model without it";
+        return Err(settings.refuse(key::USE_SLIDING_WINDOW, "false", Some(way_out)));
+    }
+    settings.number(key::SLIDING_WINDOW)?;
+    settings.number(key::WINDOW_LAYERS)?;
+    Ok(())
 }

@@ -1,0 +1,185 @@
+//! Every family against recorded outputs of Hugging Face transformers, from each of its files: `tests/golden/families` holds tiny
+//! random models as a folder, as GGUF, and with the configuration that older versions wrote.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+
+use super::config::ModelConfig;
+use super::error::LoadError;
+use super::families::FAMILIES;
+use super::full_attention::PlainAttention;
+use super::llama::{Llama, Logits};
+use super::tensors::{Opened, open_weights};
+use landmarkdb::SequenceAttention;
+
+/// Most that a logit may differ by. They are of the order of 1.
+const OFF_MAX: f32 = 1e-3;
+
+/// Models that are refused, by this.
+const REFUSED: &[(&str, &str)] = &[("ministral3", "found m")];
+
+/// Models that take LongRoPE's long divisors for every text. Transformers takes the short ones for texts that are no longer than
+/// the original context: of its answers the one to the long prompt is theirs.
+const LONG: [&str; 2] = ["phi3-longrope", "phi4-mini"];
+const LONG_PROMPT: &str = "p";
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/families")
+}
+
+/// The tiny models by name.
+fn cases() -> Vec<String> {
+    let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
+    let folders = entries.filter(|entry| entry.path().join("config.json").exists());
+    let mut names: Vec<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn load(path: &Path) -> Result<Llama, LoadError> {
+    let Opened { config, weights, .. } = open_weights(path)?;
+    Llama::load(config, &*weights)
+}
+
+/// The folder with its older configuration, if it has one.
+fn older(case: &str) -> Option<tempfile::TempDir> {
+    let from = folder().join(case);
+    let config = from.join("older/config.json");
+    if !config.exists() {
+        return None;
+    }
+    let older = tempfile::tempdir().unwrap();
+    std::fs::copy(config, older.path().join("config.json")).unwrap();
+    for file in ["model.safetensors", "generation_config.json"] {
+        std::fs::copy(from.join(file), older.path().join(file)).unwrap();
+    }
+    Some(older)
+}
+
+/// One recorded prompt.
+struct Recorded {
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+    greedy_ids: Vec<u32>,
+}
+
+fn recorded(case: &str) -> Vec<Recorded> {
+    let path = folder().join(case).join(format!("golden/{case}.safetensors"));
+    let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let ids = |name: String| -> Vec<u32> { tensors[&name].to_dtype(DType::U32).unwrap().to_vec1().unwrap() };
+    let one = |prompt: &str| Recorded {
+        ids: ids(format!("{prompt}.input_ids")),
+        logits: tensors[&format!("{prompt}.logits_last")].to_vec1().unwrap(),
+        greedy_ids: ids(format!("{prompt}.greedy_ids")),
+    };
+    let names = tensors.keys().filter_map(|name| name.strip_suffix(".input_ids"));
+    names.filter(|prompt| !LONG.contains(&case) || *prompt == LONG_PROMPT).map(one).collect()
+}
+
+/// How far the logits are from those that were recorded. Greedy tokens that differ are infinitely far.
+fn off(model: &Llama, case: &str, attention: &mut dyn FnMut() -> Box<dyn SequenceAttention>) -> f32 {
+    let mut worst = 0.0_f32;
+    for Recorded { ids, logits, greedy_ids } in recorded(case) {
+        let mut attention = attention();
+        let mut found = model.forward(&ids, &mut *attention, Logits::Last).unwrap();
+        assert_eq!(found.len(), logits.len(), "{case}");
+        // NaN is far from everything.
+        let far = |(a, b): (&f32, &f32)| if (a - b).is_nan() { f32::INFINITY } else { (a - b).abs() };
+        worst = found.iter().zip(&logits).map(far).fold(worst, f32::max);
+        for greedy in greedy_ids {
+            let best = (0..found.len()).max_by(|&a, &b| found[a].total_cmp(&found[b])).unwrap() as u32;
+            if best != greedy {
+                return f32::INFINITY;
+            }
+            found = model.forward(&[best], &mut *attention, Logits::Last).unwrap();
+        }
+    }
+    assert!(worst > 0.0, "{case}: nothing was compared");
+    worst
+}
+
+fn plain(config: &ModelConfig) -> impl FnMut() -> Box<dyn SequenceAttention> {
+    move || Box::new(PlainAttention::new(config))
+}
+
+#[test]
+fn every_case_gives_the_recorded_logits_from_each_of_its_files() {
+    let mut wrong = Vec::new();
+    for case in cases() {
+        let path = folder().join(&case);
+        let older = older(&case);
+        let mut files = vec![("folder", path.clone())];
+        files.extend(path.join("model.gguf").exists().then(|| ("gguf", path.join("model.gguf"))));
+        files.extend(older.as_ref().map(|older| ("older", older.path().to_path_buf())));
+        for (format, path) in files {
+            match (load(&path), REFUSED.iter().find(|(name, _)| *name == case)) {
+                (Ok(model), None) => {
+                    let off = off(&model, &case, &mut plain(model.config()));
+                    println!("{case:<16} {format:<8} {off:.1e}");
+                    if off.is_nan() || off > OFF_MAX {
+                        wrong.push(format!("{case}, {format}: off by {off}"));
+                    }
+                }
+                (Err(error), Some((_, key))) if error.to_string().contains(key) => {}
+                (Err(error), _) => wrong.push(format!("{case}, {format}: {error}")),
+                (Ok(_), Some((_, key))) => wrong.push(format!("{case}, {format}: is not refused for {key}")),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Whoever adds a family records what another implementation makes of it.
+#[test]
+fn every_family_has_a_case_in_each_of_its_formats() {
+    let json = |case: &String| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(folder().join(case).join("config.json")).unwrap()).unwrap()
+    };
+    let cases: Vec<(String, bool)> = cases()
+        .iter()
+        .map(|case| {
+            (json(case)["model_type"].as_str().unwrap().into(), folder().join(case).join("model.gguf").exists())
+        })
+        .collect();
+    for family in FAMILIES {
+        let of = |kind: &str, in_gguf: bool| cases.iter().any(|(case, gguf)| case == kind && (*gguf || !in_gguf));
+        assert!(family.model_types.iter().any(|kind| of(kind, family.gguf.is_some())), "{}", family.model_types[0]);
+        assert!(family.wrapper.is_none_or(|kind| of(kind, false)), "{:?}", family.wrapper);
+    }
+}
+
+#[test]
+fn other_kinds_of_models_are_refused_by_their_kind() {
+    for entry in std::fs::read_dir(folder().join("refused")).unwrap() {
+        let path = entry.unwrap().path();
+        let message = open_weights(&path).err().expect("the model was opened").to_string();
+        let kind = path.file_name().unwrap().to_str().unwrap();
+        let named = if kind == "llama-dynamic" { "rope_type" } else { "model_type" };
+        assert!(message.contains(named) && message.contains("expected") && !message.contains("damaged"), "{message}");
+        assert!(kind == "llama-dynamic" || message.contains(&format!("found {kind}")), "{message}");
+    }
+}
+
+/// The short divisors are those of a model that is used within its original context.
+#[test]
+fn longrope_of_a_short_context_takes_the_short_divisors() {
+    let model = |context: u32| {
+        let from = folder().join("phi3-longrope");
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+        json["max_position_embeddings"] = context.into();
+        json["rope_parameters"]["attention_factor"] = 1.25.into();
+        std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+        let Opened { config, .. } = open_weights(folder.path()).unwrap();
+        (config.rope.frequencies[1], config.architecture.rotary_gain)
+    };
+    let ((short, gain), (long, _)) = (model(64), model(65));
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder().join("phi3-longrope/config.json")).unwrap()).unwrap();
+    let divisor = |key: &str| json["rope_parameters"][key][1].as_f64().unwrap();
+    assert!(((short / long) as f64 - divisor("long_factor") / divisor("short_factor")).abs() < 1e-5);
+    assert_eq!(gain, 1.25 * 1.25);
+}
