@@ -70,12 +70,15 @@ impl ModelConfig {
         }
     }
 
-    /// The local window that the model works best with.
+    /// The local window that the model works best with: no longer than what it was trained to look back over.
     pub fn window(&self) -> Window {
-        match self.trained_landmark() {
-            Some(landmark) => Window::landmark(CHUNK_BLOCKS * landmark.block_tokens as usize),
-            None => Window { normalisation: self.normalisation(), ..Window::default() },
+        if let Some(landmark) = self.trained_landmark() {
+            return Window::landmark(CHUNK_BLOCKS * landmark.block_tokens as usize);
         }
+        let window = Window { normalisation: self.normalisation(), ..Window::default() };
+        // The query's own block is seen besides.
+        let longest = self.architecture.window_tokens_max.map(|tokens| tokens.saturating_sub(self.block_tokens()));
+        Window { tokens: longest.map_or(window.tokens, |longest| window.tokens.min(longest as usize)), ..window }
     }
 
     /// What to retrieve for the model. Layer 0 does not retrieve by hidden landmarks: before any layer they are all equal.
@@ -157,6 +160,14 @@ mod tests {
     fn a_block_that_somebody_left_open_is_closed_first() {
         assert_eq!(config(Some(4)).reading(7, &[5]).ids, [99, 5]);
         assert_eq!(config(None).reading(7, &[5, 6]).ids, [5, 6]);
+    }
+
+    #[test]
+    fn a_window_is_no_longer_than_the_one_that_a_model_was_trained_with() {
+        for (trained, expected) in [(None, 512), (Some(4096), 512), (Some(300), 300 - 64), (Some(20), 0)] {
+            let architecture = Architecture { window_tokens_max: trained, ..Architecture::default() };
+            assert_eq!(ModelConfig { architecture, ..config(None) }.window().tokens, expected, "{trained:?}");
+        }
     }
 
     #[test]
