@@ -52,9 +52,10 @@ impl TrainingModel {
     /// A model with random weights, the same for equal seeds.
     ///
     /// # Errors
-    /// A configuration that no model can have.
+    /// A configuration that no model can have, or that of another architecture than plain Llama.
     pub fn new(config: ModelConfig, seed: u64) -> Result<Self, TrainError> {
         config.check()?;
+        check_plain(&config)?;
         let parameters = weights::random(&config, seed)?;
         Ok(Self::all_trained(config, parameters))
     }
@@ -224,4 +225,16 @@ pub(super) fn float(dtype: DType) -> Result<candle_core::DType, TrainError> {
 fn batch_loss(logits: &Tensor, batch: &Batch) -> Result<Tensor, TrainError> {
     let targets = Targets { ids: batch.targets.as_slice().into(), weights: batch.weights.as_slice().into() };
     Ok(cross_entropy(logits, targets)?)
+}
+
+/// The loss is that of plain Llama, without biases and whatever else other architectures have.
+pub(super) fn check_plain(config: &ModelConfig) -> Result<(), TrainError> {
+    match config.architecture.is_plain() {
+        true => Ok(()),
+        false => Err(TrainError::Invalid {
+            field: "model",
+            expected: "a plain Llama model, which is what can be trained".into(),
+            found: "one of another architecture".into(),
+        }),
+    }
 }

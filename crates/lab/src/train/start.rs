@@ -7,7 +7,7 @@ use super::checkpoint;
 use super::error::TrainError;
 use super::job::{Event, Job};
 use super::learner::Learner;
-use super::model::TrainingModel;
+use super::model::{TrainingModel, check_plain};
 use super::recipe::{Kind, Recipe};
 use super::vocabulary::{END_OF_TEXT, LANDMARK, train_vocabulary};
 use landmarkdb::Rope;
@@ -65,6 +65,7 @@ pub(super) fn start(job: &Job, on_event: &mut dyn FnMut(Event)) -> Result<Start,
     }
     on_event(Event::Stage("loading the model"));
     let known = LoadedModel::open(&base.path)?;
+    check_plain(known.config())?;
     let landmark = landmark_of(&job.recipe, known.config(), &known.tokenizer)?;
     if !resumes {
         // What only the index reads is no token of texts.

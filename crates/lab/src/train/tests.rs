@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::*;
 use landmarkdb::{BlockAttention, DType, Rope};
-use landmarkdb_llm::{Architecture, Landmark, Llama, LoadedModel, Logits, ModelConfig, test_model};
+use landmarkdb_llm::{Architecture, Biases, Landmark, Llama, LoadedModel, Logits, ModelConfig, test_model};
 
 const LANDMARK: Landmark = Landmark { id: 29, block_tokens: 5, hidden: false };
 
@@ -307,6 +307,9 @@ fn batches_that_do_not_fit_are_refused_by_field() {
     }
     let impossible = ModelConfig { kv_heads: 3, ..config(None) };
     assert!(matches!(TrainingModel::new(impossible, 1), Err(TrainError::Shape(_))));
+    let biases = Biases { qkv: true, ..Biases::default() };
+    let other = ModelConfig { architecture: Architecture { biases, ..Architecture::default() }, ..config(None) };
+    assert!(matches!(TrainingModel::new(other, 1), Err(TrainError::Invalid { field: "model", .. })));
 }
 
 /// Milliseconds of the fastest of some runs.
