@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::LoadedModel;
+use super::encode::check_layers;
 use super::error::RememberError;
 use super::generate::{GenerateOptions, Generated, generate};
 use landmarkdb::{BlockAttention, BlockMemory, CollectionInfo, DocumentInfo, Reads, Retrieval, Window};
@@ -57,6 +58,7 @@ pub fn ask(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Answer, RememberError> {
     let begin = Instant::now();
+    check_layers(model)?;
     let prompt = model.tokenizer.encode(question.prompt)?.ids;
     let Question { documents, window, ref retrieval, ref options, .. } = *question;
     let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval.clone())?;

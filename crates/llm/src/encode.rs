@@ -59,6 +59,7 @@ pub fn encode(
         // Before the document is made: a name that holds nothing would be taken all the same.
         return Err(RememberError::EmptyText);
     }
+    check_layers(model)?;
     let encoded = model.tokenizer.encode(text)?;
     let prefix = model.tokenizer.prefix();
     let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
@@ -100,6 +101,14 @@ pub fn encode(
     }
     session.flush()?;
     Ok(memory.seal(document.id)?)
+}
+
+/// Refuses a model with [`SlidingLayers`](super::SlidingLayers): their state would be missing when a document is read.
+pub(super) fn check_layers(model: &LoadedModel) -> Result<(), RememberError> {
+    match model.config().sliding_layers().count() {
+        0 => Ok(()),
+        layers => Err(RememberError::SlidingLayers { layers }),
+    }
 }
 
 /// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.

@@ -276,6 +276,20 @@ pub enum ForwardError {
     },
 }
 
+/// Why a kept state of sliding layers cannot be gone on from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "state of sliding layers: {field}: expected {expected}, found {found}; encode the document again with this model"
+)]
+pub struct SlidingStateError {
+    /// The part of the state.
+    pub field: &'static str,
+    /// What this model keeps there.
+    pub expected: String,
+    /// What the state has there.
+    pub found: String,
+}
+
 /// Why a generation stopped short.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
@@ -349,6 +363,15 @@ pub enum RememberError {
         name: String,
         /// The first fault that verification found, human-readable.
         problem: String,
+    },
+    /// The model has layers that see the last tokens only, and a document does not keep those for it.
+    #[error(
+        "{layers} layers of the model see the last tokens only, and a memory does not keep those yet: \
+         take a model whose layers all see the whole text"
+    )]
+    SlidingLayers {
+        /// How many.
+        layers: usize,
     },
     /// The text or the prompt could not be tokenised.
     #[error(transparent)]

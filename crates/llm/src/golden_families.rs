@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::config::ModelConfig;
-use super::error::LoadError;
+use super::error::{LoadError, SaveError};
 use super::families::FAMILIES;
 use super::full_attention::PlainAttention;
 use super::llama::{Llama, Logits};
-use super::tensors::{Opened, open_weights};
-use landmarkdb::SequenceAttention;
+use super::sliding::SlidingLayers;
+use super::tensors::{Opened, open_weights, read_tensors, write_model};
+use landmarkdb::{BlockAttention, Normalisation};
 
 /// Most that a logit may differ by. They are of the order of 1.
 const OFF_MAX: f32 = 1e-3;
@@ -77,12 +77,13 @@ fn recorded(case: &str) -> Vec<Recorded> {
     names.filter(|prompt| !LONG.contains(&case) || *prompt == LONG_PROMPT).map(one).collect()
 }
 
-/// How far the logits are from those that were recorded. Greedy tokens that differ are infinitely far.
-fn off(model: &Llama, case: &str, attention: &mut dyn FnMut() -> Box<dyn SequenceAttention>) -> f32 {
+/// How far logits are from those that were recorded, of sequences that answer tokens with the logits of the last. Greedy tokens
+/// that differ are infinitely far.
+fn off<S: FnMut(&[u32]) -> Vec<f32>>(case: &str, mut begin: impl FnMut() -> S) -> f32 {
     let mut worst = 0.0_f32;
     for Recorded { ids, logits, greedy_ids } in recorded(case) {
-        let mut attention = attention();
-        let mut found = model.forward(&ids, &mut *attention, Logits::Last).unwrap();
+        let mut sequence = begin();
+        let mut found = sequence(&ids);
         assert_eq!(found.len(), logits.len(), "{case}");
         // NaN is far from everything.
         let far = |(a, b): (&f32, &f32)| if (a - b).is_nan() { f32::INFINITY } else { (a - b).abs() };
@@ -92,15 +93,11 @@ fn off(model: &Llama, case: &str, attention: &mut dyn FnMut() -> Box<dyn Sequenc
             if best != greedy {
                 return f32::INFINITY;
             }
-            found = model.forward(&[best], &mut *attention, Logits::Last).unwrap();
+            found = sequence(&[best]);
         }
     }
     assert!(worst > 0.0, "{case}: nothing was compared");
     worst
-}
-
-fn plain(config: &ModelConfig) -> impl FnMut() -> Box<dyn SequenceAttention> {
-    move || Box::new(PlainAttention::new(config))
 }
 
 #[test]
@@ -115,7 +112,10 @@ fn every_case_gives_the_recorded_logits_from_each_of_its_files() {
         for (format, path) in files {
             match (load(&path), REFUSED.iter().find(|(name, _)| *name == case)) {
                 (Ok(model), None) => {
-                    let off = off(&model, &case, &mut plain(model.config()));
+                    let off = off(&case, || {
+                        let (model, mut attention) = (&model, PlainAttention::new(model.config()));
+                        move |ids| model.forward(ids, &mut attention, Logits::Last).unwrap()
+                    });
                     println!("{case:<16} {format:<8} {off:.1e}");
                     if off.is_nan() || off > OFF_MAX {
                         wrong.push(format!("{case}, {format}: off by {off}"));
@@ -128,6 +128,55 @@ fn every_case_gives_the_recorded_logits_from_each_of_its_files() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// With the attention that memories have, over layers that it counts from 0, and sliding layers beside it.
+#[test]
+fn every_case_gives_the_recorded_logits_with_the_attention_of_a_memory() {
+    let mut compared = 0;
+    for case in cases() {
+        let Ok(model) = load(&folder().join(&case)) else { continue };
+        // That attention sees everything, and rotates all of it.
+        let Ok(shape) = model.config().shape(8) else { continue };
+        if model.config().architecture.window_tokens_max.is_some() {
+            continue;
+        }
+        let off = off(&case, || {
+            let mut below = BlockAttention::full(&shape, Normalisation::Plain);
+            let mut sliding = SlidingLayers::new(model.config());
+            let model = &model;
+            move |ids| match &mut sliding {
+                None => model.forward(ids, &mut below, Logits::Last).unwrap(),
+                Some(sliding) => model.forward(ids, &mut sliding.over(&mut below).unwrap(), Logits::Last).unwrap(),
+            }
+        });
+        println!("{case:<16} {off:.1e}");
+        assert!(off < OFF_MAX, "{case}: off by {off}");
+        compared += 1;
+    }
+    assert!(compared > 10, "{compared}");
+}
+
+/// Training and adapters know plain Llama only: biases must not be dropped on the way to a file.
+#[test]
+fn what_is_not_plain_llama_is_asked_but_neither_trained_nor_written() {
+    for case in ["llama-bias", "qwen2", "phi3", "mistral-window"] {
+        let read = read_tensors(&folder().join(case));
+        assert!(matches!(read, Err(LoadError::NotPlain { .. })), "{case}");
+        let Opened { config, .. } = open_weights(&folder().join(case)).unwrap();
+        let written = write_model(tempfile::tempdir().unwrap().path(), &config, &[], DType::F32);
+        assert!(matches!(written, Err(SaveError::Architecture)), "{case}");
+    }
+    for case in ["llama", "mistral", "llama-linear"] {
+        read_tensors(&folder().join(case)).unwrap();
+    }
+}
+
+/// A memory would rotate the keys of layers that do not rotate.
+#[test]
+fn unrotated_layers_have_no_memory_yet() {
+    let model = load(&folder().join("smollm3")).unwrap();
+    assert_eq!(model.config().shape(8).unwrap_err().field, "layers without rotation");
 }
 
 /// Whoever adds a family records what another implementation makes of it.

@@ -30,7 +30,7 @@
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
-//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `low_rank`, `packing` and `kernels`
+//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels`
 //! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
@@ -63,6 +63,7 @@ mod resolve;
 mod rotation;
 mod safetensors;
 mod sample;
+mod sliding;
 mod tensors;
 mod tokenizer;
 mod tokenizer_gguf;
@@ -94,8 +95,8 @@ pub use config::{Landmark, ModelConfig};
 pub use digest::file_digest;
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
-    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, TokenizeError,
-    reason as tensor_reason,
+    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError,
+    TokenizeError, reason as tensor_reason,
 };
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
@@ -106,6 +107,7 @@ pub use pull::{PipAttempt, PullError, PullStep, pull};
 pub use pulled::{PulledModel, pulled};
 pub use resolve::{models_folder, resolve};
 pub use sample::Sampling;
+pub use sliding::{HybridAttention, SlidingLayers};
 pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 
