@@ -33,15 +33,20 @@ fn off(model: &LoadedModel, golden: &str) -> f32 {
     found.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// The tiny GGUF file, taken apart.
-struct Parts {
-    settings: Vec<(String, Value)>,
-    tensors: Vec<(String, QTensor)>,
+/// A GGUF file, taken apart.
+pub(super) struct Parts {
+    pub(super) settings: Vec<(String, Value)>,
+    pub(super) tensors: Vec<(String, QTensor)>,
 }
 
 impl Parts {
+    /// The tiny one.
     fn new() -> Self {
-        let mut file = std::fs::File::open(fixture("tiny.gguf")).unwrap();
+        Self::of(&fixture("tiny.gguf"))
+    }
+
+    pub(super) fn of(path: &Path) -> Self {
+        let mut file = std::fs::File::open(path).unwrap();
         let content = gguf_file::Content::read(&mut file).unwrap();
         let mut names: Vec<String> = content.tensor_infos.keys().cloned().collect();
         names.sort();
@@ -50,13 +55,13 @@ impl Parts {
         Parts { settings: content.metadata.into_iter().collect(), tensors }
     }
 
-    fn set(mut self, key: &str, value: Value) -> Self {
+    pub(super) fn set(mut self, key: &str, value: Value) -> Self {
         self.settings.retain(|(known, _)| known != key);
         self.settings.push((key.into(), value));
         self
     }
 
-    fn with(mut self, name: &str, values: Vec<f32>) -> Self {
+    pub(super) fn with(mut self, name: &str, values: Vec<f32>) -> Self {
         let count = values.len();
         let tensor = Tensor::from_vec(values, count, &Device::Cpu).unwrap();
         self.tensors.retain(|(known, _)| known != name);
@@ -64,7 +69,7 @@ impl Parts {
         self
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let mut bytes = std::io::Cursor::new(Vec::new());
         let settings: Vec<(&str, &Value)> = self.settings.iter().map(|(key, value)| (key.as_str(), value)).collect();
         let tensors: Vec<(&str, &QTensor)> =

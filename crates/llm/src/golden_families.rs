@@ -17,19 +17,19 @@ use landmarkdb::{BlockAttention, Normalisation};
 const OFF_MAX: f32 = 1e-3;
 
 /// Models that are refused, by this.
-const REFUSED: &[(&str, &str)] = &[("ministral3", "found m")];
+pub(super) const REFUSED: &[(&str, &str)] = &[("ministral3", "found m")];
 
 /// Models that take LongRoPE's long divisors for every text. Transformers takes the short ones for texts that are no longer than
 /// the original context: of its answers the one to the long prompt is theirs.
 const LONG: [&str; 2] = ["phi3-longrope", "phi4-mini"];
 const LONG_PROMPT: &str = "p";
 
-fn folder() -> PathBuf {
+pub(super) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/families")
 }
 
 /// The tiny models by name.
-fn cases() -> Vec<String> {
+pub(super) fn cases() -> Vec<String> {
     let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
     let folders = entries.filter(|entry| entry.path().join("config.json").exists());
     let mut names: Vec<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
@@ -37,7 +37,7 @@ fn cases() -> Vec<String> {
     names
 }
 
-fn load(path: &Path) -> Result<Llama, LoadError> {
+pub(super) fn load(path: &Path) -> Result<Llama, LoadError> {
     let Opened { config, weights, .. } = open_weights(path)?;
     Llama::load(config, &*weights)
 }

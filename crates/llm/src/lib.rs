@@ -77,6 +77,8 @@ mod full_attention;
 pub mod fuzz;
 #[cfg(test)]
 mod golden_families;
+#[cfg(test)]
+mod strict_families;
 #[cfg(all(any(test, feature = "fuzzing"), feature = "pull"))]
 pub mod test_model;
 #[cfg(all(test, feature = "pull"))]
