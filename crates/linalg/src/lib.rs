@@ -28,6 +28,7 @@ mod channels;
 mod int8;
 
 // Matrix products.
+mod formats;
 mod gemv;
 mod matrix;
 mod multiply;
@@ -41,6 +42,7 @@ mod memory;
 mod random;
 
 pub use channels::ChannelQuantizer;
+pub use formats::BlockFormat;
 pub use gemv::{GEMV_ROWS_MAX, gemv};
 pub use int8::{int8_scale, nearest, to_int8};
 pub use math::{exp, ln};
@@ -48,7 +50,6 @@ pub use matrix::{Matrix, Write};
 pub use memory::{prefetch_ahead, prefetch_slice, zeroed};
 pub use multiply::multiply;
 pub use packed::Packed;
-pub use panels::{BLOCK, BlockFormat};
 pub use simd::{LANES, Level, fma, fold, larger, level};
 pub use vector::{add_scaled, dot, dot_f16, exp_sum, log_sum_exp, log_sum_exp_below, max};
 pub use widen::{Element, HALVES, widen, widen_f16, widen_int8};

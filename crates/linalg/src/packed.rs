@@ -12,8 +12,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::formats::{BlockFormat, PANEL};
 use super::matrix::{Matrix, Write, reach};
-use super::panels::{BLOCK, BlockFormat, PANEL, Panels, Slabs};
+use super::panels::{Panels, Slabs};
 use super::simd::{Level, fma, level};
 
 /// Rows of `a` that pass over a panel together: with four registers per panel row, 24 of AVX-512's 32 hold sums.
@@ -25,9 +26,6 @@ const WIDE: usize = PANEL;
 /// Columns summed at once elsewhere: with [`ROWS`] rows, 12 of AVX2's 16 registers hold sums.
 const NARROW: usize = 16;
 
-/// Rows of a panel that all rows of `a` pass over before the next: 256 KiB, which stay in a core's own cache.
-const DEPTH: usize = 1024;
-
 /// Least operations of a task: waking a thread costs some microseconds.
 const TASK_OPERATIONS_MIN: usize = 1 << 20;
 
@@ -36,9 +34,18 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// A matrix `(K, N)` packed once to be the right factor of many products.
 pub struct Packed {
+    /// Beside each other, all of them with K rows.
+    parts: Vec<Part>,
+    rows: usize,
+    columns: usize,
+}
+
+/// Columns that are stored in one way.
+struct Part {
     /// The last panel is padded with zeros.
     panels: Panels,
-    rows: usize,
+    /// How many columns the parts before it have.
+    first: usize,
     columns: usize,
 }
 
@@ -47,17 +54,37 @@ impl Packed {
     pub fn new(matrix: Matrix) -> Self {
         let mut values = Vec::new();
         pack(matrix, &mut values);
-        Packed { panels: Panels::F32(values), rows: matrix.rows, columns: matrix.columns }
+        Packed::of_one(Panels::F32(values), matrix.rows, matrix.columns)
     }
 
-    /// Packs N columns of `rows` values each, in quantized blocks that stay quantized.
+    /// Packs N columns of `rows` values each, in the blocks of a file, which stay as they are.
     ///
     /// # Panics
-    /// If `rows` is no multiple of [`BLOCK`] or a column has another length.
+    /// If `rows` is no whole number of blocks or a column has another length.
     pub fn from_blocks(format: BlockFormat, rows: usize, columns: &[&[u8]]) -> Self {
-        let fits = |column: &&[u8]| column.len() == rows / BLOCK * format.bytes();
-        assert!(rows.is_multiple_of(BLOCK) && columns.iter().all(fits));
-        Packed { panels: format.panels(rows, columns), rows, columns: columns.len() }
+        let fits = |column: &&[u8]| column.len() == rows / format.values() * format.bytes();
+        assert!(rows.is_multiple_of(format.values()) && columns.iter().all(fits));
+        Packed::of_one(Panels::from_blocks(format, columns), rows, columns.len())
+    }
+
+    /// The columns of several matrices beside each other, each as it is stored.
+    ///
+    /// # Panics
+    /// If they have different numbers of rows, or there is none.
+    pub fn beside(matrices: Vec<Packed>) -> Self {
+        let rows = matrices[0].rows;
+        assert!(matrices.iter().all(|matrix| matrix.rows == rows));
+        let mut columns = 0;
+        let mut parts = Vec::new();
+        for part in matrices.into_iter().flat_map(|matrix| matrix.parts) {
+            parts.push(Part { first: columns, ..part });
+            columns += parts[parts.len() - 1].columns;
+        }
+        Packed { parts, rows, columns }
+    }
+
+    fn of_one(panels: Panels, rows: usize, columns: usize) -> Self {
+        Packed { parts: vec![Part { panels, first: 0, columns }], rows, columns }
     }
 
     /// K, the rows of the matrix.
@@ -76,9 +103,9 @@ impl Packed {
     /// If there is no such column.
     pub fn push_column(&self, column: usize, out: &mut Vec<f32>) {
         assert!(column < self.columns);
-        let mut wide = Vec::new();
-        let panel = self.panels.slab(self.rows, column / PANEL, 0..self.rows, &mut wide);
-        out.extend(panel.iter().skip(column % PANEL).step_by(PANEL));
+        let part = &self.parts[self.parts.partition_point(|part| part.first + part.columns <= column)];
+        let column = column - part.first;
+        part.panels.push_column(self.rows, column / PANEL, column % PANEL, out);
     }
 
     /// `out (M, N) = a (M, K) self`, or `out += a self`, on rayon's pool. `a` and `out` have no gaps.
@@ -92,19 +119,30 @@ impl Packed {
             return;
         }
         let a = Matrix::new(a, m, self.rows);
-        let panels = self.columns.div_ceil(PANEL);
+        let out = Out(out.as_mut_ptr());
+        // Panels are counted through all parts.
+        let panels: usize = self.parts.iter().map(|part| part.columns.div_ceil(PANEL)).sum();
+        let run = |range: Range<usize>| {
+            let mut before = 0;
+            for Part { panels, first, columns } in &self.parts {
+                let count = columns.div_ceil(PANEL);
+                let of_part = |index: usize| index.clamp(before, before + count) - before;
+                let product = Product { a, panels, columns: *columns, out_stride: self.columns, write };
+                // SAFETY: `out` holds all rows and columns of the product (asserted above), of which the part's begin at `first`, and
+                // is borrowed mutably until all tasks are done; no two tasks write the same column.
+                unsafe { product.run(of_part(range.start)..of_part(range.end), &out.at_column(*first)) };
+                before += count;
+            }
+        };
         let tasks = a.rows * self.columns * self.rows / (TASK_OPERATIONS_MIN / 2);
         let tasks = tasks.clamp(1, rayon::current_num_threads() * TASKS_PER_THREAD);
         let task_panels = panels.div_ceil(tasks).max(1);
-        let product = Product { a, panels: &self.panels, columns: self.columns, out_stride: self.columns, write };
-        let out = Out(out.as_mut_ptr());
-        // SAFETY: `out` holds all rows and columns of the product (asserted above) and is borrowed mutably until all tasks are done;
-        // no two tasks write the same column.
-        let run = |first: usize| unsafe { product.run(first..(first + task_panels).min(panels), &out) };
         if task_panels >= panels {
-            run(0);
+            run(0..panels);
         } else {
-            (0..panels.div_ceil(task_panels)).into_par_iter().for_each(|task| run(task * task_panels));
+            (0..panels.div_ceil(task_panels))
+                .into_par_iter()
+                .for_each(|task| run(task * task_panels..(task + 1) * task_panels));
         }
     }
 }
@@ -176,6 +214,13 @@ struct Out(*mut f32);
 // SAFETY: its tasks write disjoint columns: see `Product::run`.
 unsafe impl Sync for Out {}
 
+impl Out {
+    /// The output from a column on.
+    fn at_column(&self, first: usize) -> Out {
+        Out(self.0.wrapping_add(first))
+    }
+}
+
 /// A product of `a` and panels.
 struct Product<'a, P: ?Sized> {
     /// `(M, K)`
@@ -200,32 +245,49 @@ impl<P: Slabs + ?Sized> Product<'_, P> {
             Level::Avx2 | Level::Portable => rows_narrow,
         };
         let depth = self.a.columns;
-        let slab_depth = self.panels.gemv_depth().filter(|_| self.a.rows <= ROWS).unwrap_or(DEPTH);
+        let slab_depth = self.panels.slab_depth(self.a.rows);
         let mut wide = Vec::new();
         let mut sums = [[0f32; PANEL]; ROWS];
         for index in panels {
-            let width = PANEL.min(self.columns - index * PANEL);
             // With K = 0 one empty slab writes the zeros.
             for first in (0..depth.max(1)).step_by(slab_depth) {
                 let slab = first..depth.min(first + slab_depth);
-                let slab_values = self.panels.slab(depth, index, slab.clone(), &mut wide);
                 let add = self.write == Write::Add || first > 0;
+                // SAFETY: the caller reserved the columns of this panel for us.
+                let put = |row: usize, sums: &[[f32; PANEL]]| unsafe { self.put(out, row, index, sums, add) };
+                if self.a.rows == 1 && self.a.column_stride == 1 {
+                    let a = &self.a.data[slab.clone()];
+                    if self.panels.dot(depth, index, slab.clone(), a, &mut sums[0]) {
+                        put(0, &sums[..1]);
+                        continue;
+                    }
+                }
+                let slab_values = self.panels.slab(depth, index, slab.clone(), &mut wide);
                 for row in (0..self.a.rows).step_by(ROWS) {
                     let a = self.a.part(row..self.a.rows.min(row + ROWS), slab.clone());
                     kernel(a, slab_values, &mut sums);
-                    for (r, sums) in sums.iter().take(a.rows).enumerate() {
-                        // SAFETY: row + r < M and the panel's columns end at N: the caller reserved them for us.
-                        let out = unsafe {
-                            let start = out.0.add((row + r) * self.out_stride + index * PANEL);
-                            std::slice::from_raw_parts_mut(start, width)
-                        };
-                        if add {
-                            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-                        } else {
-                            out.copy_from_slice(&sums[..width]);
-                        }
-                    }
+                    put(row, &sums[..a.rows]);
                 }
+            }
+        }
+    }
+
+    /// Writes sums of rows from `row` on, or adds them, to the columns of a panel.
+    ///
+    /// # Safety
+    /// As [`Product::run`] for this panel.
+    unsafe fn put(&self, out: &Out, row: usize, panel: usize, sums: &[[f32; PANEL]], add: bool) {
+        let width = PANEL.min(self.columns - panel * PANEL);
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: row + r < M and the panel's columns end at N: the caller reserved them for us.
+            let out = unsafe {
+                let start = out.0.add((row + r) * self.out_stride + panel * PANEL);
+                std::slice::from_raw_parts_mut(start, width)
+            };
+            if add {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+            } else {
+                out.copy_from_slice(&sums[..width]);
             }
         }
     }
@@ -279,10 +341,8 @@ fn strip<const FMA: bool, const STRIP: usize, const R: usize>(a: Matrix, panel: 
 
 #[cfg(test)]
 mod tests {
-    use rand::{RngExt, SeedableRng};
-    use rand_chacha::ChaCha8Rng;
-
     use super::*;
+    use crate::formats::plain::{plain, random_blocks};
     use crate::random::random;
 
     /// Every strip on every machine: a product runs on one of them only.
@@ -328,52 +388,72 @@ mod tests {
         }
     }
 
-    #[test]
-    fn blocks_stand_for_what_their_format_says() {
-        let mut rng = ChaCha8Rng::seed_from_u64(4);
-        for format in [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q8_0] {
-            for (m, n, blocks) in [(1, 1, 1), (1, 70, 5), (6, 64, 2), (7, 130, 3), (40, 65, 40)] {
-                let k = blocks * BLOCK;
-                let mut bytes = |count: usize| (0..count).map(|_| rng.random::<u8>()).collect::<Vec<u8>>();
-                let mut columns: Vec<Vec<u8>> = (0..n).map(|_| bytes(blocks * format.bytes())).collect();
-                for (i, block) in columns.iter_mut().flat_map(|column| column.chunks_mut(format.bytes())).enumerate() {
-                    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
-                    block[..2].copy_from_slice(&half(0.01 + (i % 7) as f32 / 50.0));
-                    if format == BlockFormat::Q4_1 {
-                        block[2..4].copy_from_slice(&half(-0.5 - (i % 5) as f32 / 10.0));
-                    }
-                }
-                let wide: Vec<f64> = columns.iter().flat_map(|column| plain(format, column)).collect();
-                let packed =
-                    Packed::from_blocks(format, k, &columns.iter().map(|column| &column[..]).collect::<Vec<_>>());
-                let a = random(m * k, 1.0, 5);
-                let mut out = vec![0.0; m * n];
-                packed.multiply(&a, &mut out, Write::Replace);
-                for (at, found) in out.iter().enumerate() {
-                    let (row, column) = (at / n, at % n);
-                    let want: f64 = (0..k).map(|i| a[row * k + i] as f64 * wide[column * k + i]).sum();
-                    assert!((*found as f64 - want).abs() < 1e-3, "{format:?} {m} {n} {k}: {found} {want}");
-                }
-                let mut column = Vec::new();
-                packed.push_column(n - 1, &mut column);
-                assert!(column.iter().zip(&wide[(n - 1) * k..]).all(|(a, b)| (*a as f64 - b).abs() < 1e-5));
+    /// Sums of up to 1,280 products of values up to 1 with values of blocks.
+    const TOLERANCE: f64 = 1e-5;
+
+    /// `n` columns of random blocks: what they stand for, and packed.
+    fn random_columns(format: BlockFormat, n: usize, k: usize, seed: u64) -> (Vec<f64>, Packed) {
+        let blocks = random_blocks(format, n * k / format.values(), seed);
+        let column_bytes = k / format.values() * format.bytes();
+        let columns: Vec<&[u8]> = (0..n).map(|column| &blocks[column * column_bytes..][..column_bytes]).collect();
+        (plain(format, &blocks), Packed::from_blocks(format, k, &columns))
+    }
+
+    /// Compares products with `packed`, whose columns are `wide (N, K)`, with double precision.
+    fn agrees(packed: &Packed, wide: &[f64], m: usize, name: &str) {
+        let (k, n) = (packed.rows(), packed.columns());
+        let (a, before) = (random(m * k, 1.0, 5), random(m * n, 1.0, 6));
+        for write in [Write::Replace, Write::Add] {
+            let mut out = before.clone();
+            packed.multiply(&a, &mut out, write);
+            for (at, (found, before)) in out.iter().zip(&before).enumerate() {
+                let (row, column) = (at / n, at % n);
+                let products = (0..k).map(|i| a[row * k + i] as f64 * wide[column * k + i]);
+                let (sum, size) = products.fold((0.0, 1.0), |(sum, size), x| (sum + x, size + x.abs()));
+                let want = if write == Write::Add { sum + *before as f64 } else { sum };
+                assert!((*found as f64 - want).abs() < TOLERANCE * size, "{name} {m} {n} {k}: {found} {want}");
             }
+        }
+        for column in [0, n / 2, n - 1] {
+            let mut values = Vec::new();
+            packed.push_column(column, &mut values);
+            let wide = &wide[column * k..][..k];
+            let top = wide.iter().fold(0f64, |top, value| top.max(value.abs()));
+            assert!(values.len() == k && values.iter().zip(wide).all(|(a, b)| (*a as f64 - b).abs() <= 1e-6 * top));
         }
     }
 
-    /// A column from its blocks, as the format is defined.
-    fn plain(format: BlockFormat, column: &[u8]) -> Vec<f64> {
-        let half = |bytes: &[u8]| half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f64();
-        let block = |block: &[u8]| -> Vec<f64> {
-            let nibble = |bytes: &[u8], i: usize| (if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 }) as f64;
-            (0..BLOCK)
-                .map(|i| match format {
-                    BlockFormat::Q8_0 => half(block) * (block[2 + i] as i8) as f64,
-                    BlockFormat::Q4_0 => half(block) * (nibble(&block[2..], i) - 8.0),
-                    BlockFormat::Q4_1 => half(block) * nibble(&block[4..], i) + half(&block[2..]),
-                })
-                .collect()
-        };
-        column.chunks_exact(format.bytes()).flat_map(block).collect()
+    #[test]
+    fn products_with_blocks_agree_with_double_precision_for_one_row_and_many() {
+        for format in BlockFormat::ALL {
+            // One value to a block: sizes of K that are no multiple of anything.
+            let k = |blocks: usize| if format.values() == 1 { blocks * 37 } else { blocks * format.values() };
+            for (m, n, blocks) in [(1, 1, 1), (1, 70, 5), (2, 64, 2), (6, 129, 1), (7, 130, 3), (33, 65, 5)] {
+                let (wide, packed) = random_columns(format, n, k(blocks), n as u64);
+                agrees(&packed, &wide, m, &format!("{format:?}"));
+            }
+            assert_eq!(random_columns(format, 0, k(1), 0).1.columns(), 0);
+        }
+    }
+
+    #[test]
+    fn matrices_of_different_formats_stand_beside_each_other() {
+        let k = 512;
+        let f32s = random(3 * k, 1.0, 7);
+        let of_f32s: Vec<f64> = f32s.iter().map(|&value| value as f64).collect();
+        for m in [1, 2, 7, 33] {
+            let mut wide = of_f32s.clone();
+            let mut matrices = vec![Packed::new(Matrix::new(&f32s, 3, k).transposed())];
+            for (format, n) in BlockFormat::ALL.into_iter().zip([64, 1, 65, 0, 130, 7, 64].into_iter().cycle()) {
+                let (of_format, packed) = random_columns(format, n, k, n as u64);
+                wide.extend(of_format);
+                matrices.push(packed);
+            }
+            let packed = Packed::beside(matrices);
+            assert_eq!(packed.columns() * k, wide.len());
+            agrees(&packed, &wide, m, "all");
+            // Parts that are parts.
+            agrees(&Packed::beside(vec![packed]), &wide, m, "all again");
+        }
     }
 }

@@ -241,9 +241,8 @@ impl TensorSource for Gguf {
                 order.iter().flat_map(|row| &bytes[row * row_bytes..][..row_bytes]).copied().collect()
             }
         };
-        let blocks = Blocks { format, bytes };
-        match blocks.is_finite() {
-            true => Ok(Some(blocks)),
+        match format.is_finite(&bytes) {
+            true => Ok(Some(Blocks { format, bytes })),
             false => Err(LoadError::NotFinite { path: self.path.clone(), name: file_name }),
         }
     }

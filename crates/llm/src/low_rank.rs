@@ -25,7 +25,7 @@ pub(super) struct LandmarkUpdates {
 impl LowRank {
     /// From `A (r, in)` and `B (out, r)`.
     pub(super) fn new(down: &Tensor, up: &Tensor, scale: f64) -> candle_core::Result<Self> {
-        Ok(LowRank { down: pack(std::slice::from_ref(down))?, up: pack(&[(up * scale)?])? })
+        Ok(LowRank { down: pack(down)?, up: pack(&(up * scale)?)? })
     }
 
     /// For one token: `x (in)`, `y (out)`.

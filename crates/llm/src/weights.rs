@@ -1,14 +1,13 @@
 //! Which tensors a model consists of, and where they come from.
 
 use candle_core::{Storage, Tensor};
-use half::f16;
 
 use super::architecture::{Architecture, QueryKeyNorm};
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::low_rank::LandmarkUpdates;
 use super::packing::{pack, values};
-use linalg::{BLOCK, BlockFormat, Packed};
+use linalg::{BlockFormat, Packed};
 
 /// The tensors of a model by what they do; each file format has its own names for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,21 +182,18 @@ pub(super) struct Blocks {
     pub(super) bytes: Vec<u8>,
 }
 
-/// Reads matrices `(out, in)` of equal width, on top of each other, as the right factor of products: in the blocks of the
-/// file if they all have the same.
+/// Reads matrices `(out, in)` of equal width, on top of each other, as the right factor of products: each as the file has it.
 pub(super) fn read_packed(source: &dyn TensorSource, parts: &[(TensorName, [usize; 2])]) -> Result<Packed, LoadError> {
-    let blocks = parts.iter().map(|(name, shape)| source.read_blocks(*name, shape));
-    if let Some(blocks) = blocks.collect::<Result<Option<Vec<Blocks>>, _>>()?
-        && let [first, rest @ ..] = &blocks[..]
-        && rest.iter().all(|part| part.format == first.format)
-    {
-        let width = parts[0].1[1];
-        let row_bytes = width / BLOCK * first.format.bytes();
-        let rows: Vec<&[u8]> = blocks.iter().flat_map(|part| part.bytes.chunks_exact(row_bytes)).collect();
-        return Ok(Packed::from_blocks(first.format, width, &rows));
-    }
-    let tensors = parts.iter().map(|(name, shape)| source.read(*name, shape)).collect::<Result<Vec<_>, _>>()?;
-    Ok(pack(&tensors).expect("a source gives f32 tensors of the shapes it was asked for"))
+    let read = |&(name, shape): &(TensorName, [usize; 2])| {
+        if let Some(Blocks { format, bytes }) = source.read_blocks(name, &shape)? {
+            let row_bytes = shape[1] / format.values() * format.bytes();
+            let rows: Vec<&[u8]> = bytes.chunks_exact(row_bytes).collect();
+            return Ok(Packed::from_blocks(format, shape[1], &rows));
+        }
+        let tensor = source.read(name, &shape)?;
+        Ok(pack(&tensor).expect("a source gives f32 tensors of the shapes it was asked for"))
+    };
+    Ok(Packed::beside(parts.iter().map(read).collect::<Result<_, LoadError>>()?))
 }
 
 /// Whether a contiguous f32 tensor on the CPU, as a [`TensorSource`] gives it, holds neither NaN nor infinity.
@@ -208,18 +204,5 @@ pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
             Ok(storage.as_slice::<f32>()?[start..end].iter().all(|number| number.is_finite()))
         }
         _ => Ok(values(tensor)?.iter().all(|number| number.is_finite())),
-    }
-}
-
-impl Blocks {
-    /// Whether every block's scale, and its smallest number where the format has one, is finite.
-    pub(super) fn is_finite(&self) -> bool {
-        let factors = match self.format {
-            BlockFormat::Q4_1 => 2,
-            BlockFormat::Q4_0 | BlockFormat::Q8_0 => 1,
-        };
-        let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
-        let mut blocks = self.bytes.chunks_exact(self.format.bytes());
-        blocks.all(|block| block[..2 * factors].chunks_exact(2).all(finite))
     }
 }
