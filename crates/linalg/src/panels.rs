@@ -110,7 +110,7 @@ impl Panels {
             Panels::Blocks { format, bytes } => {
                 let panel = blocks(*format, bytes, depth, panel, 0..depth);
                 let column: Vec<u8> = panel.iter().skip(lane).step_by(PANEL).copied().collect();
-                format.widen(&column, out);
+                out.extend(format.widen(&column));
             }
         }
     }

@@ -210,10 +210,10 @@ fn a_refusal_names_the_way_out() {
     assert!(message.contains("llama-gguf-split --merge"), "{message}");
 }
 
-/// Tensors in IQ4_NL were a reason to call a file damaged and to have gigabytes fetched again.
+/// Tensors in a format that is not read were a reason to call a file damaged and to have gigabytes fetched again.
 #[test]
 fn a_format_that_is_not_read_is_named_and_not_called_damage() {
-    for (format, name) in [(20_u32, "IQ4_NL"), (39, "MXFP4"), (15, "Q8_K"), (77, "number 77")] {
+    for (format, name) in [(16_u32, "IQ2_XXS"), (39, "MXFP4"), (15, "Q8_K"), (77, "number 77")] {
         let mut bytes = std::fs::read(fixture("tiny.gguf")).unwrap();
         // Two dimensions lie between the name and the format.
         let at = behind_name(&bytes, "token_embd.weight") + 4 + 2 * 8;
@@ -223,6 +223,30 @@ fn a_format_that_is_not_read_is_named_and_not_called_damage() {
         let message = refused.to_string();
         assert!(message.contains(name) && message.contains("Q8_0") && !message.contains("damaged"), "{message}");
     }
+}
+
+/// One product may read q, k and v of three formats, as Q4_K_M files have them.
+#[test]
+fn matrices_of_different_formats_give_the_logits_of_what_they_stand_for() {
+    let formats = [GgmlDType::Q8_0, GgmlDType::F16, GgmlDType::Q5_1, GgmlDType::F32, GgmlDType::BF16];
+    let (mut mixed, mut wide) = (Parts::new(), Parts::new());
+    for (index, ((_, mixed), (_, wide))) in mixed.tensors.iter_mut().zip(&mut wide.tensors).enumerate() {
+        let values = wide.dequantize(&Device::Cpu).unwrap();
+        if values.dims().len() == 2 {
+            *mixed = QTensor::quantize(&values, formats[index % formats.len()]).unwrap();
+            *wide = QTensor::quantize(&mixed.dequantize(&Device::Cpu).unwrap(), GgmlDType::F32).unwrap();
+        }
+    }
+    let logits = |parts: &Parts| {
+        let model = parts.open().unwrap();
+        let mut attention = PlainAttention::new(model.config());
+        let many = model.llama.forward(&[3, 1, 4, 1, 5, 9, 2, 6], &mut attention, Logits::All).unwrap();
+        let one = model.llama.forward(&[5], &mut attention, Logits::All).unwrap();
+        [many, one].concat()
+    };
+    let (found, wanted) = (logits(&mixed), logits(&wide));
+    let off = found.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(found.len() == wanted.len() && off < 1e-4, "off by {off}");
 }
 
 /// A tensor whose place is off by a byte was read shifted, weights of NaN were noticed by the memory at the first append.

@@ -12,17 +12,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Value;
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
 use super::error::{LoadError, reason};
 use super::families::{self, Family, GGUF_NEUTRAL, Key, Settings};
-use super::gguf_header::Header;
+use super::gguf_header::{Format, Header};
 use super::rotation::{RopeScaling, Rotation, YARN_BETAS, Yarn, yarn_mscale};
 use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite, table};
 use landmarkdb::InvalidShape;
-use linalg::BlockFormat;
 
 const OTHER_KIND: &str = "take a model of one of these kinds";
 
@@ -174,9 +172,13 @@ impl Gguf {
     }
 
     fn dequantize(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let quantized = self.read_tensor(name, shape)?;
+        let (format, bytes) = self.read_bytes(name, shape)?;
+        let values: Vec<f32> = match format {
+            Format::F32 => bytes.as_chunks().0.iter().map(|&number| f32::from_le_bytes(number)).collect(),
+            Format::Blocks(format) => format.widen(&bytes),
+        };
         let failed = |error| LoadError::damaged_tensor(&self.path, name, error);
-        let tensor = quantized.dequantize(&Device::Cpu).map_err(failed)?;
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).map_err(failed)?;
         match is_finite(&tensor).map_err(failed)? {
             true => Ok(tensor),
             false => Err(LoadError::NotFinite { path: self.path.clone(), name: name.into() }),
@@ -196,7 +198,7 @@ impl Gguf {
         Some(half_split(rows, heads, self.rotary_dims))
     }
 
-    fn read_tensor(&self, name: &str, shape: &[usize]) -> Result<QTensor, LoadError> {
+    fn read_bytes(&self, name: &str, shape: &[usize]) -> Result<(Format, Vec<u8>), LoadError> {
         let Some(entry) = self.header.tensors.get(name) else {
             return Err(LoadError::MissingTensor { path: self.path.clone(), name: name.into() });
         };
@@ -208,7 +210,7 @@ impl Gguf {
                 found: entry.dims.clone(),
             });
         }
-        self.header.tensor(&self.path, name, entry)
+        Ok((entry.format(&self.path, name)?, self.header.bytes(&self.path, name, entry)?))
     }
 }
 
@@ -226,16 +228,10 @@ impl TensorSource for Gguf {
     fn read_blocks(&self, name: TensorName, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
         let file_name = self.file_name(name);
         let Some(entry) = self.header.tensors.get(&file_name) else { return Ok(None) };
-        let format = match entry.format(&self.path, &file_name)? {
-            GgmlDType::Q4_0 => BlockFormat::Q4_0,
-            GgmlDType::Q4_1 => BlockFormat::Q4_1,
-            GgmlDType::Q8_0 => BlockFormat::Q8_0,
-            _ => return Ok(None),
-        };
-        let tensor = self.read_tensor(&file_name, shape)?;
-        let bytes = tensor.data().map_err(|error| LoadError::damaged_tensor(&self.path, &file_name, error))?;
+        let Format::Blocks(format) = entry.format(&self.path, &file_name)? else { return Ok(None) };
+        let (_, bytes) = self.read_bytes(&file_name, shape)?;
         let bytes = match self.row_order(name, shape[0]) {
-            None => bytes.into_owned(),
+            None => bytes,
             Some(order) => {
                 let row_bytes = bytes.len() / shape[0];
                 order.iter().flat_map(|row| &bytes[row * row_bytes..][..row_bytes]).copied().collect()

@@ -8,12 +8,11 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::gguf_file::{TensorInfo, Value};
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Shape};
+use candle_core::quantized::gguf_file::Value;
 
 use super::error::LoadError;
 use landmarkdb::limits::{GGUF_ENTRIES_MAX, GGUF_VALUES_MAX};
+use linalg::BlockFormat;
 
 pub(super) const MAGIC: &[u8; 4] = b"GGUF";
 
@@ -22,35 +21,42 @@ const ALIGNMENT_BYTES: u64 = 32;
 
 const DIMENSIONS_MAX: u32 = 4;
 
+/// The form of a tensor's numbers.
+#[derive(Clone, Copy)]
+pub(super) enum Format {
+    F32,
+    Blocks(BlockFormat),
+}
+
 /// The formats of tensors that can be read.
-const READABLE: [(u32, GgmlDType); 13] = [
-    (0, GgmlDType::F32),
-    (1, GgmlDType::F16),
-    (2, GgmlDType::Q4_0),
-    (3, GgmlDType::Q4_1),
-    (6, GgmlDType::Q5_0),
-    (7, GgmlDType::Q5_1),
-    (8, GgmlDType::Q8_0),
-    (10, GgmlDType::Q2K),
-    (11, GgmlDType::Q3K),
-    (12, GgmlDType::Q4K),
-    (13, GgmlDType::Q5K),
-    (14, GgmlDType::Q6K),
-    (30, GgmlDType::BF16),
+const READABLE: [(u32, Format); 15] = [
+    (0, Format::F32),
+    (1, Format::Blocks(BlockFormat::F16)),
+    (2, Format::Blocks(BlockFormat::Q4_0)),
+    (3, Format::Blocks(BlockFormat::Q4_1)),
+    (6, Format::Blocks(BlockFormat::Q5_0)),
+    (7, Format::Blocks(BlockFormat::Q5_1)),
+    (8, Format::Blocks(BlockFormat::Q8_0)),
+    (10, Format::Blocks(BlockFormat::Q2K)),
+    (11, Format::Blocks(BlockFormat::Q3K)),
+    (12, Format::Blocks(BlockFormat::Q4K)),
+    (13, Format::Blocks(BlockFormat::Q5K)),
+    (14, Format::Blocks(BlockFormat::Q6K)),
+    (20, Format::Blocks(BlockFormat::Iq4Nl)),
+    (23, Format::Blocks(BlockFormat::Iq4Xs)),
+    (30, Format::Blocks(BlockFormat::Bf16)),
 ];
 
 /// Other formats that ggml has numbers for.
-const OTHER: [(u32, &str); 21] = [
+const OTHER: [(u32, &str); 19] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (24, "I8"),
     (25, "I16"),
     (26, "I32"),
@@ -155,22 +161,26 @@ impl Header {
     }
 
     /// Reads one tensor's bytes. Opens the file anew, so that threads do not share a position.
-    pub(super) fn tensor(&self, path: &Path, name: &str, entry: &TensorEntry) -> Result<QTensor, LoadError> {
-        let format = entry.format(path, name)?;
-        let mut file = File::open(path).map_err(|source| LoadError::Io { path: path.into(), source })?;
-        let info = TensorInfo { ggml_dtype: format, shape: Shape::from(entry.dims.clone()), offset: entry.offset };
-        info.read(&mut file, self.data_start, &Device::Cpu)
-            .map_err(|error| LoadError::damaged_tensor(path, name, error))
+    pub(super) fn bytes(&self, path: &Path, name: &str, entry: &TensorEntry) -> Result<Vec<u8>, LoadError> {
+        // `check_places` compared it with the file's length, so this allocates no more than the file holds.
+        let length = tensor_bytes(&entry.dims, entry.format(path, name)?).unwrap_or_default();
+        let mut bytes = vec![0; length as usize];
+        let read = |mut file: File| {
+            file.seek(SeekFrom::Start(self.data_start + entry.offset))?;
+            file.read_exact(&mut bytes)
+        };
+        File::open(path).and_then(read).map_err(|source| LoadError::Io { path: path.into(), source })?;
+        Ok(bytes)
     }
 }
 
 impl TensorEntry {
-    fn readable(&self) -> Option<GgmlDType> {
+    fn readable(&self) -> Option<Format> {
         READABLE.iter().find(|(number, _)| *number == self.format).map(|&(_, format)| format)
     }
 
     /// The format that the tensor is read in.
-    pub(super) fn format(&self, path: &Path, name: &str) -> Result<GgmlDType, LoadError> {
+    pub(super) fn format(&self, path: &Path, name: &str) -> Result<Format, LoadError> {
         let found = || {
             let named = OTHER.iter().find(|(number, _)| *number == self.format).map(|(_, name)| name.to_string());
             named.unwrap_or_else(|| format!("number {} of ggml's formats", self.format))
@@ -178,7 +188,7 @@ impl TensorEntry {
         self.readable().ok_or_else(|| LoadError::Unsupported {
             path: path.into(),
             key: format!("tensor {name}"),
-            expected: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K".into(),
+            expected: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or IQ4_XS".into(),
             found: found(),
             way_out: Some("take the same model in one of these formats"),
         })
@@ -186,13 +196,17 @@ impl TensorEntry {
 }
 
 /// Bytes of a tensor; none if they are no whole number of blocks, or too many to count.
-fn tensor_bytes(dims: &[usize], format: GgmlDType) -> Option<u64> {
+fn tensor_bytes(dims: &[usize], format: Format) -> Option<u64> {
+    let (values, bytes) = match format {
+        Format::F32 => (1, size_of::<f32>()),
+        Format::Blocks(format) => (format.values(), format.bytes()),
+    };
     let elements = dims.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
-    let block = format.block_size() as u64;
+    let block = values as u64;
     if !elements.is_multiple_of(block) || dims.last().is_some_and(|&row| !(row as u64).is_multiple_of(block)) {
         return None;
     }
-    (elements / block).checked_mul(format.type_size() as u64)
+    (elements / block).checked_mul(bytes as u64)
 }
 
 fn alignment(path: &Path, settings: &BTreeMap<String, Value>) -> Result<u64, LoadError> {
@@ -341,5 +355,65 @@ impl Reader {
             return Err(self.damaged(format!("tensor {name}: no format has the number {format}")));
         }
         Ok(TensorEntry { dims, format, offset: self.u64()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::gguf_file;
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// Writes one tensor `(5, 512)` as candle quantizes it.
+    fn write(path: &Path, dtype: GgmlDType) -> QTensor {
+        let values = Tensor::randn(0f32, 1.0, (5, 512), &Device::Cpu).unwrap();
+        let tensor = QTensor::quantize(&values, dtype).unwrap();
+        gguf_file::write(&mut File::create(path).unwrap(), &[], &[("t", &tensor)]).unwrap();
+        tensor
+    }
+
+    fn read(path: &Path) -> (Format, Vec<u8>) {
+        let header = Header::read(path).unwrap();
+        header.check_places(path).unwrap();
+        let entry = &header.tensors["t"];
+        assert_eq!(entry.dims, [5, 512]);
+        (entry.format(path, "t").unwrap(), header.bytes(path, "t", entry).unwrap())
+    }
+
+    #[test]
+    fn tensors_of_every_format_are_what_candle_reads() {
+        use GgmlDType::*;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+            let tensor = write(&path, dtype);
+            let (format, bytes) = read(&path);
+            assert_eq!(bytes, *tensor.data().unwrap(), "{dtype:?}");
+            let Format::Blocks(format) = format else { continue };
+            let wanted: Vec<f32> = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let found = format.widen(&bytes);
+            assert_eq!(found.len(), wanted.len());
+            let near = |(found, wanted): (&f32, &f32)| (found - wanted).abs() < 1e-5;
+            assert!(found.iter().zip(&wanted).all(near), "{dtype:?} as {format:?}");
+        }
+    }
+
+    /// Blocks of it are as long as those of q4_0.
+    #[test]
+    fn tensors_of_a_format_that_candle_does_not_know_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        let tensor = write(&path, GgmlDType::Q4_0);
+        let mut file = std::fs::read(&path).unwrap();
+        // Magic, version, two counts, the name behind its length, the number of dimensions and two of them.
+        let at = 4 + 4 + 16 + 8 + 1 + 4 + 16;
+        assert_eq!(file[at..at + 4], 2_u32.to_le_bytes());
+        file[at..at + 4].copy_from_slice(&20_u32.to_le_bytes());
+        std::fs::write(&path, file).unwrap();
+        let (format, bytes) = read(&path);
+        assert!(matches!(format, Format::Blocks(BlockFormat::Iq4Nl)));
+        assert_eq!(bytes, *tensor.data().unwrap());
     }
 }

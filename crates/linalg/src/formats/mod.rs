@@ -126,13 +126,14 @@ impl BlockFormat {
         }
     }
 
-    /// Appends what whole blocks stand for to `out`.
+    /// What whole blocks stand for.
     ///
     /// # Panics
     /// If the last block is cut short.
-    pub fn widen(self, blocks: &[u8], out: &mut Vec<f32>) {
+    pub fn widen(self, blocks: &[u8]) -> Vec<f32> {
         let Coding { values, bytes, widen, .. } = *self.coding();
         assert!(blocks.len().is_multiple_of(bytes));
+        let mut out = Vec::with_capacity(blocks.len() / bytes * values);
         let (mut panel, mut wide) = (vec![0; bytes * PANEL], vec![0.0; values * PANEL]);
         for blocks in blocks.chunks(bytes * PANEL) {
             let columns: Vec<&[u8]> = blocks.chunks_exact(bytes).collect();
@@ -142,6 +143,7 @@ impl BlockFormat {
                 out.extend(wide.iter().skip(column).step_by(PANEL));
             }
         }
+        out
     }
 
     /// Widens blocks of one panel, `(blocks, bytes, PANEL)`, to `out (blocks * values, PANEL)`.
@@ -234,8 +236,7 @@ mod tests {
         for format in BlockFormat::ALL {
             for count in [0, 1, 63, 64, 65, 130] {
                 let blocks = random_blocks(format, count, count as u64);
-                let mut wide = Vec::new();
-                format.widen(&blocks, &mut wide);
+                let wide = format.widen(&blocks);
                 let wanted = plain(format, &blocks);
                 assert_eq!(wide.len(), count * format.values());
                 for (wide, wanted) in wide.chunks(format.values()).zip(wanted.chunks(format.values())) {
