@@ -44,6 +44,14 @@ pub fn prefetch_ahead<const BYTES: usize>(from: *const i8) {
     }
 }
 
+/// [`prefetch_ahead`] of as many bytes as a slice has.
+#[inline(always)]
+pub(super) fn prefetch_ahead_of<N>(slice: &[N]) {
+    for line in (0..size_of_val(slice)).step_by(CACHE_LINE_BYTES) {
+        prefetch_line(slice.as_ptr().cast::<i8>().wrapping_add(AHEAD_BYTES + line));
+    }
+}
+
 /// Prefetches a slice that is read soon, for accesses whose order the hardware cannot predict.
 #[inline(always)]
 pub fn prefetch_slice<N>(slice: &[N]) {

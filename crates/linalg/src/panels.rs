@@ -15,8 +15,11 @@ use super::memory::zeroed;
 /// blocks in every format.
 const DEPTH: usize = 1024;
 
-/// [`DEPTH`] for few rows of `a`: blocks stay in the first-level cache while they are decoded. Also the longest block.
-const BLOCKS_DEPTH: usize = 256;
+/// [`DEPTH`] for one row of `a`, which blocks are summed with as they are decoded: they stay in the first-level cache.
+const SUMMED_DEPTH: usize = 256;
+
+/// [`DEPTH`] for few rows of `a` where blocks are no longer: a slab that is widened for them stays in the first-level cache.
+const WIDENED_DEPTH: usize = 64;
 
 /// Most rows of `a` that are few.
 const ROWS_FEW: usize = 6;
@@ -61,7 +64,8 @@ impl Slabs for [f32] {
 impl Slabs for Panels {
     fn slab_depth(&self, rows: usize) -> usize {
         match self {
-            Panels::Blocks { .. } if rows <= ROWS_FEW => BLOCKS_DEPTH,
+            Panels::Blocks { .. } if rows == 1 => SUMMED_DEPTH,
+            Panels::Blocks { format, .. } if rows <= ROWS_FEW => format.values().max(WIDENED_DEPTH),
             _ => DEPTH,
         }
     }

@@ -74,7 +74,7 @@ fn unknown_kind(json: &Fields) -> LoadError {
 /// Refuses weights in other formats, and models that come with code.
 fn check_extras(json: &Fields, family: &Family, model_type: &str) -> Result<(), LoadError> {
     if json.value("quantization_config").is_some() {
-        let way_out = "take the model in F32, F16 or BF16, or as GGUF in Q4_0, Q4_1 or Q8_0";
+        let way_out = "take the model in F32, F16 or BF16, or as GGUF";
         return Err(json.refuse("quantization_config", "none", Some(way_out)));
     }
     let code = json.object("auto_map")?.filter(|_| !family.with_code.contains(&model_type));

@@ -130,7 +130,7 @@ pub struct LoadedModel {
 
 impl LoadedModel {
     /// Loads a GGUF file of any name, or a folder with `config.json`, `tokenizer.json` and safetensors weights, or an adapter,
-    /// whose base must be on this machine. All weights become f32 in memory.
+    /// whose base must be on this machine. Weights stay in memory as the file has them.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {
             Self::open_folder(path)

@@ -16,8 +16,9 @@ use super::config::ModelConfig;
 use super::error::LoadError;
 use super::families::{self, Family};
 use super::huggingface::read_json;
-use super::weights::{LayerTensor, TensorName, TensorSource, is_finite, table};
+use super::weights::{Blocks, LayerTensor, TensorName, TensorSource, is_finite, table};
 use landmarkdb::limits::SAFETENSORS_HEADER_BYTES_MAX;
+use linalg::BlockFormat;
 
 /// The weight files of one folder, headers read.
 pub(super) struct SafeTensorsFolder {
@@ -139,6 +140,31 @@ impl WeightFile {
     }
 
     fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        let (dtype, bytes) = self.read_bytes(name, shape)?;
+        let failed = |error| LoadError::damaged_tensor(&self.path, name, error);
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu);
+        let tensor = tensor.and_then(|tensor| tensor.to_dtype(DType::F32)).map_err(failed)?;
+        match is_finite(&tensor).map_err(failed)? {
+            true => Ok(tensor),
+            false => Err(LoadError::NotFinite { path: self.path.clone(), name: name.into() }),
+        }
+    }
+
+    /// Numbers of two bytes stay as they are.
+    fn read_blocks(&self, name: &str, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
+        let format = match self.header.info(name).map(|info| info.dtype) {
+            Some(Dtype::F16) => BlockFormat::F16,
+            Some(Dtype::BF16) => BlockFormat::Bf16,
+            _ => return Ok(None),
+        };
+        let (_, bytes) = self.read_bytes(name, shape)?;
+        match format.is_finite(&bytes) {
+            true => Ok(Some(Blocks { format, bytes })),
+            false => Err(LoadError::NotFinite { path: self.path.clone(), name: name.into() }),
+        }
+    }
+
+    fn read_bytes(&self, name: &str, shape: &[usize]) -> Result<(DType, Vec<u8>), LoadError> {
         let path = || self.path.clone();
         let info = self.header.info(name).ok_or_else(|| missing(&self.path, name))?;
         if info.shape != shape {
@@ -159,7 +185,7 @@ impl WeightFile {
                     key: name.into(),
                     expected: "F32, F16 or BF16".into(),
                     found: format!("{other:?}"),
-                    way_out: Some("take the model in one of these, or as GGUF in Q4_0, Q4_1 or Q8_0"),
+                    way_out: Some("take the model in one of these, or as GGUF"),
                 });
             }
         };
@@ -170,13 +196,7 @@ impl WeightFile {
         file.seek(SeekFrom::Start(self.data_offset_bytes + start as u64))
             .and_then(|_| file.read_exact(&mut bytes))
             .map_err(|source| LoadError::Io { path: path(), source })?;
-        let failed = |error| LoadError::damaged_tensor(&self.path, name, error);
-        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu);
-        let tensor = tensor.and_then(|tensor| tensor.to_dtype(DType::F32)).map_err(failed)?;
-        match is_finite(&tensor).map_err(failed)? {
-            true => Ok(tensor),
-            false => Err(LoadError::NotFinite { path: path(), name: name.into() }),
-        }
+        Ok((dtype, bytes))
     }
 }
 
@@ -187,6 +207,11 @@ impl TensorSource for SafeTensorsFolder {
             true => Ok((tensor + 1.0).expect("a source gives f32 tensors")),
             false => Ok(tensor),
         }
+    }
+
+    fn read_blocks(&self, name: TensorName, shape: &[usize]) -> Result<Option<Blocks>, LoadError> {
+        let place = self.places.get(&self.name(name));
+        place.map_or(Ok(None), |(stored, number)| self.files[*number].read_blocks(stored, shape))
     }
 }
 
@@ -206,5 +231,36 @@ fn is_norm(name: TensorName) -> bool {
         TensorName::OutputNorm => true,
         TensorName::Layer(_, tensor) => of_layer.contains(&tensor),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    #[test]
+    fn numbers_of_two_bytes_stay_as_they_are_and_are_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let name = huggingface_name(TensorName::Output);
+        for (dtype, format) in [(DType::F16, BlockFormat::F16), (DType::BF16, BlockFormat::Bf16)] {
+            for wrong in [None, Some(f32::NAN), Some(f32::NEG_INFINITY)] {
+                let mut values: Vec<f32> = (0..35).map(|i| i as f32 / 8.0 - 2.0).collect();
+                values[34] = wrong.unwrap_or(values[34]);
+                let tensor = Tensor::from_vec(values.clone(), (5, 7), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                candle_core::safetensors::save(&HashMap::from([(name.clone(), tensor)]), &path).unwrap();
+                let found = SafeTensorsFolder::file(&path).unwrap().read_blocks(TensorName::Output, &[5, 7]);
+                match (wrong, found) {
+                    (None, Ok(Some(blocks))) => {
+                        assert_eq!(blocks.format, format);
+                        assert_eq!(format.widen(&blocks.bytes), values);
+                    }
+                    (Some(_), Err(LoadError::NotFinite { name: found, .. })) => assert_eq!(found, name),
+                    (_, found) => panic!("{dtype:?} {wrong:?}: {:?}", found.map(|blocks| blocks.is_some())),
+                }
+            }
+        }
     }
 }

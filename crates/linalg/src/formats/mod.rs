@@ -3,9 +3,20 @@
 //! A block is decoded in one place for each format (`decode`), for the [`PANEL`] columns of a panel at once, and handed on
 //! row by row: to memory ([`BlockFormat::widen_panel`]) or into sums ([`BlockFormat::dot_panel`]). `plain` is the judge.
 //!
-//! Floor: one read of the blocks for one row of `a` (one core of a Sapphire Rapids that others used too, 2048 x 16384, read at
-//! 15 GB/s in f32: f16 and q8_0 17 to 19 GB/s, formats of 4 to 6 bits 9 to 12 GB/s, which is 15 to 18 values per ns, the
-//! smaller ones 5.5). Half the columns at once were slower, by vectors that the compiler did not find.
+//! Floor: one read of the blocks for one row of `a`. One core of a Sapphire Rapids, which others used too, sums 2048 x 16384 at
+//! 17 to 19 values per ns in formats of 4 and 8 bits (q8_0: 19 GB/s), 13 to 15 in q5_0, q4_k and q6_k, and 10 in f16 (20 GB/s, which is what
+//! it reads). Half the columns at once were slower: the compiler found fewer vectors.
+
+/// An array of what an expression gives for each column of a panel.
+macro_rules! lanes {
+    ($lane:ident: $value:expr) => {{
+        let mut lanes = [Default::default(); PANEL];
+        for $lane in 0..PANEL {
+            lanes[$lane] = $value;
+        }
+        lanes
+    }};
+}
 
 mod decode;
 #[cfg(test)]
@@ -13,6 +24,7 @@ pub(super) mod plain;
 
 use half::{bf16, f16};
 
+use super::memory::prefetch_ahead_of;
 use super::simd::fma;
 pub(super) use decode::PANEL;
 use decode::{
@@ -196,9 +208,7 @@ impl Rows for Summed<'_> {
     #[inline(always)]
     fn put<const FMA: bool>(&mut self, row: usize, values: [f32; PANEL]) {
         let weight = self.a[row];
-        for (sum, value) in self.sums.iter_mut().zip(values) {
-            *sum = fma::<FMA>(weight, value, *sum);
-        }
+        self.sums = lanes!(i: fma::<FMA>(weight, values[i], self.sums[i]));
     }
 }
 
@@ -215,6 +225,7 @@ simd! {
     fn dot<F: Decode>(a: &[f32], blocks: &[u8], sums: &mut [f32; PANEL]) {
         let mut kept = [0.0; PANEL];
         for (block, a) in blocks.as_chunks::<PANEL>().0.chunks_exact(F::BYTES).zip(a.chunks_exact(F::VALUES)) {
+            prefetch_ahead_of(block);
             let mut summed = Summed { a, sums: kept };
             F::decode::<FMA>(block, &mut summed);
             kept = summed.sums;
