@@ -58,7 +58,7 @@ pub(super) struct Args {
     depth: f64,
 
     /// Blocks retrieved per choice (k), 1 to 1024.
-    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     #[command(flatten)]

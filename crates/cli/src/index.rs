@@ -74,7 +74,7 @@ Examples:
 ")]
 pub(super) struct TuneArgs {
     /// Blocks retrieved per choice (k), 1 to 1024.
-    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     /// An index of FAISS to measure, as FACTORY or FACTORY@EFFORT; may be repeated. Needs a build with --features faiss.

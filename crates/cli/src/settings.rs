@@ -97,7 +97,7 @@ pub(super) struct RetrievalArgs {
 pub(super) struct EncodeArgs {
     /// Blocks retrieved per choice while encoding; 0 encodes within the window [default: 0; for a model trained with
     /// landmarks 4].
-    #[arg(long, value_name = "K", value_parser = integer::<u32>(0..=limits::TOP_K_MAX))]
+    #[arg(long = "encode-blocks", value_name = "K", value_parser = integer::<u32>(0..=limits::TOP_K_MAX))]
     encode_top_k: Option<u32>,
 }
 

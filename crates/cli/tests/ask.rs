@@ -193,7 +193,7 @@ fn an_answer_names_the_blocks_of_window_and_sink_too() {
     sandbox.run(&["encode", "locker.txt", "--data", "d"]).exits(0);
     let typed =
         ["ask", "The code of the blue locker is", "--raw", "--doc", "locker", "--data", "d", "--max-tokens", "6"];
-    let json = sandbox.run(&[&typed[..], &["--top-k", "16", "--json"]].concat()).exits(0).json();
+    let json = sandbox.run(&[&typed[..], &["--blocks", "16", "--json"]].concat()).exits(0).json();
     assert!(json["answer"].as_str().unwrap().contains("7719"), "{json}");
     let blocks = json["blocks"].as_array().unwrap();
     let from = |place: &str| blocks.iter().filter(|block| block["from"] == place).count();

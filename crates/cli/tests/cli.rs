@@ -42,8 +42,8 @@ fn what_makes_no_sense_is_a_usage_error() {
     sandbox.run(&["ls", "--connect", "ftp://host"]).exits(2);
     let error = sandbox.run(&["serve", "--data", "d", "--listen", "0.0.0.0:0"]).exits(2).stderr;
     assert!(error.contains("--allow-remote"), "{error}");
-    let error = sandbox.run(&["ask", "--doc", "emma", "Who?", "--top-k", "0"]).exits(2).stderr;
-    assert!(error.contains("--top-k") && error.contains("1..=1024"), "{error}");
+    let error = sandbox.run(&["ask", "--doc", "emma", "Who?", "--blocks", "0"]).exits(2).stderr;
+    assert!(error.contains("--blocks") && error.contains("1..=1024"), "{error}");
 }
 
 /// Numbers that mean nothing were taken as something else, without a word.

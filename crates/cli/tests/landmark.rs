@@ -115,8 +115,8 @@ fn a_report_has_every_table_and_plot() {
     }
     let twins = ["--plain", "plain", "--recurrent", "recurrent"];
     let typed = [&["eval", "report", "out", "--model", model.to_str().unwrap()], &twins[..]].concat();
-    let small = ["--text-tokens", "4096", "--lengths", "256,512", "--top-k", "2", "--samples", "1"];
-    let passkey = ["--passkey-lengths", "512,1024", "--passkey-top-k", "1", "--full-tokens-max", "512", "--json"];
+    let small = ["--text-tokens", "4096", "--lengths", "256,512", "--blocks", "2", "--samples", "1"];
+    let passkey = ["--passkey-lengths", "512,1024", "--passkey-blocks", "1", "--full-tokens-max", "512", "--json"];
     let written = sandbox.run(&[&typed[..], &small, &passkey].concat()).exits(0).json();
     let rows = |table: &str| written["report"][table].as_array().unwrap().clone();
 

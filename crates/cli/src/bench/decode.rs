@@ -29,7 +29,7 @@ const QUESTION: &str = "Who is Anne Elliot?";
 Examples:
   landmarkdb bench decode
   landmarkdb bench decode --tokens 4096,32768,262144 --key-rule mean
-  landmarkdb bench decode --tokens 32768 --top-k 4 --payload int8 --json
+  landmarkdb bench decode --tokens 32768 --blocks 4 --payload int8 --json
   landmarkdb bench decode --peers llama.cpp --peer-seconds 900
 ")]
 pub(crate) struct Args {
@@ -50,7 +50,7 @@ pub(crate) struct Args {
     pub(super) prefill_tokens: usize,
 
     /// Blocks retrieved per choice (k).
-    #[arg(long, value_name = "K", default_value_t = 4, value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", default_value_t = 4, value_parser = top_k())]
     pub(super) top_k: u32,
 
     #[command(flatten)]

@@ -26,8 +26,8 @@ const HAYSTACK: Explained =
 #[command(after_help = "\
 Examples:
   landmarkdb eval passkey
-  landmarkdb eval passkey --haystack prose --tokens 4096,16384,32768 --samples 10 --top-k 4 --json
-  landmarkdb eval passkey --haystack garbage --tokens 32768 --top-k 2,4 --payload-dtypes f16,int8
+  landmarkdb eval passkey --haystack prose --tokens 4096,16384,32768 --samples 10 --blocks 4 --json
+  landmarkdb eval passkey --haystack garbage --tokens 32768 --blocks 2,4 --payload-dtypes f16,int8
 ")]
 pub(crate) struct Args {
     /// What the key is hidden in.
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     samples: usize,
 
     /// Blocks retrieved per choice (k); several share one encoded text.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4", value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", value_delimiter = ',', default_value = "4", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Payload dtypes to compare on the same encoded text [default: --payload].

@@ -23,7 +23,7 @@ use landmarkdb_lab::eval::{self, Perplexity, PerplexityMode, PerplexitySettings}
 #[command(after_help = "\
 Examples:
   landmarkdb eval perplexity
-  landmarkdb eval perplexity --tokens 4096 --top-k 4,8 --samples 2 --payload-dtypes f16,int8 --json
+  landmarkdb eval perplexity --tokens 4096 --blocks 4,8 --samples 2 --payload-dtypes f16,int8 --json
 ")]
 pub(crate) struct Args {
     /// Length of each text, in tokens.
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     samples: usize,
 
     /// Blocks retrieved per choice (k).
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "4,8", value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", value_delimiter = ',', default_value = "4,8", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Measure the last k blocks before the window too, in place of retrieved ones: what retrieval has to beat.

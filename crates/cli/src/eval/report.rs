@@ -53,7 +53,7 @@ pub(crate) struct Args {
     lengths: Vec<usize>,
 
     /// Blocks retrieved while perplexity is measured.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "2,4", value_parser = top_k())]
+    #[arg(long = "blocks", value_name = "K", value_delimiter = ',', default_value = "2,4", value_parser = top_k())]
     top_k: Vec<u32>,
 
     /// Lengths of the texts with a pass key.
@@ -61,7 +61,7 @@ pub(crate) struct Args {
     passkey_lengths: Vec<usize>,
 
     /// Blocks retrieved when a pass key is asked for.
-    #[arg(long, value_name = "K", value_delimiter = ',', default_value = "1,2,4", value_parser = top_k())]
+    #[arg(long = "passkey-blocks", value_name = "K", value_delimiter = ',', default_value = "1,2,4", value_parser = top_k())]
     passkey_top_k: Vec<u32>,
 
     /// Texts per length and haystack.

@@ -77,7 +77,7 @@ fn an_adapter_gives_a_model_landmark_keys() {
     let unmarked = ["encode", "note.txt", "--model", "plain", "--data", "plain-data", "--key-rule", "landmark"];
     let refused = sandbox.run(&unmarked).exits(2).stderr;
     assert!(refused.contains("tokens or mean") && refused.contains("found landmark"), "{refused}");
-    sandbox.run(&[&encode[..], &["--encode-top-k", "1", "--retrieve-layers", "1"]].concat()).exits(0);
+    sandbox.run(&[&encode[..], &["--encode-blocks", "1", "--retrieve-layers", "1"]].concat()).exits(0);
     let ask = ["ask", "What?", "--doc", "note", "--model", "adapter", "--data", "data", "--window", "18", "--json"];
     let answer = sandbox.run(&ask).exits(0).json();
     assert!(answer["blocks"].as_array().is_some_and(|blocks| !blocks.is_empty()), "{answer}");
