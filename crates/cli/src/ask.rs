@@ -6,15 +6,16 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, ReadFrom, Sampling};
+use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, ReadFrom};
 
 use super::Context;
 use super::error::CliError;
 use super::faults::named;
 use super::hints::Hints;
-use super::numbers::{from_one, number, top_k};
+use super::numbers::{from_one, top_k};
 use super::open::DocumentName;
 use super::output::{Report, excerpt, plural, table, write_table};
+use super::sampling::SamplingArgs;
 use super::settings::{ModelArgs, RetrievalArgs, WindowArgs};
 
 /// Characters of a block's text that a table row shows.
@@ -55,18 +56,6 @@ pub(super) struct Args {
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = from_one::<usize>())]
     max_tokens: usize,
 
-    /// Sample with this temperature; 0 is greedy.
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = number(0.0..=f32::INFINITY))]
-    temperature: f32,
-
-    /// Nucleus sampling: draw from the likeliest tokens that make up this probability.
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = number(0.0..=1.0f32))]
-    top_p: f32,
-
-    /// Seed of the sampling.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-
     /// Retrieved blocks to show.
     #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
     show: usize,
@@ -79,6 +68,9 @@ pub(super) struct Args {
 
     #[command(flatten)]
     retrieval: RetrievalArgs,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 /// An answer and the blocks it was read from.
@@ -167,10 +159,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         max_tokens: args.max_tokens,
         stop: vec!["\n".into()],
         may_be_empty: false,
-        sampling: match args.temperature {
-            0.0 => Sampling::Greedy,
-            temperature => Sampling::Nucleus { temperature, top_p: args.top_p, seed: args.seed },
-        },
+        sampling: args.sampling.sampling(),
         ..GenerateOptions::default()
     };
     let question = Question {

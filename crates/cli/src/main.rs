@@ -15,6 +15,7 @@ mod numbers;
 mod open;
 mod output;
 mod report;
+mod sampling;
 mod scratch;
 mod settings;
 mod signals;

@@ -44,6 +44,20 @@ fn what_makes_no_sense_is_a_usage_error() {
     assert!(error.contains("--allow-remote"), "{error}");
     let error = sandbox.run(&["ask", "--doc", "emma", "Who?", "--blocks", "0"]).exits(2).stderr;
     assert!(error.contains("--blocks") && error.contains("1..=1024"), "{error}");
+    // Whether the number would be used or not, and before anything is opened.
+    for (flag, number) in [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--sample-top-p", "0"),
+        ("--sample-top-p", "2"),
+        ("--min-p", "1.5"),
+        ("--repeat-penalty", "0"),
+        ("--sample-top-k", "many"),
+        ("--top-k", "40"),
+    ] {
+        let error = sandbox.run(&["ask", "--doc", "emma", "Who?", flag, number]).exits(2).stderr;
+        assert!(error.contains(flag), "{error}");
+    }
 }
 
 /// Numbers that mean nothing were taken as something else, without a word.
@@ -54,14 +68,14 @@ fn a_number_out_of_range_is_a_usage_error_that_says_the_range() {
     let ask = ["ask", "Who?", "--doc", "emma"];
     let cases: [(&[&str], &str, &str, &str); 17] = [
         (&encode, "--chunk", "-1", "1..=4096"),
-        (&ask, "--temperature", "-1", "0 or more"),
+        (&ask, "--temperature", "-1", "from 0 on"),
         (&["demo"], "--depth", "-0.5", "0 to 1"),
         (&encode, "--chunk", "0", "1..=4096"),
         (&encode, "--block-tokens", "0", "2..=1024"),
         (&encode, "--newest-blocks", "0", "1.."),
         (&ask, "--max-tokens", "0", "1.."),
-        (&ask, "--top-p", "3", "0 to 1"),
-        (&ask, "--temperature", "nan", "0 or more"),
+        (&ask, "--sample-top-p", "3", "at most 1"),
+        (&ask, "--temperature", "nan", "from 0 on"),
         (&["serve"], "--workers", "500", "1..=128"),
         (&["serve"], "--stall-ms", "0", "1.."),
         (&["index", "tune"], "--lookups", "0", "1..=16384"),

@@ -299,7 +299,7 @@ pub enum GenerateError {
     /// A parameter of the sampling is out of range.
     #[error("{field}: expected {expected}, found {found}")]
     Invalid {
-        /// `temperature` or `top_p`.
+        /// Its name in [`Sampling`](crate::Sampling).
         field: &'static str,
         /// The values that it may have.
         expected: &'static str,

@@ -49,7 +49,7 @@ impl Default for GenerateOptions {
     /// Greedy, 128 tokens, no stop texts, an empty answer is one.
     fn default() -> Self {
         GenerateOptions {
-            sampling: Sampling::Greedy,
+            sampling: Sampling::default(),
             max_tokens: 128,
             stop: Vec::new(),
             may_be_empty: true,
@@ -124,7 +124,7 @@ pub fn generate(
             let ends = model.config().eos_ids.iter().map(|&id| id as usize);
             ends.for_each(|id| logits.iter_mut().skip(id).take(1).for_each(|logit| *logit = f32::NEG_INFINITY));
         }
-        let id = sampler.choose(&logits)?;
+        let id = sampler.choose(&mut logits, &ids)?;
         if model.config().eos_ids.contains(&id) {
             break Finish::EndOfText;
         }

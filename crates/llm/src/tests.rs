@@ -103,17 +103,17 @@ fn seeds_repeat_stop_texts_stop_and_the_limit_holds() {
         let options = GenerateOptions { sampling, stop, max_tokens, chunk_tokens: 2, ..Default::default() };
         generate(model, &mut attention(model), &prompt, &options, &mut |_| {}).unwrap()
     };
-    let by_chance = |seed| run(Sampling::Nucleus { temperature: 1.5, top_p: 0.95, seed }, &[], 12);
+    let by_chance = |seed| run(Sampling { temperature: 1.5, top_p: 0.95, seed, ..Sampling::default() }, &[], 12);
     assert_eq!(by_chance(1), by_chance(1));
     assert_ne!(by_chance(1).text, by_chance(2).text);
 
-    let free = run(Sampling::Greedy, &[], 8);
+    let free = run(Sampling::default(), &[], 8);
     assert_eq!((free.ids.len(), free.finish), (8, Finish::MaxTokens));
     assert!(free.text.contains("Paris"), "{:?}", free.text);
-    let stopped = run(Sampling::Greedy, &["aris"], 8);
+    let stopped = run(Sampling::default(), &["aris"], 8);
     assert_eq!(stopped.finish, Finish::Stop);
     assert_eq!(stopped.text, free.text[..free.text.find("aris").unwrap()]);
-    assert!(run(Sampling::Greedy, &[], 0).ids.is_empty());
+    assert!(run(Sampling::default(), &[], 0).ids.is_empty());
 }
 
 #[test]
