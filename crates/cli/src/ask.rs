@@ -5,8 +5,10 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo};
-use landmarkdb_llm::{self as model, Answer, Citation, Finish, GenerateOptions, Question, ReadFrom};
+use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo};
+use landmarkdb_llm::{
+    self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, Question, ReadFrom, RememberError,
+};
 
 use super::Context;
 use super::error::CliError;
@@ -24,16 +26,21 @@ const EXCERPT_CHARS: usize = 72;
 /// Rows of blocks at hand that the table shows, of which consecutive ones share a row.
 const AT_HAND_ROWS_MAX: usize = 16;
 
+/// The word for an answer that the model would have gone on with.
+const MAX_TOKENS: &str = "max_tokens";
+
 /// Ask a question about documents, answered from their blocks.
 ///
-/// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--top-k) and
-/// attends to them, beside the end of the last document. The answer is followed by the blocks that were read: retrieved ones,
-/// heaviest first, then those that are always at hand (the first block of the first document, the ends of all, and the window).
+/// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--blocks) and
+/// attends to them, beside the end of the last document. The question stands in the turns of the model's own chat template if it has
+/// one. The answer is followed by the blocks that were read: retrieved ones, heaviest first, then those that are always at hand (the
+/// first block of the first document, the ends of all, and the window).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   landmarkdb ask 'Who is Anne Elliot?' --doc persuasion
   landmarkdb ask 'What is the pass key? The pass key is' --doc notes --doc letters --raw
+  landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --system 'Answer in one sentence.' --temperature 0.7
   landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --json | jq '.blocks[0]'
 ")]
 pub(super) struct Args {
@@ -44,17 +51,25 @@ pub(super) struct Args {
     #[arg(long = "doc", value_name = "DOC", required = true)]
     docs: Vec<String>,
 
-    /// Give the model the question's words alone, to continue; otherwise they are framed as a question that an answer follows.
+    /// Give the model the question's words alone, to continue, without a chat template.
     #[arg(long)]
     raw: bool,
+
+    /// How to answer, for the model to heed: said in front of the question.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    system: Option<String>,
 
     /// Blocks retrieved per choice (k), 1 to 1024.
     #[arg(long = "blocks", value_name = "K", default_value_t = 4, value_parser = top_k())]
     top_k: u32,
 
     /// Maximum length of the answer in tokens.
-    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = from_one::<usize>())]
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = from_one::<usize>())]
     max_tokens: usize,
+
+    /// End the answer before this text; repeat for several.
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
 
     /// Retrieved blocks to show.
     #[arg(long, value_name = "BLOCKS", default_value_t = 8)]
@@ -80,7 +95,7 @@ pub(super) struct Answered {
     answer: String,
     prompt_tokens: usize,
     answer_tokens: usize,
-    /// Why the answer ends where it does: end_of_text, stop (the line ended) or max_tokens.
+    /// Why the answer ends where it does: end_of_text, stop (a --stop text, or a question of the model's own) or max_tokens.
     finish: &'static str,
     /// Documents that are not whole: their encoding was interrupted, or goes on.
     incomplete: Vec<Incomplete>,
@@ -154,17 +169,23 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let model = args.model.load(context)?;
     model::check_model(&model, &collection)?;
 
-    let prompt = if args.raw { args.question.clone() } else { model::frame_question(&args.question) };
+    let Frame { ids, stop } = if args.raw {
+        let encoded = model.tokenizer.encode(&args.question).map_err(RememberError::from)?;
+        Frame { ids: encoded.ids, stop: Vec::new() }
+    } else {
+        let asked = Asked { question: &args.question, system: args.system.as_deref(), earlier: &[] };
+        model::frame_question(&model, &asked, &text_end(memory.as_ref(), &documents)?)?
+    };
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
-        stop: vec!["\n".into()],
+        stop: [&stop[..], &args.stop].concat(),
         may_be_empty: false,
         sampling: args.sampling.sampling(),
         ..GenerateOptions::default()
     };
     let question = Question {
         documents: &documents,
-        prompt: &prompt,
+        prompt: &ids,
         window: args.window.window(model.config())?,
         retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
         options,
@@ -176,6 +197,15 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let answered = answered.map_err(|error| named(error, memory.as_ref()))?;
     let answered = Answered { hints: context.hints.clone(), ..answered };
     context.output.print(&answered)
+}
+
+/// How the text ends that a prompt follows: the last block of the last document.
+pub(super) fn text_end(memory: &dyn BlockMemory, documents: &[DocumentInfo]) -> Result<String, CliError> {
+    let Some(last) = documents.last() else { return Ok(String::new()) };
+    let end = last.blocks + u32::from(last.tail_tokens > 0);
+    let blocks = memory.blocks(&BlockRange { document: last.id, blocks: end.saturating_sub(1)..end })?;
+    let text = blocks.last().map(|block| String::from_utf8_lossy(&block.text.bytes).into_owned());
+    Ok(text.unwrap_or_default())
 }
 
 impl Answered {
@@ -200,7 +230,7 @@ impl Answered {
             finish: match answer.generated.finish {
                 Finish::EndOfText => "end_of_text",
                 Finish::Stop => "stop",
-                Finish::MaxTokens => "max_tokens",
+                Finish::MaxTokens => MAX_TOKENS,
             },
             incomplete: incomplete
                 .map(|document| Incomplete {
@@ -260,6 +290,8 @@ impl Report for Answered {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
         if self.answer.is_empty() {
             writeln!(to, "no answer: {}", self.why_empty())?;
+        } else if self.finish == MAX_TOKENS {
+            writeln!(to, "the answer is cut after {} tokens: --max-tokens gives it more room", self.answer_tokens)?;
         }
         writeln!(to)?;
         let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.is_retrieved());
@@ -313,10 +345,11 @@ impl Report for Answered {
         }
         writeln!(
             to,
-            "first token after {:.2} s, {} in {:.2} s",
+            "first token after {:.2} s, {} in {:.2} s ({})",
             self.first_token_s,
             plural(self.answer_tokens as u64, "token"),
-            self.total_s
+            self.total_s,
+            self.finish
         )
     }
 }
@@ -328,8 +361,8 @@ fn percent(share: f64) -> String {
 impl Answered {
     fn why_empty(&self) -> &'static str {
         match self.finish {
-            "max_tokens" => "the model wrote nothing but white space; --max-tokens gives it more room",
-            "stop" => "the model ended the line before it wrote a word; another wording, or --raw, may do better",
+            MAX_TOKENS => "the model wrote nothing but white space; --max-tokens gives it more room",
+            "stop" => "the text that stops it came first; another wording, or --raw, may do better",
             _ => "the model ended its text at once; another wording, or --raw, may do better",
         }
     }

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use landmarkdb::{BlockMemory, Retrieval};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 use landmarkdb_lab::eval::BOOK;
-use landmarkdb_llm::{self as model, Encoding, GenerateOptions, LoadedModel, Question};
+use landmarkdb_llm::{self as model, Asked, Encoding, Frame, GenerateOptions, LoadedModel, Question};
 
 use super::Context;
-use super::ask::Answered;
+use super::ask::{Answered, text_end};
 use super::encode::token_bar;
 use super::error::CliError;
 use super::numbers::{integer, number, top_k};
@@ -133,14 +133,20 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 
     context.output.say(&format!("ask      {}", args.question));
     let raw = !args.question.trim_end().ends_with('?');
-    let prompt = if raw { format!("\n{}", args.question) } else { model::frame_question(&args.question) };
     let documents = [document];
+    let Frame { ids, stop } = if raw {
+        let encoded = model.tokenizer.encode(&format!("\n{}", args.question)).map_err(model::RememberError::from)?;
+        Frame { ids: encoded.ids, stop: vec!["\n".into()] }
+    } else {
+        let asked = Asked { question: &args.question, ..Asked::default() };
+        model::frame_question(&model, &asked, &text_end(memory.as_ref(), &documents)?)?
+    };
     let question = Question {
         documents: &documents,
-        prompt: &prompt,
+        prompt: &ids,
         window,
         retrieval: Retrieval { top_k: args.top_k, ..model.config().retrieval() },
-        options: GenerateOptions { max_tokens: 48, stop: vec!["\n".into()], ..GenerateOptions::default() },
+        options: GenerateOptions { max_tokens: 48, stop, ..GenerateOptions::default() },
     };
     context.output.stream("answer   ");
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;

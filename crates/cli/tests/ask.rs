@@ -63,7 +63,7 @@ fn a_text_is_encoded_once_and_asked_after_a_restart() {
 
     // In process and through a service: the same answer from the same blocks.
     let ask = |where_: [&str; 2]| {
-        let asked = ["ask", QUESTION, "--raw", "--doc", "notes", where_[0], where_[1]];
+        let asked = ["ask", QUESTION, "--raw", "--stop", "\n", "--doc", "notes", where_[0], where_[1]];
         let json = sandbox.run(&[&asked[..], &["--json"]].concat()).exits(0).json();
         assert!(json["answer"].as_str().unwrap().starts_with(KEY), "{}", json["answer"]);
         let cited = json["blocks"].as_array().unwrap().iter().position(|block| {
@@ -183,6 +183,47 @@ fn a_question_is_answered_and_the_answer_says_how_it_ended() {
     assert_eq!(json["incomplete"], serde_json::json!([]));
     let cut = [&typed[..], &["--max-tokens", "1", "--json"]].concat();
     assert_eq!(sandbox.run(&cut).exits(0).json()["finish"], "max_tokens");
+    let cut = sandbox.run(&[&typed[..], &["--max-tokens", "3"]].concat()).exits(0).stdout;
+    assert!(cut.contains("cut after 3 tokens") && cut.contains("--max-tokens"), "{cut}");
+    let stopped =
+        sandbox.run(&[&typed[..], &["--stop", "Moreau", "--stop", "nobody", "--json"]].concat()).exits(0).json();
+    assert_eq!(stopped["finish"], "stop");
+    assert!(stopped["answer"].as_str().unwrap().trim_end().ends_with("Ines"), "{stopped}");
+}
+
+/// How many newlines a file ends in is nothing that anybody sees.
+#[test]
+fn the_last_newlines_of_a_text_do_not_decide_the_answer() {
+    let Some(sandbox) = sandbox() else { return };
+    let answers = ["", "\n", "\n\n\n"].map(|ending| {
+        let name = format!("newlines-{}", ending.len());
+        sandbox.write_file(&format!("{name}.txt"), &format!("{}{ending}", ALBATROSS.trim_end()));
+        sandbox.run(&["encode", &format!("{name}.txt"), "--data", "d"]).exits(0);
+        let typed = ["ask", "Who is the captain of the Albatross?", "--doc", &name, "--data", "d", "--json"];
+        let answer = sandbox.run(&typed).exits(0).json()["answer"].as_str().unwrap().to_string();
+        assert!(answer.contains("Moreau"), "{name}: {answer}");
+        answer
+    });
+    assert_eq!(answers[0], answers[1]);
+}
+
+/// A model that was trained on texts alone is asked in words, and would go on with questions of its own.
+#[test]
+fn a_model_without_a_template_is_asked_too() {
+    let sandbox = Sandbox::new();
+    let austen = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen");
+    sandbox.write_file("novel.txt", &BOOK[..2_000]);
+    sandbox.run(&["encode", "novel.txt", "--data", "d", "--model", austen]).exits(0);
+    let typed =
+        ["ask", "Who is Anne?", "--doc", "novel", "--data", "d", "--model", austen, "--max-tokens", "12", "--json"];
+    let greedy = sandbox.run(&typed).exits(0).json();
+    assert!(!greedy["answer"].as_str().unwrap().contains("Question:"), "{greedy}");
+    let drawn = |seed: &str| {
+        let flags = ["--temperature", "1.5", "--sample-top-k", "0", "--seed", seed];
+        sandbox.run(&[&typed[..], &flags].concat()).exits(0).json()["answer"].clone()
+    };
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
 }
 
 /// The block with the answer stood in the window, and the blocks that the answer named were others.

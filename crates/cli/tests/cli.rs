@@ -53,6 +53,7 @@ fn what_makes_no_sense_is_a_usage_error() {
         ("--min-p", "1.5"),
         ("--repeat-penalty", "0"),
         ("--sample-top-k", "many"),
+        ("--stop", ""),
         ("--top-k", "40"),
     ] {
         let error = sandbox.run(&["ask", "--doc", "emma", "Who?", flag, number]).exits(2).stderr;

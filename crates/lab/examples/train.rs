@@ -85,7 +85,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{} tokens in {} blocks", document.tokens, document.blocks);
 
     let options = GenerateOptions { max_tokens: 32, ..GenerateOptions::default() };
-    let question = Question { documents: &[document], prompt: "Anne ", window, retrieval, options };
+    let prompt = model.tokenizer.encode("Anne ")?.ids;
+    let question = Question { documents: &[document], prompt: &prompt, window, retrieval, options };
     let answer = ask(&model, &memory, &collection, &question, &mut |_| {})?;
     println!("Anne {:?}, from {} of the blocks", answer.generated.text, answer.reads.retrieved.len());
     Ok(())

@@ -342,6 +342,22 @@ pub enum FindError {
     },
 }
 
+/// Why a chat template draws no prompt.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    /// It is no template, asks for something that is not there, or says itself that the turns do not suit it.
+    #[error("line {line}: {detail}")]
+    Render {
+        /// Counted from 1; 0 where there is none.
+        line: usize,
+        /// Human-readable.
+        detail: String,
+    },
+    /// A turn is missing in what was drawn, or stands there twice.
+    #[error("it does not show every turn once")]
+    LostTurn,
+}
+
 /// Why a text could not be encoded into a memory, or a question about it not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum RememberError {
@@ -373,6 +389,9 @@ pub enum RememberError {
         /// How many.
         layers: usize,
     },
+    /// The model's chat template draws no prompt.
+    #[error("the model's chat template: {0}; the question can be asked without it")]
+    Template(#[from] TemplateError),
     /// The text or the prompt could not be tokenised.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),

@@ -7,12 +7,15 @@ use super::sample::{Sampler, Sampling};
 use super::tokenizer::TextStream;
 use landmarkdb::{CHUNK_TOKENS, SequenceAttention};
 
+/// Bytes that a UTF-8 sequence may lack, and so the most tokens that finish it.
+const UNFINISHED_TOKENS: usize = 3;
+
 /// What a generation is to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// How each token is chosen from its logits.
     pub sampling: Sampling,
-    /// Most tokens to generate.
+    /// Most tokens to generate; up to three more where the answer would end inside a character.
     pub max_tokens: usize,
     /// Texts at which to stop; they are not part of the answer, and before it they do not count.
     pub stop: Vec<String>,
@@ -109,6 +112,7 @@ pub fn generate(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     let mut sampler = Sampler::new(options.sampling)?;
+    let ends = model.end_ids();
     if prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);
     }
@@ -117,22 +121,23 @@ pub fn generate(
     let mut answer = Answer::new(&options.stop);
     let mut ids = Vec::new();
     let finish = loop {
-        if ids.len() == options.max_tokens {
+        let most = options.max_tokens + if stream.is_open() { UNFINISHED_TOKENS } else { 0 };
+        if ids.len() >= most {
             break Finish::MaxTokens;
         }
         if !options.may_be_empty && answer.text.trim().is_empty() {
-            let ends = model.config().eos_ids.iter().map(|&id| id as usize);
+            let ends = ends.iter().map(|&id| id as usize);
             ends.for_each(|id| logits.iter_mut().skip(id).take(1).for_each(|logit| *logit = f32::NEG_INFINITY));
         }
         let id = sampler.choose(&mut logits, &ids)?;
-        if model.config().eos_ids.contains(&id) {
+        if ends.contains(&id) {
             break Finish::EndOfText;
         }
         ids.push(id);
         if answer.push(&stream.push(model.tokenizer.token_bytes(id)), on_text) {
             break Finish::Stop;
         }
-        if ids.len() < options.max_tokens {
+        if ids.len() < options.max_tokens || stream.is_open() {
             logits = read(model, attention, &[id], options.chunk_tokens)?;
         }
     };

@@ -120,6 +120,10 @@ impl Gguf {
         }
     }
 
+    pub(super) fn text_if_any(&self, key: &str) -> Result<Option<&str>, LoadError> {
+        if self.header.settings.contains_key(key) { self.text(key).map(Some) } else { Ok(None) }
+    }
+
     pub(super) fn flag_or(&self, key: &str, default: bool) -> Result<bool, LoadError> {
         match self.header.settings.get(key) {
             None => Ok(default),
@@ -483,8 +487,8 @@ impl Settings for GgufSettings<'_> {
     }
 
     fn eos_ids(&self) -> Result<Vec<u32>, LoadError> {
-        let keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"].into_iter();
-        let found = keys.filter(|key| self.file.header.settings.contains_key(*key));
+        let keys = ["eos", "eot", "eom"].map(|name| format!("tokenizer.ggml.{name}_token_id"));
+        let found = keys.iter().filter(|key| self.file.header.settings.contains_key(*key));
         let mut ids = found.map(|key| self.file.number(key)).collect::<Result<Vec<u32>, LoadError>>()?;
         ids.dedup();
         Ok(ids)

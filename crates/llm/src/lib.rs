@@ -23,7 +23,8 @@
 //!     let encoding = Encoding { name: "text", text, window, retrieval: None };
 //!     let document = encode(model, memory, collection, &encoding, &mut |_| {})?;
 //!     let (retrieval, options) = (Retrieval::default(), GenerateOptions::default());
-//!     let question = Question { documents: &[document], prompt, window, retrieval, options };
+//!     let prompt = model.tokenizer.encode(prompt)?.ids;
+//!     let question = Question { documents: &[document], prompt: &prompt, window, retrieval, options };
 //!     Ok(ask(model, memory, collection, &question, &mut |piece| print!("{piece}"))?.generated.text)
 //! }
 //! ```
@@ -31,7 +32,7 @@
 //! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels`
-//! (the mathematics), `sample` and `generate`, then `encode`, `ask` and `citations`.
+//! (the mathematics), `sample` and `generate`, then `encode`, `template`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
 
@@ -64,6 +65,7 @@ mod rotation;
 mod safetensors;
 mod sample;
 mod sliding;
+mod template;
 mod tensors;
 mod tokenizer;
 mod tokenizer_gguf;
@@ -90,14 +92,14 @@ use std::path::{Path, PathBuf};
 pub use adapter::LAYERS_MIN as ADAPTED_LAYERS_MIN;
 pub use adapter::{Adapter, LANDMARK_EMBEDDING, adapter_shapes, is_adapter, update_names, write_adapter};
 pub use architecture::{Activation, Architecture, Biases, LayerKind, Norms, QueryKeyNorm};
-pub use ask::{Answer, Question, ask, frame_question};
+pub use ask::{Answer, Asked, Frame, Question, ask, frame_question};
 pub use attend_tensors::attend_tensors;
 pub use citations::{Citation, ReadFrom, citations};
 pub use config::{Landmark, ModelConfig};
 pub use digest::file_digest;
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
-    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError,
+    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError, TemplateError,
     TokenizeError, reason as tensor_reason,
 };
 pub use files::replace_file;
@@ -110,6 +112,7 @@ pub use pulled::{PulledModel, pulled};
 pub use resolve::{models_folder, resolve};
 pub use sample::Sampling;
 pub use sliding::{HybridAttention, SlidingLayers};
+pub use template::ChatTemplate;
 pub use tensors::{NamedTensor, put_row, read_tensors, tensor_shapes, write_model};
 pub use tokenizer::{Encoded, TextStream, Tokenizer};
 
@@ -124,6 +127,8 @@ pub struct LoadedModel {
     pub tokenizer: Tokenizer,
     /// The weights and hyperparameters.
     pub llama: Llama,
+    /// How the model was taught to hold a conversation; none for one that only continues texts.
+    pub chat_template: Option<ChatTemplate>,
     /// Of the weight file, or of the digests of several; of an adapter, of both models' and the scale.
     pub model_digest: Sha256Digest,
 }
@@ -146,6 +151,7 @@ impl LoadedModel {
         Ok(LoadedModel {
             name: gguf.name().map_or_else(|| file_name(path), str::to_string),
             tokenizer: tokenizer_gguf::from_gguf(&gguf)?,
+            chat_template: ChatTemplate::of_gguf(&gguf)?,
             llama: Llama::load(config, &gguf)?,
             model_digest: digest::weights_digest(std::iter::once(path))?,
         })
@@ -175,12 +181,21 @@ impl LoadedModel {
             });
         }
         let llama = Llama::load(config, &*weights)?;
-        Ok(LoadedModel { name: file_name(folder), tokenizer, llama, model_digest })
+        let chat_template = ChatTemplate::of_folder(folder)?;
+        Ok(LoadedModel { name: file_name(folder), tokenizer, llama, chat_template, model_digest })
     }
 
     /// The hyperparameters.
     pub fn config(&self) -> &ModelConfig {
         self.llama.config()
+    }
+
+    /// The tokens at which an answer ends: those that the files name, and the vocabulary's control tokens of well-known names.
+    pub fn end_ids(&self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.config().eos_ids.iter().copied().chain(self.tokenizer.ends()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
     }
 
     /// The shape that a memory with blocks of `block_tokens` sees.

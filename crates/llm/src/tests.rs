@@ -116,6 +116,48 @@ fn seeds_repeat_stop_texts_stop_and_the_limit_holds() {
     assert!(run(Sampling::default(), &[], 0).ids.is_empty());
 }
 
+/// An answer that the limit cut inside a character ended in U+FFFD.
+#[test]
+fn an_answer_ends_with_a_whole_character() {
+    let Some(model) = smollm2() else { return };
+    let prompt = model.tokenizer.encode("🙂🙃🙂🙃🙂🙃🙂🙃🙂").unwrap().ids;
+    let mut longer = 0;
+    for max_tokens in 1..8 {
+        let options = GenerateOptions { max_tokens, ..Default::default() };
+        let found = generate(model, &mut attention(model), &prompt, &options, &mut |_| {}).unwrap();
+        assert!(!found.text.contains('\u{fffd}'), "{found:?}");
+        longer += (found.ids.len() > max_tokens) as usize;
+    }
+    assert!(longer > 0, "no limit fell inside a character: the test has no teeth");
+}
+
+#[test]
+fn a_question_stands_in_the_model_s_own_turns() {
+    let Some(model) = smollm2() else { return };
+    let token = |name: &str| model.tokenizer.token_id(name).unwrap();
+    let (start, end) = (token("<|im_start|>"), token("<|im_end|>"));
+    let text = |text: &str| model.tokenizer.encode(text).unwrap().ids;
+    let frame = |asked: &Asked| frame_question(model, asked, "text\n").unwrap();
+    let asked = Asked { question: " Who is <|im_end|>? ", ..Asked::default() };
+    let turn = |role: &str, words: &str| [&[start], &text(&format!("{role}\n{words}"))[..]].concat();
+    let first =
+        [&[end], &text("\n")[..], &turn("user", "Who is <|im_end|>?"), &[end], &text("\n"), &turn("assistant", "")];
+    assert_eq!(frame(&asked), Frame { ids: first.concat(), stop: Vec::new() });
+
+    let unfinished = frame_question(model, &asked, "text").unwrap().ids;
+    assert_eq!(unfinished, [text("\n"), first.concat()].concat());
+
+    let earlier = [("Who?".to_string(), "Emma.".to_string())];
+    let later = frame(&Asked { question: "When?", system: Some("Be brief."), earlier: &earlier });
+    let told = model.tokenizer.decode(&later.ids);
+    let (before, last) = told.split_once("When?").unwrap();
+    assert_eq!(
+        before,
+        "<|im_end|>\n<|im_start|>user\nBe brief.\n\nWho?<|im_end|>\n<|im_start|>assistant\nEmma.<|im_end|>\n<|im_start|>user\n"
+    );
+    assert_eq!(last, "<|im_end|>\n<|im_start|>assistant\n");
+}
+
 #[test]
 fn unknown_tokens_and_misfit_embeddings_are_refused() {
     let Some(model) = smollm2() else { return };
@@ -146,6 +188,7 @@ fn token_offsets_are_bytes_that_cover_the_text() {
     assert_eq!(digits.offsets, [0, 1, 2, 3], "every digit is a token, and the space before them too");
     let end = tokenizer.token_id("<|im_end|>").unwrap();
     assert_eq!(model.config().eos_ids, [end]);
+    assert_eq!(model.end_ids(), [tokenizer.token_id("<|endoftext|>").unwrap(), end], "the file names one of two");
     assert!(!tokenizer.encode("<|im_end|>").unwrap().ids.contains(&end), "a text cannot end itself");
     assert!(tokenizer.prefix().is_empty());
     assert_eq!(tokenizer.token_bytes(u32::MAX), b"");

@@ -4,6 +4,7 @@
 //! token covers follow from the lengths alone. That holds for byte-level BPE and for SentencePiece with byte fallback,
 //! which are the two kinds that Llama-family models come with.
 
+use std::cmp::Reverse;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -13,8 +14,13 @@ use tokenizers::decoders::DecoderWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::error::{LoadError, SaveError, TokenizeError};
+use super::template::Piece;
 use landmarkdb::Sha256Digest;
 use landmarkdb::limits::TOKEN_IDS_MAX;
+
+/// Control tokens that end a text or a turn whatever a file says of them, as in llama.cpp: files often name one of several.
+const ENDS: [&str; 7] =
+    ["<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>"];
 
 /// The tokenizer of one model.
 pub struct Tokenizer {
@@ -164,6 +170,45 @@ impl Tokenizer {
         Ok(Encoded { ids, offsets })
     }
 
+    /// The control tokens by whose names a text or a turn ends.
+    pub(super) fn ends(&self) -> impl Iterator<Item = u32> {
+        let ends = |token: &AddedToken| token.special && ENDS.contains(&token.content.as_str());
+        self.inner.get_added_tokens_decoder().into_iter().filter(move |(_, token)| ends(token)).map(|(id, _)| id)
+    }
+
+    /// Cuts a prompt into tokens: control tokens that markup spells are control tokens, those that words spell stay text, and
+    /// what stands between two of them is cut as one text, whoever wrote it.
+    pub(super) fn encode_pieces(&self, pieces: &[Piece]) -> Result<Vec<u32>, TokenizeError> {
+        let mut controls = self.inner.get_added_tokens_decoder();
+        controls.retain(|_, token| token.special && !token.content.is_empty());
+        let first = |text: &str| {
+            let found = controls.iter().filter_map(|(&id, token)| Some((text.find(&token.content)?, id, token)));
+            found.min_by_key(|(at, _, token)| (*at, Reverse(token.content.len())))
+        };
+        let (mut ids, mut text) = (Vec::new(), String::new());
+        for piece in pieces {
+            let mut rest = match piece {
+                Piece::Markup(markup) => markup.as_str(),
+                Piece::Words(words) => {
+                    text.push_str(words);
+                    continue;
+                }
+            };
+            while let Some((at, id, token)) = first(rest) {
+                text.push_str(&rest[..at]);
+                let before = if token.lstrip { text.trim_end() } else { &text };
+                ids.extend(self.encode(before)?.ids);
+                ids.push(id);
+                text.clear();
+                rest = &rest[at + token.content.len()..];
+                rest = if token.rstrip { rest.trim_start() } else { rest };
+            }
+            text.push_str(rest);
+        }
+        ids.extend(self.encode(&text)?.ids);
+        Ok(ids)
+    }
+
     /// Offsets from the tokens' lengths; none when those do not add up to the text.
     fn offsets_by_length(&self, ids: &[u32], text_bytes: usize) -> Option<Vec<usize>> {
         let total: usize = ids.iter().map(|&id| self.token_bytes(id).len()).sum();
@@ -220,6 +265,11 @@ impl TextStream {
         }
         self.pending.drain(..whole_bytes);
         text
+    }
+
+    /// Whether the text so far ends inside a UTF-8 sequence.
+    pub fn is_open(&self) -> bool {
+        !self.pending.is_empty()
     }
 
     /// The end of the stream: what was held back, as U+FFFD.
@@ -341,6 +391,36 @@ mod tests {
             assert_eq!((read.prefix(), read.vocab()), (&prefix[..], 4));
             assert_eq!(read.encode("abab<s>b").unwrap(), tokenizer.encode("abab<s>b").unwrap());
         }
+    }
+
+    /// A question could end its own turn, and a document open one, by spelling a control token.
+    #[test]
+    fn only_markup_has_control_tokens() {
+        let control = |id: u32, content: &str, strips: bool| {
+            format!(
+                r#"{{"id": {id}, "content": "{content}", "single_word": false, "lstrip": {strips}, "rstrip": {strips},
+                "normalized": false, "special": true}}"#
+            )
+        };
+        let json = format!(
+            r#"{{"version": "1.0", "added_tokens": [{}, {}, {}], "pre_tokenizer": {{"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true}}, "decoder": {{"type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": true}},
+            "model": {{"type": "BPE", "vocab": {{"a": 0, "b": 1, "ab": 2, "Ġ": 3}}, "merges": [["a", "b"]]}}}}"#,
+            control(4, "</s>", false),
+            control(5, "</s>+", false),
+            control(6, "<e>", true),
+        );
+        let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+        let tokenizer = Tokenizer::new(Path::new("t"), inner, Some(Vec::new()), Sha256Digest([0; 32])).unwrap();
+        let ids = |pieces: &[Piece]| tokenizer.encode_pieces(pieces).unwrap();
+        let (markup, words) = (|text: &str| Piece::Markup(text.into()), |text: &str| Piece::Words(text.into()));
+        assert_eq!(ids(&[markup("</s>a"), words("b</s>"), markup("b</s>")]), [4, 2, 1, 4], "cut across who wrote it");
+        assert_eq!(ids(&[markup("</s>+</s>")]), [5, 4], "the longest at a place");
+        assert_eq!(ids(&[markup("a </s> b")]), [0, 3, 4, 3, 1]);
+        assert_eq!(ids(&[markup("a <e> b")]), [0, 6, 1], "some take the white space beside them");
+        assert!(ids(&[]).is_empty());
+        assert_eq!(tokenizer.ends().collect::<Vec<_>>(), [4], "by its whole name");
     }
 
     #[test]

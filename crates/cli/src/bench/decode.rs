@@ -82,7 +82,7 @@ pub(super) fn measure(args: &Args, context: &Context) -> Result<DecodeReport, Cl
         full_tokens: args.full_tokens,
         steps: args.steps,
         prefill_tokens: args.prefill_tokens,
-        prompt: model::frame_question(QUESTION),
+        prompt: format!("\n\nQuestion: {QUESTION}\nAnswer:"),
         others: args.others.settings(),
         model_file: model::resolve(&setup.model.model)?,
     };

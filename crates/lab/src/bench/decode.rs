@@ -209,6 +209,7 @@ impl Bench<'_> {
         let Place { mut memory, folder, is_temporary } = place;
         let ids: Vec<_> = documents.iter().map(|(document, _)| document.id).collect();
         let mut measured = Vec::new();
+        let prompt = self.prompt()?;
         if let Some(folder) = &folder {
             // A data directory has one owner at a time.
             drop(memory);
@@ -218,7 +219,7 @@ impl Bench<'_> {
                     collection: self.subject.collection,
                     document,
                     encode_s,
-                    prompt: &self.settings.prompt,
+                    prompt: &prompt,
                     window: self.subject.window,
                     retrieval: self.subject.retrieval.clone(),
                 };
@@ -240,7 +241,6 @@ impl Bench<'_> {
         if others.peers.is_empty() {
             return Ok(Vec::new());
         }
-        let prompt = self.subject.model.tokenizer.encode(&self.settings.prompt).map_err(RememberError::from)?.ids;
         let case = DecodeCase {
             model: &self.settings.model_file,
             prefill_tokens: self.settings.prefill_tokens,
@@ -250,7 +250,12 @@ impl Bench<'_> {
             seconds: others.seconds,
             peers: &others.peers,
         };
-        peers::decode(&case, self.ids, &prompt, &others.python)
+        peers::decode(&case, self.ids, &self.prompt()?, &others.python)
+    }
+
+    fn prompt(&self) -> Result<Vec<u32>, BenchError> {
+        let encoded = self.subject.model.tokenizer.encode(&self.settings.prompt);
+        Ok(encoded.map_err(RememberError::from)?.ids)
     }
 }
 

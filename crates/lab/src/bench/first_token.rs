@@ -48,7 +48,7 @@ pub(super) struct Reopened<'a> {
     pub(super) collection: &'a CollectionInfo,
     pub(super) document: DocumentInfo,
     pub(super) encode_s: f64,
-    pub(super) prompt: &'a str,
+    pub(super) prompt: &'a [u32],
     pub(super) window: Window,
     pub(super) retrieval: Retrieval,
 }

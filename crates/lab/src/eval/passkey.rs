@@ -152,6 +152,7 @@ pub fn passkey(
     progress: &mut dyn FnMut(usize, usize, EncodeProgress),
 ) -> Result<Vec<PasskeyCase>, RememberError> {
     let mut cases = Vec::new();
+    let question_ids = model.tokenizer.encode(QUESTION)?.ids;
     texts.each(model, &mut |tokens, sample, needle| {
         let name = unused_name("passkey");
         let begin = Instant::now();
@@ -174,7 +175,7 @@ pub fn passkey(
             for &top_k in &settings.top_k {
                 let question = Question {
                     documents: std::slice::from_ref(document),
-                    prompt: QUESTION,
+                    prompt: &question_ids,
                     window: settings.window,
                     retrieval: Retrieval { top_k, ..settings.retrieval.clone() },
                     options: options(),
