@@ -5,12 +5,14 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo};
+use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo, Window};
 use landmarkdb_llm::{
-    self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, Question, ReadFrom, RememberError,
+    self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, LoadedModel, Question, ReadFrom,
+    RememberError,
 };
 
 use super::Context;
+use super::conversation::{self, Conversation};
 use super::error::CliError;
 use super::faults::named;
 use super::hints::Hints;
@@ -41,6 +43,7 @@ Examples:
   landmarkdb ask 'Who is Anne Elliot?' --doc persuasion
   landmarkdb ask 'What is the pass key? The pass key is' --doc notes --doc letters --raw
   landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --system 'Answer in one sentence.' --temperature 0.7
+  landmarkdb ask 'Whom does she marry?' --continue
   landmarkdb ask 'Who is Anne Elliot?' --doc persuasion --json | jq '.blocks[0]'
 ")]
 pub(super) struct Args {
@@ -48,8 +51,12 @@ pub(super) struct Args {
     question: String,
 
     /// A document: NAME, or COLLECTION/NAME; repeat for several. All must be of one collection.
-    #[arg(long = "doc", value_name = "DOC", required = true)]
+    #[arg(long = "doc", value_name = "DOC", required_unless_present = "follow_up")]
     docs: Vec<String>,
+
+    /// Ask about the documents of the last question, which is kept with its answer, and those before it.
+    #[arg(long = "continue", conflicts_with_all = ["docs", "raw", "system", "model"])]
+    follow_up: bool,
 
     /// Give the model the question's words alone, to continue, without a chat template.
     #[arg(long)]
@@ -93,6 +100,10 @@ pub(super) struct Args {
 pub(super) struct Answered {
     question: String,
     answer: String,
+    /// That were asked.
+    documents: Vec<String>,
+    /// Questions of the same conversation that the model was told of.
+    earlier_questions: usize,
     prompt_tokens: usize,
     answer_tokens: usize,
     /// Why the answer ends where it does: end_of_text, stop (a --stop text, or a question of the model's own) or max_tokens.
@@ -151,30 +162,41 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     if args.question.trim().is_empty() {
         return Err(CliError::EmptyQuestion);
     }
+    if !args.follow_up {
+        return answer(args, context, None);
+    }
+    let last = Conversation::last()?;
+    let there = Context { config: last.config(&context.config)?, output: context.output, hints: context.hints.clone() };
+    answer(args, &there, Some(last))
+}
+
+/// Answers a question of its own, or one that follows a conversation, and keeps it as the last one.
+fn answer(args: &Args, context: &Context, last: Option<Conversation>) -> Result<(), CliError> {
     let memory = context.memory()?;
-    let mut found: Vec<(CollectionInfo, DocumentInfo)> = Vec::new();
-    for doc in &args.docs {
-        let (collection, document) = DocumentName::new(doc, &context.config).find(memory.as_ref())?;
-        // Named twice, it would be read as two texts.
-        if found.iter().all(|(_, other)| other.id != document.id) {
-            found.push((collection, document));
-        }
+    let docs = last.as_ref().map_or_else(|| args.docs.clone(), Conversation::names);
+    let (collection, documents) = find(&docs, context, memory.as_ref())?;
+    let chosen = match &last {
+        Some(last) => &ModelArgs { model: last.model.clone() },
+        None => &args.model,
+    };
+    if let Some(last) = &last {
+        last.check(&documents)?;
+        let questions = plural(last.turns.len() as u64, "question");
+        context.output.progress(&format!("continues {questions} about {}", docs.join(", ")));
     }
-    let (collection, _) = found[0].clone();
-    if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
-        let (first, second) = (collection.spec.name, other.spec.name.clone());
-        return Err(CliError::SeveralCollections { first, second });
-    }
-    let documents: Vec<DocumentInfo> = found.into_iter().map(|(_, document)| document).collect();
-    let model = args.model.load(context)?;
+    let model = chosen.load(context)?;
     model::check_model(&model, &collection)?;
 
+    let window = args.window.window(model.config())?;
+    let place = context.config.target()?;
+    let begun = || conversation::begin(place, &chosen.model, &collection, args.system.as_deref());
+    let mut conversation = last.unwrap_or_else(begun);
     let Frame { ids, stop } = if args.raw {
         let encoded = model.tokenizer.encode(&args.question).map_err(RememberError::from)?;
         Frame { ids: encoded.ids, stop: Vec::new() }
     } else {
-        let asked = Asked { question: &args.question, system: args.system.as_deref(), earlier: &[] };
-        model::frame_question(&model, &asked, &text_end(memory.as_ref(), &documents)?)?
+        let text_end = text_end(memory.as_ref(), &documents)?;
+        framed(&model, &mut conversation, &args.question, &text_end, window)?
     };
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
@@ -186,7 +208,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let question = Question {
         documents: &documents,
         prompt: &ids,
-        window: args.window.window(model.config())?,
+        window,
         retrieval: args.retrieval.retrieval(model.config(), args.top_k)?,
         options,
     };
@@ -195,8 +217,57 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     context.output.stream_end();
     let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show);
     let answered = answered.map_err(|error| named(error, memory.as_ref()))?;
-    let answered = Answered { hints: context.hints.clone(), ..answered };
+    let (hints, earlier_questions) = (context.hints.clone(), conversation.turns.len());
+    let answered = Answered { hints, earlier_questions, ..answered };
+    if !args.raw && !answered.answer.is_empty() {
+        conversation.add(&args.question, &answered.answer, &documents);
+        if let Err(error) = conversation.keep() {
+            context.output.progress(&format!("--continue will not know of this question: {error}"));
+        }
+    }
     context.output.print(&answered)
+}
+
+/// The documents that are named, each once, and their collection.
+fn find(
+    docs: &[String],
+    context: &Context,
+    memory: &dyn BlockMemory,
+) -> Result<(CollectionInfo, Vec<DocumentInfo>), CliError> {
+    let mut found: Vec<(CollectionInfo, DocumentInfo)> = Vec::new();
+    for doc in docs {
+        let (collection, document) = DocumentName::new(doc, &context.config).find(memory)?;
+        // Named twice, it would be read as two texts.
+        if found.iter().all(|(_, other)| other.id != document.id) {
+            found.push((collection, document));
+        }
+    }
+    let Some((collection, _)) = found.first().cloned() else { return Err(CliError::NoConversation) };
+    if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
+        let (first, second) = (collection.spec.name, other.spec.name.clone());
+        return Err(CliError::SeveralCollections { first, second });
+    }
+    Ok((collection, found.into_iter().map(|(_, document)| document).collect()))
+}
+
+/// The question behind the turns before it. What does not fit the window is forgotten, the oldest first: behind it the end of the text
+/// would not be seen.
+fn framed(
+    model: &LoadedModel,
+    conversation: &mut Conversation,
+    question: &str,
+    text_end: &str,
+    window: Window,
+) -> Result<Frame, CliError> {
+    loop {
+        let Conversation { system, turns, .. } = &*conversation;
+        let asked = Asked { question, system: system.as_deref(), earlier: turns };
+        let frame = model::frame_question(model, &asked, text_end)?;
+        if turns.is_empty() || frame.ids.len() <= window.tokens.max(window.chunk_tokens) / 2 {
+            return Ok(frame);
+        }
+        conversation.turns.remove(0);
+    }
 }
 
 /// How the text ends that a prompt follows: the last block of the last document.
@@ -225,6 +296,8 @@ impl Answered {
         Ok(Answered {
             question: question.into(),
             answer: answer.generated.text.trim().into(),
+            documents: documents.iter().map(|document| format!("{}/{}", collection.spec.name, document.name)).collect(),
+            earlier_questions: 0,
             prompt_tokens: answer.prompt_tokens,
             answer_tokens: answer.generated.ids.len(),
             finish: match answer.generated.finish {

@@ -136,6 +136,11 @@ impl Config {
     pub(super) fn target(&self) -> Result<&Target, ConfigError> {
         self.target.as_ref().ok_or(ConfigError::NoDataFolder)
     }
+
+    /// The same settings for another place, and documents named with their collections.
+    pub(super) fn at(&self, target: Target) -> Config {
+        Config { target: Some(target), collection_typed: false, ..self.clone() }
+    }
 }
 
 impl Layer {

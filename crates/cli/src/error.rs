@@ -12,6 +12,7 @@ use landmarkdb_lab::train::TrainError;
 use landmarkdb_llm::{Difference, FindError, LoadError, PullError, RememberError};
 
 use super::config::ConfigError;
+use super::target::Target;
 
 /// How a command ended. The numbers are part of the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +113,16 @@ pub(super) enum CliError {
     DamagedBlock { document: String, block: u32, problem: String },
     #[error("an empty question: give the words to ask")]
     EmptyQuestion,
+    #[error("there is no conversation to continue: ask a first question with --doc DOC")]
+    NoConversation,
+    #[error("{}: the last conversation cannot be read: begin another with --doc DOC", .path.display())]
+    DamagedConversation { path: PathBuf },
+    #[error(
+        "the last conversation was about documents of {place}: leave the place out, or begin another with --doc DOC"
+    )]
+    ConversationElsewhere { place: Target },
+    #[error("{document} is another text than in the last conversation: begin another with --doc {document}")]
+    DocumentReplaced { document: String },
     #[error("a text from standard input needs a name: give --name NAME")]
     NameNeeded,
     #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
@@ -219,11 +230,13 @@ impl CliError {
             | CliError::Flag { .. }
             | CliError::EmptyQuestion
             | CliError::SeveralCollections { .. }
+            | CliError::ConversationElsewhere { .. }
             | CliError::RepairNeedsData { .. }
             | CliError::CollectionSpec { .. }
             | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Pull(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(FindError::NotFound { .. } | FindError::NotPulled { .. }) => Exit::NotFound,
+            CliError::NoConversation => Exit::NotFound,
             CliError::Load(LoadError::Base { .. }) | CliError::NoDataDirectory { .. } | CliError::NoStore { .. } => {
                 Exit::NotFound
             }
@@ -250,6 +263,8 @@ impl CliError {
             | CliError::NotUtf8 { .. }
             | CliError::EmptyText { .. }
             | CliError::OtherText { .. }
+            | CliError::DamagedConversation { .. }
+            | CliError::DocumentReplaced { .. }
             | CliError::Serve(_)
             | CliError::TooFewFiles { .. }
             | CliError::Train(_)

@@ -6,6 +6,7 @@
 
 mod args;
 mod config;
+mod conversation;
 mod error;
 mod faults;
 mod global;

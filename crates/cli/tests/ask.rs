@@ -207,6 +207,43 @@ fn the_last_newlines_of_a_text_do_not_decide_the_answer() {
     assert_eq!(answers[0], answers[1]);
 }
 
+#[test]
+fn a_follow_up_knows_the_documents_and_what_was_said() {
+    let Some(sandbox) = sandbox() else { return };
+    sandbox.write_file("albatross.txt", ALBATROSS);
+    sandbox.run(&["encode", "albatross.txt", "--data", "d"]).exits(0);
+    let follow_up = ["ask", "--continue", "Where did she keep the charts?", "--max-tokens", "24"];
+    sandbox.run(&follow_up).exits(3);
+    let raw = ["ask", "The captain is", "--raw", "--doc", "albatross", "--data", "d", "--max-tokens", "4"];
+    sandbox.run(&raw).exits(0);
+    sandbox.run(&follow_up).exits(3);
+
+    let first = ["ask", "Who is the captain?", "--doc", "albatross", "--data", "d", "--json", "--system", "Be brief."];
+    let first = sandbox.run(&first).exits(0).json();
+    assert_eq!(
+        (&first["earlier_questions"], &first["documents"]),
+        (&0.into(), &serde_json::json!(["default/albatross"]))
+    );
+    // From another folder, without a word of where or what.
+    sandbox.make_folder("elsewhere");
+    let mut second = sandbox.command(&[&follow_up[..], &["--json"]].concat());
+    let second = second.current_dir(sandbox.path("elsewhere")).output().unwrap();
+    let second: serde_json::Value = serde_json::from_slice(&second.stdout).unwrap();
+    assert_eq!((&second["earlier_questions"], &second["documents"]), (&1.into(), &first["documents"]));
+    assert!(second["prompt_tokens"].as_u64() > first["prompt_tokens"].as_u64(), "{second}");
+    assert!(!second["answer"].as_str().unwrap().is_empty(), "{second}");
+    let third = sandbox.run(&[&follow_up[..], &["--data", "d"]].concat()).exits(0);
+    assert!(third.stderr.contains("continues 2 questions about default/albatross"), "{}", third.stderr);
+
+    let error = sandbox.run(&[&follow_up[..], &["--data", "other"]].concat()).exits(2).stderr;
+    assert!(error.contains("--data "), "{error}");
+    sandbox.run(&["rm", "albatross", "--data", "d", "--yes"]).exits(0);
+    sandbox.run(&follow_up).exits(3);
+    sandbox.run(&["encode", "albatross.txt", "--data", "d"]).exits(0);
+    let error = sandbox.run(&follow_up).exits(1).stderr;
+    assert!(error.contains("default/albatross is another text"), "{error}");
+}
+
 /// A model that was trained on texts alone is asked in words, and would go on with questions of its own.
 #[test]
 fn a_model_without_a_template_is_asked_too() {
@@ -224,6 +261,8 @@ fn a_model_without_a_template_is_asked_too() {
     };
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
+    let follow_up = ["ask", "--continue", "And Elizabeth?", "--max-tokens", "4", "--json"];
+    assert_eq!(sandbox.run(&follow_up).exits(0).json()["earlier_questions"], 1);
 }
 
 /// The block with the answer stood in the window, and the blocks that the answer named were others.

@@ -59,6 +59,11 @@ fn what_makes_no_sense_is_a_usage_error() {
         let error = sandbox.run(&["ask", "--doc", "emma", "Who?", flag, number]).exits(2).stderr;
         assert!(error.contains(flag), "{error}");
     }
+    for other in [&["--doc", "emma"][..], &["--raw"], &["--system", "Be brief."], &["--model", "m"]] {
+        sandbox.run(&[&["ask", "--continue", "Who?"], other].concat()).exits(2);
+    }
+    let error = sandbox.run(&["ask", "--continue", "Who?", "--json"]).exits(3);
+    assert!(error.stderr.contains("--doc DOC"), "{}", error.stderr);
 }
 
 /// Numbers that mean nothing were taken as something else, without a word.

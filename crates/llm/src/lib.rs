@@ -99,8 +99,8 @@ pub use config::{Landmark, ModelConfig};
 pub use digest::file_digest;
 pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
 pub use error::{
-    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError, TemplateError,
-    TokenizeError, reason as tensor_reason,
+    Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError,
+    TemplateError, TokenizeError, reason as tensor_reason,
 };
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
