@@ -53,26 +53,16 @@ impl ModelConfig {
     /// The shape that a memory with blocks of `block_tokens` sees: of the layers that look back over the whole text.
     ///
     /// # Errors
-    /// Sizes that contradict each other or a limit. Layers without rotation: a memory would rotate them.
+    /// Sizes that contradict each other or a limit.
     pub fn shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
-        let unrotated = self.architecture.kinds.iter().filter(|kind| **kind == LayerKind::Unrotated).count();
-        if unrotated > 0 {
-            return Err(InvalidShape {
-                field: "layers without rotation",
-                expected: "none: a memory rotates the keys of every layer".into(),
-                found: unrotated.to_string(),
-            });
-        }
-        self.checked_shape(block_tokens)
-    }
-
-    fn checked_shape(&self, block_tokens: u32) -> Result<ModelShape, InvalidShape> {
         let shape = self.unchecked_shape(block_tokens);
         shape.check()?;
         Ok(shape)
     }
 
     fn unchecked_shape(&self, block_tokens: u32) -> ModelShape {
+        let seen = self.architecture.kinds.iter().filter(|kind| !matches!(kind, LayerKind::Sliding { .. }));
+        let unrotated = seen.zip(0..).filter(|(kind, _)| **kind == LayerKind::Unrotated);
         ModelShape {
             layers: self.layers.saturating_sub(self.sliding_layers().count() as u32),
             query_heads: self.query_heads,
@@ -80,7 +70,7 @@ impl ModelConfig {
             head_dim: self.head_dim,
             block_tokens,
             rope: self.rope.clone(),
-            unrotated_layers: Vec::new(),
+            unrotated_layers: unrotated.map(|(_, layer)| layer).collect(),
             softmax_scale: self.softmax_scale(),
         }
     }
@@ -135,9 +125,9 @@ impl ModelConfig {
                     found: landmark.id.to_string(),
                 });
             }
-            return self.checked_shape(landmark.block_tokens).map(|_| ());
+            return self.shape(landmark.block_tokens).map(|_| ());
         }
-        self.checked_shape(2).map(|_| ())
+        self.shape(2).map(|_| ())
     }
     fn check_kinds(&self) -> Result<(), InvalidShape> {
         let count = self.architecture.kinds.len();
