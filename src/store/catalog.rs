@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::error::StoreError;
-use super::record::{pack, unpack};
+use super::packed::{pack, unpack};
 use super::segment::SegmentId;
 use crate::types::{BlockId, CollectionId, DocumentId};
 

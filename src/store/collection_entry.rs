@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{pack, unpack};
+use super::packed::{pack, unpack};
 use crate::shape::{CollectionSpec, ModelShape, Rope, Sha256Digest};
 use crate::types::{DType, Engine, KeyRule};
 

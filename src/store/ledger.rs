@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::catalog::{self, Batch, Catalog, key};
 use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
-use super::record::{Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone, pack};
+use super::packed::pack;
+use super::record::{Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone};
 use super::segment::{DirectoryId, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -388,7 +389,7 @@ impl<'a> Draft<'a> {
 
     fn get<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
         match self.changes.get(key) {
-            Some(Some(value)) => Ok(super::record::unpack(value)),
+            Some(Some(value)) => Ok(super::packed::unpack(value)),
             Some(None) => Ok(None),
             None => catalog::get(self.catalog, key),
         }

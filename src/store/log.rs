@@ -5,8 +5,9 @@ use super::document::BlockRecord;
 use super::error::StoreError;
 use super::handles::Segment;
 use super::ledger::{Entry, Group};
+use super::packed::pack;
 use super::record::{
-    Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone, encode_meta, pack,
+    Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone, encode_meta,
 };
 use super::scan::Scanned;
 use crate::types::{BlockId, CollectionId, DocumentId};

@@ -31,6 +31,7 @@ mod log;
 mod loss;
 mod mend;
 mod open;
+mod packed;
 pub mod piece;
 mod read;
 mod rebuild;

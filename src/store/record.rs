@@ -20,12 +20,12 @@
 //!
 //! Formats 1 to 3 had no salt, no sequences (a record's place stands for it) and a flag in place of the group record.
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::collection_entry::CollectionEntry;
 use super::document::{BlockMeta, Manifest};
+use super::packed::{pack, unpack};
 use super::segment::{DirectoryId, SegmentId};
 use crate::limits;
 use crate::types::{BlockId, CollectionId, DocumentId};
@@ -575,24 +575,6 @@ pub(super) fn decode_meta(tokens: u32, bytes: &[u8]) -> Option<BlockMeta> {
         text: text.to_vec(),
         text_offsets: numbers(text_offsets),
     })
-}
-
-/// Names and rope frequencies are the longest things in small records and stay far below this.
-const SMALL_RECORD_BYTES_MAX: usize = 1 << 16;
-
-fn small_record() -> impl bincode::config::Config {
-    // Fixed width, so that a manifest's size does not depend on the numbers in it (it counts its own bytes).
-    bincode::config::standard().with_fixed_int_encoding().with_limit::<SMALL_RECORD_BYTES_MAX>()
-}
-
-/// Encodes a small record. Fields may only be added together with a new format.
-pub(super) fn pack<T: Serialize>(value: &T) -> Vec<u8> {
-    bincode::serde::encode_to_vec(value, small_record()).expect("plain structs within the limit always encode")
-}
-
-pub(super) fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
-    let (value, used) = bincode::serde::decode_from_slice(bytes, small_record()).ok()?;
-    (used == bytes.len()).then_some(value)
 }
 
 /// The caller has checked the length.

@@ -14,10 +14,11 @@ use super::error::StoreError;
 use super::fault_disk::{FaultDisk, Files, Table};
 use super::handles::Handles;
 use super::ledger::{Damage, Doubt, SegmentState, Totals};
+use super::packed::{pack, unpack};
 use super::piece::{KeysLayout, PieceLayout};
 use super::record::{
     CRC_BYTES, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RECORD_MAGIC,
-    RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta, pack, unpack,
+    RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta,
 };
 use super::repair::{RepairOptions, repair};
 use super::scan::{Item, Scanned};

@@ -3,7 +3,8 @@
 use super::*;
 use crate::store::fault_disk::{Effect, Files, Table};
 use crate::store::handles::Handles;
-use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt, pack};
+use crate::store::packed::pack;
+use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt};
 use crate::store::scan::Item;
 
 fn id(document: DocumentId, index: u32) -> BlockId {
