@@ -19,7 +19,7 @@ pub fn segments() -> Vec<Vec<u8>> {
         segments.extend(disk.segments().into_iter().map(|id| disk.bytes_of(id)));
     }
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    for format in ["format-1", "format-2", "format-3"] {
+    for format in ["format-1", "format-2", "format-3", "format-4"] {
         for file in fs::read_dir(fixtures.join(format).join("segments")).unwrap() {
             segments.push(fs::read(file.unwrap().path()).unwrap());
         }

@@ -66,7 +66,7 @@ fn spec_of(name: &str, key_rule: KeyRule, payload_dtype: DType, key_dtype: DType
 /// One directory, and what it is to hold.
 struct Fixture {
     dir: TempDir,
-    /// Documents of `codes` begun in format 3 have channel quantizers.
+    /// Documents of `codes` begun in format 3 or later have channel quantizers.
     coded: bool,
     collections: Vec<(CollectionId, CollectionEntry)>,
     documents: Vec<Expected>,
@@ -99,7 +99,7 @@ impl Fixture {
         documents.sort_by_key(|document| (document.collection, document.name));
         Fixture {
             dir,
-            coded: name.starts_with("format-3"),
+            coded: !["format-1", "format-2"].contains(&name),
             collections: (1..).map(CollectionId).zip(collections).collect(),
             created: if name == "format-3-hidden" { 16 } else { 11 },
             documents,
@@ -263,6 +263,11 @@ fn directories_of_format_2_live_on() {
 #[test]
 fn directories_of_format_3_live_on() {
     Fixture::copy("format-3").lives_on();
+}
+
+#[test]
+fn directories_of_format_4_live_on() {
+    Fixture::copy("format-4").lives_on();
 }
 
 /// A rebuild read the log in one pass and took blocks in front of their manifest for uncovered, where compaction had put
