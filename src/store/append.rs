@@ -14,6 +14,8 @@ impl Store {
     /// Appends consecutive blocks; the last one, if it has fewer than B tokens, becomes the document's tail in place
     /// of the one it had. All of them are durable and visible when this returns, or none.
     ///
+    /// The document's state stays, unless other tokens take the place of some that it was taken after.
+    ///
     /// Blocks that the document already has are a `Conflict` if their token ids differ; else those that are damaged are
     /// written again, and the others skipped.
     pub fn append(&self, document: DocumentId, blocks: &[BlockRecord]) -> Result<Manifest, StoreError> {
@@ -33,6 +35,10 @@ impl Store {
                 entry.manifest.check_next(first.index)?;
             }
             let parts = check_records(&spec, entry.manifest.blocks, new)?;
+            if !self.agrees_with_state(&entry, new)? {
+                writer.may_have_much_dead = true;
+                entry.set_state(None);
+            }
             let bytes: u64 = parts.iter().map(Parts::record_bytes).sum();
             let old_tail_bytes = self.tail_bytes(&entry.manifest)?;
             grow(&mut entry, new, bytes, old_tail_bytes)?;
@@ -50,6 +56,22 @@ impl Store {
             })?;
             Ok(entry.manifest)
         })
+    }
+
+    /// Whether the tokens that the document's state was taken after are still there once `new` blocks are in place of its
+    /// tail. Of a tail that cannot be read that is not known.
+    fn agrees_with_state(&self, entry: &DocumentEntry, new: &[BlockRecord]) -> Result<bool, StoreError> {
+        let Manifest { id: document, blocks: index, state, .. } = entry.manifest;
+        let (Some(state), Some(first)) = (state, new.first()) else { return Ok(true) };
+        let in_tail = state.tokens.saturating_sub(index as u64 * entry.block_tokens as u64) as usize;
+        if in_tail == 0 {
+            return Ok(true);
+        }
+        match self.read_meta(BlockId { document, index }) {
+            Ok((tail, _)) => Ok(first.meta.token_ids.get(..in_tail) == tail.token_ids.get(..in_tail)),
+            Err(StoreError::Damaged { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn tail_bytes(&self, manifest: &Manifest) -> Result<u64, StoreError> {

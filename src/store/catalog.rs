@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::error::StoreError;
-use super::packed::{pack, unpack};
+use super::record::{pack, unpack};
 use super::segment::SegmentId;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -91,6 +91,7 @@ pub(super) mod key {
         key(b'B', &[&document.0.to_be_bytes()])
     }
 
+    /// Also of a part of a state, which is a place behind them.
     pub(in crate::store) fn block(id: BlockId) -> Vec<u8> {
         key(b'B', &[&id.document.0.to_be_bytes(), &id.index.to_be_bytes()])
     }

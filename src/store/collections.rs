@@ -1,11 +1,10 @@
 //! Collections and their documents: created, found by name, listed, sealed, deleted.
 
 use super::catalog::{self, key};
-use super::collection_entry::CollectionEntry;
 use super::document::Manifest;
 use super::error::{Entity, StoreError, used_up};
 use super::ledger::NAMES;
-use super::record::{DocumentEntry, Locator, Tombstone};
+use super::record::{CollectionEntry, DocumentEntry, Locator, Tombstone};
 use super::state::{Store, Writer};
 use crate::shape::{CollectionSpec, check_name};
 use crate::types::{CollectionId, DocumentId, Engine};
@@ -168,6 +167,7 @@ impl Writer {
             tail_tokens: 0,
             text_bytes: 0,
             stored_bytes: 0,
+            state: None,
         };
         let mut entry = DocumentEntry { manifest, first_segment: self.active.id, block_tokens, tail_sequence: 0 };
         entry.manifest.stored_bytes = entry.record_bytes();

@@ -8,11 +8,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::catalog::{self, Catalog, key};
-use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::ledger::{Entry, SegmentState};
 use super::loss;
-use super::record::{Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEGMENT_HEADER_BYTES, Tombstone};
 use super::recovery::begin_segment;
 use super::scan::{Item, Scanned};
 use super::segment::SegmentId;

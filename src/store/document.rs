@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
+use super::place;
 use crate::limits;
 use crate::types::{CollectionId, DocumentId};
 
 /// A document as of its last acknowledged change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     pub id: DocumentId,
     pub collection: CollectionId,
@@ -22,6 +23,20 @@ pub struct Manifest {
     pub text_bytes: u64,
     /// Bytes of this document's records, this manifest included.
     pub stored_bytes: u64,
+    /// What it keeps for its model.
+    pub state: Option<KeptState>,
+}
+
+/// The state that a document keeps for its model: bytes that only the model understands, in parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptState {
+    /// Tokens of the document, from its first on, that it was taken after.
+    pub tokens: u64,
+    pub parts: u32,
+    /// Of the records of its parts.
+    pub bytes: u64,
+    /// The sequence of these records: those of another state have another.
+    pub sequence: u64,
 }
 
 /// The tokens of one block and the text they came from.
@@ -112,9 +127,19 @@ impl BlockRecord {
     }
 }
 
+impl KeptState {
+    /// Whether its numbers are such as a state can have.
+    pub(super) fn is_sound(&self) -> bool {
+        (1..=limits::STATE_PARTS_MAX as u32).contains(&self.parts) && self.bytes < 2 * limits::STATE_BYTES_MAX
+    }
+}
+
 impl Manifest {
-    /// Whether block `index` is one of its full blocks or its tail.
+    /// Whether what lies at place `index` is one of its full blocks, its tail, or a part of its state.
     pub(super) fn covers(&self, index: u32) -> bool {
+        if let Some(part) = place::part_at(index) {
+            return self.state.is_some_and(|state| part < state.parts);
+        }
         index < self.blocks || index == self.blocks && self.tail_tokens > 0
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::place;
 use crate::shape::InvalidShape;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -75,6 +76,17 @@ impl StoreError {
                 source.raw_os_error().is_none() && source.kind() != io::ErrorKind::TimedOut
             }
             _ => false,
+        }
+    }
+
+    /// Of what lies at a place of a document: a block, or a part of its state.
+    pub(super) fn damaged(found: BlockId, detail: &str) -> StoreError {
+        match place::part_at(found.index) {
+            None => StoreError::Damaged { block: Some(found), detail: detail.into() },
+            Some(part) => {
+                let detail = format!("part {part} of the state of document {}: {detail}", found.document);
+                StoreError::Damaged { block: None, detail }
+            }
         }
     }
 

@@ -11,10 +11,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{self, Batch, Catalog, key};
-use super::collection_entry::CollectionEntry;
+use super::document::Manifest;
 use super::error::StoreError;
-use super::packed::pack;
-use super::record::{Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone};
+use super::place;
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, SEQUENCE_FIRST, Tombstone, pack};
 use super::segment::{DirectoryId, SegmentId};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
@@ -310,7 +310,7 @@ impl<'a> Draft<'a> {
             }
             self.kill(&old);
             self.count_out(&before);
-            self.drop_old_tail(&before, entry)?;
+            self.drop_outdated(&before, entry)?;
         }
         self.totals.documents += 1;
         self.totals.blocks += manifest.blocks as u64;
@@ -325,15 +325,24 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
-    /// What was the tail is not the block at its place any more, whether or not what replaced it is found.
-    fn drop_old_tail(&mut self, before: &DocumentEntry, now: &DocumentEntry) -> Result<(), StoreError> {
-        let index = before.manifest.blocks;
-        let block = key::block(BlockId { document: before.manifest.id, index });
-        if let Some(old) = self.get::<Locator>(&block)?
-            && !now.accepts(index, old.tokens, old.sequence)
+    /// What was the tail, or the state, is not what lies at its place any more, whether or not what replaced it is found.
+    fn drop_outdated(&mut self, before: &DocumentEntry, now: &DocumentEntry) -> Result<(), StoreError> {
+        let Manifest { id: document, blocks: index, state, .. } = before.manifest;
+        self.drop_unless_accepted(BlockId { document, index }, now)?;
+        let outdated = state.filter(|old| now.manifest.state.is_none_or(|state| state.sequence != old.sequence));
+        for place in place::of_parts(document, outdated.map_or(0, |state| state.parts)) {
+            self.drop_unless_accepted(place, now)?;
+        }
+        Ok(())
+    }
+
+    fn drop_unless_accepted(&mut self, place: BlockId, now: &DocumentEntry) -> Result<(), StoreError> {
+        let key = key::block(place);
+        if let Some(old) = self.get::<Locator>(&key)?
+            && !now.accepts(place.index, old.tokens, old.sequence)
         {
             self.kill(&old);
-            self.changes.insert(block, None);
+            self.changes.insert(key, None);
         }
         Ok(())
     }
@@ -389,7 +398,7 @@ impl<'a> Draft<'a> {
 
     fn get<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
         match self.changes.get(key) {
-            Some(Some(value)) => Ok(super::packed::unpack(value)),
+            Some(Some(value)) => Ok(super::record::unpack(value)),
             Some(None) => Ok(None),
             None => catalog::get(self.catalog, key),
         }

@@ -1,13 +1,12 @@
 //! Writing groups of records to the end of a segment.
 
-use super::collection_entry::CollectionEntry;
 use super::document::BlockRecord;
 use super::error::StoreError;
 use super::handles::Segment;
 use super::ledger::{Entry, Group};
-use super::packed::pack;
 use super::record::{
-    Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone, encode_meta,
+    CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, Parts, RecordHeader, Tombstone,
+    encode_meta, pack,
 };
 use super::scan::Scanned;
 use crate::types::{BlockId, CollectionId, DocumentId};
@@ -68,10 +67,27 @@ impl<'a> GroupWriter<'a> {
         Ok(())
     }
 
+    /// One part of the state of a document.
+    pub(super) fn state_part(
+        &mut self,
+        collection: CollectionId,
+        id: BlockId,
+        bytes: &[u8],
+        parts: Parts,
+    ) -> Result<(), StoreError> {
+        let (kind, commit, sequence) = (Kind::State, false, self.number);
+        let header = RecordHeader { kind, commit, sequence, collection, block: id, tokens: 0, parts };
+        self.begin(header, Content::Block(id))?;
+        self.part(&header, Part::Meta, &[]);
+        self.part(&header, Part::Keys, &[]);
+        self.part(&header, Part::Piece(0), bytes);
+        Ok(())
+    }
+
     /// A record that lies elsewhere, with its own sequence; parts of it that are damaged stay damaged.
     pub(super) fn copy(&mut self, scanned: &Scanned, content: Content) -> Result<(), StoreError> {
         let header = RecordHeader { commit: false, ..scanned.header };
-        if header.kind != Kind::Block {
+        if !header.kind.has_payload() {
             return self.small(content, header.collection, header.sequence);
         }
         self.begin(header, content)?;
@@ -99,7 +115,7 @@ impl<'a> GroupWriter<'a> {
 
     fn small(&mut self, content: Content, collection: CollectionId, sequence: u64) -> Result<(), StoreError> {
         let (kind, document, meta) = match &content {
-            Content::Collection(_, entry) => (Kind::Collection, DocumentId(0), entry.encode()),
+            Content::Collection(_, entry) => (Kind::Collection, DocumentId(0), pack(entry)),
             Content::Document(entry) => (Kind::Document, entry.manifest.id, pack(entry)),
             Content::Tombstone(tombstone) => (Kind::Tombstone, tombstone.document, pack(tombstone)),
             Content::Group(entry) => (Kind::Group, DocumentId(0), pack(entry)),

@@ -10,11 +10,11 @@
 use std::collections::BTreeMap;
 
 use super::catalog::{self, Catalog, key};
-use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::ledger::{Damage, Doubt, Entry, NAMES};
-use super::record::{Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
-use crate::types::{CollectionId, DocumentId};
+use super::place;
+use super::record::{CollectionEntry, Content, DocumentEntry, GroupEntry, Locator, Named, Tombstone};
+use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Something that was written, acknowledged, and is not found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +185,14 @@ pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) 
     Ok(doubts.0.into_values().collect())
 }
 
+/// Whether a record is a part of a state that a newer manifest does not have: nothing may have come in its place.
+fn is_of_earlier_state(locator: &Locator, place: BlockId, manifest: Option<(Locator, DocumentEntry)>) -> bool {
+    let is_outdated = |(newest, entry): (Locator, DocumentEntry)| {
+        newest.sequence >= locator.sequence && !entry.accepts(place.index, locator.tokens, locator.sequence)
+    };
+    place::part_at(place.index).is_some() && manifest.is_some_and(is_outdated)
+}
+
 fn is_deleted(catalog: &dyn Catalog, document: DocumentId) -> Result<bool, StoreError> {
     Ok(catalog::get::<(Locator, Tombstone)>(catalog, &key::tombstone(document))?.is_some())
 }
@@ -202,7 +210,9 @@ pub(super) fn is_superseded(catalog: &dyn Catalog, entry: &Entry) -> Result<bool
         Content::Block(id) => {
             let in_doubt = catalog::get::<Doubt>(catalog, &key::doubt(id.document))?.is_some();
             is_deleted(catalog, id.document)?
-                || !in_doubt && catalog::get::<Locator>(catalog, &key::block(*id))?.is_some()
+                || !in_doubt
+                    && (catalog::get::<Locator>(catalog, &key::block(*id))?.is_some()
+                        || is_of_earlier_state(&entry.locator, *id, manifest(id.document)?))
         }
     })
 }

@@ -7,10 +7,10 @@
 //! Not here: what keys mean, how they are searched, and what a payload is used for.
 //!
 //! In reading order, each file importing only files before it:
-//! - what is stored: `error`, `document`, `segment` (the seam under the log), `record` and `piece` (as bytes), `catalog` (the
+//! - what is stored: `place`, `error`, `document`, `segment` (the seam under the log), `entry`, `record` and `piece` (as bytes), `catalog` (the
 //!   seam under the view) and `catalog_memory`;
 //! - the log: `scan`, `handles`, `ledger` (what records mean), `log` (groups of records), `loss`, `locator_cache`;
-//! - the store: `state`, `recovery`, `directory`, `open`, `read`, `verify`, `append`, `mend`, `collections`, `compaction`, `aside`,
+//! - the store: `state`, `recovery`, `directory`, `open`, `read`, `verify`, `append`, `kept`, `mend`, `collections`, `compaction`, `aside`,
 //!   `rebuild`, `write`;
 //! - repair: `repair_work`, `salvage`, `repair`.
 
@@ -18,21 +18,22 @@ mod append;
 mod aside;
 mod catalog;
 mod catalog_memory;
-mod collection_entry;
 mod collections;
 mod compaction;
 mod directory;
 mod document;
+mod entry;
 mod error;
 mod handles;
+mod kept;
 mod ledger;
 mod locator_cache;
 mod log;
 mod loss;
 mod mend;
 mod open;
-mod packed;
 pub mod piece;
+mod place;
 mod read;
 mod rebuild;
 mod record;
@@ -55,15 +56,15 @@ pub mod fuzz;
 mod tests;
 
 pub use catalog::{Batch, Catalog, Pair, SledCatalog};
-pub use collection_entry::CollectionEntry;
 pub use collections::Freed;
 pub use compaction::Compactor;
 pub use directory::is_data_directory;
-pub use document::{BlockExtent, BlockMeta, BlockRecord, Manifest, Misfit, check_blocks};
+pub use document::{BlockExtent, BlockMeta, BlockRecord, KeptState, Manifest, Misfit, check_blocks};
+pub use entry::CollectionEntry;
 pub use error::{Entity, StoreError};
 pub use mend::Held;
 pub use repair::{Moved, RepairOptions, RepairReport};
-pub use salvage::{Leftover, LostCollection, MissingCollection, Salvaged};
+pub use salvage::{Leftover, LostCollection, LostState, MissingCollection, Salvaged};
 pub use segment::{DirectoryId, SegmentFile, SegmentFolder, SegmentId, Segments, Torn};
 pub use state::{Health, Store, StoreStats};
 pub use verify::{Fault, VerifyReport};

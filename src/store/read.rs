@@ -7,6 +7,7 @@ use super::document::BlockMeta;
 use super::error::{Entity, StoreError};
 use super::handles::{Handles, Segment};
 use super::ledger::Doubt;
+use super::place;
 use super::record::{CRC_BYTES, Content, DocumentEntry, Locator, Part, Stamp, decode_meta};
 use super::scan::Item;
 use super::state::Store;
@@ -18,8 +19,8 @@ impl Store {
         self.with_block(block, |segment, locator| {
             let mut bytes = Vec::new();
             read_part(segment, locator, block, Part::Meta, &mut bytes)?;
-            let meta =
-                decode_meta(locator.tokens, &bytes).ok_or_else(|| damaged(block, "its token list is too short"))?;
+            let meta = decode_meta(locator.tokens, &bytes)
+                .ok_or_else(|| StoreError::damaged(block, "its token list is too short"))?;
             Ok((meta, locator.bytes()))
         })
     }
@@ -89,9 +90,22 @@ impl Store {
         })
     }
 
-    /// Runs `read` on the file and place of a block. Compaction may move the block and remove the file between the
-    /// two look-ups; then the catalog already knows the new place.
+    /// Runs `read` on the file and place of a block.
     pub(super) fn with_block<T>(
+        &self,
+        block: BlockId,
+        read: impl FnMut(&Segment, &Locator) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        // Callers may ask for any index, and parts of states are no blocks.
+        match place::part_at(block.index) {
+            None => self.with_record(block, read),
+            Some(_) => Err(StoreError::NotFound { entity: Entity::Block(block) }),
+        }
+    }
+
+    /// The same for what lies at any place of a document. Compaction may move the block and remove the file between the
+    /// two look-ups; then the catalog already knows the new place.
+    pub(super) fn with_record<T>(
         &self,
         block: BlockId,
         mut read: impl FnMut(&Segment, &Locator) -> Result<T, StoreError>,
@@ -103,11 +117,11 @@ impl Store {
                 Err(error) if error.is_missing() => {
                     let again = self.locate(block)?;
                     if again.segment == locator.segment {
-                        return Err(damaged(block, &format!("segment {} is missing", locator.segment)));
+                        return Err(StoreError::damaged(block, &format!("segment {} is missing", locator.segment)));
                     }
                     locator = again;
                 }
-                Err(error @ StoreError::Foreign { .. }) => return Err(damaged(block, &error.to_string())),
+                Err(error @ StoreError::Foreign { .. }) => return Err(StoreError::damaged(block, &error.to_string())),
                 Err(error) => return Err(error),
             }
         }
@@ -116,10 +130,12 @@ impl Store {
     /// Where a block lies. `Damaged` if its document has it and the catalog has lost it.
     fn locate(&self, block: BlockId) -> Result<Locator, StoreError> {
         let look_up = || {
-            self.locators.find(block, || {
+            let catalog = || {
                 self.check_undoubted(block.document)?;
                 catalog::get(self.readable(), &key::block(block))
-            })
+            };
+            // States are read too seldom to keep where they lie.
+            if place::part_at(block.index).is_some() { catalog() } else { self.locators.find(block, catalog) }
         };
         if let Some(locator) = look_up()? {
             return Ok(locator);
@@ -131,7 +147,9 @@ impl Store {
         // It may have been appended, or deleted, since the first look.
         match look_up()? {
             Some(locator) => Ok(locator),
-            None if self.covers(block)? => Err(damaged(block, "no intact record of it was found in any segment")),
+            None if self.covers(block)? => {
+                Err(StoreError::damaged(block, "no intact record of it was found in any segment"))
+            }
             None => Err(not_found),
         }
     }
@@ -154,7 +172,7 @@ fn stamp(segment: &Segment, locator: &Locator, block: BlockId) -> Stamp {
     Stamp { salt: segment.salt, sequence: locator.sequence, block }
 }
 
-fn read_part(
+pub(super) fn read_part(
     segment: &Segment,
     locator: &Locator,
     block: BlockId,
@@ -187,7 +205,7 @@ fn piece_of(locator: &Locator, piece: usize) -> Result<Part, StoreError> {
 /// Reads bytes that belong to a block: a file that ends early is damage to it.
 pub(super) fn read_exact(segment: &Segment, offset: u64, block: BlockId, into: &mut [u8]) -> Result<(), StoreError> {
     segment.file.read_at(offset, into).map_err(|source| match source.kind() {
-        io::ErrorKind::UnexpectedEof => damaged(block, "its segment file ends before it"),
+        io::ErrorKind::UnexpectedEof => StoreError::damaged(block, "its segment file ends before it"),
         _ => StoreError::Io { step: "read from a segment", source },
     })
 }
@@ -196,13 +214,10 @@ pub(super) fn mismatch(block: BlockId, part: Part) -> StoreError {
     let part = match part {
         Part::Meta => "its tokens and text".to_string(),
         Part::Keys => "its landmark keys".to_string(),
+        Part::Piece(_) if place::part_at(block.index).is_some() => "its bytes".to_string(),
         Part::Piece(piece) => format!("its piece {piece}"),
     };
-    damaged(block, &format!("checksum mismatch in {part}"))
-}
-
-fn damaged(block: BlockId, detail: &str) -> StoreError {
-    StoreError::Damaged { block: Some(block), detail: detail.into() }
+    StoreError::damaged(block, &format!("checksum mismatch in {part}"))
 }
 
 /// What a record other than a block says; `None` if it is damaged or its segment is not there.

@@ -6,12 +6,11 @@ use std::io;
 
 use super::catalog::{Catalog, Pair};
 use super::catalog_memory::MemoryCatalog;
-use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::handles::Handles;
 use super::ledger::{Damage, Ledger, NAMES, SegmentState, Totals};
-use super::packed::unpack;
-use super::record::{DocumentEntry, Locator, Salt, Tombstone};
+use super::place;
+use super::record::{CollectionEntry, DocumentEntry, Locator, Salt, Tombstone, unpack};
 use super::recovery::{Found, enter_all, following, read_records};
 use super::segment::SegmentId;
 use super::state::Store;
@@ -227,6 +226,7 @@ fn whose(key: &[u8]) -> (Option<DocumentId>, Option<BlockId>) {
     let document = || number(key, 1).map(DocumentId);
     match key[0] {
         b'D' | b'T' | b'U' => (document(), None),
+        b'B' if place::part_at(index(key)).is_some() => (document(), None),
         b'B' => (document(), document().map(|document| BlockId { document, index: index(key) })),
         _ => (None, None),
     }
@@ -240,7 +240,10 @@ fn name(key: &[u8]) -> String {
         b'c' => format!("the name {:?} of a collection", text(1)),
         b'D' => format!("the manifest of document {document}"),
         b'd' => format!("the name {:?} of a document", text(5)),
-        b'B' => format!("block {document}:{}", index(key)),
+        b'B' => match place::part_at(index(key)) {
+            Some(part) => format!("part {part} of the state of document {document}"),
+            None => format!("block {document}:{}", index(key)),
+        },
         b'T' => format!("the deletion of document {document}"),
         _ => format!("that document {document} is in doubt"),
     }

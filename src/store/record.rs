@@ -18,30 +18,26 @@
 //! wrong place are caught. Pieces have equal sizes and their own checksums, so that one read at a computed offset gets
 //! and proves one piece.
 //!
-//! Formats 1 to 3 had no salt, no sequences (a record's place stands for it) and a flag in place of the group record.
+//! Formats 1 to 3 had no salt, no sequences (a record's place stands for it) and a flag in place of the group record. Formats
+//! 1 to 4 had no states.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::collection_entry::CollectionEntry;
-use super::document::{BlockMeta, Manifest};
-use super::packed::{pack, unpack};
+use super::document::{BlockMeta, KeptState};
+pub(super) use super::entry::{
+    CollectionEntry, DocumentEntry, GroupEntry, Named, SEQUENCE_FIRST, Tombstone, pack, unpack,
+};
+use super::place;
 use super::segment::{DirectoryId, SegmentId};
-use crate::limits;
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// What this build writes. Raise it with every change of the format.
-pub(super) const FORMAT: u32 = 4;
+pub(super) const FORMAT: u32 = 5;
 /// The oldest build that can read what this one writes.
-const FORMAT_OLDEST_READER: u32 = 4;
+const FORMAT_OLDEST_READER: u32 = 5;
 /// The first with salted checksums, sequences and group records.
 const FORMAT_SALTED: u32 = 4;
-
-/// The first number of a group. Below are the places that stand for the sequences of records of formats 1 to 3.
-pub(super) const SEQUENCE_FIRST: u64 = 1 << 63;
-
-/// More than all blocks of a document can take: sums over documents stay far below 2^64.
-const STORED_BYTES_END: u64 = 1 << 56;
 
 pub(super) const CRC_BYTES: usize = 4;
 
@@ -218,9 +214,23 @@ pub(super) enum Kind {
     Tombstone = 4,
     /// Ends a group.
     Group = 5,
+    /// A part of what a document keeps for its model.
+    State = 6,
 }
 
-/// Sizes of a record's parts. Everything but a block has only `meta`.
+impl Kind {
+    /// Of what lies at a place of a document: a block, or a part of its state behind all blocks.
+    pub(super) fn of_place(index: u32) -> Kind {
+        if place::part_at(index).is_none() { Kind::Block } else { Kind::State }
+    }
+
+    /// Whether a record has a payload, which lies behind its header and is read only when it is asked for.
+    pub(super) fn has_payload(self) -> bool {
+        matches!(self, Kind::Block | Kind::State)
+    }
+}
+
+/// Sizes of a record's parts. A block has all of them, a part of a state is one piece, everything else has only `meta`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Parts {
     pub(super) meta_bytes: u32,
@@ -277,7 +287,7 @@ pub(super) struct RecordHeader {
     pub(super) commit: bool,
     pub(super) sequence: u64,
     pub(super) collection: CollectionId,
-    /// Document 0, which no document has, for a collection.
+    /// A place in a document (see [`place`]). Document 0, which no document has, for a collection.
     pub(super) block: BlockId,
     pub(super) tokens: u32,
     pub(super) parts: Parts,
@@ -322,6 +332,7 @@ impl RecordHeader {
             3 => Kind::Block,
             4 => Kind::Tombstone,
             5 => Kind::Group,
+            6 => Kind::State,
             _ => return None,
         };
         let parts = Parts {
@@ -333,13 +344,15 @@ impl RecordHeader {
         let unsalted = salt == Salt::NONE;
         let collection = CollectionId(u32_at(bytes, at::COLLECTION.start));
         let document = DocumentId(u64_at(bytes, at::DOCUMENT.start));
-        let is_one_of_ours = collection.0 < u32::MAX && document.0 < u64::MAX;
+        let index = u32_at(bytes, at::INDEX.start);
+        let is_in_place = !kind.has_payload() || kind == Kind::of_place(index);
+        let is_one_of_ours = collection.0 < u32::MAX && document.0 < u64::MAX && is_in_place;
         (parts.add_up() && is_one_of_ours).then(|| RecordHeader {
             kind,
             commit: bytes[at::FLAGS] & FLAG_COMMIT != 0,
             sequence: if unsalted { sequence_of_place(segment, offset) } else { u64_at(bytes, at::SEQUENCE.start) },
             collection,
-            block: BlockId { document, index: u32_at(bytes, at::INDEX.start) },
+            block: BlockId { document, index },
             tokens: u32_at(bytes, at::TOKENS.start),
             parts,
         })
@@ -414,105 +427,31 @@ impl Locator {
     }
 }
 
-/// A manifest as it is kept: what callers see, and what deletion needs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct DocumentEntry {
-    pub(super) manifest: Manifest,
-    /// No older segment holds records of this document.
-    pub(super) first_segment: SegmentId,
-    /// B of its collection.
-    pub(super) block_tokens: u32,
-    /// The sequence of the record that is its tail; 0 if it has none, or in formats 1 to 3, which did not say.
-    pub(super) tail_sequence: u64,
-}
-
-/// A manifest as formats 1 to 3 kept it.
-#[derive(Deserialize)]
-#[cfg_attr(test, derive(Serialize))]
-struct UnnamedTailEntry {
-    manifest: Manifest,
-    first_segment: SegmentId,
-    block_tokens: u32,
-}
-
 impl DocumentEntry {
-    fn decode(salt: Salt, meta: &[u8]) -> Option<Self> {
-        if salt != Salt::NONE {
-            return unpack(meta).filter(Self::is_sound);
-        }
-        let UnnamedTailEntry { manifest, first_segment, block_tokens } = unpack(meta)?;
-        Some(DocumentEntry { manifest, first_segment, block_tokens, tail_sequence: 0 }).filter(Self::is_sound)
-    }
-
-    /// Whether its numbers are such as a document can have.
-    fn is_sound(&self) -> bool {
-        let Manifest { id, collection, blocks, tail_tokens, stored_bytes, .. } = self.manifest;
-        (1..u64::MAX).contains(&id.0)
-            && collection.0 < u32::MAX
-            && (2..=limits::BLOCK_TOKENS_MAX).contains(&self.block_tokens)
-            && blocks <= limits::DOCUMENT_BLOCKS_MAX
-            && tail_tokens < self.block_tokens
-            && stored_bytes < STORED_BYTES_END
-    }
-
-    /// Whether a record of `tokens` tokens is block `index` of the document as it is now: a full block is never
-    /// replaced, and the tail is the one that the manifest names.
-    pub(super) fn accepts(&self, index: u32, tokens: u32, sequence: u64) -> bool {
-        let Manifest { blocks, tail_tokens, .. } = self.manifest;
-        if index < blocks {
-            return tokens == self.block_tokens;
-        }
-        let is_tail = index == blocks && tail_tokens > 0 && tokens == tail_tokens;
-        is_tail && (self.tail_sequence == 0 || sequence == self.tail_sequence)
-    }
-
-    pub(super) fn tokens(&self) -> u64 {
-        self.manifest.blocks as u64 * self.block_tokens as u64 + self.manifest.tail_tokens as u64
-    }
-
     /// Bytes of its record: the same for all numbers in it.
     pub(super) fn record_bytes(&self) -> u64 {
-        Parts { meta_bytes: pack(self).len() as u32, ..Parts::default() }.record_bytes()
+        small_record_bytes(&pack(self))
     }
-}
 
-/// A deleted document. Its records lie, if anywhere, in segments `first_segment..=last_segment`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Tombstone {
-    pub(super) document: DocumentId,
-    pub(super) first_segment: SegmentId,
-    pub(super) last_segment: SegmentId,
-}
-
-/// A record that a group names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Named {
-    Collection(CollectionId, u64),
-    Document(DocumentId, u64),
-    Tombstone(DocumentId, u64),
-}
-
-/// The end of a group: its number, and which of its records are no blocks. What blocks there are their manifest says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct GroupEntry {
-    pub(super) number: u64,
-    pub(super) named: Vec<Named>,
-}
-
-impl Tombstone {
-    fn decode(meta: &[u8]) -> Option<Self> {
-        unpack(meta).filter(|found: &Self| found.document.0 < u64::MAX && found.first_segment <= found.last_segment)
+    /// Gives the document this state, or none, in place of the one that it has.
+    pub(super) fn set_state(&mut self, state: Option<KeptState>) {
+        let bytes = |entry: &Self| entry.record_bytes() + entry.manifest.state.map_or(0, |state| state.bytes);
+        let before = bytes(self);
+        self.manifest.state = state;
+        let stored_bytes = &mut self.manifest.stored_bytes;
+        *stored_bytes = stored_bytes.saturating_sub(before);
+        self.manifest.stored_bytes += bytes(self);
     }
 }
 
 impl GroupEntry {
-    fn decode(meta: &[u8]) -> Option<Self> {
-        unpack(meta).filter(|found: &Self| (SEQUENCE_FIRST..u64::MAX).contains(&found.number))
-    }
-
     pub(super) fn record_bytes(&self) -> u64 {
-        Parts { meta_bytes: pack(self).len() as u32, ..Parts::default() }.record_bytes()
+        small_record_bytes(&pack(self))
     }
+}
+
+fn small_record_bytes(meta: &[u8]) -> u64 {
+    Parts { meta_bytes: meta.len() as u32, ..Parts::default() }.record_bytes()
 }
 
 /// What a record says, payload aside.
@@ -520,6 +459,7 @@ impl GroupEntry {
 pub(super) enum Content {
     Collection(CollectionId, CollectionEntry),
     Document(DocumentEntry),
+    /// Or, at another place, a part of a state.
     Block(BlockId),
     Tombstone(Tombstone),
     Group(GroupEntry),
@@ -527,11 +467,11 @@ pub(super) enum Content {
 
 impl Content {
     /// Reads what an intact header and its checked meta say; `None` if they make no sense.
-    pub(super) fn decode(header: &RecordHeader, salt: Salt, meta: &[u8]) -> Option<Self> {
+    pub(super) fn decode(header: &RecordHeader, meta: &[u8]) -> Option<Self> {
         Some(match header.kind {
             Kind::Collection => Content::Collection(header.collection, CollectionEntry::decode(meta)?),
-            Kind::Document => Content::Document(DocumentEntry::decode(salt, meta)?),
-            Kind::Block => Content::Block(header.block),
+            Kind::Document => Content::Document(DocumentEntry::decode(meta)?),
+            Kind::Block | Kind::State => Content::Block(header.block),
             Kind::Tombstone => Content::Tombstone(Tombstone::decode(meta)?),
             Kind::Group => Content::Group(GroupEntry::decode(meta)?),
         })

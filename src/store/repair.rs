@@ -13,20 +13,20 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use super::catalog::{self, Catalog, SledCatalog, key};
-use super::collection_entry::CollectionEntry;
 use super::compaction::current;
+use super::document::KeptState;
 use super::error::StoreError;
 use super::handles::{Handles, Segment};
-use super::packed::unpack;
+use super::place;
 use super::read::read_small;
-use super::record::{Content, DocumentEntry, Locator, Tombstone};
+use super::record::{CollectionEntry, Content, DocumentEntry, Locator, Tombstone, unpack};
 use super::recovery::{read_records, recover};
 use super::repair_work::{Inventory, Work};
-use super::salvage::{self, Leftover, LostCollection, MissingCollection, Salvaged};
+use super::salvage::{self, Leftover, LostCollection, LostState, MissingCollection, Salvage, Salvaged};
 use super::scan::{Item, Scanned};
 use super::segment::{SegmentId, Torn};
 use super::state::{Sizes, Store};
-use super::verify::Fault;
+use super::verify::{Fault, read_record};
 use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// Records of one group at most: few enough for the record that ends it to name them all.
@@ -59,6 +59,7 @@ pub struct RepairReport {
     pub missing_collections: Vec<MissingCollection>,
     pub salvaged: Vec<Salvaged>,
     pub leftovers: Vec<Leftover>,
+    pub lost_states: Vec<LostState>,
     pub moved: Vec<Moved>,
     /// What is kept in DIR/torn now.
     pub kept: Vec<Torn>,
@@ -71,7 +72,8 @@ pub struct RepairReport {
 impl RepairReport {
     /// Whether anything of what was acknowledged is still not readable.
     pub fn is_something_lost(&self) -> bool {
-        !(self.missing_collections.is_empty() && self.leftovers.is_empty() && self.faults.is_empty())
+        let is_left = self.missing_collections.is_empty() && self.leftovers.is_empty();
+        !(is_left && self.lost_states.is_empty() && self.faults.is_empty())
     }
 }
 
@@ -132,7 +134,9 @@ pub(super) fn repair(
     let mut work = Work { handles, catalog, writer: recover(handles, catalog, sizes)? };
     let inventory = work.inventory()?;
     report.collections = work.put_back(&options.collections, &inventory)?;
-    (report.salvaged, report.leftovers) = salvage::salvage(&mut work, &inventory)?;
+    let Salvage { salvaged, leftovers, lost_states } = salvage::salvage(&mut work, &inventory)?;
+    (report.salvaged, report.leftovers, report.lost_states) = (salvaged, leftovers, lost_states);
+    report.lost_states.extend(work.drop_lost_states()?);
     report.missing_collections = salvage::missing_collections(catalog, &inventory)?;
     report.moved = work.evacuate(&inventory.damaged)?;
     empty(catalog)?;
@@ -208,7 +212,7 @@ impl Work<'_> {
         Ok(rewritten.len() as u64)
     }
 
-    /// The same for blocks whose headers are damaged, or whose ends are cut off, as far as they can be read: without the catalog
+    /// The same for blocks, and parts of states, whose headers are damaged, or whose ends are cut off, as far as they can be read: without the catalog
     /// they would be unknown.
     fn rewrite_known_blocks(&mut self) -> Result<u64, StoreError> {
         let (mut lost, mut bytes, mut rewritten, mut all_whole) = (Vec::new(), 0, 0, true);
@@ -267,6 +271,45 @@ impl Work<'_> {
             put_back.push(*id);
         }
         Ok(put_back)
+    }
+
+    /// Writes manifests without a state for documents of whose state not every part can be read.
+    fn drop_lost_states(&mut self) -> Result<Vec<LostState>, StoreError> {
+        let mut entries = Vec::new();
+        for pair in catalog::scan::<(Locator, DocumentEntry)>(self.catalog, key::DOCUMENTS) {
+            let (_, (_, entry)) = pair?;
+            entries.extend(entry.manifest.state.map(|state| (state, entry)));
+        }
+        let mut lost = Vec::new();
+        for (state, mut entry) in entries {
+            let document = entry.manifest.id;
+            let Some(reason) = self.lost_part(document, state)? else { continue };
+            entry.set_state(None);
+            self.commit(entry.record_bytes(), |group| group.document(entry))?;
+            lost.push(LostState { document, reason });
+        }
+        Ok(lost)
+    }
+
+    /// What is wrong with the first part of a state that cannot be read.
+    fn lost_part(&self, document: DocumentId, state: KeptState) -> Result<Option<String>, StoreError> {
+        for place in place::of_parts(document, state.parts) {
+            let locator = catalog::get::<Locator>(self.catalog, &key::block(place))?;
+            let locator = locator.filter(|locator| locator.sequence == state.sequence);
+            let missing = || StoreError::damaged(place, "no intact record of it was found in any segment");
+            let read = locator.ok_or_else(missing).and_then(|locator| {
+                let segment = self.handles.get(locator.segment)?;
+                read_record(&segment, &locator, place)
+            });
+            match read {
+                Ok(_) => {}
+                Err(StoreError::Damaged { detail, .. }) => return Ok(Some(detail)),
+                Err(error @ StoreError::Foreign { .. }) => return Ok(Some(error.to_string())),
+                Err(error) if error.is_missing() => return Ok(Some(error.to_string())),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     /// Copies what is live out of damaged segments. A block that is damaged itself stays so, and what of it can be read too.

@@ -7,12 +7,13 @@ use super::error::StoreError;
 use super::handles::Handles;
 use super::ledger::Entry;
 use super::log::GroupWriter;
+use super::place;
 use super::record::{Content, Locator, SEGMENT_HEADER_BYTES, Salt};
 use super::recovery::{begin_segment, following, read_records};
 use super::scan::Item;
 use super::segment::SegmentId;
 use super::state::Writer;
-use crate::types::{BlockId, CollectionId};
+use crate::types::{BlockId, CollectionId, DocumentId};
 
 /// The log and the catalog while they are repaired.
 pub(super) struct Work<'a> {
@@ -21,10 +22,12 @@ pub(super) struct Work<'a> {
     pub(super) writer: Writer,
 }
 
-/// All blocks that lie in the segments, by place, and which segments are damaged.
+/// All blocks that lie in the segments, by place, what is left of states, and which segments are damaged.
 #[derive(Default)]
 pub(super) struct Inventory {
     pub(super) blocks: BTreeMap<BlockId, Vec<Piece>>,
+    /// The newest sequence of parts of a document's states.
+    pub(super) states: BTreeMap<DocumentId, u64>,
     pub(super) damaged: BTreeSet<SegmentId>,
 }
 
@@ -92,6 +95,10 @@ impl Work<'_> {
                     continue;
                 };
                 match scanned.content() {
+                    Some(Content::Block(part)) if place::part_at(part.index).is_some() => {
+                        let newest = inventory.states.entry(part.document).or_default();
+                        *newest = scanned.header.sequence.max(*newest);
+                    }
                     Some(Content::Block(block)) => {
                         let (locator, collection) = (scanned.locator(id), scanned.header.collection);
                         inventory.blocks.entry(block).or_default().push(Piece { locator, collection });

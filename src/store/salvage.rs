@@ -4,13 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalog::{self, Catalog, key};
-use super::collection_entry::CollectionEntry;
-use super::document::Manifest;
+use super::document::{KeptState, Manifest};
 use super::error::StoreError;
 use super::ledger::{Doubt, NAMES};
 use super::loss::ADVICE;
 use super::piece::{KeysLayout, PieceLayout};
-use super::record::{DocumentEntry, Locator, Part, Tombstone, decode_meta};
+use super::record::{CollectionEntry, DocumentEntry, Locator, Part, Tombstone, decode_meta};
 use super::repair_work::{Inventory, Piece, Work};
 use super::scan::Item;
 use crate::types::{BlockId, CollectionId, DocumentId};
@@ -50,6 +49,23 @@ pub struct Salvaged {
     pub perhaps_deleted: bool,
 }
 
+/// A state that a document kept for its model and does without now; the document itself is whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostState {
+    pub document: DocumentId,
+    pub reason: String,
+}
+
+/// What writing new manifests gave.
+#[derive(Default)]
+pub(super) struct Salvage {
+    /// Documents that have one.
+    pub(super) salvaged: Vec<Salvaged>,
+    /// Blocks that make none.
+    pub(super) leftovers: Vec<Leftover>,
+    pub(super) lost_states: Vec<LostState>,
+}
+
 /// Blocks that are there and belong to no readable part of a document; none, and collection 0, if nothing is left of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
@@ -62,19 +78,17 @@ pub struct Leftover {
 /// What is left of one document.
 struct Remains<'a> {
     document: DocumentId,
-    /// The newest manifest that was found.
+    /// The newest manifest that was found, and its sequence, or 0.
     entry: Option<DocumentEntry>,
+    sequence: u64,
     collection: CollectionId,
     block_tokens: u32,
     pieces: BTreeMap<u32, &'a [Piece]>,
 }
 
-/// Writes new manifests. Gives the documents that have one, and blocks that make none.
-pub(super) fn salvage(
-    work: &mut Work<'_>,
-    inventory: &Inventory,
-) -> Result<(Vec<Salvaged>, Vec<Leftover>), StoreError> {
-    let (mut salvaged, mut leftovers) = (Vec::new(), Vec::new());
+/// Writes new manifests.
+pub(super) fn salvage(work: &mut Work<'_>, inventory: &Inventory) -> Result<Salvage, StoreError> {
+    let mut salvage = Salvage::default();
     let mut of_documents: BTreeMap<DocumentId, BTreeMap<u32, &[Piece]>> = BTreeMap::new();
     for (block, pieces) in &inventory.blocks {
         of_documents.entry(block.document).or_default().insert(block.index, pieces);
@@ -87,7 +101,7 @@ pub(super) fn salvage(
     for document in wanted {
         let doubt = catalog::get::<Doubt>(work.catalog, &key::doubt(document))?;
         let entry = catalog::get::<(Locator, DocumentEntry)>(work.catalog, &key::document(document))?;
-        let entry = entry.map(|(_, entry)| entry);
+        let (sequence, entry) = entry.map_or((0, None), |(locator, entry)| (locator.sequence, Some(entry)));
         let is_deleted = catalog::get::<(Locator, Tombstone)>(work.catalog, &key::tombstone(document))?.is_some();
         if is_deleted || doubt.is_none() && entry.is_some() {
             continue;
@@ -97,10 +111,14 @@ pub(super) fn salvage(
         let reason = reason.split(ADVICE).next().and_then(|reason| reason.split(": run").next());
         let reason = reason.unwrap_or_default().to_string();
         let pieces = of_documents.remove(&document).unwrap_or_default();
-        let Some(remains) = Remains::new(work.catalog, document, entry, pieces, &mut leftovers)? else { continue };
-        salvaged.extend(remains.write(work, reason, &mut leftovers)?);
+        let found = (sequence, entry);
+        let Some(remains) = Remains::new(work.catalog, document, found, pieces, &mut salvage.leftovers)? else {
+            continue;
+        };
+        let newest_state = inventory.states.get(&document).copied().unwrap_or(0);
+        remains.write(work, reason, newest_state, &mut salvage)?;
     }
-    Ok((salvaged, leftovers))
+    Ok(salvage)
 }
 
 impl<'a> Remains<'a> {
@@ -108,7 +126,7 @@ impl<'a> Remains<'a> {
     fn new(
         catalog: &dyn Catalog,
         document: DocumentId,
-        entry: Option<DocumentEntry>,
+        (sequence, entry): (u64, Option<DocumentEntry>),
         pieces: BTreeMap<u32, &'a [Piece]>,
         leftovers: &mut Vec<Leftover>,
     ) -> Result<Option<Self>, StoreError> {
@@ -127,7 +145,7 @@ impl<'a> Remains<'a> {
             leftovers.push(Leftover { document, collection, blocks: pieces.len() as u64, reason });
             return Ok(None);
         };
-        Ok(Some(Remains { document, entry, collection, block_tokens, pieces }))
+        Ok(Some(Remains { document, entry, sequence, collection, block_tokens, pieces }))
     }
 
     /// Its newest record at a place that is full, or one that is not.
@@ -152,12 +170,21 @@ impl<'a> Remains<'a> {
         (blocks, tail_tokens, tail_sequence)
     }
 
+    /// Its state, if the tokens that it was taken after are there still.
+    fn state(&self, blocks: u32, tail_sequence: u64) -> Option<KeptState> {
+        let entry = self.entry.as_ref()?;
+        let in_blocks = entry.manifest.blocks as u64 * self.block_tokens as u64;
+        let is_same_tail = (entry.manifest.blocks, entry.tail_sequence) == (blocks, tail_sequence);
+        entry.manifest.state.filter(|state| state.tokens <= in_blocks || is_same_tail)
+    }
+
     fn write(
         self,
         work: &mut Work<'_>,
         reason: String,
-        leftovers: &mut Vec<Leftover>,
-    ) -> Result<Option<Salvaged>, StoreError> {
+        newest_state: u64,
+        Salvage { salvaged, leftovers, lost_states }: &mut Salvage,
+    ) -> Result<(), StoreError> {
         let (blocks, tail_tokens, tail_sequence) = self.extent();
         let Remains { document, collection, block_tokens, .. } = self;
         let end = blocks + (tail_tokens > 0) as u32;
@@ -168,7 +195,13 @@ impl<'a> Remains<'a> {
             leftovers.push(Leftover { document, collection, blocks: behind, reason });
         }
         if self.entry.is_none() && end == 0 {
-            return Ok(None);
+            return Ok(());
+        }
+        let state = self.state(blocks, tail_sequence);
+        let had_one = self.entry.as_ref().is_some_and(|entry| entry.manifest.state.is_some());
+        if had_one && state.is_none() || newest_state > self.sequence {
+            let reason = "the manifest that named it is lost, or the tokens that it was taken after".into();
+            lost_states.push(LostState { document, reason });
         }
         let covered: Vec<(BlockId, Locator)> = (0..end)
             .filter_map(|index| Some((BlockId { document, index }, self.newest(index, index < blocks)?)))
@@ -183,16 +216,18 @@ impl<'a> Remains<'a> {
             tail_tokens,
             text_bytes: self.text_bytes(work, covered.last())?,
             stored_bytes: 0,
+            state,
         };
         let first = covered.iter().map(|(_, locator)| locator.segment).min().unwrap_or(work.writer.active.id);
         let known = self.entry.as_ref().map_or(first, |entry| entry.first_segment);
         let mut entry = DocumentEntry { manifest, first_segment: first.min(known), block_tokens, tail_sequence };
         let bytes: u64 = covered.iter().map(|(_, locator)| locator.bytes()).sum();
-        entry.manifest.stored_bytes = bytes + entry.record_bytes();
+        entry.manifest.stored_bytes = bytes + entry.record_bytes() + state.map_or(0, |state| state.bytes);
         work.commit(entry.record_bytes(), |group| group.document(entry))?;
         work.enter_blocks(&covered)?;
         let perhaps_deleted = reason.contains("deletion");
-        Ok(Some(Salvaged { document, collection, name, blocks, tail_tokens, reason, perhaps_deleted }))
+        salvaged.push(Salvaged { document, collection, name, blocks, tail_tokens, reason, perhaps_deleted });
+        Ok(())
     }
 
     /// The name that it had, or `recovered-ID` where none is known or another document has it by now.

@@ -19,7 +19,7 @@ pub(super) enum Item {
 pub(super) struct Scanned {
     pub(super) header: RecordHeader,
     pub(super) offset: u64,
-    /// Header included; empty for a block of a scan that passes over them.
+    /// Header included; empty for a block or a part of a state of a scan that passes over them.
     pub(super) record: Vec<u8>,
     /// Every part that was read agrees with its checksum.
     pub(super) whole: bool,
@@ -27,7 +27,7 @@ pub(super) struct Scanned {
 }
 
 impl Scanned {
-    /// A block whose header is damaged or whose end is cut off, as the catalog knows it; `None` if no part of it can be read.
+    /// A block, or a part of a state, whose header is damaged or whose end is cut off, as the catalog knows it; `None` if no part of it can be read.
     pub(super) fn of_known(
         file: &dyn SegmentFile,
         salt: Salt,
@@ -43,7 +43,8 @@ impl Scanned {
             read.map_err(StoreError::io("read a record"))?;
         }
         let &Locator { offset, sequence, tokens, parts, .. } = locator;
-        let header = RecordHeader { kind: Kind::Block, commit: false, sequence, collection, block: id, tokens, parts };
+        let (kind, commit) = (Kind::of_place(id.index), false);
+        let header = RecordHeader { kind, commit, sequence, collection, block: id, tokens, parts };
         let whole = header.damaged_part(salt, &record).is_none();
         let found = Scanned { header, offset, record, whole, salt };
         Ok(parts.iter().any(|part| found.part(part).is_some()).then_some(found))
@@ -62,14 +63,14 @@ impl Scanned {
 
     /// `None` if its meta is damaged.
     pub(super) fn content(&self) -> Option<Content> {
-        if self.header.kind == Kind::Block {
+        if self.header.kind.has_payload() {
             return Some(Content::Block(self.header.block));
         }
         if !self.whole {
             return None;
         }
         let (at, len) = self.header.parts.span(Part::Meta);
-        Content::decode(&self.header, self.salt, &self.record[at as usize..at as usize + len])
+        Content::decode(&self.header, &self.record[at as usize..at as usize + len])
     }
 
     pub(super) fn locator(&self, segment: SegmentId) -> Locator {
@@ -93,7 +94,7 @@ impl<'a> Scan<'a> {
         Scan { file, segment, salt, at, end, passes_over_blocks: false }
     }
 
-    /// Reads of blocks only the headers: damage behind them is found when the block is read.
+    /// Reads of blocks, and of parts of states, only the headers: damage behind them is found when the block is read.
     pub(super) fn passing_over_blocks(self, passes_over_blocks: bool) -> Self {
         Scan { passes_over_blocks, ..self }
     }
@@ -150,7 +151,7 @@ impl<'a> Scan<'a> {
         };
         self.at = from + header.parts.record_bytes();
         let (mut record, salt) = (Vec::new(), self.salt);
-        if header.kind == Kind::Block && self.passes_over_blocks {
+        if header.kind.has_payload() && self.passes_over_blocks {
             return Ok(Item::Record(Scanned { header, offset: from, record, whole: true, salt }));
         }
         // Bounded by the file's own length, see `header_at`.

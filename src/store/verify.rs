@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalog::{self, key};
-use super::collection_entry::CollectionEntry;
 use super::error::StoreError;
 use super::handles::Segment;
 use super::ledger::{Damage, Doubt, NAMES};
 use super::piece::KeysLayout;
+use super::place;
 use super::read::{mismatch, read_exact, read_small};
 use super::record::{
-    Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Tombstone,
+    CollectionEntry, Content, DocumentEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RecordHeader,
+    SEGMENT_HEADER_BYTES, Tombstone,
 };
 use super::segment::SegmentId;
 use super::state::Store;
@@ -111,6 +112,17 @@ impl Store {
                 // Deleted, or its tail replaced by a block, since we began.
                 Err(StoreError::NotFound { .. }) => {}
                 Err(StoreError::Damaged { detail, .. }) => report.fault(Some(manifest.id), Some(block), detail),
+                Err(error) => return Err(error),
+            }
+            step(report)?;
+        }
+        let parts = manifest.state.map_or(0, |state| state.parts);
+        for part in place::of_parts(manifest.id, parts) {
+            match self.with_record(part, |segment, locator| verify_part(segment, locator, part, entry)) {
+                Ok(bytes) => report.bytes += bytes,
+                // Deleted, or the state replaced, since we began.
+                Err(StoreError::NotFound { .. }) => {}
+                Err(StoreError::Damaged { detail, .. }) => report.fault(Some(manifest.id), None, detail),
                 Err(error) => return Err(error),
             }
             step(report)?;
@@ -283,7 +295,17 @@ fn verify_block(
     Ok(locator.bytes())
 }
 
-/// Reads one block's record in full: its header and all bytes, each of which agrees with its checksum.
+/// Checks the record of one part of a state in full. Returns its bytes.
+fn verify_part(segment: &Segment, locator: &Locator, part: BlockId, entry: &DocumentEntry) -> Result<u64, StoreError> {
+    let (header, _) = read_record(segment, locator, part)?;
+    if header.collection != entry.manifest.collection {
+        return Err(another(locator, part));
+    }
+    Ok(locator.bytes())
+}
+
+/// Reads one block's record, or that of a part of a state, in full: its header and all bytes, each of which agrees with its
+/// checksum.
 pub(super) fn read_record(
     segment: &Segment,
     locator: &Locator,
@@ -294,10 +316,9 @@ pub(super) fn read_record(
     let mut header = [0; RECORD_HEADER_BYTES];
     header.copy_from_slice(&record[..RECORD_HEADER_BYTES]);
     let Some(header) = RecordHeader::check(&header, segment.salt, segment.id, locator.offset) else {
-        let detail = "its record header is damaged".into();
-        return Err(StoreError::Damaged { block: Some(block), detail });
+        return Err(StoreError::damaged(block, "its record header is damaged"));
     };
-    let is_it = (header.kind, header.block) == (Kind::Block, block)
+    let is_it = (header.kind, header.block) == (Kind::of_place(block.index), block)
         && (header.sequence, header.tokens, header.parts) == (locator.sequence, locator.tokens, locator.parts);
     if !is_it {
         return Err(another(locator, block));
@@ -310,5 +331,5 @@ pub(super) fn read_record(
 
 fn another(locator: &Locator, block: BlockId) -> StoreError {
     let detail = format!("another record lies at byte {} of segment {}", locator.offset, locator.segment);
-    StoreError::Damaged { block: Some(block), detail }
+    StoreError::damaged(block, &detail)
 }

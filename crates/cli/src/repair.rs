@@ -220,6 +220,10 @@ impl From<RepairReport> for Repairs {
             };
             FaultReport::new(Some(left.document), None, problem, &names)
         });
+        let states = report.lost_states.into_iter().map(|lost| {
+            let problem = format!("what it kept for its model to continue it is lost: {}", lost.reason);
+            FaultReport::new(Some(lost.document), None, problem, &names)
+        });
         let faults = report.faults.into_iter();
         let faults = faults.map(|fault| FaultReport::new(fault.document, fault.block, fault.problem, &names));
         Repairs {
@@ -229,7 +233,7 @@ impl From<RepairReport> for Repairs {
             missing_collections: missing.collect(),
             salvaged: salvaged.collect(),
             moved_segments: report.moved.iter().map(|moved| moved.segment.0).collect(),
-            gone: leftovers.chain(faults).collect(),
+            gone: leftovers.chain(states).chain(faults).collect(),
             discarded_bytes: report.discarded.iter().map(|torn| torn.bytes).sum(),
             set_aside_bytes: report.kept.iter().map(|torn| torn.bytes).sum(),
             torn: String::new(),

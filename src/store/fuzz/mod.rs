@@ -8,17 +8,18 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::collection_entry::{CollectionEntry, KeptSpec};
 use super::document::{BlockMeta, BlockRecord};
+use super::entry::StoredSpec;
 use super::error::StoreError;
 use super::fault_disk::{FaultDisk, Files, Table};
 use super::handles::Handles;
 use super::ledger::{Damage, Doubt, SegmentState, Totals};
-use super::packed::{pack, unpack};
 use super::piece::{KeysLayout, PieceLayout};
+use super::place;
 use super::record::{
-    CRC_BYTES, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES, RECORD_MAGIC,
-    RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta,
+    CRC_BYTES, CollectionEntry, Content, DocumentEntry, GroupEntry, Kind, Locator, Part, RECORD_HEADER_BYTES,
+    RECORD_MAGIC, RecordHeader, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, Tombstone, decode_meta, encode_meta, pack,
+    unpack,
 };
 use super::repair::{RepairOptions, repair};
 use super::scan::{Item, Scanned};
@@ -124,12 +125,28 @@ fn read_all(store: &Store) -> Read {
             let blocks = manifest.blocks.min(READ_MAX);
             let indices = (0..blocks).chain([manifest.blocks, manifest.blocks.saturating_add(1)]);
             indices.for_each(|index| read_block(store, BlockId { document: manifest.id, index }, &mut read));
+            read_state(store, manifest.id, &mut read);
         }
     }
     read
 }
 
+/// All parts of a state, or nothing: repair takes away what is left of one that is not whole.
+fn read_state(store: &Store, document: DocumentId, read: &mut Read) {
+    let part = |part| check(store.read_state_part(document, part)).flatten();
+    let Some((state, _)) = part(0) else { return };
+    let parts = (0..state.parts).map(|number| {
+        let (found, bytes) = part(number)?;
+        assert_eq!(found, state, "no writer is at work");
+        Some(((place::of_part(document, number), What::Piece(0)), bytes))
+    });
+    read.extend(parts.collect::<Option<Vec<_>>>().unwrap_or_default());
+}
+
 fn read_block(store: &Store, block: BlockId, read: &mut Read) {
+    if place::part_at(block.index).is_some() {
+        return read_state(store, block.document, read);
+    }
     if let Some((meta, _)) = check(store.read_meta(block)) {
         read.insert((block, What::Meta), encode_meta(&meta));
     }
@@ -222,6 +239,7 @@ fn go_on(store: &Store) -> Option<DocumentId> {
     {
         assert!(!known.contains(&collection) && !documents.contains(&manifest.id), "ids are never reused");
         check(store.append(manifest.id, &(0..6).map(block).collect::<Vec<_>>()));
+        check(store.put_state(manifest.id, 24, &[b"state".as_slice().into()]));
         check(store.seal(manifest.id));
     }
     documents.first().and_then(|&last| check(store.seal(last)));
@@ -334,7 +352,7 @@ pub fn record(bytes: &[u8]) -> bool {
         1 => record_header(bytes),
         2 => packed::<DocumentEntry>(bytes),
         3 => packed::<CollectionEntry>(bytes),
-        4 => packed::<KeptSpec>(bytes),
+        4 => packed::<StoredSpec>(bytes),
         5 => packed::<Tombstone>(bytes),
         6 => packed::<GroupEntry>(bytes),
         7 => packed::<(Locator, DocumentEntry)>(bytes),
@@ -378,16 +396,16 @@ fn meta(bytes: &[u8]) -> bool {
 /// The meta of a small record, as a scan reads it.
 fn content(kind: u8, bytes: &[u8]) -> bool {
     let kinds = [Kind::Collection, Kind::Document, Kind::Tombstone, Kind::Group];
-    let (kind, salted) = (kinds[kind as usize % kinds.len()], kind & 0x80 != 0);
-    let salt = if salted { Salt::of(DIRECTORY, SegmentId(1)) } else { Salt::NONE };
+    let kind = kinds[kind as usize % kinds.len()];
     let block = BlockId { document: DocumentId(1), index: 0 };
     let (commit, sequence, collection) = (false, 1, CollectionId(1));
     let header = RecordHeader { kind, commit, sequence, collection, block, tokens: 0, parts: Default::default() };
-    let found = Content::decode(&header, salt, bytes);
+    let found = Content::decode(&header, bytes);
     if let Some(Content::Document(entry)) = &found {
         entry.record_bytes();
         entry.tokens();
         entry.accepts(0, entry.block_tokens, 1);
+        entry.accepts(u32::MAX, 0, 1);
     }
     found.is_some()
 }

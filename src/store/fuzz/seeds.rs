@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use super::super::collection_entry::Kept;
 use super::*;
-use crate::store::Manifest;
+use crate::store::entry::StoredCollection;
 use crate::store::record::{Named, Parts};
+use crate::store::{KeptState, Manifest};
 use crate::types::Engine;
 
 /// Segments of all formats, small ones and one with everything in it.
@@ -35,7 +35,9 @@ fn live(store: &Store) {
         let (open, sealed, gone) = (document("open"), document("sealed"), document("gone"));
         for id in [open, gone] {
             store.append(id, &[block(0), tail(1, 3)]).unwrap();
+            store.put_state(id, 7, &[vec![1; 90].into(), vec![2; 5].into()]).unwrap();
             store.append(id, &[block(1), block(2), tail(3, 1)]).unwrap();
+            store.put_state(id, 13, &[vec![3; 40].into()]).unwrap();
         }
         store.append(sealed, &[block(0)]).unwrap();
         store.seal(sealed).unwrap();
@@ -62,9 +64,20 @@ pub fn records() -> Vec<Vec<u8>> {
     let entry = CollectionEntry { spec: spec("name"), engine: Engine::Sq8 };
     let (id, collection) = (DocumentId(3), CollectionId(1));
     let name = "document".to_string();
-    let manifest =
-        Manifest { id, collection, name, sealed: true, blocks: 2, tail_tokens: 3, text_bytes: 9, stored_bytes: 512 };
+    let manifest = Manifest {
+        id,
+        collection,
+        name,
+        sealed: true,
+        blocks: 2,
+        tail_tokens: 3,
+        text_bytes: 9,
+        stored_bytes: 512,
+        state: None,
+    };
     let document = DocumentEntry { manifest, first_segment: segment, block_tokens: 4, tail_sequence: 1 << 63 };
+    let mut stated = document.clone();
+    stated.manifest.state = Some(KeptState { tokens: 9, parts: 2, bytes: 300, sequence: 1 << 63 });
     let tombstone = Tombstone { document: id, first_segment: segment, last_segment: SegmentId(9) };
     let named = vec![Named::Collection(collection, 1), Named::Document(id, 2), Named::Tombstone(id, 3)];
     let group = GroupEntry { number: 1 << 63, named };
@@ -84,7 +97,9 @@ pub fn records() -> Vec<Vec<u8>> {
     let block_id = BlockId { document: id, index: 1 };
     let (kind, commit, sequence, tokens) = (Kind::Block, false, 1 << 63, 4);
     let record = RecordHeader { kind, commit, sequence, collection, block: block_id, tokens, parts };
-    let old = Kept::from(CollectionEntry { spec: spec("old"), engine: Engine::Flat }).spec;
+    let one_piece = Parts { meta_bytes: 0, keys_bytes: 0, piece_bytes: 9, pieces: 1 };
+    let part = RecordHeader { kind: Kind::State, block: place::of_part(id, 1), tokens: 0, parts: one_piece, ..record };
+    let old = StoredCollection::from(CollectionEntry { spec: spec("old"), engine: Engine::Flat }).spec;
     let bodies = [
         (0, header.to_vec()),
         (1, record.encode(Salt::of(DIRECTORY, segment)).to_vec()),
@@ -105,8 +120,14 @@ pub fn records() -> Vec<Vec<u8>> {
         (0x80 | 18, pack(&tombstone)),
         (0x80 | 19, pack(&group)),
         (16, pack(&old)),
-        (17, pack(&document)[..pack(&document).len() - 8].to_vec()),
+        (17, pack(&document)[..pack(&document).len() - 9].to_vec()),
         (17, pack(&document)),
+        (1, part.encode(Salt::of(DIRECTORY, segment)).to_vec()),
+        (2, pack(&stated)),
+        (7, pack(&(locator, &stated))),
+        (0x80 | 17, pack(&stated)),
+        // As format 4 wrote it.
+        (0x80 | 17, pack(&document)[..pack(&document).len() - 1].to_vec()),
     ];
     bodies.into_iter().map(|(kind, body)| [vec![kind], body].concat()).collect()
 }

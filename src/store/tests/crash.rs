@@ -15,19 +15,29 @@ fn append(store: &Store, name: &str, blocks: &[BlockRecord]) -> Result<(), Store
     store.append(id(store, name)?, blocks).map(drop)
 }
 
+fn put(store: &Store, name: &str, lens: &[usize], seed: u32) -> Result<(), StoreError> {
+    let document = id(store, name)?;
+    let Manifest { blocks, tail_tokens, .. } = store.manifest(document)?;
+    store.put_state(document, (blocks * 4 + tail_tokens) as u64, &parts(lens, seed)).map(drop)
+}
+
 fn with_tail(mut blocks: Vec<BlockRecord>, tokens: u32, seed: u32) -> Vec<BlockRecord> {
     let index = blocks.last().map_or(0, |last| last.index + 1);
     blocks.push(block(index, tokens, seed));
     blocks
 }
 
-/// Every kind of write; rolls segments, replaces tails, compacts with and without tombstones left to keep.
+/// Every kind of write; rolls segments, replaces tails and states, compacts with and without tombstones left to keep.
 pub(super) const SCRIPT: &[Step] = &[
     |store| store.create_collection(&spec("one")).map(drop),
     |store| store.create_document(CollectionId(1), "a").map(drop),
     |store| append(store, "a", &with_tail(blocks(0..2, 1), 3, 1)),
+    |store| put(store, "a", &[100, 30], 1),
     |store| store.create_document(CollectionId(1), "b").map(drop),
     |store| append(store, "b", &blocks(0..4, 2)),
+    // Larger than a segment.
+    |store| put(store, "b", &[1500, 700, 1], 2),
+    |store| put(store, "b", &[600], 3),
     |store| append(store, "a", &with_tail(blocks(2..3, 1), 1, 1)),
     |store| store.seal(id(store, "a")?).map(drop),
     |store| store.delete(id(store, "b")?).map(drop),
@@ -35,8 +45,12 @@ pub(super) const SCRIPT: &[Step] = &[
     |store| store.set_engine(CollectionId(1), Engine::Sq8),
     |store| store.create_document(CollectionId(1), "c").map(drop),
     |store| append(store, "c", &blocks(0..5, 3)),
+    |store| put(store, "c", &[80, 80], 4),
     |store| append(store, "c", &with_tail(Vec::new(), 2, 3)[..0]),
     |store| append(store, "c", &with_tail(blocks(5..6, 3), 2, 3)),
+    |store| put(store, "c", &[90, 10, 20], 5),
+    // Other tokens in the place of the tail: the state goes.
+    |store| append(store, "c", &[block(6, 3, 9)]),
     |store| store.delete(id(store, "a")?).map(drop),
     |store| store.create_document(CollectionId(1), "b").map(drop),
     |store| append(store, "b", &blocks(0..3, 4)),

@@ -3,8 +3,7 @@
 use super::*;
 use crate::store::fault_disk::{Effect, Files, Table};
 use crate::store::handles::Handles;
-use crate::store::packed::pack;
-use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt};
+use crate::store::record::{Content, Kind, Part, Parts, RecordHeader, Salt, pack};
 use crate::store::scan::Item;
 
 fn id(document: DocumentId, index: u32) -> BlockId {
@@ -52,7 +51,10 @@ fn with_history() -> (FaultDisk, [DocumentId; 4]) {
     store.append(full, &[block(1, 4, 8), block(2, 4, 8)]).unwrap();
     store.append(tail, &[block(0, 4, 1), block(1, 3, 7)]).unwrap();
     store.append(tail, &[block(1, 3, 8)]).unwrap();
+    store.put_state(tail, 7, &parts(&[20, 30], 1)).unwrap();
     store.append(tail, &[block(1, 2, 9)]).unwrap();
+    store.put_state(full, 12, &parts(&[20, 30, 40], 2)).unwrap();
+    store.put_state(full, 12, &parts(&[30, 20], 3)).unwrap();
     store.append(secret, &blocks(0..2, 5)).unwrap();
     store.delete(secret).unwrap();
     let last = create("last");
@@ -110,8 +112,13 @@ fn no_damaged_byte_makes_a_wrong_answer_of_a_rebuild() {
         for byte in (0..record.2 - record.1).step_by(5) {
             let (_, store) = rebuilt_over(&disk, record, byte);
             let context = format!("byte {byte} of {record:?}");
-            for (manifest, expected) in &before[0].2 {
-                let found = store.manifest(manifest.id);
+            for (manifest, expected, kept) in &before[0].2 {
+                let found = store.manifest(manifest.id).map(|found| Manifest { state: manifest.state, ..found });
+                match state(&store, manifest.id) {
+                    Ok(found) => assert_eq!(found, *kept, "{context}"),
+                    Err(StoreError::Damaged { .. } | StoreError::NotFound { .. }) => {}
+                    Err(error) => panic!("{context}: {error}"),
+                }
                 for block in expected.iter().filter(|_| found.is_ok()) {
                     match read(&store, id(manifest.id, block.index)) {
                         Ok(found) => assert_eq!(found, *block, "{context}"),

@@ -162,21 +162,6 @@ fn is_fault(error: &StoreError) -> Result<(), String> {
     if names_it { Ok(()) } else { Err(format!("a fault of the system is reported as {error:?}")) }
 }
 
-/// As [`contents`], where reading may fail.
-fn try_contents(store: &Store) -> Result<Contents, StoreError> {
-    let mut all = Contents::new();
-    for (id, entry) in store.collections()? {
-        let mut documents = Vec::new();
-        for manifest in store.manifests(id)? {
-            let count = manifest.blocks + (manifest.tail_tokens > 0) as u32;
-            let blocks = (0..count).map(|index| read(store, BlockId { document: manifest.id, index }));
-            documents.push((manifest.clone(), blocks.collect::<Result<_, _>>()?));
-        }
-        all.push((id, entry, documents));
-    }
-    Ok(all)
-}
-
 /// All faults at one call of the script.
 fn faults_at(at: usize, call: Call) -> impl Iterator<Item = (usize, Fault)> {
     REASONS.iter().enumerate().filter(move |(_, (reason, _))| reason.strikes(call)).flat_map(

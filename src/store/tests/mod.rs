@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::fault_disk::FaultDisk;
 use super::open::CATALOG_FOLDER;
 use super::piece::{KeysLayout, PieceLayout};
@@ -17,6 +19,7 @@ mod damage;
 mod doubt;
 mod faults;
 mod formats;
+mod kept;
 mod life;
 mod mend;
 mod model;
@@ -101,18 +104,52 @@ fn read(store: &Store, id: BlockId) -> Result<BlockRecord, StoreError> {
     Ok(BlockRecord { index: id.index, meta, keys, pieces })
 }
 
+/// A part of a state, every byte of which depends on its place; `seed` tells versions of it apart.
+fn part(number: u32, len: usize, seed: u32) -> Bytes {
+    (0..len as u32).map(|i| (i * 3 + number * 41 + seed * 89 + 7) as u8).collect()
+}
+
+fn parts(lens: &[usize], seed: u32) -> Vec<Bytes> {
+    (0..).zip(lens).map(|(number, &len)| part(number, len, seed)).collect()
+}
+
+/// The state of a document: the tokens that it was taken after, and its parts.
+fn state(store: &Store, document: DocumentId) -> Result<Option<(u64, Vec<Bytes>)>, StoreError> {
+    let Some((state, first)) = store.read_state_part(document, 0)? else { return Ok(None) };
+    let mut parts = vec![Bytes::from(first)];
+    for part in 1..state.parts {
+        let (again, bytes) = store.read_state_part(document, part)?.expect("a state with all of its parts");
+        assert_eq!(again, state, "no writer is at work");
+        parts.push(bytes.into());
+    }
+    Ok(Some((state.tokens, parts)))
+}
+
+/// A document with its blocks and its state. Sequences differ between stores that hold the same.
+type Whole = (Manifest, Vec<BlockRecord>, Option<(u64, Vec<Bytes>)>);
+
 /// All that can be seen through the store's reading calls.
-type Contents = Vec<(CollectionId, CollectionEntry, Vec<(Manifest, Vec<BlockRecord>)>)>;
+type Contents = Vec<(CollectionId, CollectionEntry, Vec<Whole>)>;
+
+fn try_contents(store: &Store) -> Result<Contents, StoreError> {
+    let mut all = Contents::new();
+    for (id, entry) in store.collections()? {
+        let mut documents = Vec::new();
+        for mut manifest in store.manifests(id)? {
+            let count = manifest.blocks + (manifest.tail_tokens > 0) as u32;
+            let blocks = (0..count).map(|index| read(store, BlockId { document: manifest.id, index }));
+            let blocks = blocks.collect::<Result<_, _>>()?;
+            let state = state(store, manifest.id)?;
+            manifest.state = manifest.state.map(|state| KeptState { sequence: 0, ..state });
+            documents.push((manifest, blocks, state));
+        }
+        all.push((id, entry, documents));
+    }
+    Ok(all)
+}
 
 fn contents(store: &Store) -> Contents {
-    let document = |manifest: Manifest| {
-        let count = manifest.blocks + (manifest.tail_tokens > 0) as u32;
-        let read = |index| read(store, BlockId { document: manifest.id, index }).unwrap();
-        let blocks = (0..count).map(read).collect();
-        (manifest, blocks)
-    };
-    let collections = store.collections().unwrap().into_iter();
-    collections.map(|(id, spec)| (id, spec, store.manifests(id).unwrap().into_iter().map(document).collect())).collect()
+    try_contents(store).unwrap()
 }
 
 /// How much of something a test does: as a variable says, or `default`.

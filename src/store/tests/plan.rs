@@ -32,6 +32,8 @@ pub(super) struct Slot {
 pub(super) enum Offer {
     /// Blocks behind the last full one: they replace the tail, if there is one.
     Next,
+    /// The same, and the tail's own tokens come first in what replaces it.
+    Longer,
     /// The last full blocks again, as they are, and what follows them.
     Again,
     /// The last full block with other tokens: refused.
@@ -51,6 +53,12 @@ pub(super) enum Op {
         offer: Offer,
         full: u8,
         tail: u8,
+        seed: u32,
+    },
+    /// A state of so many parts.
+    Put {
+        slot: Slot,
+        parts: u8,
         seed: u32,
     },
     Seal(Slot),
@@ -83,6 +91,8 @@ pub(super) struct Document {
     pub(super) sealed: bool,
     /// The last may be a tail.
     pub(super) blocks: Vec<BlockRecord>,
+    /// The tokens that it was taken after, and its parts.
+    pub(super) state: Option<(u64, Vec<Bytes>)>,
 }
 
 /// What a store holds.
@@ -142,7 +152,21 @@ pub(super) fn made(index: u32, tokens: u32, seed: u32) -> BlockRecord {
     block
 }
 
+/// The parts of a state: some are larger than a whole segment.
+fn made_parts(count: u8, seed: u32) -> Vec<Bytes> {
+    let len = |number: u32| 1 + (seed * 37 + number * 11) as usize % if seed.is_multiple_of(7) { 4000 } else { 200 };
+    (0..count as u32).map(|number| part(number, len(number), seed)).collect()
+}
+
 impl Document {
+    fn tokens(&self) -> u64 {
+        self.token_ids().len() as u64
+    }
+
+    fn token_ids(&self) -> Vec<u32> {
+        self.blocks.iter().flat_map(|block| block.meta.token_ids.iter().copied()).collect()
+    }
+
     fn full(&self) -> u32 {
         self.blocks.iter().filter(|block| block.meta.token_ids.len() == 4).count() as u32
     }
@@ -157,7 +181,7 @@ impl Document {
         let (first, from) = match offer {
             Offer::Gap => (next + 1, next + 1),
             Offer::Other | Offer::Again => (next.saturating_sub(2), next),
-            Offer::Next => (next, next),
+            Offer::Next | Offer::Longer => (next, next),
         };
         let mut offered: Vec<BlockRecord> = self.blocks[..next as usize].iter().skip(first as usize).cloned().collect();
         let mut answer = Answer::Done;
@@ -170,6 +194,12 @@ impl Document {
         offered.extend((0..full as u32).map(|step| made(from + step, 4, seed)));
         if tail > 0 {
             offered.push(made(from + full as u32, tail as u32, seed));
+        }
+        if offer == Offer::Longer
+            && let (Some(first), Some(old)) = (offered.first_mut(), self.blocks.get(next as usize))
+        {
+            let same = first.meta.token_ids.iter_mut().zip(&old.meta.token_ids);
+            same.for_each(|(id, old)| *id = *old);
         }
         let has_news = full > 0 || tail > 0;
         if answer == Answer::Done && has_news {
@@ -221,7 +251,8 @@ impl Model {
                 if self.document(slot).is_some() {
                     return Answer::AlreadyExists;
                 }
-                self.documents.push(Document { id: DocumentId(0), slot, sealed: false, blocks: Vec::new() });
+                let (id, blocks) = (DocumentId(0), Vec::new());
+                self.documents.push(Document { id, slot, sealed: false, blocks, state: None });
             }
             Op::Append { slot, offer, full, tail, seed } => {
                 let Some(document) = self.document_mut(slot) else { return Answer::NotFound };
@@ -232,9 +263,20 @@ impl Model {
                 let next = document.full();
                 let news: Vec<_> = offered.into_iter().filter(|block| block.index >= next).collect();
                 if !news.is_empty() {
+                    let before = document.token_ids();
                     document.blocks.truncate(next as usize);
                     document.blocks.extend(news);
+                    let now = document.token_ids();
+                    let agrees = |taken: usize| now.get(..taken) == before.get(..taken);
+                    document.state = document.state.take().filter(|(taken, _)| agrees(*taken as usize));
                 }
+            }
+            Op::Put { slot, parts, seed } => {
+                let Some(document) = self.document_mut(slot) else { return Answer::NotFound };
+                if document.sealed {
+                    return Answer::Sealed;
+                }
+                document.state = Some((document.tokens(), made_parts(parts, seed)));
             }
             Op::Seal(slot) => {
                 let Some(document) = self.document_mut(slot) else { return Answer::NotFound };
@@ -265,6 +307,10 @@ impl Model {
             Op::Append { slot, offer, full, tail, seed } => {
                 let offered = self.document(slot).map(|document| document.offered(offer, full, tail, seed).0);
                 store.append(document(slot), &offered.unwrap_or_default()).map(drop)
+            }
+            Op::Put { slot, parts, seed } => {
+                let tokens = self.document(slot).map_or(0, Document::tokens);
+                store.put_state(document(slot), tokens, &made_parts(parts, seed)).map(drop)
             }
             Op::Seal(slot) => store.seal(document(slot)).map(drop),
             Op::Delete(slot) => store.delete(document(slot)).map(drop),
@@ -350,6 +396,14 @@ impl Document {
                 return Err(format!("block {block} holds {:?}, expected {:?}", found.meta, expected.meta));
             }
         }
+        let found = state(store, id).map_err(|error| format!("the state of document {id}: {error}"))?;
+        if found != self.state {
+            let lens = |state: &Option<(u64, Vec<Bytes>)>| {
+                state.as_ref().map(|(tokens, parts)| (*tokens, parts.iter().map(Bytes::len).collect::<Vec<_>>()))
+            };
+            let (found, expected) = (lens(&found), lens(&self.state));
+            return Err(format!("the state of document {id} is another: found {found:?}, expected {expected:?}"));
+        }
         let behind = BlockId { document: id, index: self.blocks.len() as u32 };
         same(&format!("block {behind}, behind the end"), &Answer::of(&store.read_meta(behind)), &Answer::NotFound)
     }
@@ -404,6 +458,7 @@ impl Generator {
             7..14 => Op::Delete(slot),
             14..20 => Op::Create(slot),
             20..24 => self.restart(),
+            24..34 if model.document(slot).is_some() => self.put(slot),
             _ => match model.document(slot) {
                 None => Op::Create(slot),
                 Some(document) if document.sealed || document.blocks.len() > BLOCKS_MAX => Op::Delete(slot),
@@ -418,10 +473,16 @@ impl Generator {
             0 => Offer::Gap,
             1 => Offer::Other,
             2..4 => Offer::Again,
+            4..8 => Offer::Longer,
             _ => Offer::Next,
         };
         let full = [0, 0, 1, 1, 2, 5][self.number(6) as usize];
         Op::Append { slot, offer, full, tail: self.number(4) as u8, seed: self.seed }
+    }
+
+    fn put(&mut self, slot: Slot) -> Op {
+        self.seed += 1;
+        Op::Put { slot, parts: 1 + self.number(4) as u8, seed: self.seed }
     }
 
     fn files(&mut self) -> Files {

@@ -151,7 +151,7 @@ fn a_document_in_doubt_is_readable_again() {
         let (report, store) = repaired(&copy);
         assert_eq!(report.salvaged.len(), 1, "{report:?}");
         assert_eq!((report.salvaged[0].blocks, report.salvaged[0].tail_tokens), (5, 2));
-        for ((_, found), (_, expected)) in contents(&store)[0].2.iter().zip(&before[0].2) {
+        for ((_, found, _), (_, expected, _)) in contents(&store)[0].2.iter().zip(&before[0].2) {
             assert_eq!(found, expected);
         }
         assert_eq!(store.manifest(grown).unwrap().name, "grown");

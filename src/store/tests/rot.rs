@@ -50,6 +50,18 @@ fn read_right(store: &Store, models: [&Model; 2]) -> Result<Vec<BlockId>, String
             }
         }
     }
+    for document in models.iter().flat_map(|model| &model.documents) {
+        let is_right = |found: &_| {
+            let of = |model: &Model| model.documents.iter().find(|other| other.id == document.id).cloned();
+            models.iter().any(|model| of(model).is_some_and(|known| known.state == *found))
+        };
+        match state(store, document.id) {
+            Ok(found) if is_right(&found) => {}
+            Ok(_) => return Err(format!("document {} answers with a state that it has not", document.id)),
+            Err(StoreError::NotFound { .. } | StoreError::Damaged { .. }) => {}
+            Err(error) => return Err(format!("the state of document {}: {error}", document.id)),
+        }
+    }
     for &(document, blocks) in &models[0].gone {
         for index in 0..blocks {
             let id = BlockId { document, index };
