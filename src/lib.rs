@@ -81,8 +81,9 @@ mod attention;
 
 pub use api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, BlockText, CollectionInfo, Deleted, DocumentInfo,
-    Entity, Fault, FetchRequest, Health, Hits, LookupRequest, Measured, MemoryError, NewBlock, Result, Stats,
-    StoredBlock, Tensor, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, VerifyReport, check_together,
+    Entity, Fault, FetchRequest, Health, Hits, LookupRequest, Measured, MemoryError, NewBlock, Result, SequenceState,
+    StatePart, Stats, StoredBlock, Tensor, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, VerifyReport,
+    check_together,
 };
 pub use attention::{
     AtHandReads, AttentionError, BlockAttention, BlockReads, CHUNK_TOKENS, CountedFrom, HeadReads, Layers, NewTokens,

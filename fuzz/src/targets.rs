@@ -112,6 +112,8 @@ fn ask(memory: &LocalMemory, request: Request) -> Result<()> {
         Request::ListBlocks(range) => memory.blocks(&range).map(drop),
         Request::DeleteDocument(document) => memory.delete(document).map(drop),
         Request::GetStats => memory.stats().map(drop),
+        Request::PutState(document, state) => memory.put_state(document, state).map(drop),
+        Request::GetStatePart(document, part) => memory.state_part(document, part).map(drop),
         Request::Verify(document) => memory.verify(document, &mut |_, _| {}).map(drop),
     }
 }
@@ -142,6 +144,7 @@ fn ask_everything(store: Store) {
     };
     for collection in memory.collections().unwrap_or_default() {
         for document in memory.documents(collection.id).unwrap_or_default() {
+            answered(memory.state(document.id).map(drop));
             let blocks = document.blocks.min(BLOCKS_MAX);
             let range = BlockRange { document: document.id, blocks: 0..blocks + 1 };
             answered(memory.blocks(&range).map(drop));

@@ -10,8 +10,8 @@ mod requests;
 pub use error::{Entity, MemoryError, Result};
 pub use requests::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockText, CollectionInfo, Deleted, DocumentInfo, Fault,
-    FetchRequest, Health, Hits, LookupRequest, Measured, NewBlock, Stats, StoredBlock, Tensor, TuneIndex, TuneQuery,
-    TuneReport, TuneRequest, TuneStep, VerifyReport, check_together,
+    FetchRequest, Health, Hits, LookupRequest, Measured, NewBlock, SequenceState, StatePart, Stats, StoredBlock,
+    Tensor, TuneIndex, TuneQuery, TuneReport, TuneRequest, TuneStep, VerifyReport, check_together,
 };
 
 use crate::shape::CollectionSpec;
@@ -89,7 +89,58 @@ pub trait BlockMemory: Send + Sync {
     /// [`MemoryError::OutOfOrder`] or [`MemoryError::UnexpectedLength`] where the blocks do not continue the document.
     fn append(&self, request: AppendRequest) -> Result<DocumentInfo>;
 
-    /// Ends appends to a document, durably. Sealing a sealed document changes nothing.
+    /// Keeps a state with a document, in place of the one that it keeps. It is durable when it returns: whole, or, after an error,
+    /// the earlier one is there as a whole. It goes with the document, and when other tokens take the place of a tail that it was
+    /// taken in.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document, [`MemoryError::Missing`] or [`MemoryError::LimitExceeded`] as
+    /// [`SequenceState::check`], [`MemoryError::UnexpectedLength`] unless the document has exactly the tokens that the state was
+    /// taken after, [`MemoryError::Sealed`], and [`MemoryError::Invalid`] from a memory that keeps none.
+    fn put_state(&self, _document: DocumentId, _state: SequenceState) -> Result<DocumentInfo> {
+        Err(MemoryError::Invalid {
+            field: "state".into(),
+            expected: "a memory that keeps states".into(),
+            found: "one that does not".into(),
+        })
+    }
+
+    /// One part of a document's state, counted from 0. `None`: the document keeps none, or one of fewer parts.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for the document, [`MemoryError::DataLoss`] names a part that is damaged.
+    fn state_part(&self, document: DocumentId, _part: u32) -> Result<Option<StatePart>> {
+        self.document(document).map(|_| None)
+    }
+
+    /// All parts of a document's state, which are of one state also while others take its place.
+    ///
+    /// # Errors
+    /// Those of [`state_part`](Self::state_part).
+    fn state(&self, document: DocumentId) -> Result<Option<SequenceState>> {
+        let mut incomplete = None;
+        loop {
+            let Some(StatePart { version, tokens, parts: count, bytes }) = self.state_part(document, 0)? else {
+                return Ok(None);
+            };
+            if incomplete == Some(version) {
+                return Err(MemoryError::Internal { detail: format!("a state of {count} parts has fewer") });
+            }
+            let mut parts = vec![bytes];
+            while parts.len() < count as usize {
+                let next = self.state_part(document, parts.len() as u32)?;
+                // Another may have come in its place: begun anew.
+                let Some(part) = next.filter(|part| part.version == version) else { break };
+                parts.push(part.bytes);
+            }
+            if parts.len() >= count as usize {
+                return Ok(Some(SequenceState { tokens, parts }));
+            }
+            incomplete = Some(version);
+        }
+    }
+
+    /// Ends appends to a document, durably. Its state stays. Sealing a sealed document changes nothing.
     ///
     /// # Errors
     /// [`MemoryError::NotFound`] for the document.

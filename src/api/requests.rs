@@ -54,8 +54,37 @@ pub struct DocumentInfo {
     pub tokens: u64,
     /// Bytes of source text that the tokens cover.
     pub text_bytes: u64,
-    /// Bytes on disk: payload, keys, text and headers.
+    /// Bytes on disk: payload, keys, text, state and headers.
     pub stored_bytes: u64,
+    /// [`SequenceState::tokens`] of the state that the document keeps. `None`: it keeps none.
+    pub state_tokens: Option<u64>,
+}
+
+/// What a model needs besides the blocks of a document to continue it, such as K and V of layers that see no more than a
+/// window: bytes that mean nothing to a memory.
+///
+/// A document keeps one, which is replaced as a whole. It may be older than the document: whoever continues an open one goes
+/// back to these tokens, and blocks that are appended again are skipped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceState {
+    /// Tokens of the document, from its first on, that the state was taken after.
+    pub tokens: u64,
+    /// 1 to [`limits::STATE_PARTS_MAX`] parts of 1 to [`limits::STATE_PART_BYTES_MAX`] bytes each, at most
+    /// [`limits::STATE_BYTES_MAX`] in all.
+    pub parts: Vec<Bytes>,
+}
+
+/// One part of a document's state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatePart {
+    /// Of the state: one that takes its place has another.
+    pub version: u64,
+    /// [`SequenceState::tokens`] of the state.
+    pub tokens: u64,
+    /// Parts of the state.
+    pub parts: u32,
+    /// The part.
+    pub bytes: Bytes,
 }
 
 /// The source text of one block.
@@ -422,6 +451,28 @@ impl LookupRequest {
         let k = self.top_k.min(eligible);
         let recent = k.min(self.scope.last().map_or(0, of));
         if recent == eligible { eligible } else { k + 1 }
+    }
+}
+
+impl SequenceState {
+    /// Checks the number and the sizes of its parts.
+    ///
+    /// # Errors
+    /// [`MemoryError::Missing`] for a state without parts or a part without bytes, [`MemoryError::LimitExceeded`] beyond
+    /// [`limits`].
+    pub fn check(&self) -> Result<()> {
+        let at_most = |what: &str, limit, found| match found <= limit {
+            true => Ok(()),
+            false => Err(MemoryError::LimitExceeded { what: what.into(), limit, found }),
+        };
+        if self.parts.is_empty() || self.parts.iter().any(Bytes::is_empty) {
+            return Err(MemoryError::Missing { field: "state.parts".into() });
+        }
+        at_most("parts of a state", limits::STATE_PARTS_MAX as u64, self.parts.len() as u64)?;
+        let lens = || self.parts.iter().map(|part| part.len() as u64);
+        let (largest, total) = (lens().max().unwrap_or(0), lens().sum());
+        at_most("bytes of a part of a state", limits::STATE_PART_BYTES_MAX as u64, largest)?;
+        at_most("bytes of a state", limits::STATE_BYTES_MAX, total)
     }
 }
 

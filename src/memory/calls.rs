@@ -6,12 +6,12 @@ use super::local::LocalMemory;
 use super::tune::tune;
 use crate::api::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, CollectionInfo, Deleted, DocumentInfo, Entity,
-    Fault, FetchRequest, Health, Hits, LookupRequest, MemoryError, Result, Stats, StoredBlock, TuneReport, TuneRequest,
-    TuneStep, VerifyReport,
+    Fault, FetchRequest, Health, Hits, LookupRequest, MemoryError, Result, SequenceState, StatePart, Stats,
+    StoredBlock, TuneReport, TuneRequest, TuneStep, VerifyReport,
 };
 use crate::lock::IgnorePoison;
 use crate::shape::{CollectionSpec, check_name};
-use crate::store::{self, CollectionEntry, StoreError};
+use crate::store::{self, CollectionEntry, KeptState, StoreError};
 use crate::types::{BlockRange, CollectionId, DocumentId, Engine};
 use crate::until::Until;
 
@@ -95,6 +95,20 @@ impl BlockMemory for LocalMemory {
 
     fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
         self.append_blocks(request)
+    }
+
+    fn put_state(&self, document: DocumentId, state: SequenceState) -> Result<DocumentInfo> {
+        self.keep_state(document, &state)
+    }
+
+    fn state_part(&self, document: DocumentId, part: u32) -> Result<Option<StatePart>> {
+        let found = self.store.read_state_part(document, part)?;
+        Ok(found.map(|(KeptState { tokens, parts, sequence, .. }, bytes)| StatePart {
+            version: sequence,
+            tokens,
+            parts,
+            bytes: bytes.into(),
+        }))
     }
 
     fn seal(&self, document: DocumentId) -> Result<DocumentInfo> {

@@ -8,7 +8,7 @@ use super::collection::Collection;
 use super::error::{at_most, invalid, writing};
 use super::local::LocalMemory;
 use super::work;
-use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, Tensor};
+use crate::api::{AppendRequest, BlockText, DocumentInfo, MemoryError, NewBlock, Result, SequenceState, Tensor};
 use crate::limits;
 use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;
@@ -146,6 +146,23 @@ impl LocalMemory {
             }
         }
         Ok(wanted)
+    }
+
+    pub(super) fn keep_state(&self, document: DocumentId, state: &SequenceState) -> Result<DocumentInfo> {
+        state.check()?;
+        let collection = self.collection_of(self.store.manifest(document)?.collection)?;
+        let writer = self.writers.of(document);
+        let _writing = writer.lock().ignore_poison();
+        let manifest = self.store.manifest(document)?;
+        if manifest.sealed {
+            return Err(MemoryError::Sealed { document });
+        }
+        let (expected, found) = (state.tokens, collection.tokens(&manifest));
+        if expected != found {
+            return Err(MemoryError::UnexpectedLength { document, expected, found });
+        }
+        let manifest = self.store.put_state(document, state.tokens, &state.parts).map_err(writing(document))?;
+        Ok(self.info(&collection, manifest))
     }
 
     pub(super) fn seal_document(&self, document: DocumentId) -> Result<DocumentInfo> {

@@ -193,6 +193,7 @@ impl LocalMemory {
             tail_tokens: manifest.tail_tokens,
             text_bytes: manifest.text_bytes,
             stored_bytes: manifest.stored_bytes,
+            state_tokens: manifest.state.map(|state| state.tokens),
         }
     }
 

@@ -149,6 +149,7 @@ mod tests {
             tokens,
             text_bytes: 0,
             stored_bytes: 0,
+            state_tokens: None,
         }
     }
 

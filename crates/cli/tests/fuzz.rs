@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use landmarkdb::store::fuzz::seeds as store;
 use landmarkdb::{
     AppendRequest, AttendRequest, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, FetchRequest,
-    Granularity, KeyRule, LookupRequest, Normalisation,
+    Granularity, KeyRule, LookupRequest, Normalisation, SequenceState,
 };
 use landmarkdb_grpc::wire::fuzz::{Request, seeds as wire};
 use landmarkdb_llm::fuzz::seeds as model;
@@ -173,6 +173,8 @@ fn requests() -> Vec<Vec<u8>> {
         (1, Request::Lookup(lookup(two, landmarks, 3, Granularity::Token))),
         (11, Request::ListDocuments(one)),
         (12, Request::GetDocument(sealed)),
+        (18, Request::PutState(long, SequenceState { tokens: 7, parts: vec![vec![1; 20].into()] })),
+        (19, Request::GetStatePart(long, 0)),
         (13, Request::SealDocument(long)),
         (14, Request::ListBlocks(BlockRange { document: long, blocks: 1..9 })),
         (15, Request::DeleteDocument(landmarks)),

@@ -1,5 +1,7 @@
 //! What comes in comes out; what is wrong is refused by field; what was sent twice is stored once.
 
+use bytes::Bytes;
+
 use super::*;
 
 fn append(world: &World, document: DocumentId, blocks: Vec<NewBlock>) -> Result<DocumentInfo> {
@@ -295,4 +297,64 @@ fn erase(world: &World, bytes: &[u8]) {
             return std::fs::write(path, file).unwrap();
         }
     }
+}
+
+#[test]
+fn a_state_belongs_to_a_length_of_its_document() {
+    let mut world = World::new(spec("states"));
+    let document = world.document("a", 2);
+    let (tail, longer) = (world.block(2, 2), world.block(2, 5));
+    let append = |world: &World, block: &NewBlock, expected_tokens| {
+        world.memory.append(AppendRequest { document, blocks: vec![block.clone()], expected_tokens })
+    };
+    append(&world, &tail, Some(10)).unwrap();
+    let state = |tokens, byte: u8| SequenceState { tokens, parts: vec![vec![byte; 300].into(), vec![byte].into()] };
+    let memory = &world.memory;
+    assert_eq!(memory.state(document), Ok(None));
+    for tokens in [0, 10, 13] {
+        let refused = memory.put_state(document, state(tokens, 1));
+        assert_eq!(refused, Err(MemoryError::UnexpectedLength { document, expected: tokens, found: 12 }));
+    }
+    let info = memory.put_state(document, state(12, 1)).unwrap();
+    assert_eq!((info.state_tokens, info.tokens), (Some(12), 12));
+    // A resumed writer goes back to it, and what it appends again is skipped, whatever it expects.
+    append(&world, &longer, Some(12)).unwrap();
+    assert_eq!(append(&world, &longer, Some(12)).unwrap().tokens, 15);
+    assert_eq!(append(&world, &tail, Some(10)).unwrap().state_tokens, Some(12));
+    let world = world.reopened();
+    assert_eq!(world.memory.state(document), Ok(Some(state(12, 1))));
+    world.memory.put_state(document, state(15, 2)).unwrap();
+    let sealed = world.memory.seal(document).unwrap();
+    assert_eq!(sealed.state_tokens, Some(15));
+    assert_eq!(world.memory.put_state(document, state(15, 3)), Err(MemoryError::Sealed { document }));
+    assert_eq!(world.memory.state(document), Ok(Some(state(15, 2))));
+    assert_eq!(world.memory.state_part(document, 2), Ok(None));
+    let listed = &world.memory.documents(world.collection).unwrap()[0];
+    assert_eq!(*listed, world.memory.document(document).unwrap());
+    world.memory.delete(document).unwrap();
+    assert!(matches!(world.memory.state(document), Err(MemoryError::NotFound { .. })));
+}
+
+#[test]
+fn states_are_bounded_before_anything_is_written() {
+    let mut world = World::new(spec("states"));
+    let document = world.document("a", 1);
+    let put = |parts: Vec<Bytes>| world.memory.put_state(document, SequenceState { tokens: 5, parts });
+    let limit = |what: &str, limit: usize, found: usize| {
+        Err(MemoryError::LimitExceeded { what: what.into(), limit: limit as u64, found: found as u64 })
+    };
+    let missing = Err(MemoryError::Missing { field: "state.parts".into() });
+    assert_eq!(put(vec![]), missing);
+    assert_eq!(put(vec![Bytes::from_static(b"x"), Bytes::new()]), missing);
+    let many = limits::STATE_PARTS_MAX + 1;
+    assert_eq!(put(vec![Bytes::from_static(b"x"); many]), limit("parts of a state", many - 1, many));
+    let large = Bytes::from(vec![0; limits::STATE_PART_BYTES_MAX + 1]);
+    let (most, found) = (limits::STATE_PART_BYTES_MAX, large.len());
+    assert_eq!(put(vec![large.clone()]), limit("bytes of a part of a state", most, found));
+    let largest = large.slice(1..);
+    let most = limits::STATE_BYTES_MAX as usize;
+    let count = most / largest.len() + 1;
+    assert_eq!(put(vec![largest.clone(); count]), limit("bytes of a state", most, count * largest.len()));
+    assert_eq!(world.memory.document(document).unwrap().state_tokens, None);
+    put(vec![largest]).unwrap();
 }

@@ -24,6 +24,7 @@ mod readme;
 mod restore;
 #[path = "../service/mod.rs"]
 mod service;
+mod states;
 mod streams;
 mod suite;
 
@@ -41,6 +42,7 @@ fn cases() -> Vec<Case> {
         provenance::cases(),
         appends::cases(),
         restore::cases(),
+        states::cases(),
         documents::cases(),
         identity::cases(),
         numbers::cases(),

@@ -44,8 +44,9 @@ fn batches(request: AppendRequest, batch_bytes: usize) -> Vec<v1::AppendRequest>
     for block in request.blocks {
         let bytes = payload_bytes(&block);
         if filled_bytes > 0 && filled_bytes.saturating_add(bytes) > batch_bytes {
-            // This one begins where the one before ended, with a full block.
-            let expected_tokens = request.expected_tokens.map(|_| block.index as u64 * before_tokens);
+            // This one begins where the one before ended, with a full block, unless the document was longer from the start.
+            let expected_tokens =
+                request.expected_tokens.map(|expected| expected.max(block.index as u64 * before_tokens));
             batches.push(v1::AppendRequest { document, blocks: Vec::new(), expected_tokens });
             filled_bytes = 0;
         }
@@ -100,5 +101,7 @@ mod tests {
         };
         assert_eq!(expected(Some(37)), [Some(37), Some(40), Some(45)]);
         assert_eq!(expected(None), [None; 3]);
+        // A resumed writer appends again what the document has: it stays as long as it is until that is behind.
+        assert_eq!(expected(Some(42)), [Some(42), Some(42), Some(45)]);
     }
 }

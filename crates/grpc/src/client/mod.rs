@@ -6,6 +6,7 @@
 //! retry     what is tried again, how often, how long apart
 //! multiplex small lookups and attends over one long stream
 //! append    batches over a stream, resumed where it broke
+//! state     a state over a stream of its parts
 //! cache     blocks that were fetched before, bounded in bytes
 //! ```
 
@@ -15,6 +16,7 @@ mod connect;
 mod multiplex;
 mod remote;
 mod retry;
+mod state;
 
 pub use cache::{CacheCounts, CachedBlocks};
 pub use connect::ClientOptions;

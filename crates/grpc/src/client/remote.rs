@@ -7,6 +7,7 @@ use super::append::append;
 use super::connect::{ClientOptions, Connection};
 use super::multiplex::Multiplex;
 use super::retry::{Patience, Repeat};
+use super::state::put_state;
 use crate::wire::v1;
 use crate::wire::v1::admin_client::AdminClient;
 use crate::wire::v1::block_memory_client::BlockMemoryClient;
@@ -14,7 +15,8 @@ use landmarkdb::limits;
 use landmarkdb::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockMemory, BlockRange, CollectionId, CollectionInfo,
     CollectionSpec, Deleted, DocumentId, DocumentInfo, Engine, FetchRequest, Hits, LookupRequest, MemoryError, Result,
-    Stats, StoredBlock, TuneReport, TuneRequest, TuneStep, Until, VerifyReport, check_together,
+    SequenceState, StatePart, Stats, StoredBlock, TuneReport, TuneRequest, TuneStep, Until, VerifyReport,
+    check_together,
 };
 
 /// Queries up to this size go over the long stream. A decode step of 32 heads of 128 (16 KiB) takes 115 us there and
@@ -163,6 +165,18 @@ impl BlockMemory for RemoteMemory {
     /// In one batch, durable as a whole or not at all, unless its payload passes `ClientOptions::append_bytes`.
     fn append(&self, request: AppendRequest) -> Result<DocumentInfo> {
         self.connection.wait(append(self.data.clone(), &self.patience(), request))
+    }
+
+    fn put_state(&self, document: DocumentId, state: SequenceState) -> Result<DocumentInfo> {
+        state.check()?;
+        self.connection.wait(put_state(self.data.clone(), &self.patience(), document, state))
+    }
+
+    fn state_part(&self, document: DocumentId, part: u32) -> Result<Option<StatePart>> {
+        let message = v1::GetStatePartRequest { document: document.0, part };
+        let send = async |request| self.data.clone().get_state_part(request).await;
+        let reply = self.connection.wait(self.patience().call(Repeat::Yes, message, send))?;
+        reply.part.map(StatePart::try_from).transpose()
     }
 
     fn seal(&self, document: DocumentId) -> Result<DocumentInfo> {

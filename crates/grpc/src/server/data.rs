@@ -7,9 +7,13 @@ use super::multiplex;
 use super::replies::{Replies, ReplyStream, replies};
 use super::work::{Line, Ticket, Work, log, stopping};
 use crate::wire::v1::block_memory_server::BlockMemory;
-use crate::wire::{to_status, v1};
+use crate::wire::{ArrivingState, to_status, v1};
+use landmarkdb::budget::Taken;
 use landmarkdb::limits;
-use landmarkdb::{self, AppendRequest, AttendRequest, FetchRequest, LookupRequest, MemoryError, StoredBlock, Until};
+use landmarkdb::{
+    self, AppendRequest, AttendRequest, DocumentId, FetchRequest, LookupRequest, MemoryError, SequenceState,
+    StoredBlock, Until,
+};
 
 /// Replies that a stream holds ready: one on its way, one behind it.
 const REPLIES_READY: usize = 2;
@@ -69,6 +73,42 @@ impl BlockMemory for DataService {
         self.work.reply(ticket, move |memory, until| answer_all(memory, &readable, refusals, until)).await
     }
 
+    async fn put_state(
+        &self,
+        request: Request<Streaming<v1::PutStateRequest>>,
+    ) -> Result<Response<v1::PutStateReply>, Status> {
+        let call = Call::of(&request);
+        let until = call.until(&request);
+        let (state, held) = receive_state(&self.work, &call, &until, request.into_inner()).await?;
+        let ticket = Ticket { line: Line::Writing, until, message: None };
+        self.work
+            .reply(ticket, move |memory, _| {
+                // The messages that the parts came in, and lie in.
+                let _held = held;
+                let (document, state) = state;
+                let document = memory.put_state(document, state)?;
+                Ok(v1::PutStateReply { document: Some(document.into()) })
+            })
+            .await
+    }
+
+    async fn get_state_part(
+        &self,
+        request: Request<v1::GetStatePartRequest>,
+    ) -> Result<Response<v1::GetStatePartReply>, Status> {
+        // Of its own message nothing is held while it waits for the most that a part may have.
+        let ticket = Ticket { message: None, ..Ticket::of(Line::Light, &request) };
+        let v1::GetStatePartRequest { document, part } = request.into_inner();
+        let room = call::take(&self.work.messages, limits::STATE_PART_BYTES_MAX as u64, &ticket.until);
+        let _taken = room.await.map_err(|error| to_status(&error))?;
+        self.work
+            .reply(ticket, move |memory, _| {
+                let part = memory.state_part(DocumentId(document), part)?.map(v1::StatePart::from);
+                Ok(v1::GetStatePartReply { part })
+            })
+            .await
+    }
+
     type LookupStreamStream = ReplyStream<v1::LookupStreamReply>;
 
     async fn lookup_stream(
@@ -123,6 +163,34 @@ fn answer_all(
     let outcome = |refusal: Option<MemoryError>| refusal.map_or_else(|| answers.next(), |error| Some(Err(error)));
     let outcomes = refusals.into_iter().filter_map(outcome).map(|outcome| outcome.inspect_err(log).into()).collect();
     Ok(v1::AttendAllReply { outcomes })
+}
+
+/// All messages of a state, and what was taken for them: no more than a state may have, for a message more is not asked for.
+async fn receive_state(
+    work: &Work,
+    call: &Call,
+    until: &Until,
+    mut messages: Streaming<v1::PutStateRequest>,
+) -> Result<((DocumentId, SequenceState), Vec<Taken>), Status> {
+    let (mut arriving, mut held) = (ArrivingState::default(), Vec::new());
+    loop {
+        let message = tokio::select! {
+            biased;
+            () = work.stopped() => return Err(to_status(&stopping())),
+            message = call::within(until, messages.message()) => message,
+        };
+        let whole = match message.map_err(|error| to_status(&error))?? {
+            Some(message) => arriving.push(message).map_err(|error| to_status(&error))?,
+            None => {
+                let (expected, found) = ("as many parts as were announced".into(), "fewer".into());
+                return Err(to_status(&MemoryError::Invalid { field: "state.parts".into(), expected, found }));
+            }
+        };
+        held.extend(call.take_message());
+        if whole {
+            return Ok((arriving.into_state().map_err(|error| to_status(&error))?, held));
+        }
+    }
 }
 
 /// Makes each batch durable, then says so, then takes the next. Ends with the first refusal, with the caller or its time,

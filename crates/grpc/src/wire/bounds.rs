@@ -22,7 +22,7 @@ const NUMBER_BYTES: u64 = 8;
 pub struct Bounds {
     /// Bytes of one message.
     pub bytes_max: usize,
-    /// Whether there may be any number of them in one call.
+    /// Whether the next one of a call may be waited for as long as it takes.
     pub is_of_stream: bool,
     fields: &'static [Field],
 }
@@ -71,6 +71,11 @@ const ATTEND_STREAM_BOUNDS: Bounds =
     Bounds { bytes_max: limits::LOOKUP_MESSAGE_BYTES_MAX, is_of_stream: true, fields: &[Field::Message(2, ATTEND)] };
 const FETCH_BOUNDS: Bounds =
     Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[Field::Numbers(2)] };
+/// Of a stream too, but one that is held in memory until it is whole: no message of it may be waited for longer than a byte.
+const PUT_STATE_BOUNDS: Bounds =
+    Bounds { bytes_max: limits::STATE_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[] };
+const GET_STATE_PART_BOUNDS: Bounds =
+    Bounds { bytes_max: limits::FETCH_MESSAGE_BYTES_MAX, is_of_stream: false, fields: &[] };
 const TUNE_BOUNDS: Bounds = Bounds {
     bytes_max: limits::TUNE_MESSAGE_BYTES_MAX,
     is_of_stream: false,
@@ -90,6 +95,8 @@ pub fn bounds(path: &str) -> &'static Bounds {
         Some("BlockMemory/AttendAll") => &ATTEND_ALL_BOUNDS,
         Some("BlockMemory/LookupStream") => &LOOKUP_STREAM_BOUNDS,
         Some("BlockMemory/AttendStream") => &ATTEND_STREAM_BOUNDS,
+        Some("BlockMemory/PutState") => &PUT_STATE_BOUNDS,
+        Some("BlockMemory/GetStatePart") => &GET_STATE_PART_BOUNDS,
         Some("BlockMemory/Fetch") => &FETCH_BOUNDS,
         Some("Admin/Tune") => &TUNE_BOUNDS,
         _ => &OTHER_BOUNDS,

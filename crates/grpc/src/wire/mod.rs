@@ -16,10 +16,12 @@ mod error;
 pub mod fuzz;
 mod lookup;
 mod spec;
+mod state;
 mod status;
 mod tune;
 
 pub use bounds::{Bounds, Chunks, bounds};
+pub use state::{ArrivingState, put_state_messages};
 pub use status::{from_status, to_status};
 
 /// Generated from `proto/landmark/v1/*.proto`.

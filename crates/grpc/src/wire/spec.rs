@@ -145,6 +145,7 @@ impl From<DocumentInfo> for v1::DocumentInfo {
             tokens: info.tokens,
             text_bytes: info.text_bytes,
             stored_bytes: info.stored_bytes,
+            state_tokens: info.state_tokens,
         }
     }
 }
@@ -161,6 +162,7 @@ impl From<v1::DocumentInfo> for DocumentInfo {
             tokens: wire.tokens,
             text_bytes: wire.text_bytes,
             stored_bytes: wire.stored_bytes,
+            state_tokens: wire.state_tokens,
         }
     }
 }

@@ -30,6 +30,12 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.append(requests::append(document, 0..3))),
         format!("{:?}", memory.append(requests::append(document, 0..0))),
         format!("{:?}", memory.append(requests::append(UNKNOWN, 0..1))),
+        format!("{:?}", memory.put_state(document, requests::state(3))),
+        format!("{:?}", memory.put_state(UNKNOWN, requests::state(1))),
+        format!("{:?}", memory.state_part(document, 2)),
+        format!("{:?}", memory.state_part(document, 3)),
+        format!("{:?}", memory.state(document)),
+        format!("{:?}", memory.state(UNKNOWN)),
         format!("{:?}", memory.seal(document)),
         format!("{:?}", memory.attend(&requests::attend(5))),
         format!("{:?}", memory.attend(&requests::attend(5000))),
@@ -115,7 +121,7 @@ fn every_error_survives_calls_and_streams_alike() {
         MemoryError::Unavailable { target: text(), detail: text() },
         MemoryError::Internal { detail: text() },
     ] {
-        let calls: [&dyn Fn() -> Option<MemoryError>; 9] = [
+        let calls: [&dyn Fn() -> Option<MemoryError>; 11] = [
             &|| remote.document(document).err(),
             &|| remote.attend(&requests::attend(1)).err(),
             &|| remote.attend(&requests::attend(600)).err(),
@@ -125,6 +131,8 @@ fn every_error_survives_calls_and_streams_alike() {
             &|| remote.blocks(&BlockRange { document, blocks: 0..9 }).err(),
             &|| remote.verify(None, &mut |_, _| {}).err(),
             &|| remote.collections().err(),
+            &|| remote.put_state(document, requests::state(2)).err(),
+            &|| remote.state(document).err(),
         ];
         for call in calls {
             memory.fail_with([Some(error.clone())]);

@@ -93,6 +93,7 @@ fn document(rng: &mut impl Rng, id: DocumentId) -> DocumentInfo {
         tokens: rng.random(),
         text_bytes: rng.random(),
         stored_bytes: rng.random(),
+        state_tokens: rng.random::<bool>().then(|| rng.random()),
     }
 }
 
@@ -180,6 +181,19 @@ impl BlockMemory for Double {
         let mut rng = self.enter("append", &request)?;
         known(request.document)?;
         Ok(document(&mut rng, request.document))
+    }
+
+    fn put_state(&self, id: DocumentId, state: SequenceState) -> Result<DocumentInfo> {
+        let mut rng = self.enter("put_state", (id, &state))?;
+        known(id)?;
+        Ok(document(&mut rng, id))
+    }
+
+    fn state_part(&self, id: DocumentId, part: u32) -> Result<Option<StatePart>> {
+        let mut rng = self.enter("state_part", (id, part))?;
+        known(id)?;
+        let bytes: Vec<u8> = (0..100).map(|_| rng.random()).collect();
+        Ok((part < 3).then(|| StatePart { version: u64::MAX - 1, tokens: 12, parts: 3, bytes: bytes.into() }))
     }
 
     fn seal(&self, id: DocumentId) -> Result<DocumentInfo> {

@@ -70,3 +70,8 @@ pub(crate) fn block(index: u32) -> NewBlock {
 pub(crate) fn append(document: DocumentId, indices: std::ops::Range<u32>) -> AppendRequest {
     AppendRequest { document, blocks: indices.map(block).collect(), expected_tokens: None }
 }
+
+/// A state of so many parts, each with bytes of its own.
+pub(crate) fn state(parts: u8) -> SequenceState {
+    SequenceState { tokens: 12, parts: (0..parts).map(|part| vec![part; 50 + part as usize].into()).collect() }
+}

@@ -261,6 +261,14 @@ impl BlockMemory for Recorder {
         self.inner.append(request)
     }
 
+    fn put_state(&self, document: DocumentId, state: SequenceState) -> Result<DocumentInfo> {
+        self.inner.put_state(document, state)
+    }
+
+    fn state_part(&self, document: DocumentId, part: u32) -> Result<Option<StatePart>> {
+        self.inner.state_part(document, part)
+    }
+
     fn seal(&self, document: DocumentId) -> Result<DocumentInfo> {
         self.inner.seal(document)
     }

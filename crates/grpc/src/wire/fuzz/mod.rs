@@ -6,10 +6,11 @@ use prost::Message;
 use tonic::{Code, Status};
 
 use super::convert::required;
-use super::{Chunks, bounds, from_status, to_status, v1};
+use super::{ArrivingState, Chunks, bounds, from_status, to_status, v1};
 use landmarkdb::{
     AppendRequest, AttendRequest, Attended, BlockInfo, BlockRange, CollectionId, CollectionInfo, CollectionSpec,
-    DocumentId, DocumentInfo, Engine, FetchRequest, Hits, LookupRequest, MemoryError, Result, StoredBlock,
+    DocumentId, DocumentInfo, Engine, FetchRequest, Hits, LookupRequest, MemoryError, Result, SequenceState, StatePart,
+    StoredBlock,
 };
 
 pub mod seeds;
@@ -52,11 +53,15 @@ pub enum Request {
     GetStats,
     /// A check of what a document holds on disk. `None`: of all documents.
     Verify(Option<DocumentId>),
+    /// A state of one part for a document.
+    PutState(DocumentId, SequenceState),
+    /// A part of a document's state.
+    GetStatePart(DocumentId, u32),
 }
 
 /// What a service makes of a message to the method of this number.
 pub fn request(method: u8, message: &Bytes) -> Result<Request> {
-    match method % 18 {
+    match method % 20 {
         0 => arrive("Append", message, |append: &v1::AppendRequest| append.blocks.iter().map(block_bytes).sum())
             .and_then(same::<_, AppendRequest>)
             .map(Request::Append),
@@ -121,6 +126,16 @@ fn admin(method: u8, message: &Bytes) -> Result<Request> {
             Request::DeleteDocument(DocumentId(document))
         }
         16 => arrive("", message, |_: &v1::GetStatsRequest| 0).map(|_| Request::GetStats)?,
+        18 => {
+            let mut arriving = ArrivingState::default();
+            arriving.push(arrive("PutState", message, |_: &v1::PutStateRequest| 0)?)?;
+            let (document, state) = arriving.into_state()?;
+            Request::PutState(document, state)
+        }
+        19 => {
+            let v1::GetStatePartRequest { document, part } = arrive("GetStatePart", message, |_| 0)?;
+            Request::GetStatePart(DocumentId(document), part)
+        }
         _ => {
             let v1::VerifyRequest { document, .. } = arrive("", message, |_| 0)?;
             Request::Verify(document.map(DocumentId))
@@ -205,7 +220,7 @@ fn attend_bytes(attend: &v1::AttendRequest) -> usize {
 pub fn reply(bytes: &[u8]) -> bool {
     let Some((&kind, bytes)) = bytes.split_first() else { return false };
     let message = Bytes::copy_from_slice(bytes);
-    let read = match kind % 11 {
+    let read = match kind % 12 {
         0 => decode(&message).and_then(same::<v1::LookupReply, Hits>).map(drop),
         1 => decode(&message).and_then(same::<v1::AttendReply, Attended>).map(drop),
         2 => decode(&message).and_then(outcomes),
@@ -215,6 +230,7 @@ pub fn reply(bytes: &[u8]) -> bool {
         6 => decode(&message).map(|wire: v1::DocumentInfo| drop(v1::DocumentInfo::from(DocumentInfo::from(wire)))),
         7 => decode(&message).map(|wire: v1::Stats| drop(v1::Stats::from(landmarkdb::Stats::from(wire)))),
         8 => decode(&message).map(|wire: v1::VerifyReport| drop(landmarkdb::VerifyReport::from(wire))),
+        11 => decode(&message).and_then(same::<v1::StatePart, StatePart>).map(drop),
         9 => decode(&message).and_then(|wire: v1::Error| MemoryError::try_from(wire)).map(|error| goes_round(&error)),
         _ => {
             let status = Status::with_details(Code::from(bytes.len() as i32 % 17), "refused", message);

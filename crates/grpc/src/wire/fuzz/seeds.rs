@@ -2,6 +2,7 @@
 
 use prost::Message;
 
+use super::super::put_state_messages;
 use super::*;
 use landmarkdb::{BlockId, BlockText, Fault, Health, Stats, VerifyReport};
 
@@ -31,6 +32,8 @@ pub fn message(method: u8, request: &Request) -> Vec<u8> {
         Verify(document) => {
             v1::VerifyRequest { document: document.map(|document| document.0), rebuild: true }.encode_to_vec()
         }
+        PutState(document, state) => put_state_messages(document, state)[0].encode_to_vec(),
+        GetStatePart(document, part) => v1::GetStatePartRequest { document: document.0, part }.encode_to_vec(),
         ListCollections | GetStats => Vec::new(),
     }
 }
@@ -67,6 +70,7 @@ pub fn replies(spec: &CollectionSpec, block: &landmarkdb::NewBlock) -> Vec<Vec<u
         (7, v1::Stats::from(stats).encode_to_vec()),
         (8, v1::VerifyReport::from(report).encode_to_vec()),
         (9, v1::Error::from(&MemoryError::DataLoss { block: Some(id), detail: "gone".into() }).encode_to_vec()),
+        (11, v1::StatePart { version: 1 << 63, tokens: 7, parts: 2, part: vec![1; 9].into() }.encode_to_vec()),
         (10, to_status(&MemoryError::Busy { what: "memory".into(), retry_ms: 250 }).details().to_vec()),
     ];
     bodies.into_iter().map(|(kind, body)| [vec![kind], body].concat()).collect()
