@@ -29,7 +29,9 @@
 //!
 //! The memory may be in process or remote: this folder knows only the interface.
 
+mod cut;
 mod local;
+mod resume;
 mod session;
 mod settings;
 mod trace;

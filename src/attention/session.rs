@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
+use crate::attention::cut::cut_block;
 use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, LocalAttention};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
 use crate::attention::trace::{AtHandReads, Heads, Place, Reads, Trace};
@@ -40,7 +41,7 @@ pub struct BlockAttention {
     /// Tokens of each block at hand, in the order of [`local::AtHand`]; none where they are not told apart.
     segments: Vec<usize>,
     link: Option<Link>,
-    writer: Option<Writer>,
+    pub(super) writer: Option<Writer>,
     /// Tokens that all layers have seen.
     position: usize,
     group: Group,
@@ -216,6 +217,10 @@ impl BlockAttention {
         }
     }
 
+    pub(super) fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
     /// Reads back what is at hand at the end of the last document: its window, its tail, and the sink.
     fn load(
         memory: &dyn BlockMemory,
@@ -234,6 +239,7 @@ impl BlockAttention {
         let mut tail = None;
         for block in fetch(last.id, at_hand.collect())? {
             let start = block.id.index as usize * block_tokens;
+            let block = cut_block(block, (last.tokens as usize).saturating_sub(start));
             session.window.push_block(&block.k.to_f32()?, &block.v.to_f32()?, &shape.rope.rotation(start as i64));
             session.position = start + block.token_ids.len();
             if block.token_ids.len() < block_tokens {

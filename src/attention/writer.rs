@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::api::{AppendRequest, BlockMemory, BlockText, DocumentInfo, MemoryError, NewBlock, Tensor};
+use bytes::Bytes;
+
+use crate::api::{AppendRequest, BlockMemory, BlockText, DocumentInfo, MemoryError, NewBlock, SequenceState, Tensor};
 use crate::attention::window::LocalWindow;
 use crate::shape::ModelShape;
 use crate::types::DocumentId;
@@ -50,6 +52,11 @@ impl Writer {
         Writer { memory, document: document.id, blocks, durable_tokens, ids, offsets, text, text_start }
     }
 
+    /// The document is as long as this, which may be longer than what the writer has seen of it.
+    pub(crate) fn expect(&mut self, document: &DocumentInfo) {
+        self.durable_tokens = document.tokens;
+    }
+
     /// Full blocks that are durable.
     pub(crate) fn blocks(&self) -> usize {
         self.blocks
@@ -91,6 +98,14 @@ impl Writer {
         }
         let tail = self.block(0, self.ids.len(), window, shape);
         self.send(vec![tail])
+    }
+
+    /// Keeps a state of the document's first `tokens` tokens, if it has no more than those.
+    pub(crate) fn put_state(&mut self, tokens: u64, parts: Vec<Bytes>) -> Result<(), MemoryError> {
+        if self.durable_tokens == tokens {
+            self.memory.put_state(self.document, SequenceState { tokens, parts })?;
+        }
+        Ok(())
     }
 
     /// Makes blocks durable, unless another writer has changed the document.
