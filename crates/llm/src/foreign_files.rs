@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use super::full_attention::PlainAttention;
 use super::*;
 
-fn fixture(name: &str) -> PathBuf {
+pub(super) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models").join(name)
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Parts {
 
 impl Parts {
     /// The tiny one.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::of(&fixture("tiny.gguf"))
     }
 
@@ -78,7 +78,7 @@ impl Parts {
         bytes.into_inner()
     }
 
-    fn open(&self) -> Result<LoadedModel, LoadError> {
+    pub(super) fn open(&self) -> Result<LoadedModel, LoadError> {
         open_bytes(&self.bytes())
     }
 
@@ -168,7 +168,7 @@ fn a_gguf_setting_that_is_not_computed_is_refused_by_name() {
         ("llama.a_setting_of_tomorrow", Value::Bool(true)),
         ("tokenizer.ggml.a_rule_of_tomorrow", Value::Bool(true)),
         ("tokenizer.ggml.model", text("llama")),
-        ("tokenizer.ggml.pre", text("tekken")),
+        ("tokenizer.ggml.pre", text("deepseek-llm")),
         ("general.architecture", text("command-r")),
         ("general.alignment", Value::U32(0)),
         ("general.alignment", Value::U32(7)),
@@ -202,7 +202,7 @@ fn a_gguf_setting_that_is_not_computed_is_refused_by_name() {
 /// A tokenizer that GGUF tells too little of is in the Hugging Face folder, and the message says so.
 #[test]
 fn a_refusal_names_the_way_out() {
-    for (key, value) in [("tokenizer.ggml.model", "llama"), ("tokenizer.ggml.pre", "tekken")] {
+    for (key, value) in [("tokenizer.ggml.model", "llama"), ("tokenizer.ggml.pre", "deepseek-llm")] {
         let message = Parts::new().set(key, Value::String(value.into())).refused().to_string();
         assert!(message.contains("Hugging Face folder") && !message.contains("damaged"), "{message}");
     }

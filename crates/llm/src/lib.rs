@@ -31,8 +31,8 @@
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
-//! `weights`, `tensors` and `adapter` (what), `tokenizer` and `tokenizer_gguf`, `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels`
-//! (the mathematics), `sample` and `generate`, then `encode`, `template`, `ask` and `citations`.
+//! `weights`, `tensors` and `adapter` (what), `tokenizer`, `tokenizer_gguf` and `pre_tokenizers`, `landmarks`, `llama`, `sliding`,
+//! `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `encode`, `template`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
 
@@ -57,6 +57,7 @@ mod landmarks;
 mod llama;
 mod low_rank;
 mod packing;
+mod pre_tokenizers;
 #[cfg(feature = "pull")]
 mod pull;
 mod pulled;
@@ -73,6 +74,8 @@ mod weights;
 
 #[cfg(test)]
 mod foreign_files;
+#[cfg(test)]
+mod foreign_tokenizers;
 #[cfg(any(test, feature = "fuzzing"))]
 mod full_attention;
 #[cfg(any(test, feature = "fuzzing"))]

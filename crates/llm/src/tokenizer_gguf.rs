@@ -2,16 +2,13 @@
 
 use candle_core::quantized::gguf_file::Value;
 use sha2::{Digest, Sha256};
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use super::error::LoadError;
 use super::gguf::Gguf;
+use super::pre_tokenizers;
 use super::tokenizer::Tokenizer;
 use landmarkdb::Sha256Digest;
 
@@ -65,43 +62,6 @@ const SETTINGS: [&str; 37] = [
 
 const TAKE_THE_FOLDER: &str = "take the model's Hugging Face folder, whose tokenizer.json says all of it";
 
-/// How words are cut apart before BPE, as `tokenizer.ggml.pre` names it.
-struct PreTokenizer {
-    split: Option<SplitBefore>,
-    /// GPT-2's pattern follows the split.
-    gpt2_pattern: bool,
-    /// A whole word that is in the vocabulary is one token, whatever the merges say.
-    ignore_merges: bool,
-    /// Whether a text begins with the begin-of-text token where the file does not say.
-    add_bos: bool,
-}
-
-enum SplitBefore {
-    EveryDigit,
-    Pattern(&'static str),
-}
-
-const LLAMA_3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN_2_PATTERN: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// Another rule gives other ids without any error, so a name that is not known is refused.
-fn pre_tokenizer(name: &str) -> Option<PreTokenizer> {
-    let plain = PreTokenizer { split: None, gpt2_pattern: false, ignore_merges: false, add_bos: false };
-    Some(match name {
-        "smollm" => PreTokenizer { split: Some(SplitBefore::EveryDigit), gpt2_pattern: true, ..plain },
-        "gpt-2" => PreTokenizer { gpt2_pattern: true, ..plain },
-        "llama-bpe" | "llama3" | "llama-v3" => PreTokenizer {
-            split: Some(SplitBefore::Pattern(LLAMA_3_PATTERN)),
-            ignore_merges: true,
-            add_bos: true,
-            ..plain
-        },
-        "qwen2" => PreTokenizer { split: Some(SplitBefore::Pattern(QWEN_2_PATTERN)), ..plain },
-        _ => return None,
-    })
-}
-
 /// Builds the tokenizer that a GGUF file describes: byte-level BPE (`gpt2`).
 pub(super) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     let model = gguf.text("tokenizer.ggml.model")?;
@@ -110,9 +70,9 @@ pub(super) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
         return Err(gguf.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE)", found, Some(TAKE_THE_FOLDER)));
     }
     let pre_name = gguf.text("tokenizer.ggml.pre")?;
-    let Some(pre) = pre_tokenizer(pre_name) else {
-        let expected = "smollm, gpt-2, llama-bpe or qwen2";
-        return Err(gguf.refuse("tokenizer.ggml.pre", expected, pre_name, Some(TAKE_THE_FOLDER)));
+    let Some(pre) = pre_tokenizers::by_name(pre_name) else {
+        let expected = format!("one of {}", pre_tokenizers::names());
+        return Err(gguf.refuse("tokenizer.ggml.pre", &expected, pre_name, Some(TAKE_THE_FOLDER)));
     };
     for (key, found) in gguf.settings_under(PREFIX) {
         if !SETTINGS.contains(&&key[PREFIX.len()..]) {
@@ -165,21 +125,6 @@ fn bpe(gguf: &Gguf, tokens: &[&str], merges: &[&str], ignore_merges: bool) -> Re
         .ignore_merges(ignore_merges)
         .build()
         .map_err(|error| LoadError::Damaged { path: gguf.path().into(), detail: format!("its tokenizer: {error}") })
-}
-
-impl PreTokenizer {
-    fn wrapper(&self) -> tokenizers::Result<PreTokenizerWrapper> {
-        let bytes = ByteLevel::new(false, false, self.gpt2_pattern);
-        let split: PreTokenizerWrapper = match self.split {
-            None => return Ok(bytes.into()),
-            Some(SplitBefore::EveryDigit) => Digits::new(true).into(),
-            Some(SplitBefore::Pattern(pattern)) => {
-                let pattern = SplitPattern::Regex(pattern.into());
-                Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into()
-            }
-        };
-        Ok(Sequence::new(vec![split, bytes.into()]).into())
-    }
 }
 
 fn kind_of(value: &Value) -> Option<u64> {
