@@ -31,8 +31,9 @@
 //!
 //! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
-//! `weights`, `tensors` and `adapter` (what), `tokenizer`, `tokenizer_gguf` and `pre_tokenizers`, `landmarks`, `llama`, `sliding`,
-//! `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `encode`, `template`, `ask` and `citations`.
+//! `weights`, `tensors` and `adapter` (what), `tokenizer`, `gguf_vocabulary`, `tokenizer_gguf`, `pre_tokenizers` and `sentencepiece`,
+//! `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `encode`,
+//! `template`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
 
@@ -51,6 +52,7 @@ mod files;
 mod generate;
 mod gguf;
 mod gguf_header;
+mod gguf_vocabulary;
 mod huggingface;
 mod kernels;
 mod landmarks;
@@ -65,6 +67,7 @@ mod resolve;
 mod rotation;
 mod safetensors;
 mod sample;
+mod sentencepiece;
 mod sliding;
 mod template;
 mod tensors;

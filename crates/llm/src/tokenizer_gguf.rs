@@ -1,25 +1,21 @@
 //! The tokenizer inside a GGUF file.
 
-use candle_core::quantized::gguf_file::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::AddedToken;
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::error::LoadError;
 use super::gguf::Gguf;
-use super::pre_tokenizers;
+use super::gguf_vocabulary::{CONTROL, TAKE_THE_FOLDER, USER_DEFINED, Vocabulary, damaged};
 use super::tokenizer::Tokenizer;
+use super::{pre_tokenizers, sentencepiece};
 use landmarkdb::Sha256Digest;
-
-/// Token types of `tokenizer.ggml.token_type` that are matched in a text before BPE.
-const CONTROL: u64 = 3;
-const USER_DEFINED: u64 = 4;
 
 const PREFIX: &str = "tokenizer.ggml.";
 
-/// What may be said of a tokenizer. Scores, spaces before a text and the normalizer's table are for other kinds than
-/// byte-level BPE; an end of text is never put behind a text, for it goes on. Anything else might change ids.
+/// What may be said of a tokenizer. Scores, spaces before a text and the normalizer's table say nothing to byte-level BPE, nor
+/// merges and `pre` to SentencePiece; an end of text is never put behind a text, for it goes on. Anything else might change ids.
 const SETTINGS: [&str; 37] = [
     "model",
     "pre",
@@ -60,90 +56,69 @@ const SETTINGS: [&str; 37] = [
     "chat_template",
 ];
 
-const TAKE_THE_FOLDER: &str = "take the model's Hugging Face folder, whose tokenizer.json says all of it";
-
-/// Builds the tokenizer that a GGUF file describes: byte-level BPE (`gpt2`).
+/// Builds the tokenizer that a GGUF file describes.
 pub(super) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
-    let model = gguf.text("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        let found = if model == "llama" { "llama (SentencePiece)" } else { model };
-        return Err(gguf.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE)", found, Some(TAKE_THE_FOLDER)));
+    let key = "tokenizer.ggml.model";
+    let expected = "gpt2 (byte-level BPE) or llama (SentencePiece)";
+    if gguf.settings_under(PREFIX).next().is_none() {
+        return Err(gguf.refuse(key, expected, "none: this file has no tokenizer", Some(TAKE_THE_FOLDER)));
     }
-    let pre_name = gguf.text("tokenizer.ggml.pre")?;
-    let Some(pre) = pre_tokenizers::by_name(pre_name) else {
-        let expected = format!("one of {}", pre_tokenizers::names());
-        return Err(gguf.refuse("tokenizer.ggml.pre", &expected, pre_name, Some(TAKE_THE_FOLDER)));
+    let read = match gguf.text(key)? {
+        "gpt2" => byte_level,
+        "llama" => sentencepiece::from_gguf,
+        other => return Err(gguf.refuse(key, expected, other, Some(TAKE_THE_FOLDER))),
     };
     for (key, found) in gguf.settings_under(PREFIX) {
         if !SETTINGS.contains(&&key[PREFIX.len()..]) {
             return Err(LoadError::UnknownSetting { path: gguf.path().into(), key: key.into(), found });
         }
     }
-    let tokens = gguf.texts("tokenizer.ggml.tokens")?;
-    let merges = gguf.texts("tokenizer.ggml.merges")?;
-    let types = gguf.list("tokenizer.ggml.token_type")?;
-    if types.len() != tokens.len() {
-        let expected = format!("one per token: {}", tokens.len());
-        return Err(gguf.unsupported("tokenizer.ggml.token_type", &expected, &types.len().to_string()));
-    }
-    let prefix = match gguf.flag_or("tokenizer.ggml.add_bos_token", pre.add_bos)? {
-        true => vec![gguf.number("tokenizer.ggml.bos_token_id")?],
-        false => Vec::new(),
-    };
-    let digest = digest(pre_name, &tokens, &merges, types);
+    read(gguf, Vocabulary::read(gguf)?)
+}
 
-    let damaged = |error: tokenizers::Error| LoadError::Damaged {
-        path: gguf.path().into(),
-        detail: format!("its tokenizer: {error}"),
+/// Byte-level BPE (`gpt2`).
+fn byte_level(gguf: &Gguf, vocabulary: Vocabulary) -> Result<Tokenizer, LoadError> {
+    let pre_name = gguf.text("tokenizer.ggml.pre")?;
+    let Some(pre) = pre_tokenizers::by_name(pre_name) else {
+        let expected = format!("one of {}", pre_tokenizers::names());
+        return Err(gguf.refuse("tokenizer.ggml.pre", &expected, pre_name, Some(TAKE_THE_FOLDER)));
     };
-    let mut tokenizer = tokenizers::Tokenizer::new(bpe(gguf, &tokens, &merges, pre.ignore_merges)?);
+    let merges = gguf.texts("tokenizer.ggml.merges")?;
+    let prefix = vocabulary.prefix(gguf, pre.add_bos)?;
+    let digest = digest(pre_name, &vocabulary, &merges);
+
+    let damaged = |error: tokenizers::Error| damaged(gguf, &error);
+    let mut tokenizer = tokenizers::Tokenizer::new(bpe(gguf, &vocabulary.tokens, &merges, pre.ignore_merges)?);
     tokenizer.with_pre_tokenizer(Some(pre.wrapper().map_err(damaged)?));
     tokenizer.with_decoder(Some(ByteLevel::new(false, false, false)));
-    let of_type = |wanted: u64| {
-        let marked = tokens.iter().zip(types).filter(move |(_, kind)| kind_of(kind) == Some(wanted));
-        marked.map(move |(token, _)| AddedToken::from(*token, wanted == CONTROL))
-    };
-    tokenizer.add_special_tokens(of_type(CONTROL)).map_err(damaged)?;
-    tokenizer.add_tokens(of_type(USER_DEFINED)).map_err(damaged)?;
+    let of_kind = |kind| vocabulary.of_kind(kind).map(move |token| AddedToken::from(token, kind == CONTROL));
+    tokenizer.add_special_tokens(of_kind(CONTROL)).map_err(damaged)?;
+    tokenizer.add_tokens(of_kind(USER_DEFINED)).map_err(damaged)?;
     Tokenizer::new(gguf.path(), tokenizer, Some(prefix), digest)
 }
 
 fn bpe(gguf: &Gguf, tokens: &[&str], merges: &[&str], ignore_merges: bool) -> Result<BPE, LoadError> {
-    let vocab: std::collections::HashMap<String, u32> =
-        tokens.iter().zip(0..).map(|(token, id)| (token.to_string(), id)).collect();
+    let vocab: Vocab = tokens.iter().zip(0..).map(|(token, id)| (token.to_string(), id)).collect();
     let pairs = merges.iter().map(|merge| {
         let (left, right) = merge
             .split_once(' ')
             .ok_or_else(|| gguf.unsupported("tokenizer.ggml.merges", "two tokens with a space between", merge))?;
         Ok((left.to_string(), right.to_string()))
     });
-    BPE::builder()
-        .vocab_and_merges(
-            vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(),
-            pairs.collect::<Result<_, _>>()?,
-        )
-        .ignore_merges(ignore_merges)
-        .build()
-        .map_err(|error| LoadError::Damaged { path: gguf.path().into(), detail: format!("its tokenizer: {error}") })
-}
-
-fn kind_of(value: &Value) -> Option<u64> {
-    match value {
-        Value::I32(kind) => u64::try_from(*kind).ok(),
-        other => other.to_u64().ok(),
-    }
+    let bpe = BPE::builder().vocab_and_merges(vocab, pairs.collect::<Result<_, _>>()?).ignore_merges(ignore_merges);
+    bpe.build().map_err(|error| damaged(gguf, &error))
 }
 
 /// SHA-256 over everything that decides which ids a text gets.
-fn digest(pre: &str, tokens: &[&str], merges: &[&str], types: &[Value]) -> Sha256Digest {
+fn digest(pre: &str, vocabulary: &Vocabulary, merges: &[&str]) -> Sha256Digest {
     let mut hash = Sha256::new();
     let mut add = |text: &str| {
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text);
     };
     add(pre);
-    tokens.iter().chain(merges).for_each(|text| add(text));
-    hash.update((tokens.len() as u64).to_le_bytes());
-    types.iter().for_each(|kind| hash.update(kind_of(kind).unwrap_or_default().to_le_bytes()));
+    vocabulary.tokens.iter().chain(merges).for_each(|text| add(text));
+    hash.update((vocabulary.tokens.len() as u64).to_le_bytes());
+    vocabulary.kinds.iter().for_each(|kind| hash.update(kind.to_le_bytes()));
     Sha256Digest(hash.finalize().into())
 }
