@@ -177,6 +177,17 @@ fn texts_come_back_from_their_tokens() {
     }
 }
 
+/// A space that the first token brings along is no part of the text, one that follows a user-defined token neither.
+#[test]
+fn offsets_leave_out_the_spaces_that_no_text_has() {
+    let tokenizer = sentencepiece(true);
+    for (text, offsets) in [("the the", vec![0, 3]), ("<td>the<td>", vec![0, 4, 7])] {
+        let encoded = tokenizer.encode(text).unwrap();
+        assert_eq!(encoded.offsets, offsets, "{text}: {:?}", encoded.ids);
+        assert_eq!(tokenizer.decode(&encoded.ids).replace(' ', ""), text.replace(' ', ""));
+    }
+}
+
 /// Control tokens have no part in a text, whatever the type of those that end one.
 #[test]
 fn a_text_that_spells_control_tokens_stays_text() {

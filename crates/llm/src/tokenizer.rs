@@ -166,7 +166,7 @@ impl Tokenizer {
         let ids = encoding.get_ids().to_vec();
         // Where a normalizer changed the text, the library knows where each character came from.
         let given = || encoding.get_offsets().iter().map(|&(start, _)| start);
-        let offsets = self.offsets_by_length(&ids, text.len()).unwrap_or_else(|| never_back(given()));
+        let offsets = self.offsets_by_length(&ids, text).unwrap_or_else(|| never_back(given()));
         Ok(Encoded { ids, offsets })
     }
 
@@ -210,14 +210,21 @@ impl Tokenizer {
     }
 
     /// Offsets from the tokens' lengths; none when those do not add up to the text.
-    fn offsets_by_length(&self, ids: &[u32], text_bytes: usize) -> Option<Vec<usize>> {
-        let total: usize = ids.iter().map(|&id| self.token_bytes(id).len()).sum();
-        // SentencePiece puts a space before the text, which the first token covers.
-        let invented = total.checked_sub(text_bytes).filter(|&bytes| bytes <= 1)?;
+    fn offsets_by_length(&self, ids: &[u32], text: &str) -> Option<Vec<usize>> {
+        let lengths = || ids.iter().map(|&id| self.token_bytes(id).len());
+        // SentencePiece puts a space before the text, which the first token covers. A space between tokens is found by nobody.
+        let invented = lengths().sum::<usize>().checked_sub(text.len())?;
+        let is_first = || {
+            let bytes = ids.iter().flat_map(|&id| self.token_bytes(id));
+            bytes.eq([b' '].iter().chain(text.as_bytes()))
+        };
+        if invented > 1 || invented == 1 && !is_first() {
+            return None;
+        }
         let mut end = 0;
-        let starts = ids.iter().map(|&id| {
+        let starts = lengths().map(|length| {
             let start = end;
-            end += self.token_bytes(id).len();
+            end += length;
             start.saturating_sub(invented)
         });
         Some(starts.collect())
