@@ -16,7 +16,7 @@ fn joined(parts: &[&[u8]]) -> Vec<u8> {
     parts.join(&0)
 }
 
-/// The tiny model, its matrices in each kind of blocks.
+/// The tiny model, its matrices in each kind of blocks, and with a SentencePiece tokenizer.
 pub fn gguf() -> Vec<Vec<u8>> {
     let tiny = fixture("tiny.gguf");
     let content = gguf_file::Content::read(&mut Cursor::new(&tiny)).unwrap();
@@ -24,7 +24,11 @@ pub fn gguf() -> Vec<Vec<u8>> {
     names.sort();
     let mut settings: Vec<(&str, &Value)> = content.metadata.iter().map(|(key, value)| (&key[..], value)).collect();
     settings.sort_by_key(|(key, _)| *key);
-    let of_format = |format: GgmlDType| {
+    let spm = sentencepiece();
+    let replaced = |key: &str| spm.iter().any(|(name, _)| name == key);
+    let mut spm_settings: Vec<(&str, &Value)> = settings.iter().copied().filter(|(key, _)| !replaced(key)).collect();
+    spm_settings.extend(spm.iter().map(|(key, value)| (&key[..], value)));
+    let of_format = |settings: &[(&str, &Value)], format: GgmlDType| {
         let tensors = names.iter().map(|name| {
             let tensor = content.tensor(&mut Cursor::new(&tiny), name, &Device::Cpu).unwrap();
             let tensor = tensor.dequantize(&Device::Cpu).unwrap();
@@ -34,11 +38,31 @@ pub fn gguf() -> Vec<Vec<u8>> {
         let tensors: Vec<(&str, QTensor)> = tensors.collect();
         let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let mut bytes = Cursor::new(Vec::new());
-        gguf_file::write(&mut bytes, &settings, &tensors).unwrap();
+        gguf_file::write(&mut bytes, settings, &tensors).unwrap();
         bytes.into_inner()
     };
     let formats = [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::F16];
-    formats.map(of_format).into_iter().chain([tiny[..1000].to_vec()]).collect()
+    let seeds = formats.map(|format| of_format(&settings, format)).into_iter();
+    seeds.chain([tiny[..1000].to_vec(), of_format(&spm_settings, GgmlDType::Q4_0)]).collect()
+}
+
+/// What a GGUF file says of a SentencePiece tokenizer.
+fn sentencepiece() -> Vec<(String, Value)> {
+    #[derive(serde::Deserialize)]
+    struct Vocabulary {
+        tokens: Vec<String>,
+        scores: Vec<f32>,
+        token_type: Vec<i32>,
+    }
+    let vocabulary: Vocabulary = serde_json::from_slice(&fixture("sentencepiece.json")).unwrap();
+    let settings = [
+        ("model", Value::String("llama".into())),
+        ("tokens", Value::Array(vocabulary.tokens.into_iter().map(Value::String).collect())),
+        ("scores", Value::Array(vocabulary.scores.into_iter().map(Value::F32).collect())),
+        ("token_type", Value::Array(vocabulary.token_type.into_iter().map(Value::I32).collect())),
+        ("bos_token_id", Value::U32(1)),
+    ];
+    settings.into_iter().map(|(name, value)| (format!("tokenizer.ggml.{name}"), value)).collect()
 }
 
 /// The base of the adapters with what a folder has, and configurations as they come from elsewhere.
