@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::LoadedModel;
-use super::encode::check_layers;
 use super::error::{RememberError, TemplateError};
 use super::generate::{GenerateOptions, Generated, generate};
+use super::model_attention::ModelAttention;
 use super::template::{ChatTemplate, Piece, Role};
-use landmarkdb::{BlockAttention, BlockMemory, CollectionInfo, DocumentInfo, Reads, Retrieval, Window};
+use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo, Reads, Retrieval, Window};
 
 /// An answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq)]
@@ -124,9 +124,8 @@ pub fn ask(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Answer, RememberError> {
     let begin = Instant::now();
-    check_layers(model)?;
     let Question { documents, prompt, window, ref retrieval, ref options, .. } = *question;
-    let mut session = BlockAttention::read(memory.clone(), collection, documents, window, retrieval.clone())?;
+    let mut session = ModelAttention::read(model.config(), memory, collection, documents, window, retrieval.clone())?;
     let mut first_token = None;
     let options = GenerateOptions { chunk_tokens: window.chunk_tokens, ..options.clone() };
     let generated = generate(model, &mut session, prompt, &options, &mut |piece| {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::error::{Difference, RememberError};
 use super::llama::Logits;
+use super::model_attention::ModelAttention;
 use super::{LoadedModel, Reading};
 use landmarkdb::{
-    BlockAttention, BlockMemory, BlockRange, CollectionInfo, DocumentInfo, MemoryError, NewTokens, Retrieval,
-    SequenceAttention, Window,
+    BlockMemory, BlockRange, CollectionInfo, DocumentInfo, MemoryError, NewTokens, Retrieval, SequenceAttention, Window,
 };
 
 /// Blocks that are compared in one call when a document is resumed.
@@ -41,7 +41,7 @@ pub struct Encoding<'a> {
 /// Encodes a text into a document and seals it.
 ///
 /// A document that holds the beginning of the same text, from an interrupted encoding, is continued after its last
-/// durable block; one that is whole and sealed is left as it is.
+/// durable block, or after the last state that a model with sliding layers left; one that is whole and sealed is left as it is.
 ///
 /// # Errors
 /// [`RememberError::OtherText`] when the document holds another text, [`RememberError::Damaged`] when not all of what it
@@ -59,7 +59,6 @@ pub fn encode(
         // Before the document is made: a name that holds nothing would be taken all the same.
         return Err(RememberError::EmptyText);
     }
-    check_layers(model)?;
     let encoded = model.tokenizer.encode(text)?;
     let prefix = model.tokenizer.prefix();
     let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
@@ -87,7 +86,7 @@ pub fn encode(
     if document.sealed {
         return Ok(document);
     }
-    let mut session = BlockAttention::write(memory.clone(), collection, &document, window, retrieval.clone())?;
+    let mut session = ModelAttention::write(model.config(), memory, collection, &document, window, retrieval.clone())?;
     let mut from = session.position();
     while from < ids.len() {
         let to = (from + window.written_chunk_tokens()).min(ids.len());
@@ -101,14 +100,6 @@ pub fn encode(
     }
     session.flush()?;
     Ok(memory.seal(document.id)?)
-}
-
-/// Refuses a model with [`SlidingLayers`](super::SlidingLayers): their state would be missing when a document is read.
-pub(super) fn check_layers(model: &LoadedModel) -> Result<(), RememberError> {
-    match model.config().sliding_layers().count() {
-        0 => Ok(()),
-        layers => Err(RememberError::SlidingLayers { layers }),
-    }
 }
 
 /// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.
@@ -160,6 +151,9 @@ pub fn copy_document(
             blocks: blocks.collect(),
             expected_tokens: None,
         })?;
+    }
+    if let Some(state) = memory.state(from.id)? {
+        memory.put_state(copy.id, state)?;
     }
     memory.seal(copy.id)
 }

@@ -380,15 +380,17 @@ pub enum RememberError {
         /// The first fault that verification found, human-readable.
         problem: String,
     },
-    /// The model has layers that see the last tokens only, and a document does not keep those for it.
+    /// The model has layers that see the last tokens only, and the document does not keep those for it.
     #[error(
-        "{layers} layers of the model see the last tokens only, and a memory does not keep those yet: \
-         take a model whose layers all see the whole text"
+        "{name} cannot be continued by this model yet: its encoding has not come far enough; run it again, it goes on"
     )]
-    SlidingLayers {
-        /// How many.
-        layers: usize,
+    NoState {
+        /// The document's.
+        name: String,
     },
+    /// The document keeps the last tokens of layers that are not this model's.
+    #[error("the state of sliding layers: {0}")]
+    SlidingState(#[from] SlidingStateError),
     /// The model's chat template draws no prompt.
     #[error("the model's chat template: {0}; the question can be asked without it")]
     Template(#[from] TemplateError),

@@ -166,7 +166,7 @@ impl Header {
         let length = tensor_bytes(&entry.dims, entry.format(path, name)?).unwrap_or_default();
         let mut bytes = vec![0; length as usize];
         let read = |mut file: File| {
-            file.seek(SeekFrom::Start(self.data_start + entry.offset))?;
+            file.seek(SeekFrom::Start(self.data_start.saturating_add(entry.offset)))?;
             file.read_exact(&mut bytes)
         };
         File::open(path).and_then(read).map_err(|source| LoadError::Io { path: path.into(), source })?;

@@ -2,16 +2,21 @@
 //! random models as a folder, as GGUF, and with the configuration that older versions wrote.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device};
 
-use super::error::{LoadError, SaveError};
+use super::error::{LoadError, RememberError, SaveError};
 use super::families::FAMILIES;
 use super::full_attention::PlainAttention;
 use super::llama::{Llama, Logits};
+use super::model_attention::ModelAttention;
 use super::sliding::SlidingLayers;
 use super::tensors::{Opened, open_weights, read_tensors, write_model};
-use landmarkdb::{BlockAttention, Normalisation};
+use landmarkdb::{
+    BlockAttention, BlockMemory, CollectionSpec, KeyRule, LocalMemory, NewTokens, Normalisation, Retrieval,
+    SequenceAttention, Sha256Digest, Window,
+};
 
 /// Most that a logit may differ by. They are of the order of 1.
 const OFF_MAX: f32 = 1e-3;
@@ -155,6 +160,62 @@ fn every_case_gives_the_recorded_logits_with_the_attention_of_a_memory() {
         compared += 1;
     }
     assert!(compared > 10, "{compared}");
+}
+
+/// A document that was interrupted twice and reopened gives what the model gives at once: sliding layers from the state that it
+/// keeps, the others from its blocks.
+#[test]
+fn a_reopened_document_gives_the_recorded_logits() {
+    for case in ["gemma3-270m", "gemma3-4b", "qwen2-window", "smollm3", "qwen3"] {
+        let model = load(&folder().join(case)).unwrap();
+        let config = model.config();
+        let Recorded { ids, logits, .. } =
+            recorded(case).into_iter().max_by_key(|recorded| recorded.ids.len()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let memory: Arc<dyn BlockMemory> = Arc::new(LocalMemory::open(dir.path()).unwrap());
+        let collection = memory.open_collection(&CollectionSpec {
+            name: case.into(),
+            shape: config.shape(8).unwrap(),
+            key_rule: KeyRule::Tokens,
+            payload_dtype: landmarkdb::DType::F32,
+            key_dtype: landmarkdb::DType::F16,
+            model_digest: Sha256Digest([1; 32]),
+            tokenizer_digest: Sha256Digest([2; 32]),
+            model_name: case.into(),
+        });
+        let collection = collection.unwrap();
+        let window = Window { tokens: 16, ..Window::default() };
+        let all = Retrieval { top_k: 100, ..Retrieval::default() };
+        let document = || memory.open_document(collection.id, "text").unwrap();
+        let read = || ModelAttention::read(config, &memory, &collection, &[document()], window, all.clone());
+        let write = |to: usize| {
+            let mut session =
+                ModelAttention::write(config, &memory, &collection, &document(), window, Some(all.clone())).unwrap();
+            let from = session.position();
+            for ids in ids[from..to].chunks(16) {
+                model.forward(ids, &mut session, Logits::None).unwrap();
+                session.commit(NewTokens { ids, text: &[], offsets: &vec![0; ids.len()] }).unwrap();
+            }
+            (from, session)
+        };
+        let is_hybrid = SlidingLayers::new(config).is_some();
+        drop(write(20));
+        assert_eq!(is_hybrid, matches!(read().map(drop), Err(RememberError::NoState { .. })), "{case}");
+        // Blocks alone do not bring the sliding layers back.
+        let (from, mut session) = write(37);
+        assert_eq!(from, if is_hybrid { 0 } else { 16 }, "{case}");
+        session.flush().unwrap();
+        drop(write(70));
+        let (from, mut session) = write(95);
+        assert_eq!(from, if is_hybrid { 37 } else { 64 }, "{case}");
+        session.flush().unwrap();
+        memory.seal(document().id).unwrap();
+
+        let found = model.forward(&ids[95..], &mut read().unwrap(), Logits::Last).unwrap();
+        let off = found.iter().zip(&logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        println!("{case:<16} {off:.1e}");
+        assert!(off < OFF_MAX, "{case}: off by {off}");
+    }
 }
 
 /// Training and adapters know plain Llama only: biases must not be dropped on the way to a file.

@@ -32,8 +32,8 @@
 //! In reading order: [`LoadedModel`], `resolve`, `pull` and `pulled` (from where), `digest`, `architecture`, `config`, `rotation` and `families` (which
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer`, `gguf_vocabulary`, `tokenizer_gguf`, `pre_tokenizers` and `sentencepiece`,
-//! `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `encode`,
-//! `template`, `ask` and `citations`.
+//! `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `model_attention`,
+//! `encode`, `template`, `ask` and `citations`.
 
 #![warn(missing_docs, unreachable_pub)]
 
@@ -58,6 +58,7 @@ mod kernels;
 mod landmarks;
 mod llama;
 mod low_rank;
+mod model_attention;
 mod packing;
 mod pre_tokenizers;
 #[cfg(feature = "pull")]
@@ -112,6 +113,7 @@ pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
+pub use model_attention::ModelAttention;
 #[cfg(feature = "pull")]
 pub use pull::{PipAttempt, PullError, PullStep, pull};
 pub use pulled::{PulledModel, pulled};

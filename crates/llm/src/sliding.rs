@@ -106,7 +106,12 @@ impl SlidingLayers {
                 found: self.position().to_string(),
             });
         }
-        Ok(HybridAttention { sliding: self, below })
+        Ok(self.beside(below))
+    }
+
+    /// [`SlidingLayers::over`] in the midst of a group of tokens, where the positions of both differ.
+    pub(super) fn beside<'a>(&'a mut self, below: &'a mut dyn SequenceAttention) -> HybridAttention<'a> {
+        HybridAttention { sliding: self, below }
     }
 
     /// What a sequence needs to go on later: K and V of the last tokens, as exact as they are here. Little-endian: a header with

@@ -13,7 +13,7 @@ use super::peers::{self, DecodeCase, DecodePeer, PeerSettings};
 use super::percentile::percentile;
 use crate::eval::{BOOK, Subject};
 use landmarkdb::{BlockAttention, BlockMemory, CHUNK_TOKENS, DocumentInfo, LocalMemory, SequenceAttention};
-use landmarkdb_llm::{self as model, EncodeProgress, Encoding, LoadedModel, Logits, RememberError};
+use landmarkdb_llm::{self as model, EncodeProgress, Encoding, LoadedModel, Logits, ModelAttention, RememberError};
 
 /// How much is read, and what is timed.
 #[derive(Clone, Debug)]
@@ -101,8 +101,9 @@ pub fn decode(
     let encoded = model.tokenizer.encode(&book).map_err(RememberError::from)?;
     let prefill = &encoded.ids[..settings.prefill_tokens.min(longest)];
     let shape = &collection.spec.shape;
-    let window_prefill = prefill_speed(model, BlockAttention::window_only(shape, window), prefill)?;
-    let full_prefill = prefill_speed(model, BlockAttention::full(shape, window.normalisation), prefill)?;
+    let own = |below| ModelAttention::new(model.config(), below);
+    let window_prefill = prefill_speed(model, own(BlockAttention::window_only(shape, window)), prefill)?;
+    let full_prefill = prefill_speed(model, own(BlockAttention::full(shape, window.normalisation)), prefill)?;
 
     let bench = Bench { subject, settings, ids: &encoded.ids };
     let mut documents = Vec::new();
@@ -165,19 +166,19 @@ impl Bench<'_> {
         let shape = &collection.spec.shape;
         let tokens = tokens.min(self.ids.len());
         let recent = &self.ids[tokens.saturating_sub(window.tokens)..tokens];
-        let mut window_only = BlockAttention::window_only(shape, window);
+        let mut window_only = ModelAttention::new(model.config(), BlockAttention::window_only(shape, window));
         model::prefill(&model.llama, &mut window_only, recent, CHUNK_TOKENS, Logits::None)
             .map_err(RememberError::from)?;
         let mut sessions = vec![("window only", 0, window_only)];
         for (document, _) in documents {
             let documents = [document.clone()];
-            let session = BlockAttention::read(memory.clone(), collection, &documents, window, retrieval.clone())
-                .map_err(RememberError::from)?;
+            let session =
+                ModelAttention::read(model.config(), memory, collection, &documents, window, retrieval.clone())?;
             sessions.push(("memory", document.tokens, session));
         }
         let full_tokens = self.settings.full_tokens.min(self.ids.len());
         if full_tokens > 0 {
-            let mut full = BlockAttention::full(shape, window.normalisation);
+            let mut full = ModelAttention::new(model.config(), BlockAttention::full(shape, window.normalisation));
             let ids = &self.ids[..full_tokens];
             model::prefill(&model.llama, &mut full, ids, CHUNK_TOKENS, Logits::None).map_err(RememberError::from)?;
             sessions.push(("full attention", full_tokens as u64, full));
@@ -259,7 +260,7 @@ impl Bench<'_> {
     }
 }
 
-fn prefill_speed(model: &LoadedModel, mut session: BlockAttention, ids: &[u32]) -> Result<f64, BenchError> {
+fn prefill_speed(model: &LoadedModel, mut session: ModelAttention, ids: &[u32]) -> Result<f64, BenchError> {
     let begin = Instant::now();
     model::prefill(&model.llama, &mut session, ids, CHUNK_TOKENS, Logits::None).map_err(RememberError::from)?;
     Ok(ids.len() as f64 / begin.elapsed().as_secs_f64())

@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 
 use landmarkdb::lock::IgnorePoison;
 use landmarkdb::{
-    BlockAttention, BlockRange, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, ModelShape,
-    Retrieval, SequenceAttention, Until, Window, *,
+    BlockRange, CollectionId, CollectionSpec, DType, DocumentId, Engine, KeyRule, ModelShape, Retrieval,
+    SequenceAttention, Until, Window, *,
 };
-use landmarkdb_llm::{LoadedModel, Logits, RememberError};
+use landmarkdb_llm::{LoadedModel, Logits, ModelAttention, RememberError};
 
 /// Blocks that are read at once.
 const FETCHED_BLOCKS: usize = 64;
@@ -103,14 +103,15 @@ pub struct Capturing<'a> {
 pub fn capture(capturing: &Capturing<'_>, progress: &mut dyn FnMut(u64)) -> Captured<Capture> {
     let Capturing { model, collection, document, .. } = capturing;
     let recorder = Arc::new(Recorder { inner: capturing.memory.clone(), asked: Mutex::default() });
-    let mut session = BlockAttention::read(
-        recorder.clone(),
+    let recording: Arc<dyn BlockMemory> = recorder.clone();
+    let mut session = ModelAttention::read(
+        model.config(),
+        &recording,
         collection,
         std::slice::from_ref(document),
         capturing.window,
         capturing.retrieval.clone(),
-    )
-    .map_err(RememberError::from)?;
+    )?;
     for (done, &id) in model.config().reading(session.position(), capturing.next).ids.iter().enumerate() {
         model.llama.forward(&[id], &mut session, Logits::None).map_err(RememberError::from)?;
         progress(done as u64 + 1);

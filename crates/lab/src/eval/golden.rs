@@ -22,8 +22,8 @@ use landmarkdb::{
     Retrieval, Rope, SequenceAttention, Sha256Digest, Window,
 };
 use landmarkdb_llm::{
-    self, Architecture, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelConfig,
-    RememberError, generate,
+    self, Architecture, ForwardError, GenerateOptions, Landmark, Llama, LoadError, LoadedModel, Logits, ModelAttention,
+    ModelConfig, RememberError, generate,
 };
 
 /// Largest difference of a logit that rounding explains, between two implementations in single precision.
@@ -370,7 +370,8 @@ fn prompt_case(case: &str, recorded: &Recorded, model: &LoadedModel) -> Result<V
     let mut outputs = Vec::new();
     for prompt in prompts {
         let ids = recorded.ids(&format!("{prompt}.input_ids"))?;
-        let mut session = BlockAttention::full(&shape, model.config().normalisation());
+        let mut session =
+            ModelAttention::new(model.config(), BlockAttention::full(&shape, model.config().normalisation()));
         let logits = model.llama.forward(&ids, &mut session, Logits::Last)?;
         let name = format!("{prompt}.logits_last");
         outputs.push(recorded.compare(case, &name, &logits, QUANTIZED_LOGIT_TOLERANCE)?);
@@ -378,7 +379,8 @@ fn prompt_case(case: &str, recorded: &Recorded, model: &LoadedModel) -> Result<V
         let name = format!("{prompt}.greedy_ids");
         let mut want = recorded.ids(&name)?;
         let options = GenerateOptions { max_tokens: want.len(), ..GenerateOptions::default() };
-        let mut session = BlockAttention::full(&shape, model.config().normalisation());
+        let mut session =
+            ModelAttention::new(model.config(), BlockAttention::full(&shape, model.config().normalisation()));
         let found = generate(model, &mut session, &ids, &options, &mut |_| {}).map_err(RememberError::from)?.ids;
         let end = want.iter().position(|id| model.config().eos_ids.contains(id));
         want.truncate(end.unwrap_or(want.len()));

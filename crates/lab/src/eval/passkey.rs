@@ -12,8 +12,8 @@ use super::{invalid, unused_name};
 use crate::passkey::QUESTION;
 use landmarkdb::{BlockAttention, BlockMemory, CollectionInfo, DType, DocumentInfo, Retrieval, Window};
 use landmarkdb_llm::{
-    EncodeProgress, Encoding, GenerateOptions, LoadedModel, Question, RememberError, ask, copy_document, encode,
-    generate,
+    EncodeProgress, Encoding, GenerateOptions, LoadedModel, ModelAttention, Question, RememberError, ask,
+    copy_document, encode, generate,
 };
 
 /// The texts of a test.
@@ -218,7 +218,7 @@ pub fn passkey_full(
         let mut first_token = None;
         let text = model.tokenizer.encode(&needle.text)?.ids;
         let prompt = [model.tokenizer.prefix(), &text, &model.tokenizer.encode(QUESTION)?.ids].concat();
-        let mut session = BlockAttention::full(&shape, config.normalisation());
+        let mut session = ModelAttention::new(model.config(), BlockAttention::full(&shape, config.normalisation()));
         let answer = generate(model, &mut session, &prompt, &options(), &mut |_| {
             first_token.get_or_insert_with(|| begin.elapsed());
         })?;

@@ -8,7 +8,7 @@ use super::{invalid, unused_name};
 use landmarkdb::{
     BlockAttention, BlockMemory, CollectionInfo, CountedFrom, NewTokens, Retrieval, SequenceAttention, Window,
 };
-use landmarkdb_llm::{LoadedModel, Logits, Reading, RememberError};
+use landmarkdb_llm::{LoadedModel, Logits, ModelAttention, Reading, RememberError};
 
 /// Tokens whose logits are held at once: `(128, vocab)` stays near 25 MB for a vocabulary of 49,152.
 const LOGIT_TOKENS: usize = 128;
@@ -102,15 +102,19 @@ pub fn perplexity(
     for text in texts {
         let shape = &collection.spec.shape;
         let mut written = None;
-        let mut write = |top_k, newest_blocks| -> Result<BlockAttention, RememberError> {
+        let mut write = |top_k, newest_blocks| -> Result<ModelAttention, RememberError> {
             let document = memory.open_document(collection.id, &unused_name("perplexity"))?;
             written = Some(document.id);
             let retrieval = Some(Retrieval { top_k, newest_blocks, ..settings.retrieval.clone() });
-            Ok(BlockAttention::write(memory.clone(), collection, &document, settings.window, retrieval)?)
+            ModelAttention::write(model.config(), memory, collection, &document, settings.window, retrieval)
         };
         let mut session = match mode {
-            PerplexityMode::Full => BlockAttention::full(shape, settings.window.normalisation),
-            PerplexityMode::Window => BlockAttention::window_only(shape, settings.window),
+            PerplexityMode::Full => {
+                ModelAttention::new(model.config(), BlockAttention::full(shape, settings.window.normalisation))
+            }
+            PerplexityMode::Window => {
+                ModelAttention::new(model.config(), BlockAttention::window_only(shape, settings.window))
+            }
             PerplexityMode::Recent { blocks } => write(blocks, Some(blocks))?,
             PerplexityMode::Memory { top_k, newest_blocks } => write(top_k, newest_blocks)?,
         };
@@ -130,7 +134,7 @@ pub fn perplexity(
 /// The sum over the counted tokens.
 fn negative_log_likelihood(
     model: &LoadedModel,
-    session: &mut BlockAttention,
+    session: &mut ModelAttention,
     text: &[u32],
     settings: &PerplexitySettings,
     progress: &mut dyn FnMut(usize),
