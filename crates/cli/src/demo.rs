@@ -172,7 +172,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
 fn load(args: &Args, context: &Context) -> Result<LoadedModel, CliError> {
     if model::resolve(&args.model.model).is_err() {
         context.output.say(&format!("model    fetching {}", args.model.model));
-        super::model::fetch(&args.model.model, context)?;
+        super::model::fetch(&args.model.model, false, context)?;
     }
     args.model.load(context)
 }

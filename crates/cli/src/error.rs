@@ -200,6 +200,7 @@ impl CliError {
             | CliError::Train(TrainError::Load(error))
             | CliError::Golden(GoldenError::Load(error)) => load_hint(error),
             CliError::Pull(PullError::Pip { .. }) => Some("--model PATH".into()),
+            CliError::Pull(PullError::License { .. }) => Some("--accept-license".into()),
             CliError::Capture(CaptureError::Content { .. }) => Some("`landmarkdb capture`".into()),
             CliError::Golden(GoldenError::NoCase { .. }) => Some("--no-prompts leaves them out".into()),
             CliError::Bench(BenchError::Peers { .. }) => Some("--python names the interpreter".into()),

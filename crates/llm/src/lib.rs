@@ -59,6 +59,7 @@ mod landmarks;
 mod llama;
 mod low_rank;
 mod model_attention;
+mod packaged;
 mod packing;
 mod pre_tokenizers;
 #[cfg(feature = "pull")]
@@ -115,7 +116,7 @@ pub use landmarks::Reading;
 pub use llama::{Llama, Logits};
 pub use model_attention::ModelAttention;
 #[cfg(feature = "pull")]
-pub use pull::{PipAttempt, PullError, PullStep, pull};
+pub use pull::{License, PipAttempt, PullError, PullStep, pull};
 pub use pulled::{PulledModel, pulled};
 pub use resolve::{models_folder, resolve};
 pub use sample::Sampling;

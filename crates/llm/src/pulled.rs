@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::error::FindError;
-use super::resolve::{SMOLLM2, hub_folder, models_folder, resolve};
+use super::packaged::PACKAGED;
+use super::resolve::{hub_folder, models_folder, resolve};
 
 /// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +27,7 @@ impl PulledModel {
 
 /// All models that `pull` fetched, by name.
 pub fn pulled() -> Result<Vec<PulledModel>, FindError> {
-    let mut names = vec![SMOLLM2.to_string()];
+    let mut names: Vec<String> = PACKAGED.iter().map(|packaged| packaged.name.to_string()).collect();
     let hub = hub_folder(&models_folder()?);
     for folder in entries(&hub)? {
         if let Some((organisation, name)) = repository(&folder) {

@@ -5,25 +5,20 @@ use std::path::{Path, PathBuf};
 use hf_hub::Cache;
 
 use super::error::FindError;
-
-/// The model that ships inside a Python package.
-pub(super) const SMOLLM2: &str = "smollm2";
-
-/// Its file in the cache folder, and inside the package.
-pub(super) const SMOLLM2_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+use super::packaged::Packaged;
 
 /// What a person may write to name a model.
 pub(super) enum Spec<'a> {
-    /// `smollm2`
-    Smollm2,
+    /// A name of [`PACKAGED`](super::packaged::PACKAGED).
+    Packaged(&'static Packaged),
     /// `hf:ORG/REPO` or `hf:ORG/REPO/FILE`
     Hub { repo: String, file: Option<&'a str> },
 }
 
 impl<'a> Spec<'a> {
     pub(super) fn parse(spec: &'a str) -> Option<Self> {
-        if spec == SMOLLM2 {
-            return Some(Spec::Smollm2);
+        if let Some(packaged) = Packaged::find(spec) {
+            return Some(Spec::Packaged(packaged));
         }
         let mut parts = spec.strip_prefix("hf:")?.splitn(3, '/');
         let (organisation, repo, file) = (parts.next()?, parts.next()?, parts.next());
@@ -43,7 +38,7 @@ pub fn models_folder() -> Result<PathBuf, FindError> {
 /// The path of a model: a `.gguf` file, a safetensors folder, or what `pull` fetched under this name.
 pub fn resolve(spec: &str) -> Result<PathBuf, FindError> {
     let found = match Spec::parse(spec) {
-        Some(Spec::Smollm2) => Some(models_folder()?.join(SMOLLM2_FILE)).filter(|path| path.exists()),
+        Some(Spec::Packaged(packaged)) => Some(models_folder()?.join(packaged.file)).filter(|path| path.exists()),
         Some(Spec::Hub { repo, file }) => {
             let path = Cache::new(hub_folder(&models_folder()?)).model(repo).get(file.unwrap_or("config.json"));
             path.map(|path| folder_if_config(path, file))
@@ -77,7 +72,7 @@ mod tests {
             Some(Spec::Hub { repo, file }) => Some((repo, file)),
             _ => None,
         };
-        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Smollm2)));
+        assert!(matches!(Spec::parse("smollm2"), Some(Spec::Packaged(packaged)) if packaged.name == "smollm2"));
         assert_eq!(hub("hf:a/b"), Some(("a/b".into(), None)));
         assert_eq!(hub("hf:a/b/c/d.gguf"), Some(("a/b".into(), Some("c/d.gguf"))));
         for wrong in ["hf:", "hf:a", "hf:a/", "hf:/b", "hf:a/b/", "a/b", "smollm3"] {

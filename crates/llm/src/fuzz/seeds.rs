@@ -111,7 +111,7 @@ pub fn tokenizers() -> Vec<Vec<u8>> {
 
 /// Zip archives of the known file, stored and deflated, and of one that is a byte too short.
 pub fn archives() -> Vec<Vec<u8>> {
-    let content: Vec<u8> = (0..ARCHIVED.1).map(|i| (i / 7) as u8).collect();
+    let content: Vec<u8> = (0..ARCHIVED.bytes).map(|i| (i / 7) as u8).collect();
     let archive = |(method, content): (zip::CompressionMethod, &[u8])| {
         let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
         let options = zip::write::SimpleFileOptions::default().compression_method(method);
