@@ -3,6 +3,8 @@
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use super::catalog::{self, Catalog, SledCatalog, key};
 use super::catalog_memory::{CatalogSlot, MemoryCatalog};
@@ -20,6 +22,24 @@ use crate::types::DocumentId;
 type Parts = (Box<dyn Segments>, Arc<dyn Catalog>, File);
 
 pub(super) const CATALOG_FOLDER: &str = "catalog";
+
+/// How long a directory may stay locked by one who is about to let go of it: a process that was just killed, or a child that
+/// another thread has forked and that has not begun its program yet.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+fn lock_within(patience: Duration, lock: &File, dir: &Path) -> Result<(), StoreError> {
+    let begun = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < patience => sleep(Duration::from_millis(10)),
+            Err(TryLockError::WouldBlock) => return Err(StoreError::Locked { path: dir.to_owned() }),
+            Err(TryLockError::Error(source)) => {
+                return Err(StoreError::Io { step: "lock the data directory", source });
+            }
+        }
+    }
+}
 
 impl Store {
     /// Opens a data directory, creating it if absent, and recovers it after a crash or damage.
@@ -40,13 +60,7 @@ impl Store {
             .create(true)
             .open(dir.join(directory::LOCK_FILE))
             .map_err(StoreError::io("open the lock file"))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(StoreError::Locked { path: dir.to_owned() }),
-            Err(TryLockError::Error(source)) => {
-                return Err(StoreError::Io { step: "lock the data directory", source });
-            }
-        }
+        lock_within(LOCK_PATIENCE, &lock, dir)?;
         let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
         let catalog = open_catalog(&dir.join(CATALOG_FOLDER))?;
         Ok((Box::new(segments), catalog, lock))

@@ -140,6 +140,19 @@ fn a_held_directory_is_refused_and_free_after_a_drop() {
     Store::open(dir.path()).unwrap();
 }
 
+/// A child that was forked and has not begun its program yet holds what its parent had open.
+#[test]
+fn a_directory_is_waited_for_a_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| Store::open(dir.path()).map(drop));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(store);
+        waiting.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn deleting_half_gives_the_space_back() {
     let disk = FaultDisk::default();
