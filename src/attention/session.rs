@@ -183,7 +183,19 @@ impl BlockAttention {
         for document in tails {
             let request = FetchRequest { document: document.id, blocks: vec![document.blocks], dtype: DType::F32 };
             for block in memory.fetch(&request)? {
+                // One that grows may be longer by now.
+                let block = cut_block(block, document.tail_tokens as usize);
                 let count = block.token_ids.len();
+                if count != document.tail_tokens as usize {
+                    return Err(AttentionError::Invalid {
+                        field: "documents",
+                        expected: format!(
+                            "{:?} as it was, with a tail of {} tokens",
+                            document.name, document.tail_tokens
+                        ),
+                        found: format!("{count} tokens: it was written to meanwhile"),
+                    });
+                }
                 let rotation = self.shape.rope.rotation(self.position as i64 - count as i64);
                 self.lead.push(&self.shape, &block.k.to_f32()?, &block.v.to_f32()?, &rotation);
                 longest = longest.max(count);
