@@ -36,7 +36,7 @@ pub const STATE_PART_BYTES_MAX: usize = 16 << 20;
 pub const STATE_PARTS_MAX: usize = 1024;
 
 /// All parts of such a state together, which a service holds in memory until they are durable: models of 27 billion parameters
-/// have 436 MB in bf16.
+/// have 872 MB in f32.
 pub const STATE_BYTES_MAX: u64 = 1 << 30;
 
 /// Largest magnitude of a value of K, V or a query. A model's are below a hundred thousand. Products of two such values, summed

@@ -84,7 +84,11 @@ pub fn encode(
     };
     tell(resumed_tokens);
     if document.sealed {
-        return Ok(document);
+        let needs_state = model.config().sliding_layers().next().is_some();
+        return match needs_state && document.state_tokens != Some(document.tokens) {
+            true => Err(RememberError::LostState { name: name.into() }),
+            false => Ok(document),
+        };
     }
     let mut session = ModelAttention::write(model.config(), memory, collection, &document, window, retrieval.clone())?;
     let mut from = session.position();
@@ -96,7 +100,8 @@ pub fn encode(
         let in_text: Vec<u32> = offsets[from..to].iter().map(|offset| (offset - text_from) as u32).collect();
         session.commit(NewTokens { ids: &ids[from..to], text: &text.as_bytes()[text_from..end], offsets: &in_text })?;
         from = to;
-        tell(from as u64);
+        // What comes again after the last state is there already.
+        tell(resumed_tokens.max(from as u64));
     }
     session.flush()?;
     Ok(memory.seal(document.id)?)
@@ -135,6 +140,9 @@ pub fn copy_document(
     name: &str,
 ) -> Result<DocumentInfo, MemoryError> {
     let copy = memory.open_document(to.id, name)?;
+    if copy.sealed {
+        return Ok(copy);
+    }
     let end = from.blocks + (from.tail_tokens > 0) as u32;
     for index in copy.blocks..end {
         let request =
@@ -152,7 +160,7 @@ pub fn copy_document(
             expected_tokens: None,
         })?;
     }
-    if let Some(state) = memory.state(from.id)? {
+    if let Some(state) = memory.state(from.id)?.filter(|state| state.tokens == from.tokens) {
         memory.put_state(copy.id, state)?;
     }
     memory.seal(copy.id)

@@ -381,10 +381,14 @@ pub enum RememberError {
         problem: String,
     },
     /// The model has layers that see the last tokens only, and the document does not keep those for it.
-    #[error(
-        "{name} cannot be continued by this model yet: its encoding has not come far enough; run it again, it goes on"
-    )]
+    #[error("{name} cannot be asked with this model yet: its encoding was interrupted; run it again, it goes on")]
     NoState {
+        /// The document's.
+        name: String,
+    },
+    /// As before, of a document that takes no more.
+    #[error("{name} has lost what it kept for the model to continue it: delete it and encode its text again")]
+    LostState {
         /// The document's.
         name: String,
     },

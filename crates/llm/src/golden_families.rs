@@ -215,6 +215,15 @@ fn a_reopened_document_gives_the_recorded_logits() {
         let off = found.iter().zip(&logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         println!("{case:<16} {off:.1e}");
         assert!(off < OFF_MAX, "{case}: off by {off}");
+
+        // Sealed by a writer that kept no state.
+        let lost = memory.open_document(collection.id, "lost").unwrap();
+        let mut session = ModelAttention::write(config, &memory, &collection, &lost, window, None).unwrap();
+        model.forward(&ids[..16], &mut session, Logits::None).unwrap();
+        session.commit(NewTokens { ids: &ids[..16], text: &[], offsets: &[0; 16] }).unwrap();
+        let lost = memory.seal(lost.id).unwrap();
+        let read = ModelAttention::read(config, &memory, &collection, &[lost], window, all.clone()).map(drop);
+        assert_eq!(is_hybrid, matches!(read, Err(RememberError::LostState { .. })), "{case}");
     }
 }
 

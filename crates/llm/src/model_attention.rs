@@ -21,15 +21,15 @@ const STATE_EVERY_TOKENS: usize = 16_384;
 pub struct ModelAttention {
     below: BlockAttention,
     sliding: Option<SlidingLayers>,
-    /// Position of the last state that the document was given.
-    kept: usize,
+    /// Position of the last state that the document was given; none of a sequence that does not write.
+    kept: Option<usize>,
 }
 
 impl ModelAttention {
     /// Of a sequence that begins. `below` is the attention of the layers that look back over the whole text:
     /// [`BlockAttention::full`] or [`BlockAttention::window_only`] of the model's shape.
     pub fn new(config: &ModelConfig, below: BlockAttention) -> Self {
-        ModelAttention { below, sliding: SlidingLayers::new(config), kept: 0 }
+        ModelAttention { below, sliding: SlidingLayers::new(config), kept: None }
     }
 
     /// Continues an open document and appends to it: see [`BlockAttention::write`]. Sliding layers go on at the state that the
@@ -47,19 +47,19 @@ impl ModelAttention {
     ) -> Result<Self, RememberError> {
         let Some(mut sliding) = SlidingLayers::new(config) else {
             let below = BlockAttention::write(memory.clone(), collection, document, window, retrieval)?;
-            return Ok(ModelAttention { below, sliding: None, kept: 0 });
+            return Ok(ModelAttention { below, sliding: None, kept: None });
         };
         let kept = restore(&mut sliding, memory.as_ref(), document)?.unwrap_or(0);
         let below = BlockAttention::write_at(memory.clone(), collection, document, kept, window, retrieval)?;
-        Ok(ModelAttention { below, sliding: Some(sliding), kept: kept as usize })
+        Ok(ModelAttention { below, sliding: Some(sliding), kept: Some(kept as usize) })
     }
 
-    /// Continues the text of the last of `documents` and retrieves from all of them: see [`BlockAttention::read`]. A model with
-    /// sliding layers continues it where the document's state was taken: at its end once it is sealed.
+    /// Continues the text of the last of `documents` and retrieves from all of them: see [`BlockAttention::read`].
     ///
     /// # Errors
-    /// Those of the memory; [`RememberError::NoState`] where the last document keeps none and the model needs one,
-    /// [`RememberError::SlidingState`] for a state that is not this model's.
+    /// Those of the memory; where the model needs a state of the last document's end and there is none
+    /// [`RememberError::NoState`], of a sealed document [`RememberError::LostState`]; [`RememberError::SlidingState`] for a
+    /// state that is not this model's.
     pub fn read(
         config: &ModelConfig,
         memory: &Arc<dyn BlockMemory>,
@@ -70,12 +70,16 @@ impl ModelAttention {
     ) -> Result<Self, RememberError> {
         let (Some(mut sliding), Some(last)) = (SlidingLayers::new(config), documents.last()) else {
             let below = BlockAttention::read(memory.clone(), collection, documents, window, retrieval)?;
-            return Ok(ModelAttention { below, sliding: None, kept: 0 });
+            return Ok(ModelAttention { below, sliding: None, kept: None });
         };
-        let tokens = restore(&mut sliding, memory.as_ref(), last)?;
-        let tokens = tokens.ok_or_else(|| RememberError::NoState { name: last.name.clone() })?;
-        let below = BlockAttention::read_at(memory.clone(), collection, documents, tokens, window, retrieval)?;
-        Ok(ModelAttention { below, sliding: Some(sliding), kept: tokens as usize })
+        let name = || last.name.clone();
+        match restore(&mut sliding, memory.as_ref(), last)? {
+            Some(tokens) if tokens == last.tokens => {}
+            _ if last.sealed => return Err(RememberError::LostState { name: name() }),
+            _ => return Err(RememberError::NoState { name: name() }),
+        }
+        let below = BlockAttention::read(memory.clone(), collection, documents, window, retrieval)?;
+        Ok(ModelAttention { below, sliding: Some(sliding), kept: None })
     }
 
     /// As [`BlockAttention::commit`]; now and then the document gets a newer state.
@@ -84,10 +88,10 @@ impl ModelAttention {
     /// Those of [`BlockAttention::commit`].
     pub fn commit(&mut self, tokens: NewTokens) -> Result<(), AttentionError> {
         self.below.commit(tokens)?;
-        if self.sliding.is_some() && self.position() - self.kept >= STATE_EVERY_TOKENS {
-            self.flush()?;
+        match self.kept {
+            Some(kept) if self.position() - kept >= STATE_EVERY_TOKENS => self.flush(),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// As [`BlockAttention::flush`], with a state of the sliding layers: the document can be continued from here.
@@ -95,12 +99,13 @@ impl ModelAttention {
     /// # Errors
     /// Those of [`BlockAttention::flush`] and [`BlockMemory::put_state`].
     pub fn flush(&mut self) -> Result<(), AttentionError> {
-        let Some(sliding) = &self.sliding else { return self.below.flush() };
+        let (Some(sliding), Some(_)) = (&self.sliding, self.kept) else { return self.below.flush() };
         let state = Bytes::from(sliding.state());
         let parts = (0..state.len()).step_by(STATE_PART_BYTES_MAX);
         let parts = parts.map(|at| state.slice(at..state.len().min(at + STATE_PART_BYTES_MAX)));
-        self.kept = self.below.position();
-        self.below.flush_with_state(parts.collect())
+        self.below.flush_with_state(parts.collect())?;
+        self.kept = Some(self.below.position());
+        Ok(())
     }
 
     /// Where attention went since the last call, as [`BlockAttention::take_reads`]: sliding layers have no part in it.
