@@ -86,7 +86,7 @@ pub(super) fn keep(args: &Args, context: &Context) -> Result<Kept, CliError> {
     let document = model::encode(&model, &scratch.memory, collection, &encoding, &mut |step| bar.show(step))?;
     bar.label("reading on");
     let retrieving = |layer: &u32| retrieval.layers.include(*layer as usize);
-    let all: Vec<u32> = (0..model.config().layers).filter(retrieving).collect();
+    let all: Vec<u32> = (0..model.config().memory_layers()).filter(retrieving).collect();
     let layers: Vec<u32> = match &args.layers {
         Some(asked) => all.into_iter().filter(|&layer| asked.include(layer as usize)).collect(),
         None => all.iter().copied().step_by(all.len().div_ceil(LAYERS as usize).max(1)).collect(),

@@ -45,7 +45,7 @@ pub(super) const KEY_RULE: Explained = &[
 /// The model.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct ModelArgs {
-    /// The model: smollm2, hf:ORG/REPO[/FILE], a .gguf file or a safetensors folder.
+    /// The model: smollm2, gemma3-270m, hf:ORG/REPO[/FILE], a .gguf file or a safetensors folder.
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub(super) model: String,
 }
@@ -82,8 +82,8 @@ pub(super) struct RetrievalArgs {
     #[arg(long, value_name = "GRANULARITY", value_parser = explained::<Granularity>(GRANULARITY))]
     granularity: Option<Granularity>,
 
-    /// Layers that retrieve, as numbers and ranges: 1-2,5 [default: all; for landmarks of an adapter all but the
-    /// first].
+    /// Layers that retrieve, as numbers and ranges: 1-2,5. Counted from 0, without layers that see the last tokens only
+    /// [default: all; for landmarks of an adapter all but the first].
     #[arg(long, value_name = "LAYERS", value_parser = layers)]
     retrieve_layers: Option<Layers>,
 
@@ -155,10 +155,14 @@ impl WindowArgs {
     /// A token of the window farther away than the model was trained to read would be noise.
     pub(super) fn window(&self, model: &ModelConfig) -> Result<Window, CliError> {
         let best = model.window();
+        let (longest, of) = match model.longest_window() {
+            Some(trained) => (trained, "the window that the model was trained with, less a block"),
+            None => (model.context_tokens as usize, "the model's context"),
+        };
         if let Some(tokens) = self.window
-            && tokens > model.context_tokens as usize
+            && tokens > longest
         {
-            return Err(wrong("--window", format!("0 to {}, the model's context", model.context_tokens), tokens));
+            return Err(wrong("--window", format!("0 to {longest}, {of}"), tokens));
         }
         Ok(Window {
             tokens: self.window.unwrap_or(best.tokens),
@@ -173,9 +177,10 @@ impl WindowArgs {
 impl RetrievalArgs {
     pub(super) fn retrieval(&self, model: &ModelConfig, top_k: u32) -> Result<Retrieval, CliError> {
         if let Some(Layers::These(layers)) = &self.retrieve_layers
-            && layers.len() > model.layers as usize
+            && layers.len() > model.memory_layers() as usize
         {
-            let expected = format!("0 to {}, the model's layers", model.layers.saturating_sub(1));
+            let last = model.memory_layers().saturating_sub(1);
+            let expected = format!("0 to {last}, the layers that look back over the whole text");
             return Err(wrong("--retrieve-layers", expected, layers.len() - 1));
         }
         let best = model.retrieval();

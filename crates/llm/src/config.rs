@@ -64,7 +64,7 @@ impl ModelConfig {
         let seen = self.architecture.kinds.iter().filter(|kind| !matches!(kind, LayerKind::Sliding { .. }));
         let unrotated = seen.zip(0..).filter(|(kind, _)| **kind == LayerKind::Unrotated);
         ModelShape {
-            layers: self.layers.saturating_sub(self.sliding_layers().count() as u32),
+            layers: self.memory_layers(),
             query_heads: self.query_heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
@@ -73,6 +73,11 @@ impl ModelConfig {
             unrotated_layers: unrotated.map(|(_, layer)| layer).collect(),
             softmax_scale: self.softmax_scale(),
         }
+    }
+
+    /// How many layers look back over the whole text: those of [`ModelConfig::shape`].
+    pub fn memory_layers(&self) -> u32 {
+        self.layers.saturating_sub(self.sliding_layers().count() as u32)
     }
 
     /// The layers that see the last tokens only: those that no memory has.

@@ -76,9 +76,14 @@ impl ModelConfig {
             return Window::landmark(CHUNK_BLOCKS * landmark.block_tokens as usize);
         }
         let window = Window { normalisation: self.normalisation(), ..Window::default() };
+        Window { tokens: self.longest_window().map_or(window.tokens, |longest| window.tokens.min(longest)), ..window }
+    }
+
+    /// The longest local window of a model that was trained to look back no further; `None` where only its context bounds it.
+    pub fn longest_window(&self) -> Option<usize> {
         // The query's own block is seen besides.
         let longest = self.architecture.window_tokens_max.map(|tokens| tokens.saturating_sub(self.block_tokens()));
-        Window { tokens: longest.map_or(window.tokens, |longest| window.tokens.min(longest as usize)), ..window }
+        longest.map(|tokens| tokens as usize)
     }
 
     /// What to retrieve for the model. Layer 0 does not retrieve by hidden landmarks: before any layer they are all equal.
