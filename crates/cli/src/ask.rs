@@ -166,7 +166,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         return answer(args, context, None);
     }
     let last = Conversation::last()?;
-    let there = Context { config: last.config(&context.config)?, output: context.output, hints: context.hints.clone() };
+    let there =
+        Context { config: last.config(&context.config)?, output: context.output, hints: Hints::at(&last.place) };
     answer(args, &there, Some(last))
 }
 

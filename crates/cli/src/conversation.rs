@@ -116,7 +116,9 @@ impl Document {
 /// A conversation without a question yet.
 pub(super) fn begin(place: &Target, model: &str, collection: &CollectionInfo, system: Option<&str>) -> Conversation {
     // A path means the same from elsewhere; a name of a model that is none stays.
-    let absolute = std::fs::canonicalize(model).ok().and_then(|path| path.to_str().map(str::to_string));
+    let of_path = landmarkdb_llm::resolve(model).is_ok_and(|path| path == Path::new(model));
+    let absolute = std::fs::canonicalize(model).ok().filter(|_| of_path);
+    let absolute = absolute.and_then(|path| path.to_str().map(str::to_string));
     Conversation {
         place: place.absolute(),
         model: absolute.unwrap_or_else(|| model.into()),

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use super::global::Global;
+use super::target::Target;
 
 /// What may follow `landmarkdb` in a hint and works on a data directory or a service.
 const WITH_TARGET: [&str; 9] = ["ask", "blocks", "encode", "index", "ls", "rm", "show", "stats", "verify"];
@@ -30,6 +31,19 @@ impl Hints {
         // A service's own data directory is not known here.
         let own = if global.connect.is_some() { " --data DIR".into() } else { data.clone() };
         Hints { target: format!("{data}{connect}{config}"), data: format!("{own}{config}") }
+    }
+
+    /// For commands at this place, wherever the user is.
+    pub(super) fn at(place: &Target) -> Self {
+        match place {
+            Target::Data(folder) => {
+                let data = format!(" --data {}", quoted(&folder.display().to_string()));
+                Hints { target: data.clone(), data }
+            }
+            Target::Connect(service) => {
+                Hints { target: format!(" --connect {}", quoted(service)), data: " --data DIR".into() }
+            }
+        }
     }
 
     /// One command in backticks.
