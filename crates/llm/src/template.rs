@@ -101,6 +101,9 @@ impl ChatTemplate {
         let mut pieces = Vec::new();
         for (index, (_, words)) in turns.iter().enumerate() {
             let (before, behind) = rest.split_once(&placeholder(index)).ok_or(TemplateError::LostTurn)?;
+            if before.contains(PLACEHOLDER) {
+                return Err(TemplateError::LostTurn);
+            }
             if index > after {
                 pieces.extend([Piece::Markup(before.into()), Piece::Words(words.clone())]);
             }
