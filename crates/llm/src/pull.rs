@@ -269,7 +269,7 @@ pub(super) fn unpack(
             if done_bytes > file_bytes {
                 return Err(other_size());
             }
-            out.write_all(&buffer[..bytes]).map_err(io(archive))?;
+            out.write_all(&buffer[..bytes]).map_err(io(Path::new(file)))?;
             progress(PullStep::File { name: file.into(), done_bytes, total_bytes });
         }
     }
