@@ -25,7 +25,7 @@ const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Encode a text into a document: the model reads it once, its blocks are kept.
 ///
-/// An interrupted encoding is resumed after its last durable block when the same command is run again.
+/// An interrupted encoding is resumed where it stopped when the same command is run again.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -1,5 +1,5 @@
-//! The forward pass of a decoder in f32: Llama's, and what an [`Architecture`](super::Architecture) changes about it. Attention is the caller's: this hands over `q`, `k`, `v`
-//! before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
+//! The forward pass of a decoder in f32: Llama's, and what an [`Architecture`](super::Architecture) changes about it. Attention is
+//! the caller's: this hands over `q`, `k`, `v` before RoPE and takes back what attention made of them, so it neither rotates nor remembers anything.
 
 use std::path::Path;
 

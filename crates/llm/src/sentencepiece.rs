@@ -22,7 +22,7 @@ use tokenizers::normalizers::{NormalizerWrapper, Sequence as Normalizers};
 use super::error::LoadError;
 use super::gguf::Gguf;
 use super::gguf_vocabulary::{BYTE, CONTROL, TAKE_THE_FOLDER, UNKNOWN, USER_DEFINED, Vocabulary, damaged};
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{ENDS, Tokenizer};
 use landmarkdb::Sha256Digest;
 
 /// What stands for a space in a token.
@@ -33,13 +33,10 @@ const SCORES: &str = "tokenizer.ggml.scores";
 /// Bytes of one token that merges are looked for in: the longest of known models has 93, and each place in it is looked at.
 const TOKEN_BYTES_MAX: usize = 512;
 
-/// Tokens that end a text or a turn. Files call some of them user-defined; like llama.cpp, a text that spells one stays text.
-const ENDS: [&str; 7] =
-    ["</s>", "<|endoftext|>", "<|end|>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end_of_text|>"];
-
 /// Builds the tokenizer from a file's vocabulary.
 pub(super) fn from_gguf(gguf: &Gguf, mut vocabulary: Vocabulary) -> Result<Tokenizer, LoadError> {
     refuse_normalizers(gguf)?;
+    // Files call some of them user-defined; like llama.cpp, a text that spells one stays text.
     for (token, kind) in vocabulary.tokens.iter().zip(&mut vocabulary.kinds) {
         *kind = if ENDS.contains(token) { CONTROL } else { *kind };
     }

@@ -19,7 +19,7 @@ use landmarkdb::Sha256Digest;
 use landmarkdb::limits::TOKEN_IDS_MAX;
 
 /// Control tokens that end a text or a turn whatever a file says of them, as in llama.cpp: files often name one of several.
-const ENDS: [&str; 7] =
+pub(super) const ENDS: [&str; 7] =
     ["<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>"];
 
 /// The tokenizer of one model.
