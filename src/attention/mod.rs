@@ -29,6 +29,7 @@
 //!
 //! The memory may be in process or remote: this folder knows only the interface.
 
+mod at_hand;
 mod cut;
 mod local;
 mod resume;

@@ -6,16 +6,17 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
+use crate::attention::at_hand::at_hand;
 use crate::attention::cut::cut_block;
 use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, LocalAttention};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
-use crate::attention::trace::{AtHandReads, Heads, Place, Reads, Trace};
+use crate::attention::trace::{Heads, Reads, Trace};
 use crate::attention::window::{Lead, LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
 use crate::limits::TAIL_TOKENS_MAX;
 use crate::shape::{ModelShape, Rotation};
-use crate::types::{BlockId, BlockRange, CollectionId, DType, DocumentId, Normalisation};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation};
 
 /// Attention of all layers of one sequence. The constructor decides what it sees:
 ///
@@ -559,31 +560,6 @@ impl Sliding {
         let least = (window.counted_from == CountedFrom::Query) as usize;
         Sliding { blocks: blocks.max(least), counted_from: window.counted_from }
     }
-}
-
-/// What is at hand of `documents`, in the order of [`AtHand`]: the tails of all but the last, the sink, and the last from block
-/// `windowed` on; and how many tokens each has.
-fn at_hand(
-    documents: &[&DocumentInfo],
-    sink: bool,
-    windowed: u32,
-    block_tokens: u32,
-) -> (Vec<AtHandReads>, Vec<usize>) {
-    let (mut blocks, mut tokens) = (Vec::new(), Vec::new());
-    let mut push = |document: &DocumentInfo, index, place| {
-        let is_tail = index == document.blocks;
-        blocks.push(AtHandReads { block: BlockId { document: document.id, index }, place, mass: 0.0 });
-        tokens.push(if is_tail { document.tail_tokens } else { block_tokens } as usize);
-    };
-    let Some((last, earlier)) = documents.split_last() else { return (blocks, tokens) };
-    let tails = earlier.iter().filter(|document| document.tail_tokens > 0);
-    tails.for_each(|document| push(document, document.blocks, Place::Tail));
-    if sink {
-        push(documents[0], 0, Place::Sink);
-    }
-    let end = last.blocks + (last.tail_tokens > 0) as u32;
-    (windowed..end).for_each(|index| push(last, index, Place::Window));
-    (blocks, tokens)
 }
 
 impl Retrieval {
