@@ -429,7 +429,8 @@ impl Report for Answered {
 }
 
 fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
+    // The sum of nothing is -0.
+    format!("{:.1} %", 100.0 * share.max(0.0))
 }
 
 impl Answered {

@@ -104,7 +104,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     };
     let encoded = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;
-        kept_tokens.store(step.done_tokens, Ordering::Relaxed);
+        kept_tokens.store(step.kept_tokens, Ordering::Relaxed);
         bar.show(step);
     });
     bar.finish();

@@ -16,10 +16,12 @@ const COMPARED_BLOCKS: u32 = 256;
 /// How far an encoding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncodeProgress {
-    /// Tokens that were in the memory before: an interrupted encoding is resumed.
+    /// Tokens that an interrupted encoding is resumed after.
     pub resumed_tokens: u64,
-    /// Tokens that the memory has, those included.
+    /// Tokens that were read, those included.
     pub done_tokens: u64,
+    /// Tokens that the next encoding would be resumed after.
+    pub kept_tokens: u64,
     /// Tokens of the whole text, with the tokenizer's prefix and the landmarks.
     pub total_tokens: u64,
 }
@@ -78,12 +80,11 @@ pub fn encode(
             return Err(RememberError::Damaged { name: name.into(), problem: damage.problem });
         }
     }
-    let resumed_tokens = document.tokens;
-    let mut tell = |done_tokens| {
-        progress(EncodeProgress { resumed_tokens, done_tokens, total_tokens: ids.len() as u64 });
+    let mut tell = |resumed_tokens, done_tokens, kept_tokens| {
+        progress(EncodeProgress { resumed_tokens, done_tokens, kept_tokens, total_tokens: ids.len() as u64 });
     };
-    tell(resumed_tokens);
     if document.sealed {
+        tell(document.tokens, document.tokens, document.tokens);
         let needs_state = model.config().sliding_layers().next().is_some();
         return match needs_state && document.state_tokens != Some(document.tokens) {
             true => Err(RememberError::LostState { name: name.into() }),
@@ -92,6 +93,8 @@ pub fn encode(
     }
     let mut session = ModelAttention::write(model.config(), memory, collection, &document, window, retrieval.clone())?;
     let mut from = session.position();
+    let resumed_tokens = from as u64;
+    tell(resumed_tokens, resumed_tokens, resumed_tokens);
     while from < ids.len() {
         let to = (from + window.written_chunk_tokens()).min(ids.len());
         model.llama.forward(&ids[from..to], &mut session, Logits::None)?;
@@ -100,8 +103,7 @@ pub fn encode(
         let in_text: Vec<u32> = offsets[from..to].iter().map(|offset| (offset - text_from) as u32).collect();
         session.commit(NewTokens { ids: &ids[from..to], text: &text.as_bytes()[text_from..end], offsets: &in_text })?;
         from = to;
-        // What comes again after the last state is there already.
-        tell(resumed_tokens.max(from as u64));
+        tell(resumed_tokens, from as u64, session.kept() as u64);
     }
     session.flush()?;
     Ok(memory.seal(document.id)?)

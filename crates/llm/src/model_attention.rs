@@ -21,7 +21,7 @@ const STATE_EVERY_TOKENS: usize = 16_384;
 pub struct ModelAttention {
     below: BlockAttention,
     sliding: Option<SlidingLayers>,
-    /// Position of the last state that the document was given; none of a sequence that does not write.
+    /// Position of the last state that the document was given; none of a sequence that gives none.
     kept: Option<usize>,
 }
 
@@ -106,6 +106,11 @@ impl ModelAttention {
         self.below.flush_with_state(parts.collect())?;
         self.kept = Some(self.below.position());
         Ok(())
+    }
+
+    /// Position that a later sequence could go on from by what is durable now.
+    pub(super) fn kept(&self) -> usize {
+        self.kept.unwrap_or(self.below.position())
     }
 
     /// Where attention went since the last call, as [`BlockAttention::take_reads`]: sliding layers have no part in it.

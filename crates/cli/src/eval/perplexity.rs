@@ -110,6 +110,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
                 bar.show(landmarkdb_llm::EncodeProgress {
                     resumed_tokens: 0,
                     done_tokens: done as u64,
+                    kept_tokens: 0,
                     total_tokens: total as u64,
                 });
             })?;
