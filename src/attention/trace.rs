@@ -8,7 +8,9 @@ use crate::types::{BlockId, Granularity};
 /// Where the attention of a sequence went, as masses: the attention of one query head of one token at one layer is 1.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Reads {
-    /// The blocks that were retrieved, by falling mass.
+    /// The blocks that were retrieved. First come those that stood out most: the memory's share of each attention times the block's
+    /// share of the scores of all eligible blocks, not of the chosen alone, summed up. Where all blocks suit a query equally, one
+    /// of them has to be chosen, and says little about the answer however much attention it had.
     pub retrieved: Vec<BlockReads>,
     /// What all layers and heads of a [`read`](super::BlockAttention::read) sequence read without choosing it: the tails of the
     /// documents before the last, the sink, and the window. Empty for other sequences.
@@ -75,6 +77,8 @@ pub(crate) struct Trace {
 #[derive(Default)]
 struct Sum {
     mass: f64,
+    /// What [`Reads::retrieved`] is sorted by.
+    standing: f64,
     /// By (layer, KV head).
     choices: BTreeMap<(u32, u32), u64>,
 }
@@ -103,6 +107,7 @@ impl Trace {
     /// Adds the hits of one layer for `tokens` query tokens. `shares (T, Hq)`: the memory's share of each attention.
     pub(crate) fn add(&mut self, layer: usize, hits: &Hits, granularity: Granularity, shares: &[f32], heads: Heads) {
         let k = hits.k as usize;
+        let summed = if granularity == Granularity::KvGroup { heads.query / heads.kv } else { 1 };
         for (index, &share) in shares.iter().enumerate() {
             let (token, query_head) = (index / heads.query, index % heads.query);
             let row = granularity.row(token, query_head, heads.query, heads.kv);
@@ -113,6 +118,7 @@ impl Trace {
             for (&block, score) in hits.blocks[row * k..].iter().zip(scores) {
                 let sum = self.blocks.entry(block).or_default();
                 sum.mass += share as f64 * weight(score) / all.max(f64::MIN_POSITIVE);
+                sum.standing += share as f64 * weight(score) / summed as f64;
                 *sum.choices.entry((layer as u32, kv_head)).or_default() += 1;
             }
         }
@@ -120,7 +126,9 @@ impl Trace {
 
     /// Everything since the last call.
     pub(crate) fn take(&mut self) -> Reads {
-        let mut retrieved: Vec<BlockReads> = std::mem::take(&mut self.blocks)
+        let mut blocks: Vec<(BlockId, Sum)> = std::mem::take(&mut self.blocks).into_iter().collect();
+        blocks.sort_by(|(a, of_a), (b, of_b)| of_b.standing.total_cmp(&of_a.standing).then(a.cmp(b)));
+        let retrieved = blocks
             .into_iter()
             .map(|(block, sum)| {
                 let heads = sum
@@ -131,7 +139,6 @@ impl Trace {
                 BlockReads { block, mass: sum.mass, heads }
             })
             .collect();
-        retrieved.sort_by(|a, b| b.mass.total_cmp(&a.mass).then(a.block.cmp(&b.block)));
         let at_hand = self.at_hand.clone();
         self.at_hand.iter_mut().for_each(|read| read.mass = 0.0);
         Reads { retrieved, at_hand, own_mass: std::mem::take(&mut self.own_mass) }
@@ -162,6 +169,20 @@ mod tests {
         assert!((reads[1].mass - 0.75 * 0.25).abs() < 1e-6, "{reads:?}");
         assert_eq!(reads[0].heads, vec![HeadReads { layer: 4, kv_head: 0, choices: 2 }]);
         assert_eq!(trace.take(), Reads::default());
+    }
+
+    /// Two queries choose one block each: one block had all of half an attention among equals, the other stood out.
+    #[test]
+    fn blocks_that_stood_out_come_before_those_that_had_more_attention() {
+        let block = |index| BlockId { document: DocumentId(1), index };
+        let hits = Hits { rows: 2, k: 1, blocks: vec![block(3), block(7)], scores: vec![0.01f32.ln(), 0.9f32.ln()] };
+        let mut trace = Trace::default();
+        trace.add(0, &hits, Granularity::TokenHead, &[0.5, 0.25], Heads { query: 2, kv: 2 });
+        let reads = trace.take().retrieved;
+        assert_eq!(
+            [(reads[0].block, reads[0].mass), (reads[1].block, reads[1].mass)],
+            [(block(7), 0.25), (block(3), 0.5)]
+        );
     }
 
     #[test]

@@ -35,7 +35,7 @@ const MAX_TOKENS: &str = "max_tokens";
 ///
 /// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--blocks) and
 /// attends to them, beside the end of the last document. The question stands in the turns of the model's own chat template if it has
-/// one. The answer is followed by the blocks that were read: retrieved ones, heaviest first, then those that are always at hand (the
+/// one. The answer is followed by the blocks that were read: retrieved ones, those that stood out first, then those that are always at hand (the
 /// first block of the first document, the ends of all, and the window).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -115,7 +115,7 @@ pub(super) struct Answered {
     total_s: f64,
     /// Share of all attention that went to question and answer themselves; the blocks have the rest.
     own_share: f64,
-    /// What was read: retrieved blocks, heaviest first, then those at hand: tails, the sink, the window.
+    /// What was read: retrieved blocks, those that stood out first, then those at hand: tails, the sink, the window.
     blocks: Vec<BlockRead>,
     /// How many of them the table shows.
     #[serde(skip)]

@@ -40,7 +40,7 @@ pub enum ReadFrom {
     Window,
 }
 
-/// The blocks that an answer was read from: those that were retrieved, heaviest first, then those at hand: tails, the sink, the
+/// The blocks that an answer was read from: those that were retrieved, as [`Reads::retrieved`] sorts them, then those at hand: tails, the sink, the
 /// window.
 ///
 /// `memory` and `documents` are those that the question was asked of. The memory is called once for each run of consecutive
