@@ -34,9 +34,9 @@ const MAX_TOKENS: &str = "max_tokens";
 /// Ask a question about documents, answered from their blocks.
 ///
 /// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--blocks) and
-/// attends to them, beside the end of the last document. The question stands in the turns of the model's own chat template if it has
-/// one. The answer is followed by the blocks that were read: retrieved ones, those that stood out first, then those that are always at hand (the
-/// first block of the first document, the ends of all, and the window).
+/// attends to them, beside the end of the last document. The question stands in the turns of the model's own chat template if it
+/// has one. The answer is followed by the blocks that were read: retrieved ones, those that stood out first, then those that are
+/// always at hand (the first block of the first document, the ends of all, and the window).
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
