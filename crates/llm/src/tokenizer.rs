@@ -2,7 +2,7 @@
 //!
 //! Every token stands for a fixed string of bytes, so decoding is concatenation, and the bytes of a text that each
 //! token covers follow from the lengths alone. That holds for byte-level BPE and for SentencePiece with byte fallback,
-//! which are the two kinds that Llama-family models come with.
+//! which are the two kinds that the families come with.
 
 use std::cmp::Reverse;
 use std::panic::{AssertUnwindSafe, catch_unwind};
