@@ -15,8 +15,8 @@ pub struct Citation {
     pub block: BlockId,
     /// Retrieved from the memory, or a place at hand.
     pub from: ReadFrom,
-    /// The block's part of all attention of prompt and answer, 0 to 1: over tokens, layers and query heads. What the shares of
-    /// all citations leave out of 1 went to prompt and answer themselves. Of retrieved blocks an estimate: the scores of their
+    /// The block's part of all attention of prompt and answer, 0 to 1: over tokens, query heads and the layers that a memory has.
+    /// What the shares of all citations leave out of 1 went to prompt and answer themselves. Of retrieved blocks an estimate: the scores of their
     /// keys divide the attention that they had together.
     pub share: f64,
     /// Which KV heads of which layers chose the block, and how often. Empty for blocks at hand, which all heads read.
