@@ -320,6 +320,22 @@ impl fmt::Display for CollectionId {
     }
 }
 
+/// How the names of documents begin that are to take the place of others.
+const REPLACEMENT: &str = "replacement-of-";
+
+impl DocumentId {
+    /// The name of a document that is to take the place of this one: see [`BlockMemory::replace`](crate::BlockMemory::replace).
+    pub fn replacement_name(self) -> String {
+        format!("{REPLACEMENT}{self}")
+    }
+
+    /// The document whose place one of this name is to take; `None` of every other name.
+    pub fn of_replacement_name(name: &str) -> Option<DocumentId> {
+        let document = DocumentId(name.strip_prefix(REPLACEMENT)?.parse().ok()?);
+        Some(document).filter(|document| document.replacement_name() == name)
+    }
+}
+
 impl fmt::Display for DocumentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)

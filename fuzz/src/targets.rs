@@ -110,6 +110,7 @@ fn ask(memory: &LocalMemory, request: Request) -> Result<()> {
         Request::GetDocument(document) => memory.document(document).map(drop),
         Request::SealDocument(document) => memory.seal(document).map(drop),
         Request::ListBlocks(range) => memory.blocks(&range).map(drop),
+        Request::ReplaceDocument(document, by) => memory.replace(document, by).map(drop),
         Request::DeleteDocument(document) => memory.delete(document).map(drop),
         Request::GetStats => memory.stats().map(drop),
         Request::PutState(document, state) => memory.put_state(document, state).map(drop),

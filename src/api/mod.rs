@@ -209,6 +209,15 @@ pub trait BlockMemory: Send + Sync {
     /// [`MemoryError::NotFound`] for the document.
     fn blocks(&self, range: &BlockRange) -> Result<Vec<BlockInfo>>;
 
+    /// Deletes a document and gives its name to another one, which was made to replace it: opened later, in the same collection,
+    /// as [`replacement_name`](DocumentId::replacement_name), and filled meanwhile. One step, durable when it returns: whatever
+    /// happens, the name has the earlier document, as it was, or the other one, as it is. The earlier one's space comes back as
+    /// after [`delete`](Self::delete).
+    ///
+    /// # Errors
+    /// [`MemoryError::NotFound`] for either document, [`MemoryError::Invalid`] for one that was not made for this.
+    fn replace(&self, document: DocumentId, by: DocumentId) -> Result<DocumentInfo>;
+
     /// Deletes a document, durably when it returns. Compaction gives its space back, until segments take at most
     /// [`limits::SPACE_PERCENT_MAX`](crate::limits::SPACE_PERCENT_MAX) hundredths of the live bytes.
     ///

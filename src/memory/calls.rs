@@ -149,6 +149,18 @@ impl BlockMemory for LocalMemory {
         self.describe_blocks(range)
     }
 
+    fn replace(&self, document: DocumentId, by: DocumentId) -> Result<DocumentInfo> {
+        // In the order of ids, each once, so that two calls never wait for each other.
+        let mut written = vec![document, by];
+        written.sort();
+        written.dedup();
+        let writers: Vec<_> = written.into_iter().map(|document| self.writers.of(document)).collect();
+        let _writing: Vec<_> = writers.iter().map(|writer| writer.lock().ignore_poison()).collect();
+        let manifest = self.store.replace(document, by)?;
+        self.forget_document(document);
+        self.document_info(manifest)
+    }
+
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
         let writer = self.writers.of(document);
         let _writing = writer.lock().ignore_poison();

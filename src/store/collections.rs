@@ -1,4 +1,4 @@
-//! Collections and their documents: created, found by name, listed, sealed, deleted.
+//! Collections and their documents: created, found by name, listed, sealed, replaced, deleted.
 
 use super::catalog::{self, key};
 use super::document::Manifest;
@@ -141,14 +141,32 @@ impl Store {
         })
     }
 
+    /// Deletes a document and gives its name to another, which was created under its [replacement's](DocumentId::replacement_name).
+    /// Both are one group: after a crash the name is that of the one, whole, or of the other.
+    pub fn replace(&self, document: DocumentId, by: DocumentId) -> Result<Manifest, StoreError> {
+        self.write_to_free(|writer| {
+            let (old, mut new) = (self.entry(document)?, self.entry(by)?);
+            self.check_undoubted(by)?;
+            check_replacement(&old.manifest, &new.manifest)?;
+            new.set_name(old.manifest.name.clone());
+            self.make_room(writer, 0)?;
+            let tombstone = writer.tombstone(&old);
+            self.commit(writer, |group| {
+                group.document(new.clone())?;
+                group.tombstone(old.manifest.collection, tombstone)
+            })?;
+            writer.may_have_much_dead = true;
+            Ok(new.manifest)
+        })
+    }
+
     /// Deletes a document, durably. Its space comes back afterwards (see [`Compactor`](super::Compactor) and `limits::SPACE_PERCENT_MAX`).
     /// Blocks being read meanwhile are read to their end.
     pub fn delete(&self, document: DocumentId) -> Result<Freed, StoreError> {
         self.write_to_free(|writer| {
             let entry = self.entry(document)?;
             self.make_room(writer, 0)?;
-            let last_segment = writer.active.id;
-            let tombstone = Tombstone { document, first_segment: entry.first_segment, last_segment };
+            let tombstone = writer.tombstone(&entry);
             self.commit(writer, |group| group.tombstone(entry.manifest.collection, tombstone))?;
             writer.may_have_much_dead = true;
             Ok(Freed { blocks: entry.manifest.blocks, bytes: entry.manifest.stored_bytes })
@@ -156,7 +174,26 @@ impl Store {
     }
 }
 
+/// A name goes to a later document only, so that a rebuild finds out who has it in any order of records; and what is lost of one
+/// under a replacement's name may have been the record that gave it another (see `loss`).
+fn check_replacement(old: &Manifest, new: &Manifest) -> Result<(), StoreError> {
+    let name = old.id.replacement_name();
+    if new.collection == old.collection && new.id > old.id && new.name == name {
+        return Ok(());
+    }
+    let expected =
+        format!("a document of collection {} that was created after document {} as {name:?}", old.collection, old.id);
+    let found = format!("document {} of collection {}, {:?}", new.id, new.collection, new.name);
+    Err(StoreError::Invalid { field: "by", expected, found })
+}
+
 impl Writer {
+    /// That says from now on that a document is deleted.
+    fn tombstone(&self, entry: &DocumentEntry) -> Tombstone {
+        let DocumentEntry { first_segment, .. } = *entry;
+        Tombstone { document: entry.manifest.id, first_segment, last_segment: self.active.id }
+    }
+
     fn new_document(&self, collection: CollectionId, name: &str, block_tokens: u32) -> DocumentEntry {
         let manifest = Manifest {
             id: self.ledger.totals.next_document,

@@ -311,12 +311,16 @@ impl<'a> Draft<'a> {
             self.kill(&old);
             self.count_out(&before);
             self.drop_outdated(&before, entry)?;
+            if before.manifest.name != manifest.name {
+                self.free_name(&before.manifest)?;
+            }
         }
         self.totals.documents += 1;
         self.totals.blocks += manifest.blocks as u64;
         self.totals.tokens += entry.tokens();
         let name = key::document_name(manifest.collection, &manifest.name);
-        // Two can live under one name only where a tombstone was lost.
+        // One that takes another's name is the later one, and so of all that ever had a name the latest has it. Two live under one
+        // only until the other's tombstone is met, or where that was lost.
         if self.get::<DocumentId>(&name)?.is_none_or(|other| other <= manifest.id) {
             self.put(name, &manifest.id);
         }
@@ -376,17 +380,22 @@ impl<'a> Draft<'a> {
             self.count_out(&entry);
             self.changes.insert(key::document(document), None);
             self.changes.insert(key::doubt(document), None);
-            // It may be that of a newer document by now.
-            let name = key::document_name(entry.manifest.collection, &entry.manifest.name);
-            if self.get::<DocumentId>(&name)? == Some(document) {
-                self.changes.insert(name, None);
-            }
+            self.free_name(&entry.manifest)?;
             // A document may have many blocks: they go step by step.
             self.put(key::garbage(document), &document);
         }
         self.totals.raise_ids(CollectionId(0), DocumentId(document.0.saturating_add(1)));
         self.put(key::tombstone(document), &(locator, tombstone));
         self.revive(locator);
+        Ok(())
+    }
+
+    /// Takes its name from a document, unless it is that of a newer one by now.
+    fn free_name(&mut self, manifest: &Manifest) -> Result<(), StoreError> {
+        let name = key::document_name(manifest.collection, &manifest.name);
+        if self.get::<DocumentId>(&name)? == Some(manifest.id) {
+            self.changes.insert(name, None);
+        }
         Ok(())
     }
 

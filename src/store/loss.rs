@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 
 use super::catalog::{self, Catalog, key};
+use super::document::Manifest;
 use super::error::StoreError;
 use super::ledger::{Damage, Doubt, Entry, NAMES};
 use super::place;
@@ -92,14 +93,19 @@ impl Stretch<'_> {
 
     /// What the one group is known to have lost whose end is gone.
     fn without_end(&self, number: u64, following: &GroupEntry, found: &[Named]) -> Option<Loss> {
-        // First written there, and so of one thing: a manifest with its blocks, or one other record.
-        let mut first_written = self.entries.iter().filter(|entry| entry.locator.sequence == number).peekable();
-        if let Some(first) = first_written.peek() {
-            let document = if let Content::Block(id) = first.content { Some(id.document) } else { None };
-            let has_manifest = first_written.any(|entry| !matches!(entry.content, Content::Block(_)));
-            return document.filter(|_| !has_manifest).map(|document| Loss::Record(Named::Document(document, number)));
-        }
-        let of_it = found.iter().filter(|named| !following.named.contains(named)).copied().collect();
+        // First written there, and so of one thing: a manifest with its blocks, one other record, or the two of a replacement.
+        let first_written = self.entries.iter().filter(|entry| entry.locator.sequence == number);
+        let first_written: Vec<&Content> = first_written.map(|entry| &entry.content).collect();
+        let of_it = match first_written[..] {
+            [Content::Block(id), ..] => {
+                let has_manifest = first_written.iter().any(|content| !matches!(content, Content::Block(_)));
+                return (!has_manifest).then_some(Loss::Record(Named::Document(id.document, number)));
+            }
+            // Alone it may be half of a replacement.
+            [half @ (Content::Document(_) | Content::Tombstone(_))] => half.named(number).into_iter().collect(),
+            [] => found.iter().filter(|named| !following.named.contains(named)).copied().collect(),
+            _ => return None,
+        };
         let end = GroupEntry { number, named: of_it };
         (self.gap_bytes != end.record_bytes()).then_some(Loss::Any { before: following.number })
     }
@@ -117,6 +123,14 @@ impl Doubts {
         let reason =
             format!("{lost} of document {document} is lost to damage, so what is left of it may be outdated{ADVICE}");
         self.0.entry(document).or_insert(Doubt { document, reason });
+    }
+
+    /// What is left of a document is older than what is lost. One under a replacement's name may have had another by then.
+    fn outdated(&mut self, manifest: &Manifest) {
+        self.document(manifest.id, "the newest manifest");
+        if DocumentId::of_replacement_name(&manifest.name).is_some() {
+            self.names(&format!("the newest manifest of document {}", manifest.id));
+        }
     }
 
     fn names(&mut self, lost: &str) {
@@ -139,8 +153,8 @@ pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) 
                 if found.is_none() && !is_deleted(catalog, document)? {
                     doubts.document(document, "the manifest");
                     doubts.names(&format!("the manifest of document {document}"));
-                } else if found.is_some_and(|(found, _)| found.sequence < sequence) {
-                    doubts.document(document, "the newest manifest");
+                } else if let Some((_, left)) = found.filter(|(found, _)| found.sequence < sequence) {
+                    doubts.outdated(&left.manifest);
                 }
             }
             Loss::Record(Named::Tombstone(document, sequence)) => {
@@ -173,7 +187,7 @@ pub(super) fn doubts(catalog: &dyn Catalog, losses: &[Loss], blocks: &[&Entry]) 
                 if entry.locator.sequence > found.sequence
                     && !document.accepts(id.index, entry.locator.tokens, entry.locator.sequence) =>
             {
-                doubts.document(id.document, "the newest manifest");
+                doubts.outdated(&document.manifest);
             }
             None if !is_deleted(catalog, id.document)? => {
                 doubts.document(id.document, "the manifest");

@@ -24,7 +24,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::document::{BlockMeta, KeptState};
+use super::document::{BlockMeta, KeptState, Manifest};
 pub(super) use super::entry::{
     CollectionEntry, DocumentEntry, GroupEntry, Named, SEQUENCE_FIRST, Tombstone, pack, unpack,
 };
@@ -435,12 +435,20 @@ impl DocumentEntry {
 
     /// Gives the document this state, or none, in place of the one that it has.
     pub(super) fn set_state(&mut self, state: Option<KeptState>) {
+        self.change(|manifest| manifest.state = state);
+    }
+
+    /// Gives the document this name in place of the one that it has.
+    pub(super) fn set_name(&mut self, name: String) {
+        self.change(|manifest| manifest.name = name);
+    }
+
+    /// Counts what the change adds to the records of the manifest and the state, or takes from them.
+    fn change(&mut self, change: impl FnOnce(&mut Manifest)) {
         let bytes = |entry: &Self| entry.record_bytes() + entry.manifest.state.map_or(0, |state| state.bytes);
-        let before = bytes(self);
-        self.manifest.state = state;
-        let stored_bytes = &mut self.manifest.stored_bytes;
-        *stored_bytes = stored_bytes.saturating_sub(before);
-        self.manifest.stored_bytes += bytes(self);
+        let others = self.manifest.stored_bytes.saturating_sub(bytes(self));
+        change(&mut self.manifest);
+        self.manifest.stored_bytes = others + bytes(self);
     }
 }
 

@@ -178,6 +178,8 @@ fn requests() -> Vec<Vec<u8>> {
         (13, Request::SealDocument(long)),
         (14, Request::ListBlocks(BlockRange { document: long, blocks: 1..9 })),
         (15, Request::DeleteDocument(landmarks)),
+        (10, Request::OpenDocument(one, sealed.replacement_name())),
+        (20, Request::ReplaceDocument(sealed, DocumentId(6))),
         (16, Request::GetStats),
         (17, Request::Verify(Some(long))),
     ];

@@ -11,6 +11,11 @@ fn id(store: &Store, name: &str) -> Result<DocumentId, StoreError> {
     found.ok_or(StoreError::NotFound { entity: Entity::Document(DocumentId(0)) })
 }
 
+/// What the document that replaces `b` is called until it does.
+fn replacement(store: &Store) -> Result<String, StoreError> {
+    Ok(id(store, "b")?.replacement_name())
+}
+
 fn append(store: &Store, name: &str, blocks: &[BlockRecord]) -> Result<(), StoreError> {
     store.append(id(store, name)?, blocks).map(drop)
 }
@@ -55,7 +60,10 @@ pub(super) const SCRIPT: &[Step] = &[
     |store| store.create_document(CollectionId(1), "b").map(drop),
     |store| append(store, "b", &blocks(0..3, 4)),
     |store| store.delete(id(store, "c")?).map(drop),
-    |store| append(store, "b", &blocks(3..8, 4)),
+    |store| store.create_document(CollectionId(1), &replacement(store)?).map(drop),
+    |store| append(store, &replacement(store)?, &with_tail(blocks(0..3, 6), 2, 6)),
+    |store| store.replace(id(store, "b")?, id(store, &replacement(store)?)?).map(drop),
+    |store| append(store, "b", &blocks(3..8, 6)),
 ];
 
 /// Runs the script from step `from`; stops at the first error. Returns the step that failed.

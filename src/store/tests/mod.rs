@@ -28,6 +28,7 @@ mod plan;
 mod rebuild;
 mod rebuilt;
 mod repair;
+mod replace;
 mod rot;
 mod whole;
 

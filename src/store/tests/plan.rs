@@ -20,11 +20,12 @@ const BLOCKS_MAX: usize = 24;
 /// Deleted documents that are asked for after every step: the latest.
 const GONE_MAX: usize = 16;
 
-/// A place for a document: a name in a collection.
+/// A place for a document: a name in a collection, or what is to replace the document of that name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Slot {
     pub(super) collection: u8,
     pub(super) name: u8,
+    pub(super) replaces: bool,
 }
 
 /// What an append offers.
@@ -62,6 +63,8 @@ pub(super) enum Op {
         seed: u32,
     },
     Seal(Slot),
+    /// The document of the name gives way to what is to replace it.
+    Replace(Slot),
     Delete(Slot),
     Restart(Files, Table),
     /// Something is about to go wrong.
@@ -88,6 +91,7 @@ pub(super) struct Document {
     /// Document 0, which no document has, until the store has been asked.
     pub(super) id: DocumentId,
     pub(super) slot: Slot,
+    pub(super) name: String,
     pub(super) sealed: bool,
     /// The last may be a tail.
     pub(super) blocks: Vec<BlockRecord>,
@@ -116,6 +120,7 @@ pub(super) enum Answer {
     OutOfOrder,
     Conflict,
     Sealed,
+    Invalid,
     /// Never expected from a disk that is well.
     Fault,
 }
@@ -129,14 +134,15 @@ impl Answer {
             Err(StoreError::OutOfOrder { .. }) => Answer::OutOfOrder,
             Err(StoreError::Conflict { .. }) => Answer::Conflict,
             Err(StoreError::Sealed) => Answer::Sealed,
+            Err(StoreError::Invalid { .. }) => Answer::Invalid,
             Err(_) => Answer::Fault,
         }
     }
 }
 
-impl fmt::Display for Slot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", ["a", "b", "ab", "long name of a document"][self.name as usize])
+impl Slot {
+    fn with_replaces(self, replaces: bool) -> Slot {
+        Slot { replaces, ..self }
     }
 }
 
@@ -223,11 +229,22 @@ impl Model {
         document.blocks.get(id.index as usize)
     }
 
+    /// What the document at a place is called, or would be; `None` for what is to replace nothing.
+    fn name(&self, slot: Slot) -> Option<String> {
+        if let Some(document) = self.document(slot) {
+            return Some(document.name.clone());
+        }
+        if slot.replaces {
+            return self.document(slot.with_replaces(false)).map(|document| document.id.replacement_name());
+        }
+        Some(["a", "b", "ab", "long name of a document"][slot.name as usize].into())
+    }
+
     fn document_mut(&mut self, slot: Slot) -> Option<&mut Document> {
         self.documents.iter_mut().find(|document| document.slot == slot)
     }
 
-    fn collection(&self, slot: u8) -> Option<CollectionId> {
+    pub(super) fn collection(&self, slot: u8) -> Option<CollectionId> {
         self.collections.iter().find(|(_, known, _)| *known == slot).map(|(id, ..)| *id)
     }
 
@@ -251,8 +268,9 @@ impl Model {
                 if self.document(slot).is_some() {
                     return Answer::AlreadyExists;
                 }
+                let Some(name) = self.name(slot) else { return Answer::NotFound };
                 let (id, blocks) = (DocumentId(0), Vec::new());
-                self.documents.push(Document { id, slot, sealed: false, blocks, state: None });
+                self.documents.push(Document { id, slot, name, sealed: false, blocks, state: None });
             }
             Op::Append { slot, offer, full, tail, seed } => {
                 let Some(document) = self.document_mut(slot) else { return Answer::NotFound };
@@ -282,28 +300,46 @@ impl Model {
                 let Some(document) = self.document_mut(slot) else { return Answer::NotFound };
                 document.sealed = true;
             }
-            Op::Delete(slot) => {
-                let Some(at) = self.documents.iter().position(|document| document.slot == slot) else {
-                    return Answer::NotFound;
-                };
-                let document = self.documents.remove(at);
-                self.gone.push((document.id, document.blocks.len() as u32));
-                let old = self.gone.len().saturating_sub(GONE_MAX);
-                self.gone.drain(..old);
+            Op::Replace(slot) => {
+                let (old, new) = (self.document(slot), self.document(slot.with_replaces(true)));
+                let (Some(old), Some(new)) = (old, new) else { return Answer::NotFound };
+                if new.name != old.id.replacement_name() {
+                    return Answer::Invalid;
+                }
+                let name = old.name.clone();
+                self.delete(slot);
+                let Some(new) = self.document_mut(slot.with_replaces(true)) else { return Answer::NotFound };
+                (new.slot, new.name) = (slot, name);
             }
+            Op::Delete(slot) => return self.delete(slot),
             Op::Restart(..) | Op::Expect(_) => {}
         }
+        Answer::Done
+    }
+
+    fn delete(&mut self, slot: Slot) -> Answer {
+        let Some(at) = self.documents.iter().position(|document| document.slot == slot) else {
+            return Answer::NotFound;
+        };
+        let document = self.documents.remove(at);
+        self.gone.push((document.id, document.blocks.len() as u32));
+        let old = self.gone.len().saturating_sub(GONE_MAX);
+        self.gone.drain(..old);
         Answer::Done
     }
 
     /// Does it to the store. `Restart` is the caller's.
     pub(super) fn run(&self, store: &Store, op: Op) -> Result<(), StoreError> {
         let collection = |slot: u8| self.collection(slot).unwrap_or(CollectionId(99));
-        let document = |slot: Slot| self.document(slot).map_or(DocumentId(1 << 40), |document| document.id);
+        const NONE: DocumentId = DocumentId(1 << 40);
+        let document = |slot: Slot| self.document(slot).map_or(NONE, |document| document.id);
         match op {
             Op::CreateCollection(slot) => store.create_collection(&spec(&collection_name(slot))).map(drop),
             Op::SetEngine(slot, number) => store.set_engine(collection(slot), engine_of(number)),
-            Op::Create(slot) => store.create_document(collection(slot.collection), &slot.to_string()).map(drop),
+            Op::Create(slot) => match self.name(slot) {
+                Some(name) => store.create_document(collection(slot.collection), &name).map(drop),
+                None => store.manifest(NONE).map(drop),
+            },
             Op::Append { slot, offer, full, tail, seed } => {
                 let offered = self.document(slot).map(|document| document.offered(offer, full, tail, seed).0);
                 store.append(document(slot), &offered.unwrap_or_default()).map(drop)
@@ -313,6 +349,7 @@ impl Model {
                 store.put_state(document(slot), tokens, &made_parts(parts, seed)).map(drop)
             }
             Op::Seal(slot) => store.seal(document(slot)).map(drop),
+            Op::Replace(slot) => store.replace(document(slot), document(slot.with_replaces(true))).map(drop),
             Op::Delete(slot) => store.delete(document(slot)).map(drop),
             Op::Restart(..) | Op::Expect(_) => Ok(()),
         }
@@ -324,7 +361,7 @@ impl Model {
         for document in self.documents.iter_mut().filter(|document| document.id == DocumentId(0)) {
             let of = names.iter().find(|(_, slot)| *slot == document.slot.collection).map(|(id, _)| *id);
             let of = of.ok_or("a document without a collection")?;
-            let found = store.find_document(of, &document.slot.to_string()).map_err(|error| error.to_string())?;
+            let found = store.find_document(of, &document.name).map_err(|error| error.to_string())?;
             document.id = found.ok_or_else(|| format!("{:?} was created and is not found", document.slot))?;
             if !self.seen.insert(document.id) {
                 return Err(format!("id {} was given out before", document.id));
@@ -363,16 +400,17 @@ impl Model {
     }
 
     fn compare_collection(&self, store: &Store, id: CollectionId, slot: u8) -> Result<(), String> {
-        let here = |name| Slot { collection: slot, name };
-        for name in 0..NAMES {
-            let found = store.find_document(id, &here(name).to_string()).map_err(|error| error.to_string())?;
-            let expected = self.document(here(name)).map(|document| document.id);
-            same(&format!("document {:?} by name", here(name)), &found, &expected)?;
+        let here = |replaces| move |name| Slot { collection: slot, name, replaces };
+        for place in (0..NAMES).map(here(false)).chain((0..NAMES).map(here(true))) {
+            let Some(name) = self.name(place) else { continue };
+            let found = store.find_document(id, &name).map_err(|error| error.to_string())?;
+            let expected = self.document(place).map(|document| document.id);
+            same(&format!("document {name:?} by name"), &found, &expected)?;
         }
         let listed = store.manifests(id).map_err(|error| error.to_string())?;
         let names: Vec<_> = listed.iter().map(|manifest| (manifest.name.clone(), manifest.id)).collect();
         let of = self.documents.iter().filter(|document| document.slot.collection == slot);
-        let mut expected: Vec<_> = of.map(|document| (document.slot.to_string(), document.id)).collect();
+        let mut expected: Vec<_> = of.map(|document| (document.name.clone(), document.id)).collect();
         expected.sort();
         same(&format!("documents of collection {id}"), &names, &expected)
     }
@@ -437,7 +475,8 @@ impl Generator {
     }
 
     fn slot(&mut self) -> Slot {
-        Slot { collection: self.number(COLLECTIONS as u64) as u8, name: self.number(NAMES as u64) as u8 }
+        let (collection, name) = (self.number(COLLECTIONS as u64) as u8, self.number(NAMES as u64) as u8);
+        Slot { collection, name, replaces: self.number(8) == 0 }
     }
 
     pub(super) fn sizes(&mut self) -> Sizes {
@@ -459,6 +498,7 @@ impl Generator {
             14..20 => Op::Create(slot),
             20..24 => self.restart(),
             24..34 if model.document(slot).is_some() => self.put(slot),
+            34..44 if model.document(slot.with_replaces(true)).is_some() => Op::Replace(slot.with_replaces(false)),
             _ => match model.document(slot) {
                 None => Op::Create(slot),
                 Some(document) if document.sealed || document.blocks.len() > BLOCKS_MAX => Op::Delete(slot),

@@ -73,9 +73,27 @@ fn read_right(store: &Store, models: [&Model; 2]) -> Result<Vec<BlockId>, String
     Ok(right)
 }
 
+/// Names that had a document before and after the last change have it, or are errors: nothing is created under them.
+fn names_are_right(store: &Store, models: [&Model; 2]) -> Result<(), String> {
+    for document in &models[0].documents {
+        let known = models[1].documents.iter().find(|known| known.id == document.id);
+        let Some(collection) = models[0].collection(document.slot.collection) else { continue };
+        if known.is_none_or(|known| known.name != document.name) {
+            continue;
+        }
+        match store.find_document(collection, &document.name) {
+            Ok(Some(found)) if found == document.id => {}
+            Err(StoreError::Damaged { .. }) => {}
+            other => return Err(format!("{:?} is document {}, found {other:?}", document.name, document.id)),
+        }
+    }
+    Ok(())
+}
+
 fn judge(disk: &FaultDisk, sizes: plan::Sizes, models: [&Model; 2], generator: &mut Generator) -> Result<(), String> {
     let store = open_with(disk, sizes).map_err(|error| format!("open: {error}"))?;
     let right = read_right(&store, models)?;
+    names_are_right(&store, models)?;
     let faults =
         store.verify_rebuild(&mut |_, _| {}, &crate::until::Until::FOREVER).map_err(|error| error.to_string())?.faults;
     if faults.is_empty()

@@ -114,6 +114,7 @@ impl Client {
         set_engine in admin: v1::SetEngineRequest => v1::CollectionInfo;
         get_document in admin: v1::GetDocumentRequest => v1::DocumentInfo;
         seal_document in admin: v1::SealDocumentRequest => v1::DocumentInfo;
+        replace_document in admin: v1::ReplaceDocumentRequest => v1::DocumentInfo;
         delete_document in admin: v1::DeleteDocumentRequest => v1::DeleteDocumentReply;
         get_stats in admin: v1::GetStatsRequest => v1::Stats;
     }
@@ -132,6 +133,10 @@ impl Client {
 
     pub(crate) fn seal(&self, document: u64) -> Answer<v1::DocumentInfo> {
         self.seal_document(v1::SealDocumentRequest { document })
+    }
+
+    pub(crate) fn replace(&self, document: u64, by: u64) -> Answer<v1::DocumentInfo> {
+        self.replace_document(v1::ReplaceDocumentRequest { document, by })
     }
 
     pub(crate) fn delete(&self, document: u64) -> Answer<v1::DeleteDocumentReply> {

@@ -15,6 +15,8 @@ use crate::suite::Suite;
 cases! {
     a_name_is_one_document_of_its_collection;
     names_are_refused_that_could_not_be_shown;
+    a_replacement_is_one_step;
+    a_replacement_survives_kill_and_rebuild needs [Kill, Rebuild];
     a_deletion_is_final;
     a_deletion_survives_kill_and_rebuild needs [Kill, Rebuild];
     ids_are_never_given_out_twice needs [Restart, Rebuild];
@@ -77,6 +79,69 @@ fn all_say_gone(world: &World, document: u64) {
     is_gone(client.attend(question).expect_err("attend"));
     let listed = client.documents(world.collection).expect("a list");
     assert!(listed.iter().all(|info| info.id != document), "{listed:?}");
+}
+
+/// What a document is called until it replaces another.
+fn replacement(document: u64) -> String {
+    format!("replacement-of-{document}")
+}
+
+fn a_replacement_is_one_step(suite: &Suite) {
+    let (world, document, text) = world(suite, 14);
+    let client = &world.client;
+    let (fresh, other) = (world.text(3, 7), world.store("other", &world.text(2, 2)));
+    let by = world.store(&replacement(document), &fresh);
+    client.seal(by).expect("a seal");
+    let early = world.store(&replacement(by + 2), &world.text(1, 3));
+    let late = world.store("late", &world.text(1, 4));
+    let elsewhere = World::new(suite, client, &world.model).open(&replacement(document));
+    for (document, by) in [(document, other), (document, document), (other, by), (late, early), (document, elsewhere)] {
+        refused(client.replace(document, by).expect_err("it was not made for this"), Code::InvalidArgument);
+    }
+    is_gone(client.replace(document, u64::MAX).expect_err("replaced by nothing"));
+    is_gone(client.replace(u64::MAX / 2, by).expect_err("nothing to replace"));
+    world.judge_document(document, &text.all());
+
+    let info = client.replace(document, by).expect("a replacement");
+    assert_eq!((info.id, info.name.as_str(), info.sealed), (by, "text", true));
+    assert_eq!(client.info(by).expect("the document"), info);
+    assert_eq!(world.open("text"), by, "it has the name");
+    all_say_gone(&world, document);
+    is_gone(client.replace(document, by).expect_err("it is done"));
+    world.judge_document(by, &fresh.all());
+    let again = world.open(&replacement(document));
+    assert!(again > by, "the name that it had is free");
+}
+
+fn a_replacement_survives_kill_and_rebuild(suite: &Suite) {
+    let mut service = suite.alone();
+    let mut world = World::new(suite, &service.client(), &Model::small());
+    let (old, new) = (world.text(6, 1), world.text(5, 2));
+    let document = world.store("name", &old);
+    let by = world.store(&replacement(document), &new);
+    let mut replaced = false;
+    for rebuild in [false, true, false, true] {
+        service.kill();
+        if rebuild {
+            service.discard_derived();
+        }
+        service.start();
+        world.client = service.client();
+        let listed = world.client.documents(world.collection).expect("a list");
+        if !replaced {
+            world.judge_document(document, &old.all());
+            assert_eq!(listed.len(), 2, "{listed:?}");
+            if rebuild {
+                world.client.replace(document, by).expect("a replacement");
+                replaced = true;
+            }
+            continue;
+        }
+        assert_eq!(listed.iter().map(|info| (info.id, info.name.as_str())).collect::<Vec<_>>(), [(by, "name")]);
+        assert_eq!(world.open("name"), by);
+        all_say_gone(&world, document);
+        world.judge_document(by, &new.all());
+    }
 }
 
 fn a_deletion_is_final(suite: &Suite) {

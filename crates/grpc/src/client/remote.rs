@@ -242,6 +242,13 @@ impl BlockMemory for RemoteMemory {
     }
 
     /// Not repeated by itself: after a lost reply a second call would answer that there is no such document.
+    fn replace(&self, document: DocumentId, by: DocumentId) -> Result<DocumentInfo> {
+        let message = v1::ReplaceDocumentRequest { document: document.0, by: by.0 };
+        let send = async |request| self.admin.clone().replace_document(request).await;
+        self.connection.wait(self.patience().call(Repeat::No, message, send)).map(DocumentInfo::from)
+    }
+
+    /// As [`replace`](BlockMemory::replace), not repeated by itself.
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
         let message = v1::DeleteDocumentRequest { document: document.0 };
         let send = async |request| self.admin.clone().delete_document(request).await;

@@ -129,6 +129,15 @@ impl Admin for AdminService {
         Ok(Response::new(Box::pin(stream)))
     }
 
+    async fn replace_document(
+        &self,
+        request: Request<v1::ReplaceDocumentRequest>,
+    ) -> Result<Response<v1::DocumentInfo>, Status> {
+        let ticket = Ticket::of(Line::Writing, &request);
+        let v1::ReplaceDocumentRequest { document, by } = request.into_inner();
+        self.work.reply(ticket, move |memory, _| memory.replace(DocumentId(document), DocumentId(by))).await
+    }
+
     async fn delete_document(
         &self,
         request: Request<v1::DeleteDocumentRequest>,

@@ -46,6 +46,7 @@ fn ask_everything(memory: &dyn BlockMemory) -> Vec<String> {
         format!("{:?}", memory.blocks(&BlockRange { blocks: 1..1025, ..all.clone() })),
         format!("{:?}", memory.blocks(&BlockRange { blocks: std::ops::Range { start: 7, end: 3 }, ..all.clone() })),
         format!("{:?}", memory.blocks(&BlockRange { document: UNKNOWN, blocks: 0..0 })),
+        format!("{:?}", memory.replace(DocumentId(3), document)),
         format!("{:?}", memory.delete(document)),
         format!("{:?}", memory.stats()),
         format!("{:?}", memory.verify(None, &mut |_, _| {})),

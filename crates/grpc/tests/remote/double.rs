@@ -251,6 +251,10 @@ impl BlockMemory for Double {
         Ok(indices.map(info).collect())
     }
 
+    fn replace(&self, id: DocumentId, by: DocumentId) -> Result<DocumentInfo> {
+        self.enter("replace", (id, by)).map(|mut rng| document(&mut rng, by))
+    }
+
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
         let mut rng = self.enter("delete", document)?;
         Ok(Deleted { blocks: rng.random(), freed_bytes: rng.random() })

@@ -292,6 +292,10 @@ impl BlockMemory for Recorder {
         self.inner.blocks(range)
     }
 
+    fn replace(&self, document: DocumentId, by: DocumentId) -> Result<DocumentInfo> {
+        self.inner.replace(document, by)
+    }
+
     fn delete(&self, document: DocumentId) -> Result<Deleted> {
         self.inner.delete(document)
     }

@@ -46,6 +46,7 @@ impl BlockMemory for Counting {
         lookup(request: &LookupRequest) -> Hits;
         attend(request: &AttendRequest) -> Attended;
         fetch(request: &FetchRequest) -> Vec<StoredBlock>;
+        replace(document: DocumentId, by: DocumentId) -> DocumentInfo;
         delete(document: DocumentId) -> Deleted;
         stats() -> Stats;
         verify(document: Option<DocumentId>, progress: &mut dyn FnMut(u64, u64)) -> VerifyReport;

@@ -57,11 +57,13 @@ pub enum Request {
     PutState(DocumentId, SequenceState),
     /// A part of a document's state.
     GetStatePart(DocumentId, u32),
+    /// A document is to give way to another.
+    ReplaceDocument(DocumentId, DocumentId),
 }
 
 /// What a service makes of a message to the method of this number.
 pub fn request(method: u8, message: &Bytes) -> Result<Request> {
-    match method % 20 {
+    match method % 21 {
         0 => arrive("Append", message, |append: &v1::AppendRequest| append.blocks.iter().map(block_bytes).sum())
             .and_then(same::<_, AppendRequest>)
             .map(Request::Append),
@@ -135,6 +137,10 @@ fn admin(method: u8, message: &Bytes) -> Result<Request> {
         19 => {
             let v1::GetStatePartRequest { document, part } = arrive("GetStatePart", message, |_| 0)?;
             Request::GetStatePart(DocumentId(document), part)
+        }
+        20 => {
+            let v1::ReplaceDocumentRequest { document, by } = arrive("", message, |_| 0)?;
+            Request::ReplaceDocument(DocumentId(document), DocumentId(by))
         }
         _ => {
             let v1::VerifyRequest { document, .. } = arrive("", message, |_| 0)?;

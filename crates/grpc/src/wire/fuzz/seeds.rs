@@ -34,6 +34,7 @@ pub fn message(method: u8, request: &Request) -> Vec<u8> {
         }
         PutState(document, state) => put_state_messages(document, state)[0].encode_to_vec(),
         GetStatePart(document, part) => v1::GetStatePartRequest { document: document.0, part }.encode_to_vec(),
+        ReplaceDocument(document, by) => v1::ReplaceDocumentRequest { document: document.0, by: by.0 }.encode_to_vec(),
         ListCollections | GetStats => Vec::new(),
     }
 }
