@@ -3,13 +3,13 @@
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
-use landmarkdb::{InvalidShape, MemoryError, check_name};
+use landmarkdb::{DocumentId, InvalidShape, MemoryError, check_name};
 use landmarkdb_llm::{self as model, Difference, EncodeProgress, Encoding, RememberError};
 
 use super::Context;
@@ -31,6 +31,7 @@ const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 Examples:
   landmarkdb encode texts/persuasion.txt
   landmarkdb encode texts/persuasion.txt --name austen --payload int8
+  landmarkdb encode texts/persuasion.txt --name austen --replace
   curl -s https://example.org/book.txt | landmarkdb encode - --name book
 ")]
 pub(super) struct Args {
@@ -40,6 +41,10 @@ pub(super) struct Args {
     /// The document: NAME, or COLLECTION/NAME [default: the file's name without its extension].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+
+    /// Put this text in the place of another that has the name: that one stays until this one is whole.
+    #[arg(long)]
+    replace: bool,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -63,6 +68,8 @@ pub(super) struct Encoded {
     pub(super) document: DocumentReport,
     /// Tokens that were there before: the encoding was resumed, or already whole.
     pub(super) resumed_tokens: u64,
+    /// Whether another text gave way to this one.
+    pub(super) replaced: bool,
     pub(super) encode_s: f64,
     /// Of the tokens encoded now.
     pub(super) tokens_per_s: f64,
@@ -81,6 +88,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     if text.trim().is_empty() {
         return Err(CliError::EmptyText { path: args.file.clone() });
     }
+    if DocumentId::of_replacement_name(&document.name).is_some() {
+        let expected = "a name that no replacement in the making has".into();
+        return Err(CliError::Flag { flag: "--name", expected, found: document.name });
+    }
     // Before the collection is made for it.
     let of_collection = if context.config.collection_typed { "--collection" } else { "--name" };
     for (flag, part) in [(of_collection, &document.collection), ("--name", &document.name)] {
@@ -91,8 +102,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let memory = context.memory_or_new()?;
     let collection = args.storage.open(&document.collection, &model, &memory)?;
     let bar = token_bar(context, &document.to_string());
-    let kept_tokens = Arc::new(AtomicU64::new(0));
-    let _listening = Listening::begin(stop(context, &document, &bar, &kept_tokens))?;
+    let kept = Arc::new(Kept::default());
+    let _listening = Listening::begin(stop(context, &document, &bar, &kept))?;
     let begin = Instant::now();
     let mut resumed_tokens = 0;
     let config = model.config();
@@ -102,33 +113,44 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         window: args.window.window(config)?,
         retrieval: args.encode.retrieval(config, &args.retrieval.retrieval(config, 1)?),
     };
-    let encoded = model::encode(&model, &memory, &collection, &encoding, &mut |step: EncodeProgress| {
+    let mut progress = |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;
-        kept_tokens.store(step.kept_tokens, Ordering::Relaxed);
+        kept.replaces.store(step.replaces, Ordering::Relaxed);
+        kept.tokens.store(step.kept_tokens, Ordering::Relaxed);
         bar.show(step);
-    });
+    };
+    let encode = if args.replace { model::encode_replacing } else { model::encode };
+    let encoded = encode(&model, &memory, &collection, &encoding, &mut progress);
     bar.finish();
     let encoded = encoded.map_err(|error| name_the_taken(error, &document))?;
     let encode_s = begin.elapsed().as_secs_f64();
     context.output.print(&Encoded {
         resumed_tokens,
+        replaced: kept.replaces.load(Ordering::Relaxed),
         tokens_per_s: (encoded.tokens - resumed_tokens) as f64 / encode_s,
         encode_s,
         document: DocumentReport::new(&collection, &encoded),
     })
 }
 
+/// What an encoding that is stopped leaves.
+#[derive(Default)]
+struct Kept {
+    tokens: AtomicU64,
+    /// Beside the document that has the name.
+    replaces: AtomicBool,
+}
+
 /// What a signal does: all that is acknowledged is durable, so that nothing needs to be finished.
-fn stop(
-    context: &Context,
-    document: &DocumentName,
-    bar: &TokenBar,
-    kept: &Arc<AtomicU64>,
-) -> impl FnOnce() + Send + use<> {
+fn stop(context: &Context, document: &DocumentName, bar: &TokenBar, kept: &Arc<Kept>) -> impl FnOnce() + Send + use<> {
     let (output, bar, kept, document) = (context.output, bar.0.clone(), kept.clone(), document.to_string());
     move || {
         bar.finish_and_clear();
-        let error = CliError::EncodingStopped { document, tokens: kept.load(Ordering::Relaxed) };
+        let tokens = kept.tokens.load(Ordering::Relaxed);
+        let error = match kept.replaces.load(Ordering::Relaxed) {
+            true => CliError::ReplacingStopped { document, tokens },
+            false => CliError::EncodingStopped { document, tokens },
+        };
         output.error(&error.message(), error.exit());
         std::process::exit(error.exit() as i32);
     }
@@ -207,15 +229,16 @@ impl Report for Encoded {
         let tokens = plural(document.tokens, "token");
         let stored = size(document.stored_bytes);
         let per_token = size(document.stored_bytes / document.tokens.max(1));
-        if self.resumed_tokens == document.tokens {
+        if self.resumed_tokens == document.tokens && !self.replaced {
             return writeln!(to, "{title} is already encoded: {tokens}, {stored} on disk");
         }
         if self.resumed_tokens > 0 {
             writeln!(to, "resumed after {}", plural(self.resumed_tokens, "token"))?;
         }
+        let did = if self.replaced { "replaced" } else { "encoded" };
         writeln!(
             to,
-            "encoded {title}: {tokens} in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} a token)",
+            "{did} {title}: {tokens} in {:.1} s ({:.0} tokens/s), {stored} on disk ({per_token} a token)",
             self.encode_s, self.tokens_per_s
         )
     }

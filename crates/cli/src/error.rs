@@ -91,12 +91,12 @@ pub(super) enum CliError {
     #[error("{}: expected a text, found nothing but white space: nothing was encoded, and no name is taken", .path.display())]
     EmptyText { path: PathBuf },
     #[error(
-        "{document} already holds another text: {difference}; `landmarkdb rm {document}` frees the name, \
-         --name NAME gives this text another"
+        "{document} already holds another text: {difference}; --replace puts this one in its place, --name NAME gives this one \
+         another name"
     )]
     OtherText { document: String, difference: Difference },
     #[error(
-        "{document} is damaged ({problem}): `landmarkdb repair` makes whole what it can; `landmarkdb rm {document}` otherwise, and encode it again"
+        "{document} is damaged ({problem}): `landmarkdb repair` makes whole what it can, --replace encodes the text again"
     )]
     DamagedDocument { document: String, problem: String },
     #[error("{flag}: expected {expected}, found {found}")]
@@ -133,6 +133,11 @@ pub(super) enum CliError {
     TrainingStopped { done: u64, steps: u64 },
     #[error("interrupted: {document} keeps its first {}; the same command goes on from there", landmarkdb_lab::bench::plural(*tokens, "token"))]
     EncodingStopped { document: String, tokens: u64 },
+    #[error(
+        "interrupted: {document} is as it was, and of this text {} are kept beside it; the same command goes on from there",
+        landmarkdb_lab::bench::plural(*tokens, "token")
+    )]
+    ReplacingStopped { document: String, tokens: u64 },
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("no data directory {path}: `landmarkdb serve` and `landmarkdb encode` create one, --data names another")]
@@ -251,7 +256,9 @@ impl CliError {
             ) => Exit::Usage,
             CliError::Train(TrainError::InUse { .. }) => Exit::Unavailable,
             CliError::OtherCollection { .. } => Exit::FingerprintMismatch,
-            CliError::EncodingStopped { .. } | CliError::TrainingStopped { .. } => Exit::Interrupted,
+            CliError::EncodingStopped { .. } | CliError::ReplacingStopped { .. } | CliError::TrainingStopped { .. } => {
+                Exit::Interrupted
+            }
             CliError::Listen(ListenError::Nowhere | ListenError::NotLoopback { .. }) => Exit::Usage,
             CliError::Listen(_) => Exit::Unavailable,
             CliError::Memory(_)

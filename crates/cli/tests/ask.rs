@@ -82,7 +82,7 @@ fn a_text_is_encoded_once_and_asked_after_a_restart() {
 
 /// `verify` and `repair` say to encode a damaged document again: that it is "already encoded" would be the end of it.
 #[test]
-fn a_damaged_document_is_encoded_again_once_it_is_removed() {
+fn a_damaged_document_is_encoded_again_in_its_place() {
     let Some(sandbox) = sandbox() else { return };
     sandbox.write_file("orchard.txt", ORCHARD);
     let encode = ["encode", "orchard.txt", "--data", "d"];
@@ -99,9 +99,8 @@ fn a_damaged_document_is_encoded_again_once_it_is_removed() {
         assert!(said.stderr.contains("encode"), "{}", said.stderr);
     }
     let refused = sandbox.run(&encode).exits(5).stderr;
-    assert!(refused.contains("landmarkdb rm default/orchard"), "{refused}");
-    sandbox.run(&["rm", "orchard", "--data", "d", "--yes"]).exits(0);
-    sandbox.run(&encode).exits(0);
+    assert!(refused.contains("--replace encodes the text again"), "{refused}");
+    sandbox.run(&[&encode[..], &["--replace"]].concat()).exits(0);
     sandbox.run(&["verify", "--data", "d"]).exits(0);
 }
 
@@ -118,7 +117,7 @@ fn what_cannot_be_encoded_or_asked_says_why() {
 
     sandbox.write_file("other.txt", "Another text under the same name.");
     fails(1, "default/notes already holds another text", &["encode", "other.txt", "--name", "notes"]);
-    fails(1, "landmarkdb rm default/notes", &["encode", "other.txt", "--name", "notes"]);
+    fails(1, "--replace puts this one in its place", &["encode", "other.txt", "--name", "notes"]);
     sandbox.write_file("more.txt", &format!("{short} And more."));
     fails(1, "this one begins with it and goes on", &["encode", "more.txt", "--name", "notes"]);
     fails(2, "empty question", &["ask", "", "--doc", "notes"]);

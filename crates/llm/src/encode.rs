@@ -24,6 +24,8 @@ pub struct EncodeProgress {
     pub kept_tokens: u64,
     /// Tokens of the whole text, with the tokenizer's prefix and the landmarks.
     pub total_tokens: u64,
+    /// Whether another document has the name until this text is whole: see [`encode_replacing`].
+    pub replaces: bool,
 }
 
 /// What is encoded, and how.
@@ -81,7 +83,8 @@ pub fn encode(
         }
     }
     let mut tell = |resumed_tokens, done_tokens, kept_tokens| {
-        progress(EncodeProgress { resumed_tokens, done_tokens, kept_tokens, total_tokens: ids.len() as u64 });
+        let total_tokens = ids.len() as u64;
+        progress(EncodeProgress { resumed_tokens, done_tokens, kept_tokens, total_tokens, replaces: false });
     };
     if document.sealed {
         tell(document.tokens, document.tokens, document.tokens);
@@ -107,6 +110,47 @@ pub fn encode(
     }
     session.flush()?;
     Ok(memory.seal(document.id)?)
+}
+
+/// As [`encode`]; a document of the name that holds another text, or that cannot be read whole, gives way to this one.
+///
+/// The text is encoded beside the earlier document, as its [replacement](landmarkdb::DocumentId::replacement_name), and takes its
+/// name when it is whole, in one step. Until then the earlier one stays as it is under its name, and an encoding that was
+/// interrupted is continued by the next call with the same text.
+///
+/// # Errors
+/// As [`encode`]; whatever happens, the name has the earlier document, or this text as a whole.
+pub fn encode_replacing(
+    model: &LoadedModel,
+    memory: &Arc<dyn BlockMemory>,
+    collection: &CollectionInfo,
+    encoding: &Encoding,
+    progress: &mut dyn FnMut(EncodeProgress),
+) -> Result<DocumentInfo, RememberError> {
+    match encode(model, memory, collection, encoding, progress) {
+        Err(error) if gives_way(&error) => {}
+        encoded => return encoded,
+    }
+    let old = memory.open_document(collection.id, encoding.name)?;
+    let name = old.id.replacement_name();
+    let beside = Encoding { name: &name, ..encoding.clone() };
+    let mut progress = |step| progress(EncodeProgress { replaces: true, ..step });
+    let new = match encode(model, memory, collection, &beside, &mut progress) {
+        // What is left of another text that was to replace the document.
+        Err(error) if gives_way(&error) => {
+            memory.delete(memory.open_document(collection.id, &name)?.id)?;
+            encode(model, memory, collection, &beside, &mut progress)?
+        }
+        encoded => encoded?,
+    };
+    Ok(memory.replace(old.id, new.id)?)
+}
+
+/// Whether what stands in the way of an encoding is what the document holds.
+fn gives_way(error: &RememberError) -> bool {
+    use RememberError::{Damaged, LostState, OtherText};
+    matches!(error, OtherText { .. } | Damaged { .. } | LostState { .. })
+        || matches!(error.memory(), Some(MemoryError::DataLoss { block: Some(_), .. }))
 }
 
 /// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.

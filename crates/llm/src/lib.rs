@@ -105,7 +105,7 @@ pub use attend_tensors::attend_tensors;
 pub use citations::{Citation, ReadFrom, citations};
 pub use config::{Landmark, ModelConfig};
 pub use digest::file_digest;
-pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode};
+pub use encode::{EncodeProgress, Encoding, check_model, copy_document, encode, encode_replacing};
 pub use error::{
     Difference, FindError, ForwardError, GenerateError, LoadError, RememberError, SaveError, SlidingStateError,
     TemplateError, TokenizeError, reason as tensor_reason,

@@ -112,6 +112,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
                     done_tokens: done as u64,
                     kept_tokens: 0,
                     total_tokens: total as u64,
+                    replaces: false,
                 });
             })?;
         let result = PerplexityResult::new(&measured, collection.spec.payload_dtype, &results);
