@@ -131,6 +131,9 @@ pub enum MemoryError {
         /// The step that failed, and the reason that the system gave.
         detail: String,
     },
+    /// The memory was opened so that nothing is written.
+    #[error("the memory is open to be read only: open it for writing to change what it holds")]
+    ReadOnly,
     /// Another process has the data directory open.
     #[error("the data directory {path} is in use by another process: connect to that process, or stop it")]
     Locked {

@@ -21,7 +21,8 @@ use crate::until::Until;
 /// A block memory. Shared between threads; writers to different documents do not wait for each other's encoding.
 ///
 /// # Errors
-/// Beside the errors listed at each method, every call may fail with [`MemoryError::Storage`] when the disk refuses,
+/// Beside the errors listed at each method, every call that changes something fails with [`MemoryError::ReadOnly`] where the memory
+/// was opened for reading, and every call may fail with [`MemoryError::Storage`] when the disk refuses,
 /// [`MemoryError::DataLoss`] when what it reads is damaged, and, of a memory behind a network,
 /// [`MemoryError::Unavailable`], [`MemoryError::DeadlineExceeded`] or [`MemoryError::Busy`].
 pub trait BlockMemory: Send + Sync {

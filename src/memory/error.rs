@@ -24,6 +24,7 @@ impl From<StoreError> for MemoryError {
             | StoreError::Catalog { .. }
             | StoreError::Foreign { .. }
             | StoreError::UnsupportedFormat { .. }) => MemoryError::Storage { detail: error.to_string() },
+            StoreError::ReadOnly => MemoryError::ReadOnly,
             StoreError::GivenUp => gone(),
             // The memory checks these before it asks the store.
             error @ (StoreError::AlreadyExists { .. } | StoreError::OutOfOrder { .. } | StoreError::Sealed) => {

@@ -75,6 +75,17 @@ impl LocalMemory {
         Ok(LocalMemory { indexes, ..LocalMemory::over(store) })
     }
 
+    /// Opens a data directory that exists, and writes nothing to it: one on a disk that cannot be written, or a copy that was made
+    /// while a service had it open, whose last append may be there in part. Calls that change something are refused. Others may read
+    /// it at the same time; nobody can open it for writing meanwhile if it has its lock file. The catalog is copied into memory,
+    /// and indexes are built anew.
+    ///
+    /// # Errors
+    /// [`MemoryError::Locked`] when another process has it open for writing, [`MemoryError::Storage`] when it cannot be read.
+    pub fn open_read_only(dir: &Path) -> Result<LocalMemory> {
+        Ok(LocalMemory::over(Store::open_read_only(dir)?))
+    }
+
     /// A memory over a store that is already open. Indexes are built anew in every run.
     pub fn over(store: Store) -> LocalMemory {
         LocalMemory {

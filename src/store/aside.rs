@@ -25,8 +25,7 @@ impl Store {
                 continue;
             }
             let bytes = self.handles.folder().read_torn(&torn).map_err(StoreError::io("read what was set aside"))?;
-            let salts = [Salt::of(self.handles.folder().directory(), torn.segment), Salt::NONE];
-            if salts.into_iter().any(|salt| ends_group(&torn, &bytes, salt)) {
+            if self.may_be_acknowledged(&torn, &bytes) {
                 let problem = format!(
                     "{} bytes that were cut off segment {} at {} hold a whole group: it may have been acknowledged, append \
                      again what is missing, then let a repair discard them",
@@ -35,7 +34,22 @@ impl Store {
                 report.fault(None, None, problem);
             }
         }
+        for (torn, bytes) in self.handles.folder().passed_over() {
+            if self.may_be_acknowledged(&torn, &bytes) {
+                let problem = format!(
+                    "the last {} bytes of segment {} are damaged and hold a whole group: it may have been acknowledged, open \
+                     the directory for writing, which sets them aside, and append again what is missing",
+                    torn.bytes, torn.segment
+                );
+                report.fault(None, None, problem);
+            }
+        }
         Ok(())
+    }
+
+    fn may_be_acknowledged(&self, torn: &Torn, bytes: &[u8]) -> bool {
+        let salts = [Salt::of(self.handles.folder().directory(), torn.segment), Salt::NONE];
+        salts.into_iter().any(|salt| ends_group(torn, bytes, salt))
     }
 }
 

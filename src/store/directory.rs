@@ -43,6 +43,19 @@ pub(super) fn open(dir: &Path) -> Result<DirectoryId, StoreError> {
     }
 }
 
+/// The id of a data directory that exists; changes nothing. One of formats 1 to 3 has none: what is drawn for it holds for as long
+/// as it is open.
+pub(super) fn identify(dir: &Path) -> Result<DirectoryId, StoreError> {
+    let step = "read the data directory";
+    if !is_data_directory(dir) {
+        let problem = format!("{} is none, it has no folder segments", dir.display());
+        return Err(StoreError::Io { step, source: io::Error::new(io::ErrorKind::NotFound, problem) });
+    }
+    let marked = read_marker(&dir.join(MARKER)).map_err(StoreError::io("read the data directory's marker"))?;
+    let found = marked.map_or_else(|| id_in_segments(&dir.join("segments")), |id| Ok(Some(id)));
+    Ok(found.map_err(StoreError::io(step))?.unwrap_or_else(DirectoryId::draw))
+}
+
 /// Marks a folder that is empty, or was written by a build that knew no marker, or has lost it.
 fn adopt(dir: &Path) -> Result<DirectoryId, StoreError> {
     let step = "mark the data directory";

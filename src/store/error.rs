@@ -50,6 +50,9 @@ pub enum StoreError {
     /// The caller waits no longer.
     #[error("cancelled: the answer is no longer wanted")]
     GivenUp,
+    /// Opened so that nothing is written.
+    #[error("the data directory is open to be read only")]
+    ReadOnly,
     /// A writer panicked, so what it left in memory is not known: reopening finds out from the disk.
     #[error("writes are refused since one of them panicked: restart the process that has the store open")]
     Poisoned,

@@ -10,7 +10,7 @@
 //! - what is stored: `place`, `error`, `document`, `segment` (the seam under the log), `entry`, `record` and `piece` (as bytes), `catalog` (the
 //!   seam under the view) and `catalog_memory`;
 //! - the log: `scan`, `handles`, `ledger` (what records mean), `log` (groups of records), `loss`, `locator_cache`;
-//! - the store: `state`, `recovery`, `directory`, `open`, `read`, `verify`, `append`, `kept`, `mend`, `collections`, `compaction`, `aside`,
+//! - the store: `state`, `recovery`, `directory`, `open`, `read_only`, `read`, `verify`, `append`, `kept`, `mend`, `collections`, `compaction`, `aside`,
 //!   `rebuild`, `write`;
 //! - repair: `repair_work`, `salvage`, `repair`.
 
@@ -35,6 +35,7 @@ mod open;
 pub mod piece;
 mod place;
 mod read;
+mod read_only;
 mod rebuild;
 mod record;
 mod recovery;

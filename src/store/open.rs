@@ -27,12 +27,12 @@ pub(super) const CATALOG_FOLDER: &str = "catalog";
 /// another thread has forked and that has not begun its program yet.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
-fn lock_within(patience: Duration, lock: &File, dir: &Path) -> Result<(), StoreError> {
+pub(super) fn lock_within(dir: &Path, lock: impl Fn() -> Result<(), TryLockError>) -> Result<(), StoreError> {
     let begun = Instant::now();
     loop {
-        match lock.try_lock() {
+        match lock() {
             Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if begun.elapsed() < patience => sleep(Duration::from_millis(10)),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => sleep(Duration::from_millis(10)),
             Err(TryLockError::WouldBlock) => return Err(StoreError::Locked { path: dir.to_owned() }),
             Err(TryLockError::Error(source)) => {
                 return Err(StoreError::Io { step: "lock the data directory", source });
@@ -60,7 +60,7 @@ impl Store {
             .create(true)
             .open(dir.join(directory::LOCK_FILE))
             .map_err(StoreError::io("open the lock file"))?;
-        lock_within(LOCK_PATIENCE, &lock, dir)?;
+        lock_within(dir, || lock.try_lock())?;
         let segments = SegmentFolder::open(dir, id).map_err(StoreError::io("open the segment folder"))?;
         let catalog = open_catalog(&dir.join(CATALOG_FOLDER))?;
         Ok((Box::new(segments), catalog, lock))
@@ -89,6 +89,7 @@ impl Store {
             stats,
             health: Mutex::default(),
             compactor: Signal::default(),
+            reads_only: false,
             _lock: None,
         })
     }

@@ -249,12 +249,8 @@ fn set_aside(handles: &Handles, segment: &Segment, from: u64, to: u64) -> Result
     }
     let mut bytes = vec![0; (to - from) as usize];
     segment.file.read_at(from, &mut bytes).map_err(StoreError::io("read a segment"))?;
-    handles
-        .folder()
-        .set_aside(segment.id, from, &bytes)
-        .map_err(StoreError::io("set aside what a torn end cuts off"))?;
-    tracing::warn!(segment = segment.id.0, offset = from, bytes = to - from, "set aside an unfinished append");
-    Ok(())
+    let kept = handles.folder().set_aside(segment.id, from, &bytes);
+    kept.map_err(StoreError::io("set aside what a torn end cuts off"))
 }
 
 pub(super) fn rewrite(segment: &Segment, from: u64, to: u64) -> Result<(), StoreError> {

@@ -85,6 +85,11 @@ pub trait Segments: Send + Sync {
     /// What was set aside of it.
     fn read_torn(&self, torn: &Torn) -> io::Result<Vec<u8>>;
 
+    /// Torn ends that were left where they lie, because nothing may be written: they do not count.
+    fn passed_over(&self) -> Vec<(Torn, Vec<u8>)> {
+        Vec::new()
+    }
+
     /// Takes a segment out of the set and keeps its file with what was set aside, durably.
     fn move_aside(&self, id: SegmentId) -> io::Result<()>;
 
@@ -146,7 +151,17 @@ impl SegmentFolder {
         let path = data.join("segments");
         create_private(&path)?;
         File::open(data)?.sync_all()?;
-        Ok(SegmentFolder { directory, path, torn: data.join("torn"), reserve: data.join("reserve") })
+        Ok(SegmentFolder::as_it_is(data, directory))
+    }
+
+    /// The same, and nothing is created.
+    pub(super) fn as_it_is(data: &Path, directory: DirectoryId) -> Self {
+        let [path, torn, reserve] = ["segments", "torn", "reserve"].map(|name| data.join(name));
+        SegmentFolder { directory, path, torn, reserve }
+    }
+
+    pub(super) fn open_to_read(&self, id: SegmentId) -> io::Result<File> {
+        File::open(self.file(id))
     }
 
     fn file(&self, id: SegmentId) -> PathBuf {
@@ -232,7 +247,9 @@ impl Segments for SegmentFolder {
         file.write_all_at(bytes, 0)?;
         file.sync_all()?;
         File::open(&self.torn)?.sync_all()?;
-        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()
+        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()?;
+        tracing::warn!(segment = id.0, offset, bytes = bytes.len(), "set aside an unfinished append");
+        Ok(())
     }
 
     fn torn(&self) -> io::Result<Vec<Torn>> {

@@ -30,6 +30,8 @@ pub struct Store {
     pub(super) stats: Mutex<StoreStats>,
     pub(super) health: Mutex<Health>,
     pub(super) compactor: Signal,
+    /// Nothing may be changed.
+    pub(super) reads_only: bool,
     /// Released last.
     pub(super) _lock: Option<File>,
 }
@@ -58,7 +60,7 @@ pub(super) struct Writer {
 pub enum Health {
     #[default]
     Serving,
-    /// Reads and deletes only, for as long as the disk is full.
+    /// Reads and deletes only, for as long as the disk is full; or reads only, for good.
     ReadOnly { reason: String },
     /// A write failed and could not be undone. Reads go on, and every write begins by trying again.
     Failed { reason: String },

@@ -53,6 +53,9 @@ impl Store {
     }
 
     pub(super) fn locked<T>(&self, run: impl FnOnce(&mut Writer) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        if self.reads_only {
+            return Err(StoreError::ReadOnly);
+        }
         let Ok(mut writer) = self.writer.lock() else { return Err(StoreError::Poisoned) };
         let result = self.find_end(&mut writer).and_then(|()| run(&mut writer));
         *self.stats.lock().ignore_poison() = writer.stats();

@@ -81,7 +81,19 @@ fn with_negative_numbers(command: clap::Command) -> clap::Command {
 }
 
 impl Command {
+    /// Whether it changes the memory that it works on. What measures makes its own, unless it is told where.
+    fn writes(&self, context: &Context) -> bool {
+        match self {
+            Command::Encode(_) | Command::Rm(_) | Command::Repair(_) | Command::Index(_) => true,
+            Command::Eval(_) | Command::Bench(_) | Command::Capture(_) => context.config.target_typed,
+            _ => false,
+        }
+    }
+
     pub(super) fn run(self, context: &Context) -> Result<(), CliError> {
+        if context.config.read_only && self.writes(context) {
+            return Err(CliError::ReadOnly);
+        }
         match self {
             Command::Demo(args) => demo::run(&args, context),
             Command::Encode(args) => encode::run(&args, context),

@@ -28,6 +28,8 @@ pub(super) struct Config {
     pub(super) target_typed: bool,
     /// Whether it was the file that was found in the working directory.
     pub(super) target_found_here: bool,
+    /// Whether nothing may be written to it.
+    pub(super) read_only: bool,
     /// The collection of documents that are named without one.
     pub(super) collection: String,
     /// Whether `--collection` was typed, and not merely a default.
@@ -77,6 +79,8 @@ struct Layer {
     data: Option<PathBuf>,
     /// `http://host:port` or `unix:/path`.
     connect: Option<String>,
+    /// Whether nothing may be written there.
+    read_only: Option<bool>,
     collection: Option<String>,
     client: ClientLayer,
     memory: MemoryLayer,
@@ -191,10 +195,11 @@ impl Layer {
     }
 
     fn from_flags(global: &Global) -> Result<Layer, ConfigError> {
-        let Global { data, connect, collection, key_memory, gpu_cache, .. } = global.clone();
+        let Global { data, connect, read_only, collection, key_memory, gpu_cache, .. } = global.clone();
+        let read_only = read_only.then_some(true);
         let memory = MemoryLayer { keys_mib: key_memory };
         let gpu = GpuLayer { cache_mib: gpu_cache };
-        Layer { data, connect, collection, memory, gpu, ..Layer::default() }.checked("the command line")
+        Layer { data, connect, read_only, collection, memory, gpu, ..Layer::default() }.checked("the command line")
     }
 
     fn read(source: impl config::Source + Send + Sync + 'static, origin: &str) -> Result<Layer, ConfigError> {
@@ -235,6 +240,7 @@ impl Layer {
         Layer {
             data,
             connect,
+            read_only: self.read_only.or(below.read_only),
             collection: self.collection.or(below.collection),
             client: ClientLayer { deadline_ms: self.client.deadline_ms.or(below.client.deadline_ms) },
             memory: MemoryLayer { keys_mib: self.memory.keys_mib.or(below.memory.keys_mib) },
@@ -259,6 +265,7 @@ impl Layer {
             target,
             target_typed,
             target_found_here: false,
+            read_only: self.read_only.unwrap_or(false),
             collection: self.collection.unwrap_or_else(|| "default".into()),
             collection_typed,
             deadline: self.client.deadline_ms.map(Duration::from_millis),
@@ -316,9 +323,10 @@ mod tests {
     #[test]
     fn flags_win_over_the_environment_and_that_over_the_file() {
         let file = file(
-            "data = 'a'\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[memory]\nkeys_mib = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'\n[server.limits]\nworkers = 1\nwork_mib = 1",
+            "data = 'a'\nread_only = false\ncollection = 'a'\n[client]\ndeadline_ms = 1\n[memory]\nkeys_mib = 1\n[gpu]\ncache_mib = 1\n[server]\nlisten = '127.0.0.1:1'\n[server.limits]\nworkers = 1\nwork_mib = 1",
         );
         let environment = environment(&[
+            ("LANDMARKDB__READ_ONLY", "true"),
             ("LANDMARKDB__COLLECTION", "2"),
             ("LANDMARKDB__CLIENT__DEADLINE_MS", "2"),
             ("LANDMARKDB__MEMORY__KEYS_MIB", "2"),
@@ -331,6 +339,7 @@ mod tests {
         let flags = Layer::from_flags(&typed);
         let config = settle(flags.unwrap().over(environment.unwrap()).over(file.unwrap()));
         assert_eq!(config.collection, "c");
+        assert!(config.read_only && !settle(Layer::default()).read_only);
         assert_eq!(config.deadline, Some(Duration::from_millis(2)));
         assert_eq!((config.keys_bytes, config.gpu_cache_bytes), (2 << 20, 3 << 20));
         assert_eq!(settle(Layer::default()).keys_bytes, keys_bytes());

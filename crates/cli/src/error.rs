@@ -152,6 +152,10 @@ pub(super) enum CliError {
         landmarkdb_grpc::server::OPEN_FILES_MIN
     )]
     TooFewFiles { files: u64 },
+    #[error(
+        "this command writes, and --read-only (or read_only in the configuration) says to write nothing: leave that out"
+    )]
+    ReadOnly,
     #[error("a service needs a data directory of its own, found --connect {connect}: give --data DIR")]
     ServeNeedsData { connect: String },
     #[error(transparent)]
@@ -231,6 +235,7 @@ impl CliError {
         }
         match self {
             CliError::Config(_)
+            | CliError::ReadOnly
             | CliError::ServeNeedsData { .. }
             | CliError::NameNeeded
             | CliError::Flag { .. }

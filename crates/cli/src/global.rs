@@ -16,6 +16,10 @@ pub(super) struct Global {
     #[arg(long, global = true, value_name = "TARGET")]
     pub(super) connect: Option<String>,
 
+    /// Write nothing: a data directory is opened as it is, on a disk that cannot be written too; commands that write refuse.
+    #[arg(long, global = true)]
+    pub(super) read_only: bool,
+
     /// The collection that documents are looked for in [default: default].
     #[arg(long, global = true, value_name = "NAME")]
     pub(super) collection: Option<String>,

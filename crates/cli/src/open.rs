@@ -1,5 +1,6 @@
 //! Opens the memory that a command works on, and finds the documents that it names there.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo, Entity, LocalMemory, MemoryError};
@@ -17,18 +18,24 @@ impl Context {
     /// The memory that exists where the command works. A data directory that does not exist, and a folder that is none, are
     /// refused and nothing is written there: a mistyped path would otherwise look like an empty memory.
     pub(super) fn memory(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
-        match self.config.target()? {
-            Target::Data(path) if !path.is_dir() => Err(CliError::NoDataDirectory { path: path.clone() }),
-            Target::Data(path) if !path.join(SEGMENTS).is_dir() => Err(CliError::NoStore { path: path.clone() }),
-            _ => self.memory_or_new(),
+        if let Target::Data(path) = self.config.target()? {
+            check_data(path)?;
         }
+        self.open()
     }
 
     /// The same for commands that write: a data directory that does not exist is created.
     pub(super) fn memory_or_new(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
+        if self.config.read_only {
+            return Err(CliError::ReadOnly);
+        }
+        self.open()
+    }
+
+    fn open(&self) -> Result<Arc<dyn BlockMemory>, CliError> {
         match self.config.target()? {
             Target::Data(path) => {
-                let memory = LocalMemory::open(path)?.with_keys(self.config.keys_bytes);
+                let memory = self.config.open_data(path)?.with_keys(self.config.keys_bytes);
                 Ok(Arc::new(memory.with_gpu_cache(self.config.gpu_cache_bytes)))
             }
             Target::Connect(target) => {
@@ -39,6 +46,28 @@ impl Context {
                 Ok(Arc::new(RemoteMemory::connect(target, options)?))
             }
         }
+    }
+}
+
+/// That a folder is a data directory; changes nothing.
+fn check_data(path: &Path) -> Result<(), CliError> {
+    if !path.is_dir() {
+        return Err(CliError::NoDataDirectory { path: path.into() });
+    }
+    if !path.join(SEGMENTS).is_dir() {
+        return Err(CliError::NoStore { path: path.into() });
+    }
+    Ok(())
+}
+
+impl Config {
+    /// A data directory, for writing unless nothing may be written: then it has to exist.
+    pub(super) fn open_data(&self, path: &Path) -> Result<LocalMemory, CliError> {
+        if !self.read_only {
+            return Ok(LocalMemory::open(path)?);
+        }
+        check_data(path)?;
+        Ok(LocalMemory::open_read_only(path)?)
     }
 }
 

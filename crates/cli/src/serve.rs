@@ -9,7 +9,6 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-use landmarkdb::LocalMemory;
 use landmarkdb_grpc::server::{self, ListenOptions, Listeners};
 
 use super::Context;
@@ -34,6 +33,7 @@ Examples:
   landmarkdb serve --data ./books
   landmarkdb serve --data ./books --listen 127.0.0.1:0 --json
   landmarkdb serve --data ./books --unix ./books.sock
+  landmarkdb serve --data /mnt/snapshot/books --read-only
 ")]
 pub(super) struct Args {
     /// Listen on this address; port 0 takes a free port.
@@ -59,6 +59,8 @@ struct Ready {
     listening: Vec<String>,
     /// The data directory.
     data: String,
+    /// Whether writes are refused.
+    read_only: bool,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
@@ -73,7 +75,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
             return Err(CliError::TooFewFiles { files });
         }
     }
-    let memory = LocalMemory::open(data)?.with_compactor()?.with_gpu_cache(context.config.gpu_cache_bytes);
+    let memory = context.config.open_data(data)?;
+    let read_only = context.config.read_only;
+    let memory = if read_only { memory } else { memory.with_compactor()? };
+    let memory = memory.with_gpu_cache(context.config.gpu_cache_bytes);
     let memory = memory.with_keys(context.config.keys_bytes).with_work_budget(limits.work_bytes());
     let memory = Arc::new(memory);
     let runtime = tokio::runtime::Runtime::new()
@@ -87,7 +92,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         let tcp = listeners.tcp_address().map(|address| format!("http://{address}"));
         let unix = options.unix.map(|path| format!("unix:{}", std::path::absolute(&path).unwrap_or(path).display()));
         let listening = tcp.into_iter().chain(unix).collect();
-        context.output.print(&Ready { listening, data: data.display().to_string() })?;
+        context.output.print(&Ready { listening, data: data.display().to_string(), read_only })?;
         let stopped = async {
             // That the sender is gone is the signal.
             let _ = stopped.await;
@@ -114,6 +119,7 @@ fn listen_options(args: &Args, config: &Config) -> ListenOptions {
 
 impl Report for Ready {
     fn human(&self, to: &mut dyn Write) -> io::Result<()> {
-        writeln!(to, "serving {} on {}", self.data, self.listening.join(" and "))
+        let how = if self.read_only { ", to be read only" } else { "" };
+        writeln!(to, "serving {} on {}{how}", self.data, self.listening.join(" and "))
     }
 }

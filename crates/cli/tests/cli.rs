@@ -1,5 +1,7 @@
 //! The command line end to end: the real binary, in a home folder of its own.
 
+#[path = "cli/read_only.rs"]
+mod read_only;
 #[path = "cli/replace.rs"]
 mod replace;
 #[path = "cli/sandbox.rs"]

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use std::fs;
 
+use super::read_only::snapshot;
 use super::*;
 
 /// A document that a directory is to have.
@@ -206,8 +207,11 @@ impl Fixture {
         self.documents.sort_by_key(|document| (document.collection, document.name));
     }
 
-    /// Opens the directory, goes on in it, reopens it, and has its catalog rebuilt.
+    /// Reads the directory as it is, then opens it, goes on in it, reopens it, and has its catalog rebuilt.
     fn lives_on(&mut self) {
+        let before = snapshot(self.dir.path());
+        self.check(&Store::open_read_only(self.dir.path()).unwrap(), "read only");
+        assert_eq!(snapshot(self.dir.path()), before, "nothing is written");
         let store = self.open();
         self.check(&store, "as it was left");
         self.go_on(&store);

@@ -25,6 +25,7 @@ mod mend;
 mod model;
 mod pieces;
 mod plan;
+mod read_only;
 mod rebuild;
 mod rebuilt;
 mod repair;

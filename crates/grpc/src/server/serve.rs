@@ -67,8 +67,10 @@ pub async fn serve(
     let messages = Budget::new(options.message_bytes);
     let work = Work::new(memory.clone(), options.workers, messages.clone(), phases.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
-    announce(&health, Some(&Health::Serving)).await;
-    let following = tokio::spawn(follow(memory, health.clone(), phases.clone()));
+    // A memory that is open to be read only is no news.
+    let begins = memory.health();
+    announce(&health, Some(&begins)).await;
+    let following = tokio::spawn(follow(memory, begins, health.clone(), phases.clone()));
 
     let data = BlockMemoryServer::new(DataService::new(work.clone()))
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
@@ -110,9 +112,13 @@ pub async fn serve(
     Ok(())
 }
 
-/// Tells in health checks how the memory is.
-async fn follow(memory: Arc<dyn BlockMemory>, health: HealthReporter, mut phase: watch::Receiver<Phase>) {
-    let mut told = Health::Serving;
+/// Tells in health checks how the memory is; `told` is what they say already.
+async fn follow(
+    memory: Arc<dyn BlockMemory>,
+    mut told: Health,
+    health: HealthReporter,
+    mut phase: watch::Receiver<Phase>,
+) {
     loop {
         let memory = memory.clone();
         // A panic in there is the memory's, and its calls tell of it.

@@ -51,6 +51,7 @@ impl From<&MemoryError> for v1::Error {
                 Kind::DataLoss(wire::DataLoss { block: block.map(v1::BlockId::from), detail: text(detail) })
             }
             MemoryError::Storage { detail } => Kind::Storage(wire::Storage { detail: text(detail) }),
+            MemoryError::ReadOnly => Kind::ReadOnly(wire::ReadOnly {}),
             MemoryError::Locked { path } => Kind::Locked(wire::Locked { path: text(path) }),
             MemoryError::Unavailable { target, detail } => {
                 Kind::Unavailable(wire::Unavailable { target: text(target), detail: text(detail) })
@@ -89,6 +90,7 @@ impl TryFrom<v1::Error> for MemoryError {
             Kind::Busy(e) => MemoryError::Busy { what: e.what, retry_ms: e.retry_ms },
             Kind::DataLoss(e) => MemoryError::DataLoss { block: e.block.map(BlockId::from), detail: e.detail },
             Kind::Storage(e) => MemoryError::Storage { detail: e.detail },
+            Kind::ReadOnly(wire::ReadOnly {}) => MemoryError::ReadOnly,
             Kind::Locked(e) => MemoryError::Locked { path: e.path },
             Kind::Unavailable(e) => MemoryError::Unavailable { target: e.target, detail: e.detail },
             Kind::DeadlineExceeded(e) => MemoryError::DeadlineExceeded { ms: e.ms },

@@ -107,6 +107,7 @@ fn code(error: &MemoryError) -> Code {
         | MemoryError::Sealed { .. }
         | MemoryError::OutOfOrder { .. }
         | MemoryError::UnexpectedLength { .. }
+        | MemoryError::ReadOnly
         | MemoryError::Locked { .. } => Code::FailedPrecondition,
         MemoryError::LimitExceeded { .. } | MemoryError::Busy { .. } => Code::ResourceExhausted,
         MemoryError::DataLoss { .. } => Code::DataLoss,
@@ -170,6 +171,7 @@ mod tests {
             (MemoryError::LimitExceeded { what: text(), limit: 1, found: u64::MAX }, Code::ResourceExhausted),
             (MemoryError::Busy { what: text(), retry_ms: 250 }, Code::ResourceExhausted),
             (MemoryError::Storage { detail: text() }, Code::Internal),
+            (MemoryError::ReadOnly, Code::FailedPrecondition),
             (MemoryError::Locked { path: text() }, Code::FailedPrecondition),
             (MemoryError::Unavailable { target: text(), detail: text() }, Code::Unavailable),
             (MemoryError::DeadlineExceeded { ms: 5 }, Code::DeadlineExceeded),
