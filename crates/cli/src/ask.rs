@@ -108,7 +108,7 @@ pub(super) struct Answered {
     answer_tokens: usize,
     /// Why the answer ends where it does: end_of_text, stop (a --stop text, or a question of the model's own) or max_tokens.
     finish: &'static str,
-    /// Documents that are not whole: their encoding was interrupted, or goes on.
+    /// Documents that are open: their encoding was interrupted, or goes on, or they are left to grow.
     incomplete: Vec<Incomplete>,
     /// From the question to the first piece of the answer, with the model loaded.
     pub(super) first_token_s: f64,
@@ -143,7 +143,7 @@ struct BlockRead {
     text: String,
 }
 
-/// A document that is not whole.
+/// A document that is open.
 #[derive(Debug, Serialize)]
 struct Incomplete {
     document: String,
@@ -414,7 +414,7 @@ impl Report for Answered {
             let encode = self.hints.command("encode");
             writeln!(
                 to,
-                "{document} is not whole: only its first {tokens} were read; its {encode}, run again, goes on"
+                "{document} is open: only the {tokens} that it has so far were read; its {encode}, run again, goes on"
             )?;
         }
         writeln!(

@@ -82,7 +82,13 @@ pub(super) fn keep(args: &Args, context: &Context) -> Result<Kept, CliError> {
     let next = &encoded.ids[tokens..(tokens + args.queries).min(encoded.ids.len())];
 
     let bar = token_bar(context, "encoding");
-    let encoding = Encoding { name: "capture", text, window, retrieval: args.setup.encode_retrieval(model.config())? };
+    let encoding = Encoding {
+        name: "capture",
+        text,
+        window,
+        retrieval: args.setup.encode_retrieval(model.config())?,
+        stays_open: false,
+    };
     let document = model::encode(&model, &scratch.memory, collection, &encoding, &mut |step| bar.show(step))?;
     bar.label("reading on");
     let retrieving = |layer: &u32| retrieval.layers.include(*layer as usize);

@@ -111,7 +111,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     let bar = token_bar(context, "        ");
     let encode_begin = Instant::now();
     let (window, retrieval) = (model.config().window(), model.config().encode_retrieval());
-    let encoding = Encoding { name: DOCUMENT, text: &text, window, retrieval };
+    let encoding = Encoding { name: DOCUMENT, text: &text, window, retrieval, stays_open: false };
     let document = model::encode(&model, &memory, &collection, &encoding, &mut |step| bar.show(step))?;
     bar.finish();
     let encode_s = encode_begin.elapsed().as_secs_f64();

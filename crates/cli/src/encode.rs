@@ -32,6 +32,7 @@ Examples:
   landmarkdb encode texts/persuasion.txt
   landmarkdb encode texts/persuasion.txt --name austen --payload int8
   landmarkdb encode texts/persuasion.txt --name austen --replace
+  landmarkdb encode diary.txt --append
   curl -s https://example.org/book.txt | landmarkdb encode - --name book
 ")]
 pub(super) struct Args {
@@ -45,6 +46,10 @@ pub(super) struct Args {
     /// Put this text in the place of another that has the name: that one stays until this one is whole.
     #[arg(long)]
     replace: bool,
+
+    /// Leave the document open: run again when the file has grown, this appends what is new.
+    #[arg(long)]
+    append: bool,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -112,6 +117,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
         text: &text,
         window: args.window.window(config)?,
         retrieval: args.encode.retrieval(config, &args.retrieval.retrieval(config, 1)?),
+        stays_open: args.append,
     };
     let mut progress = |step: EncodeProgress| {
         resumed_tokens = step.resumed_tokens;

@@ -91,8 +91,9 @@ pub(super) enum CliError {
     #[error("{}: expected a text, found nothing but white space: nothing was encoded, and no name is taken", .path.display())]
     EmptyText { path: PathBuf },
     #[error(
-        "{document} already holds another text: {difference}; --replace puts this one in its place, --name NAME gives this one \
-         another name"
+        "{document} already holds another text: {difference}; --replace puts this one in its place{}, --name NAME gives this one \
+         another name",
+        if *difference == Difference::Longer { " (and leaves it open to grow, with --append)" } else { "" }
     )]
     OtherText { document: String, difference: Difference },
     #[error(

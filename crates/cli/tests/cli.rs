@@ -1,5 +1,7 @@
 //! The command line end to end: the real binary, in a home folder of its own.
 
+#[path = "cli/append.rs"]
+mod append;
 #[path = "cli/read_only.rs"]
 mod read_only;
 #[path = "cli/replace.rs"]
@@ -275,7 +277,7 @@ fn a_document_that_is_not_whole_is_said_to_be() {
     }
     let typed = ["ask", "The ferry", "--raw", "--doc", "part", "--max-tokens", "2"];
     let table = run(&sandbox, 0, &typed).stdout;
-    assert!(table.contains("default/part is not whole: only its first 34 tokens"), "{table}");
+    assert!(table.contains("default/part is open: only the 34 tokens that it has so far were read"), "{table}");
     let json = run(&sandbox, 0, &[&typed[..], &["--json"]].concat()).json();
     assert_eq!(json["incomplete"], serde_json::json!([{"document": "default/part", "tokens": 34}]));
     assert_eq!(

@@ -80,7 +80,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // It was trained on 20 blocks, and reads some hundred: 8 at once, and 4 that each query chooses.
     let (window, retrieval) = (Window::landmark(8 * BLOCK_TOKENS as usize), Retrieval::landmark());
-    let encoding = Encoding { name: "novel", text: &BOOK[..4_000], window, retrieval: Some(retrieval.clone()) };
+    let encoding =
+        Encoding { name: "novel", text: &BOOK[..4_000], window, retrieval: Some(retrieval.clone()), stays_open: false };
     let document = encode(&model, &memory, &collection, &encoding, &mut |_| {})?;
     println!("{} tokens in {} blocks", document.tokens, document.blocks);
 

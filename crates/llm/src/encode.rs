@@ -1,17 +1,21 @@
-//! From a text to a sealed document in a memory: prefill once, keep the blocks, read them back in any later session.
+//! From a text to a document in a memory: prefill once, keep the blocks, read them back in any later session.
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
 use super::error::{Difference, RememberError};
 use super::llama::Logits;
 use super::model_attention::ModelAttention;
+use super::tokenizer::Encoded;
 use super::{LoadedModel, Reading};
 use landmarkdb::{
     BlockMemory, BlockRange, CollectionInfo, DocumentInfo, MemoryError, NewTokens, Retrieval, SequenceAttention, Window,
 };
 
 /// Blocks that are compared in one call when a document is resumed.
-const COMPARED_BLOCKS: u32 = 256;
+const COMPARED_BLOCKS: usize = 256;
 
 /// How far an encoding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +44,16 @@ pub struct Encoding<'a> {
     /// What the model retrieves of the text before its window while it reads on. `None`: nothing, so that the cost per
     /// token does not grow with the text.
     pub retrieval: Option<Retrieval>,
+    /// Whether the document is left open, so that it can grow with its text; otherwise it is sealed.
+    pub stays_open: bool,
 }
 
-/// Encodes a text into a document and seals it.
+/// Encodes a text into a document, and seals it unless it is to stay open.
 ///
-/// A document that holds the beginning of the same text, from an interrupted encoding, is continued after its last
-/// durable block, or after the last state that a model with sliding layers left; one that is whole and sealed is left as it is.
+/// A document that holds the beginning of the same text, because the encoding was interrupted or the text has grown, is
+/// continued where it ends, or after the last state that a model with sliding layers left; one that is sealed and has all of
+/// the text is left as it is. Tokens that a document has stay what they are, also where its text, now that it goes on, would be
+/// cut into others.
 ///
 /// # Errors
 /// [`RememberError::OtherText`] when the document holds another text, [`RememberError::Damaged`] when not all of what it
@@ -58,24 +66,19 @@ pub fn encode(
     encoding: &Encoding,
     progress: &mut dyn FnMut(EncodeProgress),
 ) -> Result<DocumentInfo, RememberError> {
-    let &Encoding { name, text, window, ref retrieval } = encoding;
+    let &Encoding { name, text, window, ref retrieval, stays_open } = encoding;
     if text.is_empty() {
         // Before the document is made: a name that holds nothing would be taken all the same.
         return Err(RememberError::EmptyText);
     }
     let encoded = model.tokenizer.encode(text)?;
-    let prefix = model.tokenizer.prefix();
-    let Reading { ids, text_tokens } = model.config().reading(0, &[prefix, &encoded.ids].concat());
-    let offset = |&token: &usize| match token.checked_sub(prefix.len()) {
-        None => 0,
-        Some(token) => encoded.offsets.get(token).copied().unwrap_or(text.len()),
-    };
-    let offsets: Vec<usize> = text_tokens.iter().map(offset).collect();
-
     let document = memory.open_document(collection.id, name)?;
-    if let Some(difference) = difference(memory.as_ref(), &document, &ids)? {
-        return Err(RememberError::OtherText { name: name.into(), difference });
-    }
+    let Sequence { ids, offsets } = match compare(model, memory.as_ref(), &document, text, &encoded)? {
+        Comparison::Agrees(sequence) => sequence,
+        Comparison::Differs(difference) => {
+            return Err(RememberError::OtherText { name: name.into(), difference });
+        }
+    };
     if document.tokens > 0 {
         let damage = memory.verify(Some(document.id), &mut |_, _| {})?.faults.into_iter().next();
         if let Some(damage) = damage {
@@ -109,7 +112,7 @@ pub fn encode(
         tell(resumed_tokens, from as u64, session.kept() as u64);
     }
     session.flush()?;
-    Ok(memory.seal(document.id)?)
+    Ok(if stays_open { memory.document(document.id)? } else { memory.seal(document.id)? })
 }
 
 /// As [`encode`]; a document of the name that holds another text, or that cannot be read whole, gives way to this one.
@@ -153,26 +156,83 @@ fn gives_way(error: &RememberError) -> bool {
         || matches!(error.memory(), Some(MemoryError::DataLoss { block: Some(_), .. }))
 }
 
-/// Where a document holds something else than the beginning of `ids`, or, when sealed, than all of it.
-fn difference(
+/// What the model reads of a text, landmarks included, and where each token begins in it, in bytes.
+#[derive(Default)]
+struct Sequence {
+    ids: Vec<u32>,
+    offsets: Vec<usize>,
+}
+
+impl Sequence {
+    /// Goes on with these tokens of a text of `text_bytes`.
+    fn read(&mut self, model: &LoadedModel, ids: &[u32], offsets: &[usize], text_bytes: usize) {
+        let Reading { ids, text_tokens } = model.config().reading(self.ids.len(), ids);
+        self.ids.extend(ids);
+        // A landmark begins where the token does that follows it.
+        self.offsets.extend(text_tokens.iter().map(|&token| offsets.get(token).copied().unwrap_or(text_bytes)));
+    }
+}
+
+/// What a document is to a text.
+enum Comparison {
+    /// It holds the text's beginning, or all of it: the tokens of the text, those first that the document has.
+    Agrees(Sequence),
+    Differs(Difference),
+}
+
+/// Whether a document holds the beginning of a text, by its tokens or, where these were cut before the text went on, by their
+/// text; of a sealed one, all of it.
+fn compare(
+    model: &LoadedModel,
     memory: &dyn BlockMemory,
     document: &DocumentInfo,
-    ids: &[u32],
-) -> Result<Option<Difference>, MemoryError> {
-    let mut expected = ids;
+    text: &str,
+    encoded: &Encoded,
+) -> Result<Comparison, RememberError> {
+    let prefix = model.tokenizer.prefix();
+    let mut whole = Sequence::default();
+    let (ids, offsets) = ([prefix, &encoded.ids].concat(), [&vec![0; prefix.len()][..], &encoded.offsets].concat());
+    whole.read(model, &ids, &offsets, text.len());
+
+    let (mut held, mut same_tokens) = (Sequence::default(), true);
     let end = document.blocks + (document.tail_tokens > 0) as u32;
-    let mut next = 0;
-    while next < end {
-        let page = next..end.min(next + COMPARED_BLOCKS);
-        next = page.end;
+    for start in (0..end).step_by(COMPARED_BLOCKS) {
+        let page = start..end.min(start + COMPARED_BLOCKS as u32);
         for block in memory.blocks(&BlockRange { document: document.id, blocks: page })? {
-            match expected.strip_prefix(&block.token_ids[..]) {
-                Some(rest) => expected = rest,
-                None => return Ok(Some(Difference::Block(block.id.index))),
+            let from = block.text.start as usize;
+            let expected = whole.ids.get(held.ids.len()..).unwrap_or_default();
+            same_tokens &= expected.starts_with(&block.token_ids);
+            let there = text.as_bytes().get(from..from.saturating_add(block.text.bytes.len()));
+            let same_text = !block.text.bytes.is_empty() && there == Some(&block.text.bytes[..]);
+            if !same_tokens && !same_text {
+                return Ok(Comparison::Differs(Difference::Block(block.id.index)));
             }
+            held.ids.extend(&block.token_ids);
+            held.offsets.extend(block.text.offsets.iter().map(|&offset| from + offset as usize));
         }
     }
-    Ok((document.sealed && !expected.is_empty()).then_some(Difference::Longer))
+    let held_bytes = document.text_bytes as usize;
+    let goes_on = if same_tokens { held.ids.len() < whole.ids.len() } else { held_bytes < text.len() };
+    if document.sealed && goes_on {
+        return Ok(Comparison::Differs(Difference::Longer));
+    }
+    if same_tokens {
+        return Ok(Comparison::Agrees(whole));
+    }
+    // As the text is cut as a whole, if a token begins there.
+    let at = encoded.offsets.partition_point(|&offset| offset < held_bytes);
+    let rest = text.get(held_bytes..);
+    if encoded.offsets.get(at) == Some(&held_bytes) || rest == Some("") {
+        held.read(model, &encoded.ids[at..], &encoded.offsets[at..], text.len());
+    } else if let Some(rest) = rest {
+        let rest = model.tokenizer.encode(rest)?;
+        let offsets: Vec<usize> = rest.offsets.iter().map(|offset| held_bytes + offset).collect();
+        held.read(model, &rest.ids, &offsets, text.len());
+    } else {
+        // It ends inside of a character, and not as this one is cut.
+        return Ok(Comparison::Differs(Difference::Block(end.saturating_sub(1))));
+    }
+    Ok(Comparison::Agrees(held))
 }
 
 /// Copies a sealed document into another collection of the same model, as `name`: other dtypes without encoding again.

@@ -420,7 +420,7 @@ pub enum RememberError {
 pub enum Difference {
     /// The first block that has other tokens.
     Block(u32),
-    /// The document is whole, and the text goes on after it.
+    /// The document is whole and takes no more, and the text goes on after it.
     Longer,
 }
 
@@ -428,7 +428,7 @@ impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Difference::Block(index) => write!(f, "they differ from block {index} on"),
-            Difference::Longer => write!(f, "this one begins with it and goes on"),
+            Difference::Longer => write!(f, "this one begins with it and goes on, and the document is sealed"),
         }
     }
 }

@@ -20,7 +20,7 @@
 //!     prompt: &str,
 //! ) -> Result<String, RememberError> {
 //!     let window = Window::default();
-//!     let encoding = Encoding { name: "text", text, window, retrieval: None };
+//!     let encoding = Encoding { name: "text", text, window, retrieval: None, stays_open: false };
 //!     let document = encode(model, memory, collection, &encoding, &mut |_| {})?;
 //!     let (retrieval, options) = (Retrieval::default(), GenerateOptions::default());
 //!     let prompt = model.tokenizer.encode(prompt)?.ids;

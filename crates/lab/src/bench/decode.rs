@@ -149,7 +149,7 @@ impl Bench<'_> {
     ) -> Result<(DocumentInfo, f64), BenchError> {
         let &Subject { model, collection, window, ref encode_retrieval, .. } = self.subject;
         let name = format!("bench-{tokens}");
-        let encoding = Encoding { name: &name, text, window, retrieval: encode_retrieval.clone() };
+        let encoding = Encoding { name: &name, text, window, retrieval: encode_retrieval.clone(), stays_open: false };
         let begin = Instant::now();
         let document = model::encode(model, memory, collection, &encoding, on_encode)?;
         Ok((document, begin.elapsed().as_secs_f64()))

@@ -163,6 +163,7 @@ pub fn passkey(
                 text: &needle.text,
                 window: settings.window,
                 retrieval: settings.encode_retrieval.clone(),
+                stays_open: false,
             };
             encoded.push(match encoded.first() {
                 None => encode(model, memory, collection, &encoding, &mut |step| progress(tokens, sample, step))?,
