@@ -562,15 +562,6 @@ impl Sliding {
     }
 }
 
-impl Retrieval {
-    /// What of a range may be retrieved from.
-    fn newest(&self, range: BlockRange) -> BlockRange {
-        let Range { start, end } = range.blocks;
-        let first = self.newest_blocks.map_or(start, |newest| start.max(end.saturating_sub(newest)));
-        BlockRange { document: range.document, blocks: first..end }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -621,18 +612,6 @@ mod tests {
         for (index, (a, b)) in a.concat().iter().zip(b.concat()).enumerate() {
             assert!((a - b).abs() < 2e-5, "number {index}: {a} {b}");
         }
-    }
-
-    #[test]
-    fn the_oldest_blocks_leave_first() {
-        let newest = |newest_blocks, blocks: Range<u32>| {
-            let retrieval = Retrieval { newest_blocks, ..Retrieval::default() };
-            retrieval.newest(BlockRange { document: DocumentId(1), blocks }).blocks
-        };
-        assert_eq!(newest(None, 1..9), 1..9);
-        assert_eq!(newest(Some(3), 1..9), 6..9);
-        assert_eq!(newest(Some(30), 1..9), 1..9);
-        assert_eq!(newest(Some(0), 1..9), 9..9);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What a sequence keeps at hand and what it asks the memory for.
 
-use crate::types::{BlockScore, Granularity, Normalisation};
+use std::ops::Range;
+
+use crate::types::{BlockRange, BlockScore, Granularity, Normalisation};
 use crate::words;
 
 /// The tokens that a query sees without retrieval, and how attention is normalised.
@@ -120,6 +122,13 @@ impl Retrieval {
             newest_blocks: None,
         }
     }
+
+    /// What of a range may be retrieved from.
+    pub(crate) fn newest(&self, range: BlockRange) -> BlockRange {
+        let Range { start, end } = range.blocks;
+        let first = self.newest_blocks.map_or(start, |newest| start.max(end.saturating_sub(newest)));
+        BlockRange { document: range.document, blocks: first..end }
+    }
 }
 
 impl Layers {
@@ -129,5 +138,23 @@ impl Layers {
             Layers::All => true,
             Layers::These(layers) => layers.get(layer).copied().unwrap_or(false),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::DocumentId;
+
+    #[test]
+    fn the_oldest_blocks_leave_first() {
+        let newest = |newest_blocks, blocks: Range<u32>| {
+            let retrieval = Retrieval { newest_blocks, ..Retrieval::default() };
+            retrieval.newest(BlockRange { document: DocumentId(1), blocks }).blocks
+        };
+        assert_eq!(newest(None, 1..9), 1..9);
+        assert_eq!(newest(Some(3), 1..9), 6..9);
+        assert_eq!(newest(Some(30), 1..9), 1..9);
+        assert_eq!(newest(Some(0), 1..9), 9..9);
     }
 }
