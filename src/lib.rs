@@ -94,7 +94,7 @@ pub use memory::{GPU_CACHE_BYTES, LocalMemory, WORK_BYTES, keys_bytes};
 pub use shape::{CollectionSpec, Fingerprint, InvalidShape, ModelShape, Rope, Rotation, Sha256Digest, check_name};
 pub use types::{
     BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, FaissIndex, Granularity, KeyRule,
-    LayerHead, Normalisation,
+    LayerHead, Normalisation, Placement,
 };
 pub use until::Until;
 

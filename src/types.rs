@@ -219,6 +219,48 @@ pub enum Normalisation {
     Hidden,
 }
 
+/// Where retrieved blocks stand while they are attended to. They are chosen by their scores in slots either way;
+/// [`AttendRequest`](crate::AttendRequest) has the geometry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Placement {
+    /// In slots just before the window, however far they are: for models that read nothing at long distances.
+    #[default]
+    Slots,
+    /// At the positions that they have in their documents, and the sink with them: for models that read what is far.
+    Original {
+        /// Nothing begins this many tokens before a query or more, at least 1: the context that the model was trained for.
+        within_tokens: u32,
+    },
+}
+
+impl Placement {
+    /// Most blocks of B tokens from where a retrieved block begins to the window, for a query that is `distance` tokens into it.
+    pub(crate) fn farthest_blocks(self, slots: u64, distance: u64, block_tokens: u64) -> u64 {
+        match self {
+            Placement::Slots => slots,
+            Placement::Original { within_tokens } => {
+                let fit = (within_tokens as u64).saturating_sub(distance + 1) / block_tokens;
+                // The sink stands before all of them.
+                slots.max(fit.saturating_sub(1))
+            }
+        }
+    }
+
+    /// Tokens from the sink's first token to a query that is `distance` tokens into the window. `slots` are those of
+    /// [`LookupRequest::slots`](crate::LookupRequest::slots), 0 where nothing is retrieved. The sink is the first of
+    /// `document_blocks` blocks that its document has before the window.
+    pub fn sink_distance(self, slots: u32, distance: u32, document_blocks: u32, block_tokens: u32) -> u64 {
+        let (distance, block_tokens) = (distance as u64, block_tokens as u64);
+        let before_all = self.farthest_blocks(slots as u64, distance, block_tokens) + 1;
+        let blocks = match self {
+            Placement::Slots => before_all,
+            Placement::Original { .. } => before_all.min(document_blocks as u64),
+        };
+        distance + blocks * block_tokens
+    }
+}
+
 impl FaissIndex {
     /// The effort where a setting names none.
     pub const EFFORT: u32 = 64;
@@ -401,5 +443,25 @@ mod tests {
         }
         assert_eq!(Engine::from_number(0, || None), None);
         assert_eq!(Engine::from_number(faiss("x", 1).number(), || None), None, "nothing is set");
+    }
+
+    #[test]
+    fn the_sink_stands_before_the_slots_or_where_the_text_begins() {
+        // 3 slots of 4 tokens, a query 2 tokens into the window, a document of 10 blocks before it.
+        let distance = |placement: Placement| placement.sink_distance(3, 2, 10, 4);
+        let original = |within_tokens| distance(Placement::Original { within_tokens });
+        assert_eq!(distance(Placement::Slots), 2 + 4 * 4);
+        assert_eq!((original(1000), original(43)), (42, 42));
+        assert_eq!(
+            (original(42), original(39)),
+            (38, 38),
+            "42 tokens back is one too far, so it stands a block nearer"
+        );
+        assert_eq!((original(20), original(1)), (18, 18), "never nearer than the slots");
+        assert_eq!(
+            Placement::Original { within_tokens: 1000 }.sink_distance(0, 5, 1, 4),
+            9,
+            "the first block has just left"
+        );
     }
 }

@@ -41,7 +41,7 @@ fn spec() -> CollectionSpec {
 fn retrieval() -> Retrieval {
     // All of them, so that rounding decides nothing.
     let (block_score, granularity) = (BlockScore::LogSumExp, Granularity::KvGroup);
-    Retrieval { top_k: 64, block_score, granularity, layers: Layers::All, newest_blocks: None }
+    Retrieval { top_k: 64, block_score, granularity, layers: Layers::All, ..Retrieval::default() }
 }
 
 /// What a model asks and says at each token of a text: per layer `q (T, Hq, D)`, `k` and `v (T, Hkv, D)`.

@@ -2,7 +2,7 @@
 //! (`RemoteMemory` of landmarkdb-grpc) alike. Both give identical answers, bit for bit.
 //!
 //! All calls block. Positions are never absolute: a query says how far it is from the start of its local window,
-//! and the memory places retrieved blocks in slots just before that window (see [`AttendRequest`]).
+//! and the memory places retrieved blocks before that window, in slots or as far as they are (see [`AttendRequest`]).
 
 mod error;
 mod requests;

@@ -6,7 +6,7 @@ use super::error::{MemoryError, Result};
 use crate::limits;
 use crate::shape::{CollectionSpec, Fingerprint};
 use crate::types::{
-    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation,
+    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation, Placement,
 };
 
 /// A tensor as raw little-endian values in row-major order.
@@ -162,12 +162,22 @@ pub struct LookupRequest {
 /// block that is `j`-th from the end (j = 1 is the last) is scored in slot `slots - j`, where it really is. The
 /// blocks retrieved for one row, in document order, fill the slots: rank `i` takes slot `i`, or `i + 1` when the
 /// block is recent and older blocks exist. So with all blocks retrieved everything is at its true position.
+///
+/// That is [`Placement::Slots`]. With [`Placement::Original`] blocks are scored and chosen in the same way, and attended to at
+/// their own distances. Each document of the scope ends where the window begins, so a block begins `blocks * B` tokens before the
+/// window, where `blocks` counts from its index to the largest end among the ranges of its document. Where that is too far, it stands as far
+/// as it may, behind those of its document that are older: of a row's blocks of one document, rank `i` (0 is the oldest) stands
+/// at most `max(slots, F - 1) - i` blocks before the window. `F` full blocks fit between the window and
+/// `within_tokens - 1` tokens before the query; the farthest is left for the sink. Consecutive ranges of one document are ranked
+/// together. With all blocks of one document retrieved that is again what slots give.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttendRequest {
     /// Chooses the blocks to attend to.
     pub lookup: LookupRequest,
     /// How scores inside the chosen blocks become weights.
     pub normalisation: Normalisation,
+    /// Where the chosen blocks stand.
+    pub placement: Placement,
 }
 
 /// The chosen blocks.
@@ -444,7 +454,7 @@ impl LookupRequest {
         (self.queries.len() as u64).saturating_mul(eligible.saturating_add(self.top_k as u64))
     }
 
-    /// Slots of B positions between the sink and the local window; [`AttendRequest`] has the geometry.
+    /// Slots of B positions just before the local window; [`AttendRequest`] has the geometry.
     pub fn slots(&self) -> u32 {
         let of = |range: &BlockRange| range.blocks.len() as u32;
         let eligible: u32 = self.scope.iter().map(of).sum();

@@ -16,7 +16,7 @@ use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
 use crate::limits::TAIL_TOKENS_MAX;
 use crate::shape::{ModelShape, Rotation};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation, Placement};
 
 /// Attention of all layers of one sequence. The constructor decides what it sees:
 ///
@@ -36,6 +36,8 @@ pub struct BlockAttention {
     sliding: Option<Sliding>,
     normalisation: Normalisation,
     sink: Option<Sink>,
+    /// Blocks of the text that the sink begins, if it is another than the window continues.
+    sink_blocks: Option<u32>,
     lead: Lead,
     /// Tokens by which the longest tail of the lead begins before the window.
     overhang: usize,
@@ -151,6 +153,11 @@ impl BlockAttention {
         };
         let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
         session.load_lead(memory.as_ref(), earlier)?;
+        if retrieval.placement != Placement::Slots {
+            // What is as far as it is makes no room for the tails.
+            session.overhang = 0;
+        }
+        session.sink_blocks = (documents[0].id != last.id).then_some(documents[0].blocks);
         let windowed = (session.window.base() / shape.block_tokens as usize) as u32;
         let (at_hand, segments) = at_hand(&documents, session.has_sink(), windowed, shape.block_tokens);
         session.segments = segments;
@@ -219,6 +226,7 @@ impl BlockAttention {
             sliding,
             normalisation,
             sink,
+            sink_blocks: None,
             lead: Lead::default(),
             overhang: 0,
             segments: Vec::new(),
@@ -424,11 +432,19 @@ impl BlockAttention {
                 granularity: link.retrieval.granularity,
             },
             normalisation: self.normalisation,
+            placement: link.retrieval.placement,
         })
     }
 
+    /// Tokens from the sink's first token to a query; `slots` are those of the run.
+    fn sink_distance(&self, run: &Run, token: usize, slots: u32) -> u64 {
+        let placement = self.link.as_ref().map_or(Placement::Slots, |link| link.retrieval.placement);
+        let blocks = self.sink_blocks.unwrap_or((run.start / self.shape.block_tokens as usize) as u32);
+        placement.sink_distance(slots, self.distance(run, token) as u32, blocks, self.shape.block_tokens)
+    }
+
     /// Attention of one run and KV head over window and sink, rows `(T, G)`.
-    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: usize, q: &[f32]) -> LocalAttention {
+    fn attend_head(&self, layer: usize, kv_head: usize, run: &Run, slots: u32, q: &[f32]) -> LocalAttention {
         let shape = &self.shape;
         let (group, d, block_tokens) = (shape.group(), shape.head_dim as usize, shape.block_tokens as usize);
         let row = shape.query_heads as usize * d;
@@ -447,8 +463,7 @@ impl BlockAttention {
             let of_token = index * group * d..(index + 1) * group * d;
             queries[of_token.clone()].chunks_exact_mut(d).for_each(|head| self.group.rotations[token].apply(head));
             if !sink_queries.is_empty() {
-                let distance = self.distance(run, token) + (slots + 1) * block_tokens;
-                let rotation = shape.rope.rotation(distance as i64);
+                let rotation = shape.rope.rotation(self.sink_distance(run, token, slots) as i64);
                 sink_queries[of_token].chunks_exact_mut(d).for_each(|head| rotation.apply(head));
             }
         }
@@ -471,7 +486,7 @@ impl BlockAttention {
     }
 
     /// Attention of each run over window and sink, rows `(T, Hq)`.
-    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[usize], q: &[f32]) -> Vec<LocalAttention> {
+    fn attend_at_hand(&self, layer: usize, runs: &[Run], slots: &[u32], q: &[f32]) -> Vec<LocalAttention> {
         let (kv_heads, group) = (self.shape.kv_heads as usize, self.shape.group());
         let (query_heads, d) = (kv_heads * group, self.shape.head_dim as usize);
         let head = |task: usize| {
@@ -507,8 +522,8 @@ impl BlockAttention {
     fn attend_group(&mut self, layer: usize, q: &[f32]) -> Result<Vec<f32>, AttentionError> {
         let runs = self.runs();
         let requests: Vec<_> = runs.iter().map(|run| self.request(layer, run, q)).collect();
-        let slots: Vec<usize> =
-            requests.iter().map(|request| request.as_ref().map_or(0, |r| r.lookup.slots() as usize)).collect();
+        let slots: Vec<u32> =
+            requests.iter().map(|request| request.as_ref().map_or(0, |request| request.lookup.slots())).collect();
         let mut partials = self.attend_at_hand(layer, &runs, &slots, q);
         let mut retrieved: Vec<Vec<f32>> = partials.iter().map(|partial| vec![0.0; partial.lse.len()]).collect();
         if let Some(link) = &self.link {

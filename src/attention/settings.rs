@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::types::{BlockRange, BlockScore, Granularity, Normalisation};
+use crate::types::{BlockRange, BlockScore, Granularity, Normalisation, Placement};
 use crate::words;
 
 /// The tokens that a query sees without retrieval, and how attention is normalised.
@@ -45,6 +45,8 @@ pub struct Retrieval {
     pub layers: Layers,
     /// Newest eligible blocks per document; older ones are not eligible. `None`: all.
     pub newest_blocks: Option<u32>,
+    /// Where retrieved blocks stand, and the sink, of all layers.
+    pub placement: Placement,
 }
 
 /// The layers that retrieve; the others see the window and the sink only.
@@ -107,6 +109,7 @@ impl Default for Retrieval {
             granularity: Granularity::KvGroup,
             layers: Layers::All,
             newest_blocks: None,
+            placement: Placement::Slots,
         }
     }
 }
@@ -120,6 +123,7 @@ impl Retrieval {
             granularity: Granularity::TokenHead,
             layers: Layers::All,
             newest_blocks: None,
+            placement: Placement::Slots,
         }
     }
 

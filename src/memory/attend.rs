@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::error::{not_finite, query_place};
 use super::local::LocalMemory;
 use super::lookup::Prepared;
-use super::plan::{AttendPlan, Need, Plan, Then};
+use super::plan::{AttendPlan, Need, Plan, Then, check_placement};
 use super::work;
 use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
 use crate::cuda::PartialAttention;
@@ -39,7 +39,8 @@ const SIDE_BY_SIDE_BYTES_MAX: u64 = 4 << 20;
 struct Use {
     position: u32,
     row: u32,
-    slot: u32,
+    /// Tokens from the block's first token to the query.
+    reach: i64,
 }
 
 /// Attention of all rows of one KV head over some blocks, not yet divided by its sum.
@@ -68,18 +69,27 @@ struct CpuAttention<'a> {
 }
 
 impl LocalMemory {
-    pub(super) fn attend_blocks(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+    /// The plan of a request's lookup, if all of it is as it should be.
+    fn attend_plan<'a>(&self, request: &'a AttendRequest, until: &'a Until) -> Result<Plan<'a>> {
         let plan = self.plan(&request.lookup, until)?;
-        let Need { working, answer } = plan.need(Then::Attend);
+        check_placement(request).map(|()| plan)
+    }
+
+    pub(super) fn attend_blocks(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
+        let plan = self.attend_plan(request, until)?;
+        let Need { working, answer } = plan.need(Then::Attend(request.placement));
         let _taken = work::take(&self.work, working + answer, until)?;
         let prepared = self.prepare(plan)?;
-        work::run(&[&request.lookup], || self.attend_prepared(&prepared, request.normalisation))
+        work::run(&[&request.lookup], || self.attend_prepared(&prepared, request))
     }
 
     pub(super) fn attend_many(&self, requests: &[AttendRequest], until: &Until) -> Result<Vec<Result<Attended>>> {
         check_together(requests.len())?;
-        let plans: Vec<Result<Plan>> = requests.iter().map(|request| self.plan(&request.lookup, until)).collect();
-        let needs: Vec<Need> = plans.iter().flatten().map(|plan| plan.need(Then::Attend)).collect();
+        let plans: Vec<Result<Plan>> = requests.iter().map(|request| self.attend_plan(request, until)).collect();
+        let need = |(plan, request): (&Result<Plan>, &AttendRequest)| {
+            plan.as_ref().ok().map(|plan| plan.need(Then::Attend(request.placement)))
+        };
+        let needs: Vec<Need> = plans.iter().zip(requests).filter_map(need).collect();
         let at_once = rayon::current_num_threads().min(needs.len()) as u64;
         let working = needs.iter().map(|need| need.working).max().unwrap_or(0).saturating_mul(at_once);
         let needed = needs.iter().fold(working, |sum, need| sum.saturating_add(need.answer));
@@ -122,7 +132,7 @@ impl LocalMemory {
 
     fn attend_wave(&self, requests: &[AttendRequest], prepared: &[Result<Prepared>]) -> Vec<Result<Attended>> {
         let attend = |(prepared, request): (&Result<Prepared>, &AttendRequest)| match prepared {
-            Ok(prepared) => self.attend_prepared(prepared, request.normalisation),
+            Ok(prepared) => self.attend_prepared(prepared, request),
             Err(error) => Err(error.clone()),
         };
         let is_small = |prepared: &Prepared| prepared.plan.score_bytes() <= SIDE_BY_SIDE_BYTES_MAX;
@@ -133,10 +143,11 @@ impl LocalMemory {
         }
     }
 
-    fn attend_prepared(&self, prepared: &Prepared, normalisation: Normalisation) -> Result<Attended> {
-        let plan = AttendPlan::new(&prepared.plan, normalisation);
+    fn attend_prepared(&self, prepared: &Prepared, request: &AttendRequest) -> Result<Attended> {
         let gpu = self.gpu_of(&prepared.plan.collection);
-        let found = prepared.search(&plan.rotations, gpu)?;
+        let of_slots = prepared.plan.rotations();
+        let found = prepared.search(&of_slots, gpu)?;
+        let plan = AttendPlan::new(&prepared.plan, request, of_slots, &found);
         let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
         let attention = CpuAttention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
         let PartialAttention { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
@@ -190,17 +201,15 @@ impl CpuAttention<'_> {
 
     /// Which rows of one KV head read which blocks, by block.
     fn uses(&self, head: usize, found: &Found) -> Vec<Use> {
-        let (request, geometry) = (self.plan.lookup.request, &self.plan.lookup.geometry);
+        let request = self.plan.lookup.request;
         let kv_heads = self.plan.lookup.collection.layout.kv_heads;
         let mut uses = Vec::with_capacity(self.rows() * found.k);
         for row in 0..self.rows() {
             let (token, query_head) = (row / self.plan.group, head * self.plan.group + row % self.plan.group);
-            let choice = request.granularity.row(token, query_head, kv_heads * self.plan.group, kv_heads);
-            uses.extend(found.row(choice).iter().enumerate().map(|(rank, &position)| Use {
-                position,
-                row: row as u32,
-                slot: geometry.slot(rank, position as usize) as u32,
-            }));
+            let chosen = found.row(request.granularity.row(token, query_head, kv_heads * self.plan.group, kv_heads));
+            let reaches = self.plan.reaches(request.distances[token], chosen);
+            let of_row = chosen.iter().zip(reaches);
+            uses.extend(of_row.map(|(&position, reach)| Use { position, row: row as u32, reach }));
         }
         uses.sort_by_key(|block_use| block_use.position);
         uses
@@ -262,7 +271,7 @@ impl CpuAttention<'_> {
         Ok(partial)
     }
 
-    /// Appends one row's query, rotated for its block's slot and times the softmax scale.
+    /// Appends one row's query, rotated for its block's place and times the softmax scale.
     fn push_query(&self, head: usize, block_use: &Use, queries: &mut Vec<f32>) {
         let (request, shape) = (self.plan.lookup.request, &self.plan.lookup.collection.spec.shape);
         let row = block_use.row as usize;
@@ -270,8 +279,7 @@ impl CpuAttention<'_> {
         let from = (token * shape.query_heads as usize + query_head) * self.plan.dim;
         let start = queries.len();
         queries.extend(request.queries[from..][..self.plan.dim].iter().map(|number| number * shape.softmax_scale));
-        let reach = self.plan.lookup.geometry.reach(request.distances[token], block_use.slot as usize);
-        self.plan.rotations.apply(reach, &mut queries[start..], self.plan.dim);
+        self.plan.rotations.apply(block_use.reach, &mut queries[start..], self.plan.dim);
     }
 
     /// `(out (T, Hq, D), lse (T, Hq))` from the parts of all KV heads.

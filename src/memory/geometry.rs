@@ -1,10 +1,11 @@
-//! Where do retrieved blocks lie? The slots of [`crate::api::AttendRequest`], and the rotations that queries need for them.
+//! Where do retrieved blocks lie? The places of [`crate::api::AttendRequest`], and the rotations that queries need for them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use crate::lock::IgnorePoison;
 use crate::shape::{Rope, Rotation};
+use crate::types::Placement;
 
 /// The slots before the window for one request.
 #[derive(Clone, Copy, Debug)]
@@ -44,16 +45,28 @@ impl Geometry {
         rank + (is_recent && self.older_exist()) as usize
     }
 
-    /// How many different rotations queries need at most.
+    /// How many different rotations queries need at most for all slots.
     pub(super) fn rotations_max(&self, distances: &[u32]) -> u64 {
+        self.reaches_max(distances, self.slots as u64).min(distances.len() as u64 * self.slots as u64)
+    }
+
+    /// How many different reaches there are to blocks that begin 1 to `blocks` blocks before the window.
+    pub(super) fn reaches_max(&self, distances: &[u32], blocks: u64) -> u64 {
         let apart = distances.iter().max().zip(distances.iter().min()).map_or(0, |(max, min)| max - min);
-        let reached = apart as u64 + (self.slots * self.block_tokens) as u64;
-        reached.min(distances.len() as u64 * self.slots as u64)
+        apart as u64 + blocks * self.block_tokens as u64
     }
 
     /// Tokens from the first token of a slot to a query that is `distance` tokens into the window.
     pub(super) fn reach(&self, distance: u32, slot: usize) -> i64 {
         distance as i64 + ((self.slots - slot) * self.block_tokens) as i64
+    }
+
+    /// Tokens from the first token of a block to a query that is `distance` tokens into the window, if the block begins `blocks`
+    /// blocks before it in its document, of which the row chose `rank` older ones.
+    pub(super) fn original_reach(&self, placement: Placement, distance: u32, blocks: u32, rank: u64) -> i64 {
+        let farthest = placement.farthest_blocks(self.slots as u64, distance as u64, self.block_tokens as u64);
+        let blocks = (blocks as u64).min(farthest - rank);
+        distance as i64 + (blocks * self.block_tokens as u64) as i64
     }
 }
 
@@ -106,17 +119,20 @@ impl LastRotations {
 impl Rotations {
     /// For all slots.
     fn new(rope: &Rope, geometry: &Geometry, distances: &[u32]) -> Self {
+        let of_slot = |slot| distances.iter().map(move |&distance| geometry.reach(distance, slot));
+        Rotations::of(rope, (0..geometry.slots).flat_map(of_slot))
+    }
+
+    /// By these numbers of tokens.
+    pub(super) fn of(rope: &Rope, reaches: impl Iterator<Item = i64>) -> Self {
         let mut rotations = HashMap::new();
-        for slot in 0..geometry.slots {
-            for &distance in distances {
-                let tokens = geometry.reach(distance, slot);
-                rotations.entry(tokens).or_insert_with(|| rope.rotation(tokens));
-            }
+        for tokens in reaches {
+            rotations.entry(tokens).or_insert_with(|| rope.rotation(tokens));
         }
         Rotations(rotations)
     }
 
-    /// The rotation by `tokens`, which must be among those that [`Rotations::new`] was asked for.
+    /// The rotation by `tokens`, which must be among those that it was made of.
     pub(super) fn by(&self, tokens: i64) -> &Rotation {
         &self.0[&tokens]
     }
@@ -131,6 +147,7 @@ impl Rotations {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::{RngExt, SeedableRng};
 
     #[test]
     fn older_blocks_share_slot_0_and_recent_ones_lie_where_they_are() {
@@ -169,6 +186,44 @@ mod tests {
         let geometry = Geometry::new(5, 0, 2, 4);
         assert_eq!((geometry.recent, geometry.slots), (0, 3));
         assert_eq!((geometry.slot(0, 3), geometry.slot(1, 4)), (0, 1));
+    }
+
+    /// One document whose blocks begin `1..=blocks` blocks before the window.
+    #[test]
+    fn original_places_are_true_within_the_context_and_keep_their_order_beyond() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for _ in 0..2000 {
+            let (blocks, top_k, block_tokens) =
+                (rng.random_range(1..40), rng.random_range(1..50), rng.random_range(2..9));
+            let (within_tokens, distance) = (rng.random_range(1..400u32), rng.random_range(0..50u32));
+            let geometry = Geometry::new(blocks, blocks, top_k, block_tokens);
+            let mut chosen: Vec<usize> = (1..=blocks).collect();
+            while chosen.len() > geometry.k {
+                chosen.remove(rng.random_range(0..chosen.len()));
+            }
+            chosen.reverse();
+            let placement = Placement::Original { within_tokens };
+            let reach = |(rank, &blocks): (usize, &usize)| {
+                geometry.original_reach(placement, distance, blocks as u32, rank as u64)
+            };
+            let reaches: Vec<i64> = chosen.iter().enumerate().map(reach).collect();
+            let what = format!("{chosen:?} of {blocks}, B = {block_tokens}, {distance} within {within_tokens}");
+            let apart = reaches.windows(2).all(|pair| pair[0] - pair[1] >= block_tokens as i64);
+            assert!(
+                apart && reaches[chosen.len() - 1] >= (distance as usize + block_tokens) as i64,
+                "{what}: {reaches:?}"
+            );
+            let truth = |blocks: &usize| (distance as usize + blocks * block_tokens) as i64;
+            let true_reaches: Vec<i64> = chosen.iter().map(truth).collect();
+            // A block is left for the sink, and the slots are there in any case.
+            let fits = |reach: i64| reach + (block_tokens as i64) < within_tokens as i64;
+            let in_slots = geometry.reach(distance, 0);
+            assert!(reaches.iter().all(|&reach| fits(reach) || reach <= in_slots), "{what}: {reaches:?}");
+            assert!(reaches.iter().zip(&true_reaches).all(|(reach, truth)| reach <= truth), "{what}: {reaches:?}");
+            if fits(true_reaches[0] + (chosen.len() * block_tokens) as i64) || geometry.k == blocks {
+                assert_eq!(reaches, true_reaches, "{what}");
+            }
+        }
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! What does a lookup or an attend need? Decided before anything is read or allocated for it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::collection::Collection;
 use super::error::{at_most, invalid, query_place};
 use super::geometry::{Geometry, Rotations};
-use crate::api::{Hits, LookupRequest, MemoryError, Result};
+use crate::api::{AttendRequest, Hits, LookupRequest, MemoryError, Result};
 use crate::index::Found;
 use crate::limits;
 use crate::store::Store;
-use crate::types::{BlockId, BlockRange, DocumentId, Granularity, Normalisation};
+use crate::types::{BlockId, BlockRange, DocumentId, Granularity, Normalisation, Placement};
 use crate::until::Until;
 
 /// Bytes that the scores of some query tokens should take at once, if tokens choose for themselves. Between such parts work
@@ -25,8 +26,8 @@ const PART_TOKENS: u64 = 16;
 /// Bytes of one hit: block and score in the answer, and the same on the wire.
 const HIT_BYTES: u64 = 40;
 
-/// Bytes of one hit while it is searched and attended to: position, score, row and slot.
-const USE_BYTES: u64 = 20;
+/// Bytes of one hit while it is searched and attended to: position, score, row and reach.
+const USE_BYTES: u64 = 24;
 
 /// Copies of a rotated query: rotated, in the order of KV heads, packed.
 const ROTATED_COPIES: u64 = 3;
@@ -48,10 +49,14 @@ pub(super) struct Plan<'a> {
     part_bytes: u64,
 }
 
-/// A checked request to attend to the blocks that a lookup finds.
+/// A checked request to attend to the blocks that a lookup found.
 pub(super) struct AttendPlan<'a> {
     pub(super) lookup: &'a Plan<'a>,
+    /// By the reaches of all blocks that were found.
     pub(super) rotations: Arc<Rotations>,
+    placement: Placement,
+    /// By entry of the scope, where its document ends: the block behind the last one that may be chosen.
+    document_ends: Vec<u32>,
     pub(super) normalisation: Normalisation,
     /// G
     pub(super) group: usize,
@@ -59,11 +64,11 @@ pub(super) struct AttendPlan<'a> {
     pub(super) dim: usize,
 }
 
-/// Whether the chosen blocks are attended to.
+/// Whether the chosen blocks are attended to, and where they stand then.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Then {
     Answer,
-    Attend,
+    Attend(Placement),
 }
 
 /// Bytes that one request needs.
@@ -133,11 +138,27 @@ impl<'a> Plan<'a> {
                 + geometry.rotations_max(&request.distances) * rotation_bytes,
             answer: rows * hits * HIT_BYTES,
         };
-        if then == Then::Attend {
+        if let Then::Attend(placement) = then {
             need.working += tokens * heads * hits * USE_BYTES;
             need.answer += (query_len + query_len / dim) * 4 * OUT_COPIES;
+            if placement != Placement::Slots {
+                need.working += self.original_rotations_max() * rotation_bytes;
+            }
         }
         need
+    }
+
+    /// How many different rotations queries need at most for blocks in their original places.
+    fn original_rotations_max(&self) -> u64 {
+        let (request, shape) = (self.request, &self.collection.spec.shape);
+        let choices = match request.granularity {
+            Granularity::TokenHead | Granularity::Head => shape.query_heads,
+            Granularity::KvGroup => shape.kv_heads,
+            Granularity::Token | Granularity::Shared => 1,
+        };
+        let uses = request.distances.len() as u64 * choices as u64 * self.geometry.k as u64;
+        let longest = request.scope.iter().map(|range| range.blocks.end).max().unwrap_or(0);
+        uses.min(self.geometry.reaches_max(&request.distances, longest.into()))
     }
 
     /// Query tokens that are scored at once. All, if they choose together.
@@ -166,7 +187,7 @@ impl<'a> Plan<'a> {
         query_rows * self.geometry.eligible as u64 * 4
     }
 
-    /// The rotations that scoring and attention need.
+    /// The rotations for all slots.
     pub(super) fn rotations(&self) -> Arc<Rotations> {
         let rope = self.collection.spec.shape.rope_of(self.request.layer);
         self.collection.rotations.get(rope, &self.geometry, &self.request.distances)
@@ -174,10 +195,15 @@ impl<'a> Plan<'a> {
 
     /// The block at a position among the eligible ones.
     pub(super) fn block(&self, position: usize) -> BlockId {
+        self.entry_and_block(position).1
+    }
+
+    /// The same, with its entry of the scope.
+    fn entry_and_block(&self, position: usize) -> (usize, BlockId) {
         let entry = self.ends.partition_point(|&end| end <= position);
         let range = &self.request.scope[entry];
         let before_end = (self.ends[entry] - position) as u32;
-        BlockId { document: range.document, index: range.blocks.end - before_end }
+        (entry, BlockId { document: range.document, index: range.blocks.end - before_end })
     }
 
     /// The answer in the words of the interface.
@@ -192,10 +218,79 @@ impl<'a> Plan<'a> {
 }
 
 impl<'a> AttendPlan<'a> {
-    pub(super) fn new(lookup: &'a Plan<'a>, normalisation: Normalisation) -> AttendPlan<'a> {
+    /// `of_slots` are the lookup's [`Plan::rotations`].
+    pub(super) fn new(
+        lookup: &'a Plan<'a>,
+        request: &AttendRequest,
+        of_slots: Arc<Rotations>,
+        found: &Found,
+    ) -> AttendPlan<'a> {
         let shape = &lookup.collection.spec.shape;
-        let (group, dim) = (shape.group(), shape.head_dim as usize);
-        AttendPlan { lookup, rotations: lookup.rotations(), normalisation, group, dim }
+        let mut plan = AttendPlan {
+            lookup,
+            rotations: of_slots,
+            placement: request.placement,
+            document_ends: document_ends(&lookup.request.scope),
+            normalisation: request.normalisation,
+            group: shape.group(),
+            dim: shape.head_dim as usize,
+        };
+        if plan.placement != Placement::Slots {
+            let rotations = Rotations::of(shape.rope_of(lookup.request.layer), plan.all_reaches(found));
+            plan.rotations = Arc::new(rotations);
+        }
+        plan
+    }
+
+    /// For each block that a row chose, tokens from its first token to a query that is `distance` tokens into the window.
+    pub(super) fn reaches<'p>(&'p self, distance: u32, chosen: &'p [u32]) -> impl Iterator<Item = i64> + 'p {
+        let geometry = &self.lookup.geometry;
+        // Of the block before: its document, and its rank among those that were chosen of that one.
+        let mut before = None;
+        chosen.iter().enumerate().map(move |(rank, &position)| {
+            if self.placement == Placement::Slots {
+                return geometry.reach(distance, geometry.slot(rank, position as usize));
+            }
+            let (entry, block) = self.lookup.entry_and_block(position as usize);
+            let rank = match before {
+                Some((document, rank)) if document == block.document => rank + 1,
+                _ => 0,
+            };
+            before = Some((block.document, rank));
+            geometry.original_reach(self.placement, distance, self.document_ends[entry] - block.index, rank)
+        })
+    }
+
+    /// Those of all query tokens and heads; query heads that choose together are taken once.
+    fn all_reaches<'p>(&'p self, found: &'p Found) -> impl Iterator<Item = i64> + 'p {
+        let (request, shape) = (self.lookup.request, &self.lookup.collection.spec.shape);
+        let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
+        request.distances.iter().enumerate().flat_map(move |(token, &distance)| {
+            let row = move |head| request.granularity.row(token, head, heads, kv_heads);
+            let rows = (0..heads).filter(move |&head| head == 0 || row(head) != row(head - 1)).map(row);
+            rows.flat_map(move |row| self.reaches(distance, found.row(row)))
+        })
+    }
+}
+
+/// By entry of a scope, where its document ends: behind its last range.
+fn document_ends(scope: &[BlockRange]) -> Vec<u32> {
+    let mut ends: HashMap<DocumentId, u32> = HashMap::new();
+    for range in scope {
+        let end = ends.entry(range.document).or_default();
+        *end = range.blocks.end.max(*end);
+    }
+    scope.iter().map(|range| ends[&range.document]).collect()
+}
+
+/// Checks what a request to attend says besides its lookup.
+///
+/// # Errors
+/// `Invalid` for a place that no block can have.
+pub(super) fn check_placement(request: &AttendRequest) -> Result<()> {
+    match request.placement {
+        Placement::Original { within_tokens: 0 } => Err(invalid("original_within_tokens", "at least 1", 0)),
+        Placement::Original { .. } | Placement::Slots => Ok(()),
     }
 }
 

@@ -97,7 +97,7 @@ impl World {
             block_score: BlockScore::LogSumExp,
             granularity: Granularity::TokenHead,
         };
-        AttendRequest { lookup, normalisation: Normalisation::Plain }
+        AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
     }
 
     fn engine(&self, engine: Engine) {
@@ -156,6 +156,7 @@ where
                 let mut request = world.request(&distances, scope);
                 request.lookup = LookupRequest { granularity, top_k, ..request.lookup };
                 request.lookup.block_score = [BlockScore::Max, BlockScore::LogSumExp][i % 2];
+                request.placement = [Placement::Slots, Placement::Original { within_tokens: 60 }][i % 2];
                 request.normalisation =
                     [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden][(i + top_k as usize) % 3];
                 requests.push(request);

@@ -199,7 +199,7 @@ fn lookup(rng: &mut ChaCha8Rng, flooded: &Flooded<'_>, tokens: u32, times: usize
 }
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain }
+    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
 }
 
 impl Flooded<'_> {

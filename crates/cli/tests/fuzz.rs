@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use landmarkdb::store::fuzz::seeds as store;
 use landmarkdb::{
     AppendRequest, AttendRequest, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, FetchRequest,
-    Granularity, KeyRule, LookupRequest, Normalisation, SequenceState,
+    Granularity, KeyRule, LookupRequest, Normalisation, Placement, SequenceState,
 };
 use landmarkdb_grpc::wire::fuzz::{Request, seeds as wire};
 use landmarkdb_llm::fuzz::seeds as model;
@@ -146,6 +146,11 @@ fn requests() -> Vec<Vec<u8>> {
     let attend = |collection, document, normalisation| AttendRequest {
         lookup: lookup(collection, document, 3, Granularity::KvGroup),
         normalisation,
+        // The third kind stands for the other placement too.
+        placement: match normalisation {
+            Normalisation::Hidden => Placement::Original { within_tokens: 9 },
+            _ => Placement::Slots,
+        },
     };
     let more = |document, blocks, expected_tokens| AppendRequest { document, blocks, expected_tokens };
     let mut spec = targets::spec("new", KeyRule::Mean, DType::BF16);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use common::{Activations, Served, difference, shape, spec};
 use landmarkdb::{
     AttentionError, BlockAttention, BlockMemory, BlockScore, CountedFrom, DType, Granularity, Layers, LocalMemory,
-    MemoryError, NewTokens, Normalisation, Retrieval, SequenceAttention, Window,
+    MemoryError, NewTokens, Normalisation, Placement, Retrieval, SequenceAttention, Window,
 };
 
 const TOKENS: usize = 150;
@@ -19,8 +19,10 @@ const WINDOW: Window = Window {
     normalisation: Normalisation::Plain,
 };
 
+const PLACEMENTS: [Placement; 2] = [Placement::Slots, Placement::Original { within_tokens: 90 }];
+
 fn retrieval(top_k: u32, granularity: Granularity) -> Retrieval {
-    Retrieval { top_k, block_score: BlockScore::LogSumExp, granularity, layers: Layers::All, newest_blocks: None }
+    Retrieval { top_k, block_score: BlockScore::LogSumExp, granularity, layers: Layers::All, ..Retrieval::default() }
 }
 
 fn write(memory: &Arc<dyn BlockMemory>, name: &str, payload: DType, retrieval: Option<Retrieval>) -> BlockAttention {
@@ -54,13 +56,14 @@ fn with_everything_retrieved_attention_is_full_attention() {
     for normalisation in [Normalisation::Plain, Normalisation::Hidden] {
         let full = text.feed(&mut BlockAttention::full(&shape(), normalisation), 0, TOKENS, 16);
         let window = Window { normalisation, ..WINDOW };
-        for granularity in all {
+        for (granularity, placement) in all.into_iter().flat_map(|all| PLACEMENTS.map(|placement| (all, placement))) {
             for (payload, tolerance) in [(DType::F32, 2e-5), (DType::F16, 2e-3), (DType::Int8, 5e-2)] {
-                let name = format!("{normalisation} {granularity}");
-                let mut session = write_within(window, &memory, &name, payload, Some(retrieval(1000, granularity)));
+                let name = format!("{normalisation} {granularity} {placement:?}");
+                let retrieval = Retrieval { placement, ..retrieval(1000, granularity) };
+                let mut session = write_within(window, &memory, &name, payload, Some(retrieval));
                 let with_memory = text.feed(&mut session, 0, TOKENS, 16);
                 let off = difference(&full, &with_memory);
-                assert!(off < tolerance, "{normalisation}, {granularity}, {payload}: {off}");
+                assert!(off < tolerance, "{normalisation}, {granularity}, {placement:?}, {payload}: {off}");
             }
         }
         let mut window_only = BlockAttention::window_only(&shape(), window);
@@ -73,15 +76,17 @@ fn what_is_retrieved_does_not_depend_on_how_tokens_are_grouped() {
     let folder = tempfile::tempdir().unwrap();
     let memory = local(folder.path());
     let text = Activations::random(TOKENS, 2);
-    for granularity in [Granularity::TokenHead, Granularity::KvGroup, Granularity::Token] {
+    let granularities = [Granularity::TokenHead, Granularity::KvGroup, Granularity::Token];
+    for (granularity, placement) in granularities.into_iter().flat_map(|all| PLACEMENTS.map(|place| (all, place))) {
         let mut outs = [16, 1, 5].map(|group| {
-            let name = format!("{granularity} {group}");
-            let mut session = write(&memory, &name, DType::F32, Some(retrieval(3, granularity)));
+            let name = format!("{granularity} {placement:?} {group}");
+            let retrieval = Retrieval { placement, ..retrieval(3, granularity) };
+            let mut session = write(&memory, &name, DType::F32, Some(retrieval));
             text.feed(&mut session, 0, TOKENS, group)
         });
         let first = std::mem::take(&mut outs[0]);
         for other in &outs[1..] {
-            assert!(difference(&first, other) < 2e-5, "{granularity}");
+            assert!(difference(&first, other) < 2e-5, "{granularity}, {placement:?}");
         }
     }
 }
@@ -92,17 +97,24 @@ fn in_process_and_remote_agree_bit_for_bit() {
     let memory = local(folder.path());
     let served = Served::new(memory.clone());
     let text = Activations::random(TOKENS, 3);
-    for granularity in [Granularity::TokenHead, Granularity::Head, Granularity::KvGroup] {
+    for (granularity, placement) in [
+        (Granularity::TokenHead, PLACEMENTS[0]),
+        (Granularity::Head, PLACEMENTS[1]),
+        (Granularity::KvGroup, PLACEMENTS[0]),
+        (Granularity::KvGroup, PLACEMENTS[1]),
+    ] {
         for payload in [DType::F32, DType::F16, DType::BF16, DType::Int8] {
             let run = |memory: &Arc<dyn BlockMemory>, name: &str| {
-                let mut session =
-                    write(memory, &format!("{name} {granularity}"), payload, Some(retrieval(3, granularity)));
+                let retrieval = Retrieval { placement, ..retrieval(3, granularity) };
+                let name = format!("{name} {granularity} {placement:?}");
+                let mut session = write(memory, &name, payload, Some(retrieval));
                 let out = text.feed(&mut session, 0, TOKENS, 16);
                 session.flush().unwrap();
                 let reads = session.take_reads().retrieved;
                 (out, reads.iter().map(|read| (read.block.index, read.mass.to_bits())).collect::<Vec<_>>())
             };
-            assert_eq!(run(&memory, "in process"), run(&served.remote, "remote"), "{granularity}, {payload}");
+            let what = format!("{granularity}, {placement:?}, {payload}");
+            assert_eq!(run(&memory, "in process"), run(&served.remote, "remote"), "{what}");
         }
     }
 }

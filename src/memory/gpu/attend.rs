@@ -71,8 +71,7 @@ pub(super) fn attend<R: Runner>(
 
 impl Tables {
     fn new(plan: &AttendPlan<'_>, found: &Found) -> Tables {
-        let (request, geometry, shape) =
-            (plan.lookup.request, &plan.lookup.geometry, &plan.lookup.collection.spec.shape);
+        let (request, shape) = (plan.lookup.request, &plan.lookup.collection.spec.shape);
         let (heads, kv_heads) = (shape.query_heads as usize, shape.kv_heads as usize);
         let sharing = match request.granularity {
             Granularity::TokenHead | Granularity::Head => 1,
@@ -83,11 +82,10 @@ impl Tables {
         let mut rotation_by_reach = HashMap::new();
         for (token, &distance) in request.distances.iter().enumerate() {
             for head in (0..heads).step_by(sharing) {
-                let row = request.granularity.row(token, head, heads, kv_heads);
-                for (rank, &position) in found.row(row).iter().enumerate() {
+                let chosen = found.row(request.granularity.row(token, head, heads, kv_heads));
+                for (&position, reach) in chosen.iter().zip(plan.reaches(distance, chosen)) {
                     let piece = first_piece + head / plan.group;
                     tables.pieces.push((plan.lookup.block(position as usize), piece));
-                    let reach = geometry.reach(distance, geometry.slot(rank, position as usize));
                     let next = rotation_by_reach.len() as u32;
                     let rotation = *rotation_by_reach.entry(reach).or_insert_with(|| {
                         tables.rotations.extend(plan.rotations.by(reach).values());

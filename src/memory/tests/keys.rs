@@ -31,7 +31,7 @@ impl World {
 }
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain }
+    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
 }
 
 /// Sums are taken chunk by chunk, and what appends left is cut otherwise than what was loaded.

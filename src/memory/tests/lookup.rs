@@ -208,7 +208,7 @@ fn the_engine_cuda_keeps_no_collection_out_of_reach() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 30);
     let lookup = world.request(&[0, 9], vec![range(document, 0..30)]);
-    let request = AttendRequest { lookup, normalisation: Normalisation::Plain };
+    let request = AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots };
     let flat = world.memory.attend(&request).unwrap();
     let here = world.memory.set_engine(world.collection, Engine::Cuda);
     if let Err(error) = &here {

@@ -10,7 +10,7 @@ const GRANULARITIES: [Granularity; 5] =
     [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain }
+    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
 }
 
 /// Forever, but for a caller that may hang up.

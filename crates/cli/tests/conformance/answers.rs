@@ -7,7 +7,7 @@ use v1::{BlockScore, Engine, Granularity, Normalisation};
 use crate::data::{Model, World, bytes_of, seeded, values_of};
 use crate::definition::{Block, Blocks, rotated};
 use crate::harness::{Named, cases};
-use crate::judge::{SUMS, close};
+use crate::judge::{SUMS, close, same_reply};
 use crate::suite::Suite;
 
 cases! {
@@ -50,7 +50,7 @@ impl World {
 
     pub(crate) fn attend_question(&self, seed: u64, scope: Vec<v1::BlockRange>) -> v1::AttendRequest {
         let lookup = Some(self.question(seed, &[0, 3], scope));
-        v1::AttendRequest { lookup, normalisation: Normalisation::Plain.into() }
+        v1::AttendRequest { lookup, normalisation: Normalisation::Plain.into(), original_within_tokens: None }
     }
 }
 
@@ -100,8 +100,11 @@ fn every_normalisation_follows_the_definition(suite: &Suite) {
                     let mut lookup = world.question(seed as u64, &distances, vec![range(document, 0, 9)]);
                     lookup.top_k = top_k;
                     lookup.set_granularity(granularity);
-                    let request = v1::AttendRequest { lookup: Some(lookup), normalisation: normalisation.into() };
-                    world.judge_attend(&request, &sent);
+                    for original_within_tokens in [None, Some(4 * model.block_tokens as u32), Some(1 << 20)] {
+                        let (lookup, normalisation) = (Some(lookup.clone()), normalisation.into());
+                        let request = v1::AttendRequest { lookup, normalisation, original_within_tokens };
+                        world.judge_attend(&request, &sent);
+                    }
                 }
             }
         }
@@ -134,7 +137,10 @@ fn other_documents_count_as_older_blocks(suite: &Suite) {
         for top_k in [1, 2, 4, 30] {
             let mut request = world.attend_question(seed as u64, scope.clone());
             request.lookup.as_mut().expect("a lookup").top_k = top_k;
-            world.judge_attend(&request, &sent);
+            for within in [None, Some(5 * world.model.block_tokens as u32), Some(1 << 20)] {
+                request.original_within_tokens = within;
+                world.judge_attend(&request, &sent);
+            }
         }
     }
 }
@@ -161,7 +167,13 @@ fn everything_retrieved_is_full_attention(suite: &Suite) {
     let lookup = request.lookup.as_mut().expect("a lookup");
     (lookup.top_k, lookup.layer) = (7, 1);
     let (queries, distances) = (values_of(&lookup.queries), lookup.distances.clone());
-    let reply = world.client.attend(request).expect("an attend");
+    let reply = world.client.attend(request.clone()).expect("an attend");
+    // That distance is the original one, so that it is the same to say so, however short the model's context.
+    for within in [1, 1 << 20] {
+        request.original_within_tokens = Some(within);
+        let original = world.client.attend(request.clone()).expect("an attend");
+        assert_eq!(same_reply(&original, &reply), Ok(()), "within {within} tokens");
+    }
 
     let (dim, size) = (model.head_dim, model.block_tokens);
     let (mut out, mut lse) = (Vec::new(), Vec::new());

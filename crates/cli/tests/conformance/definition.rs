@@ -29,6 +29,8 @@ pub(crate) struct Definition<'a> {
     /// The eligible blocks in the order of the scope.
     pub(crate) eligible: Vec<(u64, u32)>,
     blocks: Vec<&'a Block>,
+    /// By document, the largest end of its ranges.
+    ends: HashMap<u64, usize>,
     /// min(top_k, eligible)
     pub(crate) k: usize,
     recent: usize,
@@ -78,6 +80,11 @@ impl<'a> Definition<'a> {
         let scope = request.scope.iter();
         let eligible: Vec<(u64, u32)> =
             scope.flat_map(|range| (range.begin..range.end).map(|index| (range.document, index))).collect();
+        let mut ends = HashMap::new();
+        for range in &request.scope {
+            let end = ends.entry(range.document).or_insert(0);
+            *end = (range.end as usize).max(*end);
+        }
         let last = request.scope.last().map_or(0, |range| range.end.saturating_sub(range.begin) as usize);
         let k = eligible.len().min(request.top_k as usize);
         let recent = k.min(last);
@@ -87,6 +94,7 @@ impl<'a> Definition<'a> {
             queries: values_of(&request.queries).into_iter().map(f64::from).collect(),
             distances: request.distances.clone(),
             blocks: eligible.iter().map(|id| blocks.get(id).expect("a block that was stored")).collect(),
+            ends,
             k,
             recent,
             slots: if recent == eligible.len() { eligible.len() } else { k + 1 },
@@ -100,12 +108,27 @@ impl<'a> Definition<'a> {
         position >= self.eligible.len() - self.recent
     }
 
-    /// Slot `s` begins `(slots - s) B` tokens before the window.
-    fn rotated_query(&self, token: usize, head: usize, slot: usize) -> Vec<f64> {
+    /// For a block that begins so many blocks before the window.
+    fn rotated_query(&self, token: usize, head: usize, blocks_before: usize) -> Vec<f64> {
         let dim = self.model.head_dim;
         let query = &self.queries[(token * self.model.query_heads + head) * dim..][..dim];
-        let before = (self.slots - slot) * self.model.block_tokens;
+        let before = blocks_before * self.model.block_tokens;
         rotated(&self.model.frequencies, query, self.distances[token] as f64 + before as f64)
+    }
+
+    /// Blocks from where the block of this rank begins to the window. Slot `s` begins `slots - s` blocks before it.
+    fn blocks_before(&self, token: usize, row: &[usize], rank: usize, original_within: Option<u32>) -> usize {
+        let position = row[rank];
+        let Some(within) = original_within else {
+            let older_exist = self.recent < self.eligible.len();
+            return self.slots - (rank + (self.is_recent(position) && older_exist) as usize);
+        };
+        let (document, index) = self.eligible[position];
+        let of_document = |position: &&usize| self.eligible[**position].0 == document;
+        let rank = row[..rank].iter().rev().take_while(of_document).count();
+        let room = (within as usize).saturating_sub(1 + self.distances[token] as usize);
+        let farthest = self.slots.max((room / self.model.block_tokens).saturating_sub(1));
+        (self.ends[&document] - index as usize).min(farthest - rank)
     }
 
     /// One layer and KV head of a block's K or V: (B, D).
@@ -132,8 +155,8 @@ impl<'a> Definition<'a> {
     /// Natural log of every eligible block's share for one query token and head.
     fn shares_of(&self, token: usize, head: usize) -> Vec<f64> {
         let score = |position: usize| {
-            let slot = if self.is_recent(position) { self.slots - (self.eligible.len() - position) } else { 0 };
-            let query = self.rotated_query(token, head, slot);
+            let before = if self.is_recent(position) { self.eligible.len() - position } else { self.slots };
+            let query = self.rotated_query(token, head, before);
             let keys = self.landmark_keys(self.blocks[position], head);
             let scores: Vec<f64> = keys.iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
             match self.score {
@@ -180,11 +203,11 @@ impl<'a> Definition<'a> {
     }
 
     /// `out` (T, Hq, D) and `lse` (T, Hq) of attention over chosen positions `(rows, k)`, each row ascending.
-    pub(crate) fn attend(&self, choices: &[Vec<usize>], normalisation: Normalisation) -> (Vec<f64>, Vec<f64>) {
+    pub(crate) fn attend(&self, request: &v1::AttendRequest, choices: &[Vec<usize>]) -> (Vec<f64>, Vec<f64>) {
         let (mut out, mut lse) = (Vec::new(), Vec::new());
         for token in 0..self.distances.len() {
             for head in 0..self.model.query_heads {
-                let (values, sum) = self.attend_row(token, head, &choices[self.row(token, head)], normalisation);
+                let (values, sum) = self.attend_row(request, token, head, &choices[self.row(token, head)]);
                 out.extend(values);
                 lse.push(sum);
             }
@@ -192,20 +215,19 @@ impl<'a> Definition<'a> {
         (out, lse)
     }
 
-    fn attend_row(&self, token: usize, head: usize, row: &[usize], how: Normalisation) -> (Vec<f64>, f64) {
+    fn attend_row(&self, request: &v1::AttendRequest, token: usize, head: usize, row: &[usize]) -> (Vec<f64>, f64) {
         // Log weights and values of everything that is attended to, and what the denominator counts.
         let mut weighed: Vec<(f64, &[f64])> = Vec::new();
         let mut counted = Vec::new();
         for (rank, &position) in row.iter().enumerate() {
-            let older_exist = self.recent < self.eligible.len();
-            let slot = rank + (self.is_recent(position) && older_exist) as usize;
-            let query = self.rotated_query(token, head, slot);
+            let before = self.blocks_before(token, row, rank, request.original_within_tokens);
+            let query = self.rotated_query(token, head, before);
             let block = self.blocks[position];
             let scores: Vec<f64> =
                 self.piece(&block.k, head).iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
             let values = self.piece(&block.v, head);
             let inner = scores.len() - 1;
-            match how {
+            match request.normalisation() {
                 Normalisation::Grouped => {
                     let total = log_sum_exp(&scores[..inner]);
                     let of_token = |(score, value): (&f64, _)| (score - total + scores[inner], value);

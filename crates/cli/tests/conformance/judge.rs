@@ -94,7 +94,7 @@ impl World {
         let hits = reply.hits.as_ref().expect("hits are always present");
         let choices = choices(&Definition::of(&self.model, lookup, blocks), hits, share_tolerance(&self.model, lookup));
         let read = self.fetched(lookup).expect("blocks in the scope");
-        let (out, lse) = Definition::of(&self.model, lookup, &read).attend(&choices, request.normalisation());
+        let (out, lse) = Definition::of(&self.model, lookup, &read).attend(request, &choices);
         close("out", &values_of(&reply.out), &out, SUMS);
         close("lse", &values_of(&reply.lse), &lse, SUMS);
     }

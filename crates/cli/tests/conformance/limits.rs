@@ -128,8 +128,9 @@ fn absent_fields_are_missing_by_name(suite: &Suite) {
 fn unknown_numbers_and_wrong_sizes_are_invalid(suite: &Suite) {
     let (world, document, text) = world(suite, 12);
     let client = &world.client;
-    let cases: [Change; 11] = [
+    let cases: [Change; 12] = [
         |request| request.normalisation = 99,
+        |request| request.original_within_tokens = Some(0),
         |request| lookup(request).granularity = 99,
         |request| lookup(request).block_score = -1,
         |request| lookup(request).layer = 2,
@@ -145,7 +146,7 @@ fn unknown_numbers_and_wrong_sizes_are_invalid(suite: &Suite) {
         let _named = Named(format!("change {i}"));
         let mut request = any_question(&world, document, 3);
         change(&mut request);
-        if i == 10 {
+        if i == 11 {
             // "Not larger than `begin` means none": none is an answer, too.
             if let Ok(reply) = client.attend(request) {
                 assert_eq!(reply.hits.expect("always present").k, 0);

@@ -28,7 +28,7 @@ fn hits_are_what_attention_read(suite: &Suite) {
             let mut request = world.attend_question(seed as u64, vec![range(document, 1, 12)]);
             request.set_normalisation(normalisation);
             let reply = world.client.attend(request.clone()).expect("an attend");
-            let lookup = request.lookup.expect("a lookup");
+            let lookup = request.lookup.clone().expect("a lookup");
             let hits = reply.hits.as_ref().expect("always present");
             let choices: Vec<Vec<usize>> =
                 hits.indices.chunks(3).map(|row| row.iter().map(|&index| index as usize - 1).collect()).collect();
@@ -40,7 +40,7 @@ fn hits_are_what_attention_read(suite: &Suite) {
                     block.k.iter_mut().chain(&mut block.v).for_each(|number| *number = 1e9);
                 }
             }
-            let (out, lse) = Definition::of(&world.model, &lookup, &read).attend(&choices, normalisation);
+            let (out, lse) = Definition::of(&world.model, &lookup, &read).attend(&request, &choices);
             close("out", &values_of(&reply.out), &out, SUMS);
             close("lse", &values_of(&reply.lse), &lse, SUMS);
         }

@@ -293,7 +293,7 @@ impl RemoteMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmarkdb::{BlockScore, Granularity, Normalisation};
+    use landmarkdb::{BlockScore, Granularity, Normalisation, Placement};
 
     #[test]
     fn messages_hold_what_fits_and_at_least_one_request() {
@@ -309,6 +309,7 @@ mod tests {
                 granularity: Granularity::Shared,
             },
             normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
         };
         const LEN_MAX: usize = BATCH_QUERIES_BYTES_MAX / 4;
         let requests = |sizes: &[usize]| sizes.iter().map(|&len| request(len)).collect::<Vec<_>>();

@@ -236,7 +236,7 @@ mod tests {
             assert_eq!(price(100_000), limit("blocks", 1024, 100_000));
         }
         let scope = |count| v1::LookupRequest { scope: vec![v1::BlockRange::default(); count], ..Default::default() };
-        let attend = |count| v1::AttendRequest { lookup: Some(scope(count)), normalisation: 1 };
+        let attend = |count| v1::AttendRequest { lookup: Some(scope(count)), normalisation: 1, ..Default::default() };
         let many = |count| v1::AttendAllRequest { requests: vec![attend(count), attend(7)] };
         let streamed = |count| v1::AttendStreamRequest { id: 1, request: Some(attend(count)), timeout_ms: 1 };
         for (method, right, wrong, price) in [

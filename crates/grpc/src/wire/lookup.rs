@@ -5,7 +5,7 @@ use super::v1;
 use super::v1::attend_outcome::Outcome;
 use landmarkdb::{
     AttendRequest, Attended, BlockId, BlockRange, BlockScore, CollectionId, DocumentId, Granularity, Hits,
-    LookupRequest, MemoryError, Normalisation, Result,
+    LookupRequest, MemoryError, Normalisation, Placement, Result,
 };
 
 impl From<&LookupRequest> for v1::LookupRequest {
@@ -45,6 +45,10 @@ impl From<&AttendRequest> for v1::AttendRequest {
         v1::AttendRequest {
             lookup: Some((&request.lookup).into()),
             normalisation: v1::Normalisation::from(request.normalisation).into(),
+            original_within_tokens: match request.placement {
+                Placement::Original { within_tokens } => Some(within_tokens),
+                _ => None,
+            },
         }
     }
 }
@@ -56,6 +60,10 @@ impl TryFrom<v1::AttendRequest> for AttendRequest {
         Ok(AttendRequest {
             lookup: required("lookup", wire.lookup)?.try_into()?,
             normalisation: Normalisation::from_number("normalisation", wire.normalisation)?,
+            placement: match wire.original_within_tokens {
+                Some(within_tokens) => Placement::Original { within_tokens },
+                None => Placement::Slots,
+            },
         })
     }
 }

@@ -44,7 +44,7 @@ fn heavy() -> LookupRequest {
 }
 
 fn attend_heavily() -> AttendRequest {
-    AttendRequest { lookup: heavy(), normalisation: Normalisation::Plain }
+    AttendRequest { lookup: heavy(), normalisation: Normalisation::Plain, placement: Placement::Slots }
 }
 
 /// Bytes of the address space that this process has.

@@ -40,7 +40,8 @@ fn both_transports_refuse_the_same_requests_with_the_same_error() {
     let attend = |change: &dyn Fn(&mut LookupRequest)| -> [Ask; 3] {
         let mut lookup = good.clone();
         change(&mut lookup);
-        let request = AttendRequest { lookup: lookup.clone(), normalisation: Normalisation::Plain };
+        let request =
+            AttendRequest { lookup: lookup.clone(), normalisation: Normalisation::Plain, placement: Placement::Slots };
         let all = vec![request.clone()];
         [
             Box::new(move |memory| memory.lookup(&lookup).err()),
@@ -91,7 +92,10 @@ fn both_transports_refuse_the_same_requests_with_the_same_error() {
     let nothing = AttendRequest {
         lookup: LookupRequest { scope: Vec::new(), ..good.clone() },
         normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
     };
+    let nowhere = AttendRequest { placement: Placement::Original { within_tokens: 0 }, ..nothing.clone() };
+    asks.push(Box::new(move |memory| memory.attend(&nowhere).err()));
     let many = vec![nothing; limits::ATTEND_REQUESTS_MAX + 1];
     asks.push(Box::new(move |memory| memory.attend_all(&many).pop()?.err()));
 

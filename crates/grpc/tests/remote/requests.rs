@@ -55,7 +55,11 @@ pub(crate) fn lookup(tokens: u32, granularity: Granularity) -> LookupRequest {
 }
 
 pub(crate) fn attend(tokens: u32) -> AttendRequest {
-    AttendRequest { lookup: lookup(tokens, Granularity::TokenHead), normalisation: Normalisation::Grouped }
+    AttendRequest {
+        lookup: lookup(tokens, Granularity::TokenHead),
+        normalisation: Normalisation::Grouped,
+        placement: Placement::Original { within_tokens: 19 },
+    }
 }
 
 /// A full block at `index`.

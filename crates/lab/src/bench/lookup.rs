@@ -14,7 +14,8 @@ use super::readable::count;
 use super::serving::over_network;
 use landmarkdb::cuda::{CudaError, Device, Session};
 use landmarkdb::{
-    AttendRequest, BlockMemory, BlockScore, DType, DocumentInfo, Engine, Granularity, LocalMemory, Normalisation, words,
+    AttendRequest, BlockMemory, BlockScore, DType, DocumentInfo, Engine, Granularity, LocalMemory, Normalisation,
+    Placement, words,
 };
 use linalg::ChannelQuantizer;
 
@@ -283,6 +284,7 @@ impl Bench<'_> {
         let attended = |index| AttendRequest {
             lookup: self.case.request(document, index, self.asking),
             normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
         };
         let attend = |index| Ok(memory.attend(&attended(index)).map(drop)?);
         let layers = self.settings.together.unwrap_or(0) as usize;
