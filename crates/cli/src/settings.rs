@@ -9,7 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use landmarkdb::limits;
 use landmarkdb::{
     BlockMemory, BlockScore, CollectionInfo, CollectionSpec, CountedFrom, DType, Engine, Granularity, KeyRule, Layers,
-    Retrieval, Window,
+    Placement, Retrieval, Window, words,
 };
 use landmarkdb_llm::{self as model, LoadedModel, ModelConfig};
 
@@ -34,6 +34,11 @@ pub(super) const GRANULARITY: Explained = &[
     ("token", "All heads of a layer, for each query token"),
     ("kv-group", "The query heads of a KV head, for each query token"),
     ("shared", "All query tokens of a chunk and all heads of a layer"),
+];
+
+const PLACEMENT: Explained = &[
+    ("slots", "Just before the window, however far they are in their documents"),
+    ("original", "As far as they are in their documents, within the context that the model was trained for"),
 ];
 
 pub(super) const KEY_RULE: Explained = &[
@@ -71,6 +76,15 @@ pub(super) struct WindowArgs {
     no_sink: bool,
 }
 
+/// A [`Placement`] as it is typed: how far `original` may go follows from the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Placed {
+    Slots,
+    Original,
+}
+
+words!(Placed, "slots" => Slots, "original" => Original);
+
 /// What is retrieved.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct RetrievalArgs {
@@ -90,6 +104,10 @@ pub(super) struct RetrievalArgs {
     /// Retrieve from this many of a document's newest blocks only [default: all].
     #[arg(long, value_name = "BLOCKS", value_parser = from_one::<u32>())]
     newest_blocks: Option<u32>,
+
+    /// Where retrieved blocks and the sink stand while they are attended to [default: slots].
+    #[arg(long, value_name = "PLACEMENT", value_parser = explained::<Placed>(PLACEMENT))]
+    placement: Option<Placed>,
 }
 
 /// What is retrieved while a text is encoded.
@@ -190,6 +208,11 @@ impl RetrievalArgs {
             granularity: self.granularity.unwrap_or(best.granularity),
             layers: self.retrieve_layers.clone().unwrap_or(best.layers),
             newest_blocks: self.newest_blocks.or(best.newest_blocks),
+            placement: match self.placement {
+                None => best.placement,
+                Some(Placed::Slots) => Placement::Slots,
+                Some(Placed::Original) => model.original_placement(),
+            },
         })
     }
 }
@@ -353,6 +376,7 @@ mod tests {
         assert_eq!(words(BLOCK_SCORE), BlockScore::WORDS);
         assert_eq!(words(GRANULARITY), Granularity::WORDS);
         assert_eq!(words(KEY_RULE), KeyRule::WORDS);
+        assert_eq!(words(PLACEMENT), Placed::WORDS);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What landmark training changes about a model's use: how it reads a text, and what it keeps and retrieves.
 
 use super::config::{Landmark, ModelConfig};
-use landmarkdb::{KeyRule, Layers, Normalisation, Retrieval, Window};
+use landmarkdb::{KeyRule, Layers, Normalisation, Placement, Retrieval, Window};
 
 /// Tokens of a block of a model without landmarks, where nothing else is asked for.
 const PLAIN_BLOCK_TOKENS: u32 = 64;
@@ -98,6 +98,12 @@ impl ModelConfig {
         }
     }
 
+    /// Retrieved blocks where they are in their documents, no farther than the model was trained to look back.
+    pub fn original_placement(&self) -> Placement {
+        let longest = self.architecture.window_tokens_max.unwrap_or(self.context_tokens);
+        Placement::Original { within_tokens: longest.min(self.context_tokens) }
+    }
+
     /// What to retrieve while a text is encoded. A landmark-trained model reads on through its memory, as in the paper;
     /// any other keeps to its window, which costs less and serves it as well.
     pub fn encode_retrieval(&self) -> Option<Retrieval> {
@@ -172,6 +178,15 @@ mod tests {
         for (trained, expected) in [(None, 512), (Some(4096), 512), (Some(300), 300 - 64), (Some(20), 0)] {
             let architecture = Architecture { window_tokens_max: trained, ..Architecture::default() };
             assert_eq!(ModelConfig { architecture, ..config(None) }.window().tokens, expected, "{trained:?}");
+        }
+    }
+
+    #[test]
+    fn blocks_stand_no_farther_than_the_model_was_trained_to_look_back() {
+        for (trained, within_tokens) in [(None, 8), (Some(5), 5), (Some(4096), 8)] {
+            let architecture = Architecture { window_tokens_max: trained, ..Architecture::default() };
+            let placement = ModelConfig { architecture, ..config(None) }.original_placement();
+            assert_eq!(placement, Placement::Original { within_tokens }, "{trained:?}");
         }
     }
 
