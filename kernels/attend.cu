@@ -7,6 +7,8 @@
 //   grouped weight e^landmark / (sum of the blocks' e^landmark)  *  e^s(j) / (sum of e^s over the block's other tokens)
 //   out     = sum of weight * v;  lse = log of the outermost sum
 //
+// A block of fewer than B tokens, a document's tail, has no landmark: its tokens compete themselves under each rule.
+//
 // Two kernels:
 //
 //   attend   one query row over some of its ranks, the softmax running along: (out, lse)
@@ -45,6 +47,8 @@ struct AttendArguments {
     const void* const* pages;
     // (T, Hq / sharing, k)
     const unsigned* rotation_of;
+    // (T, Hq / sharing, k): of the page, 1 to B.
+    const unsigned* tokens;
     // (parts, T, Hq, D), out.
     float* out;
     // (parts, T, Hq), out.
@@ -116,7 +120,7 @@ static __device__ __forceinline__ void load(
 
 template <typename Eight, bool SCALED>
 static __device__ __forceinline__ void attend(const AttendArguments& a) {
-    const unsigned dim = a.head_dim, tokens = a.block_tokens;
+    const unsigned dim = a.head_dim, block_tokens = a.block_tokens;
     const unsigned row = blockIdx.x, part = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned first = size_t(a.k) * part / a.parts, last = size_t(a.k) * (part + 1) / a.parts;
     const Place place = place_of_lane(dim);
@@ -124,7 +128,7 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
     float* plain = reinterpret_cast<float*>(shared_memory);  // (8 C)
     float* query = plain + padded;                           // (8 C), rotated
     float* scores = query + padded;                          // (B)
-    float* warp_sums = scores + tokens;                      // (WARPS, 8 C)
+    float* warp_sums = scores + block_tokens;                // (WARPS, 8 C)
 
     for (unsigned d = threadIdx.x; d < padded; d += THREADS) {
         plain[d] = d < dim ? a.queries[size_t(row) * dim + d] * a.softmax_scale : 0;
@@ -136,7 +140,9 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
         const size_t entry = size_t(row / a.sharing) * a.k + rank;
         const float* rotation = a.rotations + size_t(a.rotation_of[entry]) * 2 * a.half;
         const float* scales = static_cast<const float*>(a.pages[entry]);
-        const Eight* keys = reinterpret_cast<const Eight*>(scales + (SCALED ? (dim + tokens + 3) / 4 * 4 : 0));
+        const Eight* keys = reinterpret_cast<const Eight*>(scales + (SCALED ? (dim + block_tokens + 3) / 4 * 4 : 0));
+        const unsigned tokens = a.tokens[entry];
+        const bool has_landmark = a.normalisation != PLAIN && tokens == block_tokens;
         Eight eights[EIGHTS];
         load(keys, place, 0, tokens, eights);
         // The block before is done with, and `plain` is written.
@@ -161,15 +167,15 @@ static __device__ __forceinline__ void attend(const AttendArguments& a) {
                 if (place.eight == 0 && token < tokens) scores[token] = score;
             }
         }
-        const Eight* block_values = keys + tokens * place.eights;
-        const unsigned competing = a.normalisation == PLAIN ? tokens : tokens - 1;
+        const Eight* block_values = keys + block_tokens * place.eights;
+        const unsigned competing = has_landmark ? tokens - 1 : tokens;
         load(block_values, place, 0, competing, eights);
         __syncthreads();
 
         // Every warp for itself: the same values, and no barrier.
         const TopSum inner = warp_top_sum(scores, competing);
         // The block counts as mass * e^claim.
-        const bool grouped = a.normalisation == GROUPED;
+        const bool grouped = has_landmark && a.normalisation == GROUPED;
         const float claim = grouped ? scores[tokens - 1] : inner.top, mass = grouped ? 1 : inner.sum;
         const float old = top;
         top = fmaxf(top, claim);

@@ -76,8 +76,8 @@ struct Tile {
     unsigned position;
     // Which queries.
     unsigned set;
-    // Makes the size a multiple of an address, as compilers would.
-    unsigned unused;
+    // m, or fewer if its only block is shorter.
+    unsigned keys_per_block;
 };
 
 struct ScoreArguments {
@@ -100,7 +100,6 @@ struct ScoreArguments {
     // layer * Hkv
     unsigned first_piece;
     unsigned head_dim;
-    unsigned keys_per_block;
     // Otherwise the maximum.
     unsigned log_sum_exp;
     float softmax_scale;
@@ -228,7 +227,7 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
     }
     __syncthreads();
 
-    const unsigned keys = tile.blocks * a.keys_per_block;
+    const unsigned keys = tile.blocks * tile.keys_per_block;
     const unsigned last_panel = (tile.key + keys - 1) / PANEL;
     const size_t piece = size_t(a.first_piece + head) * tile.piece_panels;
     const bool first_upper = lane & PANEL_LANES, second_upper = lane & 2 * PANEL_LANES;
@@ -252,7 +251,7 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
     __syncthreads();
 
     // A warp takes a row, some lanes a block.
-    const unsigned width = lanes_of_block(a.keys_per_block), at_once = WARP / width;
+    const unsigned width = lanes_of_block(tile.keys_per_block), at_once = WARP / width;
     for (unsigned row = warp; row < strip_rows; row += SCORE_WARPS) {
         const size_t to = size_t(head) * rows + first_row + row;
         float* scores = a.scores + to * a.blocks + tile.position;
@@ -260,13 +259,13 @@ static __device__ __forceinline__ void score(const ScoreArguments& a) {
         float top = -infinity(), sum = 0;
         for (unsigned first = 0; first < tile.blocks; first += at_once) {
             const unsigned block = first + lane / width;
-            const float* of_block = products + row * a.tile_keys + block * a.keys_per_block;
+            const float* of_block = products + row * a.tile_keys + block * tile.keys_per_block;
             // All lanes take part in the shuffles; those behind the last block have no keys.
-            const unsigned count = block < tile.blocks ? a.keys_per_block : 0;
+            const unsigned count = block < tile.blocks ? tile.keys_per_block : 0;
             float score = -infinity();
             for (unsigned i = lane % width; i < count; i += width) score = fmaxf(score, of_block[i]);
             score = lanes_max(score, width);
-            if (a.log_sum_exp && a.keys_per_block > 1) {
+            if (a.log_sum_exp && tile.keys_per_block > 1) {
                 float inner = 0;
                 for (unsigned i = lane % width; i < count; i += width) inner += expf(of_block[i] - score);
                 score += logf(lanes_sum(inner, width));

@@ -129,8 +129,8 @@ pub const TOKEN_IDS_MAX: u32 = 1 << 20;
 /// The header of a safetensors file: the format allows 100 MB.
 pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 100_000_000;
 
-/// Tokens of all tails that are read at once besides the last document's: K and V of each are held in memory, 46 KB a token for
-/// SmolLM2, and every query attends to all.
+/// Tokens of all tails that cannot be looked up and are read at once besides the last document's: K and V of each are held in memory,
+/// 46 KB a token for SmolLM2, and every query attends to all.
 pub const TAIL_TOKENS_MAX: usize = 16_384;
 
 /// Differences between the catalog and a rebuilt one that are named one by one: more do not help.

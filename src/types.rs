@@ -419,6 +419,13 @@ macro_rules! words {
     };
 }
 
+impl KeyRule {
+    /// Whether a tail has keys. Its last token is no landmark, so a rule that asks for one leaves it without.
+    pub fn covers_tails(self) -> bool {
+        self != KeyRule::Landmark
+    }
+}
+
 words!(DType, "f32" => F32, "f16" => F16, "bf16" => BF16, "int8" => Int8);
 words!(KeyRule, "landmark" => Landmark, "tokens" => Tokens, "mean" => Mean);
 words!(BlockScore, "max" => Max, "log-sum-exp" => LogSumExp);

@@ -6,7 +6,8 @@ use super::error::{MemoryError, Result};
 use crate::limits;
 use crate::shape::{CollectionSpec, Fingerprint};
 use crate::types::{
-    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, Normalisation, Placement,
+    BlockId, BlockRange, BlockScore, CollectionId, DType, DocumentId, Engine, Granularity, KeyRule, Normalisation,
+    Placement,
 };
 
 /// A tensor as raw little-endian values in row-major order.
@@ -48,7 +49,8 @@ pub struct DocumentInfo {
     pub sealed: bool,
     /// Full blocks: they can be looked up.
     pub blocks: u32,
-    /// Tokens after the last full block, 0 to B - 1. They can be fetched as block index `blocks`, not looked up.
+    /// Tokens after the last full block, 0 to B - 1: the tail. It can be fetched as block index `blocks` and, of a sealed
+    /// document, looked up as that ([`eligible_blocks`](Self::eligible_blocks)).
     pub tail_tokens: u32,
     /// `blocks * B + tail_tokens`
     pub tokens: u64,
@@ -58,6 +60,14 @@ pub struct DocumentInfo {
     pub stored_bytes: u64,
     /// [`SequenceState::tokens`] of the state that the document keeps. `None`: it keeps none.
     pub state_tokens: Option<u64>,
+}
+
+impl DocumentInfo {
+    /// Blocks that a lookup may name: the full ones and, once the document is sealed, its tail, a block of fewer tokens. Not in a
+    /// collection of landmark keys: a tail has no landmark. `rule` is the collection's.
+    pub fn eligible_blocks(&self, rule: KeyRule) -> u32 {
+        self.blocks + (self.sealed && self.tail_tokens > 0 && rule.covers_tails()) as u32
+    }
 }
 
 /// What a model needs besides the blocks of a document to continue it, such as K and V of layers that see no more than a
@@ -142,7 +152,8 @@ pub struct LookupRequest {
     /// window's first token.
     pub distances: Vec<u32>,
     /// The eligible blocks, in document order: outside the local window and not the sink. The last entry is the
-    /// document that the local window continues; its last blocks lie just before the window. Ranges may be empty. At most
+    /// document that the local window continues; its last blocks lie just before the window. Ranges may be empty, and end at
+    /// [`DocumentInfo::eligible_blocks`] at most: the tail of a sealed document is a block of fewer tokens, and of fewer keys. At most
     /// [`limits::SCOPE_DOCUMENTS_MAX`] entries.
     pub scope: Vec<BlockRange>,
     /// k, 1 to [`limits::TOP_K_MAX`]; fewer eligible blocks give fewer hits.
@@ -161,7 +172,8 @@ pub struct LookupRequest {
 /// `(slots - s) * B` tokens before the window. With older blocks present they are scored in slot 0; the recent
 /// block that is `j`-th from the end (j = 1 is the last) is scored in slot `slots - j`, where it really is. The
 /// blocks retrieved for one row, in document order, fill the slots: rank `i` takes slot `i`, or `i + 1` when the
-/// block is recent and older blocks exist. So with all blocks retrieved everything is at its true position.
+/// block is recent and older blocks exist. So with all blocks retrieved everything is at its true position. A tail fills the
+/// first positions of its slot; the others stay empty.
 ///
 /// That is [`Placement::Slots`]. With [`Placement::Original`] blocks are scored and chosen in the same way, and attended to at
 /// their own distances. Each document of the scope ends where the window begins, so a block begins `blocks * B` tokens before the

@@ -2,12 +2,18 @@
 
 use crate::api::DocumentInfo;
 use crate::attention::trace::{AtHandReads, Place};
-use crate::types::BlockId;
+use crate::types::{BlockId, KeyRule};
 
-/// What is at hand of `documents`, in the order of [`AtHand`](crate::attention::local::AtHand): the tails of all but the last, the sink, and the last from block
-/// `windowed` on; and how many tokens each has.
+/// Whether an earlier document has a tail that cannot be looked up. `rule` is the collection's.
+pub(crate) fn has_tail_at_hand(document: &DocumentInfo, rule: KeyRule) -> bool {
+    document.tail_tokens > 0 && document.eligible_blocks(rule) == document.blocks
+}
+
+/// What is at hand of `documents`, in the order of [`AtHand`](crate::attention::local::AtHand): the tails of those before the last
+/// that cannot be looked up, the sink, and the last from block `windowed` on; and how many tokens each has.
 pub(crate) fn at_hand(
     documents: &[&DocumentInfo],
+    rule: KeyRule,
     sink: bool,
     windowed: u32,
     block_tokens: u32,
@@ -19,7 +25,7 @@ pub(crate) fn at_hand(
         tokens.push(if is_tail { document.tail_tokens } else { block_tokens } as usize);
     };
     let Some((last, earlier)) = documents.split_last() else { return (blocks, tokens) };
-    let tails = earlier.iter().filter(|document| document.tail_tokens > 0);
+    let tails = earlier.iter().filter(|document| has_tail_at_hand(document, rule));
     tails.for_each(|document| push(document, document.blocks, Place::Tail));
     if sink {
         push(documents[0], 0, Place::Sink);

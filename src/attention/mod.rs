@@ -31,6 +31,7 @@
 
 mod at_hand;
 mod cut;
+mod lead;
 mod local;
 mod resume;
 mod session;

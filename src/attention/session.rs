@@ -8,15 +8,15 @@ use rayon::prelude::*;
 use crate::api::{AttendRequest, BlockMemory, CollectionInfo, DocumentInfo, FetchRequest, LookupRequest, StoredBlock};
 use crate::attention::at_hand::at_hand;
 use crate::attention::cut::cut_block;
+use crate::attention::lead::read_tails;
 use crate::attention::local::{self, AtHand, HeadKv, HeadQueries, LocalAttention};
 use crate::attention::settings::{CountedFrom, Retrieval, Window};
 use crate::attention::trace::{Heads, Reads, Trace};
 use crate::attention::window::{Lead, LocalWindow, Sink};
 use crate::attention::writer::{NewTokens, Writer};
 use crate::attention::{AttentionError, SequenceAttention};
-use crate::limits::TAIL_TOKENS_MAX;
 use crate::shape::{ModelShape, Rotation};
-use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation, Placement};
+use crate::types::{BlockRange, CollectionId, DType, DocumentId, KeyRule, Normalisation, Placement};
 
 /// Attention of all layers of one sequence. The constructor decides what it sees:
 ///
@@ -25,7 +25,7 @@ use crate::types::{BlockRange, CollectionId, DType, DocumentId, Normalisation, P
 /// | [`full`](Self::full) | everything | none |
 /// | [`window_only`](Self::window_only) | slides | none |
 /// | [`write`](Self::write) | slides | appends the sequence's blocks to a document; retrieves from it if asked to |
-/// | [`read`](Self::read) | begins with the end of the last document and grows; the tails of the others lie beside it | retrieves from the documents |
+/// | [`read`](Self::read) | begins with the end of the last document and grows; the tails of other open documents lie beside it | retrieves from the documents |
 ///
 /// A window begins with a block, so every token is in the window or retrievable. [`CountedFrom`] says where it slides, and
 /// whether that depends on how tokens are grouped into calls.
@@ -113,9 +113,9 @@ impl BlockAttention {
         window: Window,
         retrieval: Option<Retrieval>,
     ) -> Result<Self, AttentionError> {
-        let shape = &collection.spec.shape;
+        let (shape, rule) = (&collection.spec.shape, collection.spec.key_rule);
         let sliding = Some(Sliding::new(shape, window));
-        let (mut session, tail) = Self::load(memory.as_ref(), shape, &[document], window, sliding)?;
+        let (mut session, tail) = Self::load(memory.as_ref(), (shape, rule), &[document], window, sliding)?;
         let tail = tail.as_ref().map(|tail| (&tail.token_ids[..], &tail.text));
         session.writer = Some(Writer::resume(memory.clone(), document, tail));
         session.link = retrieval.map(|retrieval| Link {
@@ -129,12 +129,13 @@ impl BlockAttention {
     }
 
     /// Continues the text of the last of `documents` and retrieves from all of them. It writes nothing. The sink is the first
-    /// block of the first document. Tails cannot be retrieved: that of the last document is in the window, the others lie
-    /// beside it.
+    /// block of the first document, or its tail if it has no other. The tail of a sealed document is retrieved like a block; that of
+    /// the last one is in the window. Those that cannot be looked up ([`DocumentInfo::eligible_blocks`]) lie beside the window.
     ///
     /// # Errors
-    /// [`AttentionError::Memory`] when the sink, the tails or the last document's end cannot be read back,
-    /// [`AttentionError::Invalid`] without documents, or with more tokens of tails than [`TAIL_TOKENS_MAX`].
+    /// [`AttentionError::Memory`] when the sink, the tails beside the window or the last document's end cannot be read back,
+    /// [`AttentionError::Invalid`] without documents, or with more tokens of tails beside the window than
+    /// [`TAIL_TOKENS_MAX`](crate::limits::TAIL_TOKENS_MAX).
     pub fn read(
         memory: Arc<dyn BlockMemory>,
         collection: &CollectionInfo,
@@ -142,7 +143,7 @@ impl BlockAttention {
         window: Window,
         retrieval: Retrieval,
     ) -> Result<Self, AttentionError> {
-        let shape = &collection.spec.shape;
+        let (shape, rule) = (&collection.spec.shape, collection.spec.key_rule);
         let documents: Vec<&DocumentInfo> = documents.iter().collect();
         let Some((last, earlier)) = documents.split_last() else {
             return Err(AttentionError::Invalid {
@@ -151,66 +152,26 @@ impl BlockAttention {
                 found: "none".into(),
             });
         };
-        let (mut session, _) = Self::load(memory.as_ref(), shape, &documents, window, None)?;
-        session.load_lead(memory.as_ref(), earlier)?;
-        if retrieval.placement != Placement::Slots {
-            // What is as far as it is makes no room for the tails.
-            session.overhang = 0;
+        let (mut session, _) = Self::load(memory.as_ref(), (shape, rule), &documents, window, None)?;
+        let (lead, longest) = read_tails(memory.as_ref(), shape, rule, earlier, session.position)?;
+        session.lead = lead;
+        // What is as far as it is makes no room for the tails.
+        if retrieval.placement == Placement::Slots {
+            session.overhang = longest.saturating_sub(session.position - session.window.base());
         }
         session.sink_blocks = (documents[0].id != last.id).then_some(documents[0].blocks);
         let windowed = (session.window.base() / shape.block_tokens as usize) as u32;
-        let (at_hand, segments) = at_hand(&documents, session.has_sink(), windowed, shape.block_tokens);
+        let (at_hand, segments) = at_hand(&documents, rule, session.has_sink(), windowed, shape.block_tokens);
         session.segments = segments;
         session.trace = Trace::new(at_hand);
         let eligible = documents.iter().enumerate().map(|(index, document)| {
-            let end = if document.id == last.id { windowed } else { document.blocks };
+            let end = if document.id == last.id { windowed } else { document.eligible_blocks(rule) };
             let first = (window.sink && index == 0) as u32;
             retrieval.newest(BlockRange { document: document.id, blocks: first.min(end)..end })
         });
         let fixed = eligible.collect();
         session.link = Some(Link { memory, collection: collection.id, retrieval, fixed, growing: None });
         Ok(session)
-    }
-
-    /// Reads the tails of the documents before the last. Each ends where the window ends, just before what comes next: nobody
-    /// wrote these texts one after the other, and which of them is near should not depend on the order they are named in
-    /// (as in parallel context windows, Ratner et al. 2022).
-    fn load_lead(&mut self, memory: &dyn BlockMemory, earlier: &[&DocumentInfo]) -> Result<(), AttentionError> {
-        let tails: Vec<_> = earlier.iter().filter(|document| document.tail_tokens > 0).collect();
-        let tokens: usize = tails.iter().map(|document| document.tail_tokens as usize).sum();
-        let mut longest = 0;
-        if tokens > TAIL_TOKENS_MAX {
-            return Err(AttentionError::Invalid {
-                field: "documents",
-                expected: format!(
-                    "ends of documents (tokens after the last full block) of {TAIL_TOKENS_MAX} tokens in all"
-                ),
-                found: format!("{tokens} tokens; ask about fewer documents at once"),
-            });
-        }
-        for document in tails {
-            let request = FetchRequest { document: document.id, blocks: vec![document.blocks], dtype: DType::F32 };
-            for block in memory.fetch(&request)? {
-                // One that grows may be longer by now.
-                let block = cut_block(block, document.tail_tokens as usize);
-                let count = block.token_ids.len();
-                if count != document.tail_tokens as usize {
-                    return Err(AttentionError::Invalid {
-                        field: "documents",
-                        expected: format!(
-                            "{:?} as it was, with a tail of {} tokens",
-                            document.name, document.tail_tokens
-                        ),
-                        found: format!("{count} tokens: it was written to meanwhile"),
-                    });
-                }
-                let rotation = self.shape.rope.rotation(self.position as i64 - count as i64);
-                self.lead.push(&self.shape, &block.k.to_f32()?, &block.v.to_f32()?, &rotation);
-                longest = longest.max(count);
-            }
-        }
-        self.overhang = longest.saturating_sub(self.position - self.window.base());
-        Ok(())
     }
 
     fn new(
@@ -245,7 +206,7 @@ impl BlockAttention {
     /// Reads back what is at hand at the end of the last document: its window, its tail, and the sink.
     fn load(
         memory: &dyn BlockMemory,
-        shape: &ModelShape,
+        (shape, rule): (&ModelShape, KeyRule),
         documents: &[&DocumentInfo],
         window: Window,
         sliding: Option<Sliding>,
@@ -269,7 +230,8 @@ impl BlockAttention {
         }
         if window.sink {
             // A text that still begins in the window fills the sink itself as it grows.
-            let stored = (first.blocks > 0 && (from > 0 || first.id != last.id)).then(|| fetch(first.id, vec![0]));
+            let is_apart = if first.id == last.id { from > 0 } else { first.eligible_blocks(rule) > 0 };
+            let stored = is_apart.then(|| fetch(first.id, vec![0]));
             session.sink = match stored.transpose()?.as_deref() {
                 Some([block]) => Some(Sink::from_block(shape, &block.k.to_f32()?, &block.v.to_f32()?)),
                 // The window of another document must not fill it: what is in the window is seen there.

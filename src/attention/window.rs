@@ -31,8 +31,7 @@ pub(crate) struct Sink {
     stored: bool,
 }
 
-/// The tokens after the last full block of earlier documents, which cannot be looked up, all of them at hand: `(L, Hkv)` heads of
-/// `(S, D)`.
+/// The tails of earlier documents that cannot be looked up, all of them at hand: `(L, Hkv)` heads of `(S, D)`.
 #[derive(Default)]
 pub(crate) struct Lead {
     heads: Vec<Head>,
@@ -150,9 +149,9 @@ impl Sink {
         Sink { heads: vec![Head::default(); shape.pieces()], stored: false }
     }
 
-    /// From a stored block, `k~` and `v (L, Hkv, B, D)`.
+    /// From a stored block, `k~` and `v (L, Hkv, B, D)`, or a tail that is the whole text.
     pub(crate) fn from_block(shape: &ModelShape, k: &[f32], v: &[f32]) -> Self {
-        let head_len = (shape.block_tokens * shape.head_dim) as usize;
+        let head_len = k.len() / shape.pieces();
         let heads = k.chunks_exact(head_len).zip(v.chunks_exact(head_len));
         Sink { heads: heads.map(|(k, v)| Head { k: k.to_vec(), v: v.to_vec() }).collect(), stored: true }
     }
@@ -174,7 +173,7 @@ impl Sink {
         }
     }
 
-    /// `(B, D)` of one head.
+    /// `(B, D)` of one head, or of a tail's tokens.
     pub(crate) fn head(&self, index: usize) -> HeadKv<'_> {
         HeadKv { k: &self.heads[index].k, v: &self.heads[index].v }
     }

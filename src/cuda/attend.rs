@@ -37,14 +37,16 @@ pub struct Page<M> {
     /// As kernels/attend.cu says: f16 `(2, B, 8 C)`; or f32 `(D + B)` and int8 `(2, B, 8 C)`.
     memory: M,
     layout: PageLayout,
+    /// T: B, or fewer of a block that is shorter, which has no landmark.
+    tokens: u32,
 }
 
 /// What a page is made of, in the dtype that is stored.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece<'a> {
-    /// Each `(B, D)`.
+    /// Each `(T, D)`, T from 1 to B.
     F16 { k: &'a [f16], v: &'a [f16] },
-    /// Values each `(B, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(B)`.
+    /// Values each `(T, D)`; a scale for each of K's channels `(D)` and for each of V's tokens `(T)`.
     Int8 { k: &'a [i8], k_scales: &'a [f32], v: &'a [i8], v_scales: &'a [f32] },
 }
 
@@ -107,21 +109,19 @@ impl PageLayout {
         if self.dtype == DType::Int8 { (self.head_dim + self.block_tokens).next_multiple_of(4) } else { 0 }
     }
 
-    /// Of K, and of V.
-    fn len(&self) -> usize {
-        self.block_tokens * self.head_dim
-    }
-
-    /// K or V `(B, D)`, every token's filled up with zeros.
+    /// K or V `(T, D)`, every token's filled up with zeros, and tokens to B of them.
     fn extend_padded<N: NoUninit>(&self, bytes: &mut Vec<u8>, values: &[N]) {
+        let end = bytes.len() + self.block_tokens * self.padded() * size_of::<N>();
         if self.padded() == self.head_dim {
-            return bytes.extend_from_slice(bytemuck::cast_slice(values));
+            bytes.extend_from_slice(bytemuck::cast_slice(values));
+        } else {
+            for token in values.chunks_exact(self.head_dim) {
+                let end = bytes.len() + self.padded() * size_of::<N>();
+                bytes.extend_from_slice(bytemuck::cast_slice(token));
+                bytes.resize(end, 0);
+            }
         }
-        for token in values.chunks_exact(self.head_dim) {
-            let end = bytes.len() + self.padded() * size_of::<N>();
-            bytes.extend_from_slice(bytemuck::cast_slice(token));
-            bytes.resize(end, 0);
-        }
+        bytes.resize(end, 0);
     }
 
     fn check(&self) -> Result<(), ArgumentError> {
@@ -137,6 +137,14 @@ impl Piece<'_> {
             Piece::Int8 { .. } => DType::Int8,
         }
     }
+
+    /// Values of K.
+    fn len(&self) -> usize {
+        match self {
+            Piece::F16 { k, .. } => k.len(),
+            Piece::Int8 { k, .. } => k.len(),
+        }
+    }
 }
 
 impl<M> Page<M> {
@@ -147,23 +155,25 @@ impl<M> Page<M> {
         pieces: &[Piece<'_>],
     ) -> Result<Vec<Self>, R::Error> {
         layout.check()?;
-        let (len, tokens, dim) = (layout.len(), layout.block_tokens, layout.head_dim);
+        let dim = layout.head_dim;
         let mut bytes = Vec::with_capacity(layout.bytes());
         let mut pages = Vec::with_capacity(pieces.len());
         for piece in pieces {
             if piece.dtype() != layout.dtype {
                 return Err(ArgumentError::Dtype { expected: layout.dtype, found: piece.dtype() }.into());
             }
+            let len = piece.len();
+            multiple("k", dim as u64, len as u64)?;
+            let tokens = len / dim;
+            within("tokens of a piece", 1..=layout.block_tokens as u64, tokens as u64)?;
             bytes.clear();
             match *piece {
                 Piece::F16 { k, v } => {
-                    length("k", len, k.len())?;
                     length("v", len, v.len())?;
                     layout.extend_padded(&mut bytes, k);
                     layout.extend_padded(&mut bytes, v);
                 }
                 Piece::Int8 { k, k_scales, v, v_scales } => {
-                    length("k", len, k.len())?;
                     length("k_scales", dim, k_scales.len())?;
                     length("v", len, v.len())?;
                     length("v_scales", tokens, v_scales.len())?;
@@ -174,7 +184,7 @@ impl<M> Page<M> {
                     layout.extend_padded(&mut bytes, v);
                 }
             }
-            pages.push(Page { memory: upload(runner, &bytes)?, layout });
+            pages.push(Page { memory: upload(runner, &bytes)?, layout, tokens: tokens as u32 });
         }
         // Other runners of the same device may use them from now on.
         runner.wait()?;
@@ -193,9 +203,12 @@ pub fn attend<R: Runner>(runner: &R, attention: &PagedAttention<'_, R::Memory>) 
     let parts = THREAD_BLOCKS_WANTED.div_ceil(rows).min(attention.k);
     let address = |&page: &u32| runner.address(&attention.pages[page as usize].memory);
     let addresses: Vec<u64> = attention.page_of.iter().map(address).collect();
+    let tokens = |&page: &u32| attention.pages[page as usize].tokens;
+    let tokens: Vec<u32> = attention.page_of.iter().map(tokens).collect();
     let mut work = Work::default();
     let (queries, rotations) = (work.input(attention.queries), work.input(attention.rotations));
     let (pages, rotation_of) = (work.input(&addresses), work.input(attention.rotation_of));
+    let tokens = work.input(&tokens);
     let (part_out, part_lse) = (work.room(parts as usize * out_len), work.room(parts as usize * row_count));
     // One part is all there is to say.
     let (out, lse) = if parts > 1 { (work.room(out_len), work.room(row_count)) } else { (part_out, part_lse) };
@@ -206,6 +219,7 @@ pub fn attend<R: Runner>(runner: &R, attention: &PagedAttention<'_, R::Memory>) 
         rotations: work.address(rotations),
         pages: work.address(pages),
         rotation_of: work.address(rotation_of),
+        tokens: work.address(tokens),
         out: work.address(part_out),
         lse: work.address(part_lse),
         k: attention.k,

@@ -63,6 +63,8 @@ pub enum HostKeys<'a> {
 /// Consecutive blocks that lie together and are scored with the same queries.
 pub struct Span<'a, M> {
     pub keys: &'a Keys<M>,
+    /// m, or fewer of a block that is shorter.
+    pub keys_per_block: u32,
     /// Within those of `keys`.
     pub blocks: Range<u32>,
     /// Which queries.
@@ -78,8 +80,6 @@ pub struct Choice<'a, M> {
     pub query_heads: u32,
     /// Hkv
     pub kv_heads: u32,
-    /// m
-    pub keys_per_block: u32,
     /// D of all keys.
     pub head_dim: usize,
     /// Of all keys: f16 or int8.
@@ -119,7 +119,7 @@ struct KernelTile {
     blocks: u32,
     position: u32,
     set: u32,
-    unused: u32,
+    keys_per_block: u32,
 }
 
 impl<M> Keys<M> {
@@ -169,7 +169,7 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
     }
     let query_rows = choice.tokens * choice.query_heads;
     let tile_count = tiles.len() as u32;
-    let tile_keys = tiles.iter().map(|tile| tile.blocks * choice.keys_per_block).max().unwrap_or(0);
+    let tile_keys = tiles.iter().map(|tile| tile.blocks * tile.keys_per_block).max().unwrap_or(0);
     let (slices, kept) = (blocks.div_ceil(SLICE), k.min(SLICE));
     let mut work = Work::default();
     let (tiles, queries) = (work.input(&tiles), work.input(choice.queries));
@@ -194,7 +194,6 @@ pub fn choose<R: Runner>(runner: &R, choice: &Choice<'_, R::Memory>) -> Result<C
         kv_heads: choice.kv_heads,
         first_piece: choice.layer * choice.kv_heads,
         head_dim: choice.head_dim as u32,
-        keys_per_block: choice.keys_per_block,
         log_sum_exp: (choice.block_score == BlockScore::LogSumExp).into(),
         softmax_scale: choice.softmax_scale,
     };
@@ -268,14 +267,13 @@ impl<M> Choice<'_, M> {
 
     /// Compares every field with its limit and with the keys, and cuts the spans into tiles.
     fn tiles<R: Runner<Memory = M>>(&self, runner: &R) -> Result<Vec<KernelTile>, ArgumentError> {
-        let (heads, m) = (self.query_heads, self.keys_per_block);
+        let heads = self.query_heads;
         within("layer", 0..=limits::LAYERS_MAX.into(), self.layer.into())?;
         within("tokens", 0..=limits::QUERY_TOKENS_MAX.into(), self.tokens.into())?;
         within("query_heads", 1..=limits::HEADS_MAX.into(), heads.into())?;
         within("kv_heads", 1..=heads.into(), self.kv_heads.into())?;
         multiple("query_heads", self.kv_heads.into(), heads.into())?;
         within("top_k", 0..=limits::TOP_K_MAX.into(), self.top_k.into())?;
-        within("keys_per_block", 1..=limits::BLOCK_TOKENS_MAX.into(), m.into())?;
         within("head_dim", 1..=HEAD_DIM_MAX as u64, self.head_dim as u64)?;
         let set_len = self.tokens as usize * heads as usize * self.head_dim;
         multiple("queries", set_len as u64, self.queries.len() as u64)?;
@@ -299,7 +297,8 @@ impl<M> Choice<'_, M> {
     }
 
     /// Refuses keys of another form, and blocks that they do not have.
-    fn check_keys(&self, Span { keys, blocks, .. }: &Span<'_, M>) -> Result<(), ArgumentError> {
+    fn check_keys(&self, Span { keys, keys_per_block, blocks, .. }: &Span<'_, M>) -> Result<(), ArgumentError> {
+        within("keys_per_block of a span", 1..=limits::BLOCK_TOKENS_MAX.into(), (*keys_per_block).into())?;
         if keys.dtype() != self.dtype {
             return Err(ArgumentError::Dtype { expected: self.dtype, found: keys.dtype() });
         }
@@ -308,7 +307,7 @@ impl<M> Choice<'_, M> {
         within("pieces up to the layer", 0..=keys.pieces as u64, pieces)?;
         // The kernels count keys in 32 bits.
         let room = (keys.piece_panels as u64 * PANEL as u64).min(u32::MAX.into());
-        within("end of a span's keys", 0..=room, blocks.end as u64 * self.keys_per_block as u64)
+        within("end of a span's keys", 0..=room, blocks.end as u64 * *keys_per_block as u64)
     }
 
     /// Appends the tiles of a span whose first block is at `position`; returns the position behind its last.
@@ -319,7 +318,7 @@ impl<M> Choice<'_, M> {
         mut position: u64,
         tiles: &mut Vec<KernelTile>,
     ) -> u64 {
-        let tile_blocks = (TILE_KEYS / self.keys_per_block as usize).max(1);
+        let tile_blocks = (TILE_KEYS / span.keys_per_block as usize).max(1);
         let values = runner.address(&span.keys.values);
         let scales = span.keys.scales.as_ref().map_or(0, |scales| runner.address(scales));
         for first in span.blocks.clone().step_by(tile_blocks) {
@@ -328,11 +327,11 @@ impl<M> Choice<'_, M> {
                 values,
                 scales,
                 piece_panels: span.keys.piece_panels as u32,
-                key: first * self.keys_per_block,
+                key: first * span.keys_per_block,
                 blocks,
                 position: position as u32,
                 set: span.set,
-                unused: 0,
+                keys_per_block: span.keys_per_block,
             });
             position += blocks as u64;
         }

@@ -170,7 +170,6 @@ arguments!(ScoreArguments {
     kv_heads: u32,
     first_piece: u32,
     head_dim: u32,
-    keys_per_block: u32,
     log_sum_exp: u32,
     softmax_scale: f32,
 });
@@ -200,6 +199,7 @@ arguments!(AttendArguments {
     rotations: u64,
     pages: u64,
     rotation_of: u64,
+    tokens: u64,
     out: u64,
     lse: u64,
     k: u32,

@@ -229,7 +229,7 @@ impl Choice<'_> {
     ) -> f32 {
         let scan = self.scan;
         let query = scan.row(tile.set, member.head, member.row);
-        let per_block = scan.query.layout.keys_per_block;
+        let per_block = tile.chunk.keys_per_block();
         let keys = compressed.halves(scan.piece(member.head), tile.blocks.start + block);
         scores.clear();
         scores.extend(keys.chunks_exact(query.len()).map(|key| linalg::dot_f16(query, key)));

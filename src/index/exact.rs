@@ -50,11 +50,12 @@ fn block_scores(query: &Query<'_>, token: usize, head: usize) -> Vec<f64> {
     let mut scores = Vec::with_capacity(eligible);
     for scoped in query.scope {
         for (chunk, blocks) in scoped.keys.parts(scoped.blocks.clone()) {
+            let m = chunk.keys_per_block();
             for block in blocks {
                 let set = (scores.len() + recent + 1).saturating_sub(eligible);
                 let q = &query.query_set(set)[(token * query.query_heads + head) * layout.head_dim..];
-                let keys: Vec<f64> = (0..layout.keys_per_block)
-                    .map(|key| chunk.key(piece, block * layout.keys_per_block + key))
+                let keys: Vec<f64> = (0..m)
+                    .map(|key| chunk.key(piece, block * m + key))
                     .map(|key| key.iter().zip(q).map(|(k, q)| *k as f64 * *q as f64).sum::<f64>())
                     .map(|product| product * query.softmax_scale as f64)
                     .collect();

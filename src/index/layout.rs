@@ -37,7 +37,7 @@ pub enum Compression {
     Int4,
 }
 
-/// The shape of keys, equal for all documents of a collection.
+/// The shape of keys, equal for all full blocks of a collection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyLayout {
     /// L
@@ -103,6 +103,11 @@ impl KeyLayout {
             (None, _) => lanes * dim * size_of::<f16>(),
         };
         (self.pieces() * piece_bytes) as u64
+    }
+
+    /// The shape of the keys of a tail of `tokens` tokens, which has no more keys than tokens.
+    pub fn of_tail(self, tokens: usize) -> KeyLayout {
+        KeyLayout { keys_per_block: self.keys_per_block.min(tokens), ..self }
     }
 
     /// Blocks that a chunk should hold when many are loaded at once.

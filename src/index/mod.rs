@@ -33,7 +33,7 @@ pub use snapshot::{Chunk, DocumentKeys, Keys};
 #[derive(Clone, Debug)]
 pub struct Scoped {
     pub keys: Arc<DocumentKeys>,
-    /// Within the blocks of `keys`.
+    /// Within the blocks of `keys`, of which the tail is the last if it is there.
     pub blocks: Range<u32>,
     /// Of the first blocks of `keys`, if there are any.
     pub indexes: Option<Arc<DocumentIndexes>>,
@@ -43,7 +43,7 @@ pub struct Scoped {
 /// in that order, counted from 0.
 #[derive(Clone, Debug)]
 pub struct Query<'a> {
-    /// Of every snapshot in `scope`.
+    /// Of the full blocks of every snapshot in `scope`.
     pub layout: KeyLayout,
     pub layer: usize,
     /// T

@@ -278,7 +278,7 @@ impl<'a> Scan<'a> {
 
     /// Fills in the scores of packed `queries (strips)`.
     fn score_tile(&self, TileScores { head, tile, scores, peaks, totals, .. }: TileScores<'_>, queries: &[Rows]) {
-        let (dim, per_block) = (tile.chunk.width(), self.query.layout.keys_per_block);
+        let (dim, per_block) = (tile.chunk.width(), tile.chunk.keys_per_block());
         let keys = tile.blocks.start * per_block..tile.blocks.end * per_block;
         let first = keys.start / PANEL;
         let panels = tile.chunk.panels(self.piece(head), first..keys.end.div_ceil(PANEL));

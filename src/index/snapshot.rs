@@ -63,9 +63,11 @@ pub(super) enum KeyPanels<'a> {
 #[derive(Clone, Debug)]
 pub struct DocumentKeys {
     layout: KeyLayout,
-    /// In block order.
+    /// Of full blocks, in their order.
     chunks: Vec<Arc<Chunk>>,
     blocks: u32,
+    /// One block of fewer tokens behind all full ones, with a key count of its own.
+    tail: Option<Arc<Chunk>>,
 }
 
 impl Chunk {
@@ -98,6 +100,11 @@ impl Chunk {
 
     pub(super) fn layout(&self) -> KeyLayout {
         self.layout
+    }
+
+    /// Keys of each block: m, fewer in a tail.
+    pub(super) fn keys_per_block(&self) -> usize {
+        self.layout.keys_per_block
     }
 
     /// Whether keys are int8 by channel quantizers.
@@ -323,21 +330,30 @@ impl Lane {
 impl DocumentKeys {
     /// The keys of no block.
     pub fn empty(layout: KeyLayout) -> Self {
-        DocumentKeys { layout, chunks: Vec::new(), blocks: 0 }
+        DocumentKeys { layout, chunks: Vec::new(), blocks: 0, tail: None }
     }
 
     pub fn layout(&self) -> KeyLayout {
         self.layout
     }
 
-    /// Blocks whose keys are here: the document's first ones.
+    /// Full blocks whose keys are here: the document's first ones.
     pub fn blocks(&self) -> u32 {
         self.blocks
     }
 
+    /// Whether the keys of the tail are here, which is block `blocks`.
+    pub fn has_tail(&self) -> bool {
+        self.tail.is_some()
+    }
+
     /// A chunk, for what is equal in all of them.
     pub(super) fn first(&self) -> Option<&Chunk> {
-        self.chunks.first().map(|chunk| &**chunk)
+        self.all_chunks().next()
+    }
+
+    fn all_chunks(&self) -> impl Iterator<Item = &Chunk> {
+        self.chunks.iter().chain(&self.tail).map(|chunk| &**chunk)
     }
 
     /// A chunk with the document's quantizers, if it has any.
@@ -347,7 +363,7 @@ impl DocumentKeys {
 
     /// Bytes of keys held.
     pub fn bytes(&self) -> u64 {
-        self.chunks.iter().map(|chunk| chunk.bytes()).sum()
+        self.all_chunks().map(Chunk::bytes).sum()
     }
 
     /// This document with more blocks at its end. Old chunks are shared, not copied, except that small ones at the
@@ -363,6 +379,14 @@ impl DocumentKeys {
             longer.merge_small();
         }
         longer
+    }
+
+    /// This document, all of whose full blocks are here, with the keys of its tail: one block of the shape that
+    /// [`KeyLayout::of_tail`] gives.
+    pub fn with_tail(&self, mut tail: Chunk) -> Self {
+        debug_assert_eq!((tail.layout, tail.blocks), (self.layout.of_tail(tail.keys_per_block()), 1));
+        tail.compress();
+        DocumentKeys { tail: Some(Arc::new(tail)), ..self.clone() }
     }
 
     fn merge_small(&mut self) {
@@ -381,11 +405,11 @@ impl DocumentKeys {
     pub(super) fn parts(&self, blocks: Range<u32>) -> impl Iterator<Item = (&Chunk, Range<usize>)> {
         let mut first = 0;
         let (start, end) = (blocks.start as usize, blocks.end as usize);
-        self.chunks.iter().filter_map(move |chunk| {
+        self.all_chunks().filter_map(move |chunk| {
             let part = start.max(first)..end.min(first + chunk.blocks);
             let inside = part.start.wrapping_sub(first)..part.end.wrapping_sub(first);
             first += chunk.blocks;
-            (part.start < part.end).then_some((&**chunk, inside))
+            (part.start < part.end).then_some((chunk, inside))
         })
     }
 }
@@ -524,6 +548,25 @@ mod tests {
                 let (held, foretold) =
                     (DocumentKeys::empty(layout).extended(chunks).bytes(), layout.bytes(blocks as u32));
                 assert!(held <= foretold && foretold <= held + held / 8 + 64, "{layout:?}: {held} of {foretold}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_tail_is_one_block_behind_all_others_with_keys_of_its_own_number() {
+        for compressed in [None, Some(Compression::Int8)] {
+            let layout = KeyLayout { compressed, ..layout(5) };
+            for full in [0, 3] {
+                let keys = DocumentKeys::empty(layout).extended((full > 0).then(|| chunk(layout, 0, full)));
+                let longer = keys.with_tail(chunk(layout.of_tail(2), full, 1));
+                assert_eq!((longer.blocks() as usize, longer.has_tail(), keys.has_tail()), (full, true, false));
+                let parts: Vec<_> = longer.parts(0..full as u32 + 1).collect();
+                let counts: Vec<_> = parts.iter().map(|(chunk, part)| (chunk.keys_per_block(), part.clone())).collect();
+                let of_full = (full > 0).then_some((5, 0..full));
+                assert_eq!(counts, of_full.into_iter().chain([(2, 0..1)]).collect::<Vec<_>>());
+                let want: Vec<f32> = (0..3).map(|d| f16::from_f32(number(full, 1, 1, d)).to_f32()).collect();
+                assert_eq!(parts.last().unwrap().0.key(1, 1), want);
+                assert!(longer.bytes() > keys.bytes() && longer.bytes() <= layout.bytes(full as u32) + layout.bytes(1));
             }
         }
     }

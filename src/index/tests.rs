@@ -60,6 +60,8 @@ struct Case {
     query_heads: usize,
     tokens: usize,
     documents: Vec<usize>,
+    /// Whether the last block of each document is a tail, of a random number of keys.
+    tails: bool,
     recent: usize,
     top_k: usize,
 }
@@ -73,16 +75,22 @@ impl Case {
             .iter()
             .map(|&blocks| {
                 // Blocks before and after the range make sure that only the range counts.
-                let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
+                let tail_keys = (blocks > 0 && self.tails).then(|| rng.random_range(1..=layout.keys_per_block));
+                let before = rng.random_range(0..40);
+                let after = if tail_keys.is_some() { 0 } else { rng.random_range(0..3) };
+                let full = before + blocks + after - tail_keys.is_some() as usize;
                 let quantizers: Arc<[ChannelQuantizer]> = match self.by_channel {
                     true => (0..layout.pieces()).map(|_| quantizer(&mut rng, layout.head_dim)).collect(),
                     false => Arc::default(),
                 };
                 let mut keys = DocumentKeys::empty(layout);
-                while (keys.blocks() as usize) < before + blocks + after {
-                    let room = before + blocks + after - keys.blocks() as usize;
+                while (keys.blocks() as usize) < full {
+                    let room = full - keys.blocks() as usize;
                     let size = rng.random_range(1..=room);
                     keys = keys.extended([chunk(&mut rng, layout, &quantizers, size)]);
+                }
+                if let Some(tail_keys) = tail_keys {
+                    keys = keys.with_tail(chunk(&mut rng, layout.of_tail(tail_keys), &quantizers, 1));
                 }
                 Scoped { keys: Arc::new(keys), blocks: before as u32..(before + blocks) as u32, indexes: None }
             })
@@ -168,8 +176,18 @@ fn fast_equals_exact_at_every_edge_of_eligible_and_k() {
             for eligible in [0, 1, k - 1, k, k + 1, 70] {
                 for recent in [0, eligible.min(k) / 2, eligible.min(k)] {
                     let documents = vec![eligible];
-                    let case = Case { layout, by_channel, query_heads: 4, tokens: 2, documents, recent, top_k: k };
+                    let case = Case {
+                        layout,
+                        by_channel,
+                        query_heads: 4,
+                        tokens: 2,
+                        documents,
+                        tails: false,
+                        recent,
+                        top_k: k,
+                    };
                     case.check(eligible as u64);
+                    Case { tails: true, ..case }.check(eligible as u64);
                 }
             }
         }
@@ -186,7 +204,10 @@ fn fast_equals_exact_for_many_tokens_odd_dims_and_several_documents() {
     ] {
         let recent = documents.last().map_or(0, |&last| last.min(3));
         for (layout, by_channel) in layouts(keys_per_block, head_dim) {
-            Case { layout, by_channel, query_heads, tokens, documents: documents.clone(), recent, top_k: 3 }.check(7);
+            for tails in [false, true] {
+                let documents = documents.clone();
+                Case { layout, by_channel, query_heads, tokens, documents, tails, recent, top_k: 3 }.check(7);
+            }
         }
     }
 }
@@ -205,7 +226,17 @@ fn fast_equals_exact_across_chunks_and_tiles() {
         (DType::Int8, None, false, 1, 2049),
     ] {
         let layout = KeyLayout { layers: 1, compressed, ..layout(keys_per_block, 32, dtype) };
-        Case { layout, by_channel, query_heads: 4, tokens: 2, documents: vec![blocks], recent: 5, top_k: 8 }.check(11);
+        Case {
+            layout,
+            by_channel,
+            query_heads: 4,
+            tokens: 2,
+            documents: vec![blocks],
+            tails: true,
+            recent: 5,
+            top_k: 8,
+        }
+        .check(11);
     }
 }
 
@@ -233,4 +264,13 @@ fn equal_keys_tie_to_the_first_blocks() {
     });
     assert_eq!(found.positions, [0, 1, 2]);
     assert!(found.scores.iter().all(|score| (score - (1.0f32 / 90.0).ln()).abs() < 1e-5));
+}
+
+/// Many short documents, each of one block that is shorter than others: the score of one is that of its own keys.
+#[test]
+fn fast_equals_exact_over_many_documents_that_are_all_tail() {
+    for (layout, by_channel) in layouts(64, 16) {
+        let documents = vec![1; 150];
+        Case { layout, by_channel, query_heads: 4, tokens: 1, documents, tails: true, recent: 1, top_k: 4 }.check(13);
+    }
 }

@@ -17,7 +17,7 @@ use crate::cuda::PartialAttention;
 use crate::index::Found;
 use crate::store::Store;
 use crate::store::piece::{PieceData, PieceLayout, PieceView};
-use crate::types::Normalisation;
+use crate::types::{BlockId, Normalisation};
 use crate::until::Until;
 use linalg::{Element, GEMV_ROWS_MAX, Matrix, Write};
 
@@ -217,9 +217,8 @@ impl CpuAttention<'_> {
 
     /// Reads one piece of a KV head. The first that is not in the page cache makes the disk read those of all `heads`, side
     /// by side; as long as all are, nothing is lost by it.
-    fn read(&self, head: usize, position: u32, heads: &[Vec<Use>], into: &mut Vec<u8>) -> Result<()> {
+    fn read(&self, head: usize, block: BlockId, heads: &[Vec<Use>], into: &mut Vec<u8>) -> Result<()> {
         let store = self.store;
-        let block = self.plan.lookup.block(position as usize);
         if !self.is_cold.load(Ordering::Relaxed) {
             if store.read_piece_at_hand(block, self.piece(head), into)? {
                 return Ok(());
@@ -245,14 +244,17 @@ impl CpuAttention<'_> {
     /// Attention of one KV head's rows over some blocks; `heads` are the uses of all.
     fn shard(&self, head: usize, uses: &[Use], heads: &[Vec<Use>]) -> Result<ShardSums> {
         let spec = &self.plan.lookup.collection.spec;
-        let (dim, tokens) = (self.plan.dim, spec.shape.block_tokens as usize);
-        let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
+        let dim = self.plan.dim;
         let mut partial = ShardSums::nothing(self.rows(), dim);
         let (mut bytes, mut wide) = (Vec::new(), Vec::new());
         let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         for uses in uses.chunk_by(|a, b| a.position == b.position) {
             self.plan.lookup.until.check()?;
-            self.read(head, uses[0].position, heads, &mut bytes)?;
+            let (block, tokens) = self.plan.lookup.block_and_tokens(uses[0].position as usize);
+            self.read(head, block, heads, &mut bytes)?;
+            let layout = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
+            layout.check(block, &bytes)?;
+            let normalisation = self.plan.normalisation_of(tokens);
             let stored = Stored { layout, bytes: &bytes, view: layout.view(&bytes) };
 
             queries.clear();
@@ -260,7 +262,7 @@ impl CpuAttention<'_> {
             scores.resize(uses.len() * tokens, 0.0);
             stored.score(&mut queries, &mut scores, &mut wide);
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
-                partial.weigh(block_use.row as usize, self.plan.normalisation, scores);
+                partial.weigh(block_use.row as usize, normalisation, scores);
             }
             mixed.resize(uses.len() * dim, 0.0);
             stored.mix(&mut scores, &mut mixed, &mut wide);
@@ -333,7 +335,7 @@ fn multiply_stored(a: &[f32], data: &PieceData, shape: (usize, usize), transpose
 }
 
 impl Stored<'_> {
-    /// Scores `(rows, B)` of queries `(rows, D)`, which may be changed.
+    /// Scores `(rows, T)` of queries `(rows, D)`, which may be changed.
     fn score(&self, queries: &mut [f32], scores: &mut [f32], wide: &mut Vec<f32>) {
         let PieceLayout { tokens, head_dim, .. } = self.layout;
         let rows = queries.len() / head_dim;
@@ -348,7 +350,7 @@ impl Stored<'_> {
         }
     }
 
-    /// Values `(rows, D)` by weights `(rows, B)`, which may be changed.
+    /// Values `(rows, D)` by weights `(rows, T)`, which may be changed.
     fn mix(&self, weights: &mut [f32], mixed: &mut [f32], wide: &mut Vec<f32>) {
         let PieceLayout { tokens, head_dim, .. } = self.layout;
         let rows = weights.len() / tokens;
@@ -374,7 +376,7 @@ impl ShardSums {
         &mut self.out[row * dim..][..dim]
     }
 
-    /// Turns one row's scores `(B)` for a block into the weights of the block's values, and counts the block into the
+    /// Turns one row's scores `(T)` for a block into the weights of the block's values, and counts the block into the
     /// row's sum. What the row gathered so far shrinks if this block scores higher than all before.
     fn weigh(&mut self, row: usize, normalisation: Normalisation, scores: &mut [f32]) {
         match normalisation {

@@ -14,7 +14,7 @@ use crate::lock::IgnorePoison;
 use crate::shape::CollectionSpec;
 use crate::store::piece::{KeysLayout, PieceLayout};
 use crate::store::{self, BlockExtent, BlockMeta, BlockRecord, Held, Manifest, Misfit};
-use crate::types::{BlockId, DType, DocumentId, KeyRule};
+use crate::types::{BlockId, DType, DocumentId};
 use crate::until::Until;
 use linalg::ChannelQuantizer;
 
@@ -106,7 +106,8 @@ impl LocalMemory {
         }
         let manifest = self.store.append(document, records).map_err(writing(document))?;
         let mended = records.iter().take_while(|record| record.index < before.blocks).count();
-        if mended > 0 {
+        // What is written again may differ in its last bits: of a sealed document that may be the tail.
+        if mended > 0 || before.sealed {
             self.forget_document(document);
         }
         let full = (manifest.blocks - before.blocks) as usize;
@@ -323,7 +324,7 @@ pub(super) fn encode(
     for (piece, (k, v)) in k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)).enumerate() {
         layout.encode(k, v, &mut pieces);
         if is_full {
-            keys_layout.encode(&landmark_keys(spec.key_rule, k, dim), quantizers.get(piece), &mut keys);
+            keys_layout.encode(&collection.landmark_keys(k), quantizers.get(piece), &mut keys);
         }
     }
     let meta = BlockMeta {
@@ -333,18 +334,4 @@ pub(super) fn encode(
         text_offsets: block.text.offsets.clone(),
     };
     Ok(BlockRecord { index: block.index, meta, keys, pieces })
-}
-
-/// What stands for the token keys `(B, D)` of one layer and KV head: `(m, D)`.
-fn landmark_keys(rule: KeyRule, k: &[f32], dim: usize) -> Vec<f32> {
-    match rule {
-        KeyRule::Tokens => k.to_vec(),
-        KeyRule::Landmark => k[k.len() - dim..].to_vec(),
-        KeyRule::Mean => {
-            let mut mean = vec![0.0; dim];
-            let share = dim as f32 / k.len() as f32;
-            k.chunks_exact(dim).for_each(|key| linalg::add_scaled(&mut mean, share, key));
-            mean
-        }
-    }
 }

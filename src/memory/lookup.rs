@@ -89,17 +89,17 @@ impl LocalMemory {
         let layer = plan.request.layer as usize;
         let layout = KeyLayout { layers: 1, ..plan.collection.layout };
         let wanted = plan.wanted();
-        let mut bytes = wanted.iter().map(|&(_, blocks)| layout.bytes(blocks)).sum();
+        let mut bytes = wanted.iter().map(|(_, extent)| extent.more_key_bytes(&layout, 0, false)).sum();
         if plan.collection.engine.indexes().is_some() {
             // Indexes have keys in a form of their own, in f32 at most.
             let block_len = layout.pieces() * layout.keys_per_block * layout.head_dim;
-            bytes += wanted.iter().map(|&(_, blocks)| blocks as u64 * block_len as u64 * 4).sum::<u64>();
+            bytes += wanted.iter().map(|(_, extent)| extent.full as u64 * block_len as u64 * 4).sum::<u64>();
         }
         let pass = self.keys.passing().take(bytes, plan.until)?;
         let mut loaded = HashMap::new();
-        for (document, blocks) in wanted {
+        for (document, extent) in wanted {
             let none = DocumentKeys::empty(layout);
-            let keys = Arc::new(self.loader(&plan.collection).load(&none, layer, document, blocks, plan.until)?);
+            let keys = Arc::new(self.loader(&plan.collection).load(&none, layer, document, extent, plan.until)?);
             let indexes = plan.collection.engine.indexes().filter(|_| keys::are_indexed(&keys)).map(|setting| {
                 let folder = self.indexes.folder(document);
                 let indexes = DocumentIndexes::of(setting.clone(), &keys, folder).of_layer(layer);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::collection::Collection;
+use super::collection::{Collection, Extent};
 use super::error::{at_most, invalid, query_place};
 use super::geometry::{Geometry, Rotations};
 use crate::api::{AttendRequest, Hits, LookupRequest, MemoryError, Result};
@@ -41,8 +41,8 @@ pub(super) struct Plan<'a> {
     pub(super) until: &'a Until,
     pub(super) collection: Arc<Collection>,
     pub(super) geometry: Geometry,
-    /// Blocks that each document of the scope has.
-    durable: Vec<u32>,
+    /// Blocks of each scope entry's document that can be looked up.
+    extents: Vec<Extent>,
     /// Position after the last block of each scope entry.
     ends: Vec<usize>,
     /// Bytes that scoring should take at once.
@@ -95,8 +95,8 @@ impl<'a> Plan<'a> {
         check_queries(&collection, request)?;
         at_most("scope", limits::SCOPE_DOCUMENTS_MAX as u64, request.scope.len() as u64)?;
         // All ranges are checked before the keys of any document are read.
-        let of_range = |(i, range)| check_range(store, request, i, range);
-        let durable = request.scope.iter().enumerate().map(of_range).collect::<Result<Vec<u32>>>()?;
+        let of_range = |(i, range)| check_range(&collection, store, request, i, range);
+        let extents = request.scope.iter().enumerate().map(of_range).collect::<Result<Vec<Extent>>>()?;
         let mut ends = Vec::with_capacity(request.scope.len());
         for range in &request.scope {
             ends.push(ends.last().copied().unwrap_or(0) + range.blocks.len());
@@ -109,16 +109,16 @@ impl<'a> Plan<'a> {
         let what = "scores (query tokens x query heads x eligible blocks)";
         at_most(what, limits::LOOKUP_SCORES_MAX, query_rows * geometry.eligible as u64)?;
         let part_bytes = PART_BYTES.min(work_bytes / PART_SHARE);
-        Ok(Plan { request, until, collection, geometry, durable, ends, part_bytes })
+        Ok(Plan { request, until, collection, geometry, extents, ends, part_bytes })
     }
 
     /// Of how many first blocks the keys are read, of each document once.
-    pub(super) fn wanted(&self) -> Vec<(DocumentId, u32)> {
-        let mut wanted: Vec<(DocumentId, u32)> = Vec::new();
-        for (range, &durable) in self.request.scope.iter().zip(&self.durable) {
+    pub(super) fn wanted(&self) -> Vec<(DocumentId, Extent)> {
+        let mut wanted: Vec<(DocumentId, Extent)> = Vec::new();
+        for (range, &extent) in self.request.scope.iter().zip(&self.extents) {
             // Indexes cover the whole document, not only the part that is asked.
-            let blocks = if self.collection.engine.indexes().is_some() { durable } else { range.blocks.end };
-            wanted.push((range.document, blocks));
+            let is_indexed = self.collection.engine.indexes().is_some();
+            wanted.push((range.document, if is_indexed { extent } else { extent.before(range.blocks.end) }));
         }
         wanted.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
         wanted.dedup_by_key(|(document, _)| *document);
@@ -201,9 +201,21 @@ impl<'a> Plan<'a> {
     /// The same, with its entry of the scope.
     fn entry_and_block(&self, position: usize) -> (usize, BlockId) {
         let entry = self.ends.partition_point(|&end| end <= position);
+        (entry, self.block_of(entry, position))
+    }
+
+    /// The same, and its tokens: B, fewer of a tail.
+    pub(super) fn block_and_tokens(&self, position: usize) -> (BlockId, usize) {
+        let (entry, block) = self.entry_and_block(position);
+        let extent = self.extents[entry];
+        let is_tail = block.index == extent.full;
+        (block, if is_tail { extent.tail_tokens } else { self.collection.spec.shape.block_tokens } as usize)
+    }
+
+    fn block_of(&self, entry: usize, position: usize) -> BlockId {
         let range = &self.request.scope[entry];
         let before_end = (self.ends[entry] - position) as u32;
-        (entry, BlockId { document: range.document, index: range.blocks.end - before_end })
+        BlockId { document: range.document, index: range.blocks.end - before_end }
     }
 
     /// The answer in the words of the interface.
@@ -292,6 +304,13 @@ pub(super) fn check_placement(request: &AttendRequest) -> Result<()> {
         Placement::Original { within_tokens: 0 } => Err(invalid("original_within_tokens", "at least 1", 0)),
         Placement::Original { .. } | Placement::Slots => Ok(()),
     }
+
+    /// How the scores inside of a block of so many tokens become weights. A tail has no landmark: its tokens compete
+    /// themselves, as those do that a window has behind its last landmark.
+    pub(super) fn normalisation_of(&self, tokens: usize) -> Normalisation {
+        let is_tail = tokens < self.lookup.collection.spec.shape.block_tokens as usize;
+        if is_tail { Normalisation::Plain } else { self.normalisation }
+    }
 }
 
 fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()> {
@@ -325,17 +344,24 @@ fn check_queries(collection: &Collection, request: &LookupRequest) -> Result<()>
     }
 }
 
-/// Returns the blocks that the document has.
-fn check_range(store: &Store, request: &LookupRequest, i: usize, range: &BlockRange) -> Result<u32> {
+/// Returns the blocks of the document that can be looked up.
+fn check_range(
+    collection: &Collection,
+    store: &Store,
+    request: &LookupRequest,
+    i: usize,
+    range: &BlockRange,
+) -> Result<Extent> {
     let manifest = store.manifest(range.document)?;
     if manifest.collection != request.collection {
         let expected = format!("a document of collection {}", request.collection);
         let found = format!("document {} of collection {}", range.document, manifest.collection);
         return Err(invalid(format!("scope[{i}].document"), expected, found));
     }
-    if range.blocks.start > range.blocks.end || range.blocks.end > manifest.blocks {
-        let expected = format!("a range within 0..{}", manifest.blocks);
+    let extent = collection.eligible(&manifest);
+    if range.blocks.start > range.blocks.end || range.blocks.end > extent.blocks() {
+        let expected = format!("a range within 0..{}", extent.blocks());
         return Err(invalid(format!("scope[{i}].blocks"), expected, format!("{:?}", range.blocks)));
     }
-    Ok(manifest.blocks)
+    Ok(extent)
 }

@@ -22,7 +22,7 @@ use half::{bf16, f16};
 
 use super::error::StoreError;
 use crate::shape::CollectionSpec;
-use crate::types::DType;
+use crate::types::{BlockId, DType};
 use linalg::{ChannelQuantizer, int8_scale, simd, to_int8, widen_f16, widen_int8};
 
 /// The form of one piece.
@@ -39,6 +39,18 @@ impl PieceLayout {
     /// Bytes of one piece.
     pub fn bytes(&self) -> usize {
         self.k_bytes() + self.v_bytes()
+    }
+
+    /// Checks that what was read of a block has the length of a piece.
+    ///
+    /// # Errors
+    /// `Damaged` with both lengths.
+    pub fn check(&self, block: BlockId, piece: &[u8]) -> Result<(), StoreError> {
+        if piece.len() == self.bytes() {
+            return Ok(());
+        }
+        let (expected, found) = (self.bytes(), piece.len());
+        Err(StoreError::damaged(block, &format!("a piece has {found} bytes, {expected} for {} tokens", self.tokens)))
     }
 
     fn k_bytes(&self) -> usize {

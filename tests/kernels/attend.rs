@@ -25,7 +25,7 @@ struct Case {
     half: usize,
 }
 
-/// One page as the definition reads it, each `(B, D)`.
+/// One page as the definition reads it, each `(T, D)`.
 struct Decoded {
     k: Vec<f64>,
     v: Vec<f64>,
@@ -108,9 +108,15 @@ impl Case {
         runner: &R,
         rng: &mut ChaCha8Rng,
     ) -> (Vec<Page<R::Memory>>, Vec<Decoded>) {
-        let (tokens, dim) = (self.block_tokens, self.head_dim);
+        let dim = self.head_dim;
         let (mut pages, mut decoded) = (Vec::new(), Vec::new());
-        for _ in 0..PAGES {
+        for page in 0..PAGES {
+            // Every other is a tail, the first of them as short as there are.
+            let tokens = match page {
+                1 => 1,
+                3 => rng.random_range(1..self.block_tokens),
+                _ => self.block_tokens,
+            };
             if self.int8 {
                 let mut bytes = || (0..tokens * dim).map(|_| rng.random_range(-127i8..=127)).collect::<Vec<_>>();
                 let (k, v) = (bytes(), bytes());
@@ -144,7 +150,7 @@ impl Case {
 
     /// One row's `(out (D), lse)`, straight from the definition.
     fn defined(&self, row: usize, t: &Tables, pages: &[Decoded], normalisation: Normalisation) -> (Vec<f64>, f64) {
-        let (tokens, dim, half) = (self.block_tokens, self.head_dim, self.half);
+        let (dim, half) = (self.head_dim, self.half);
         let plain: Vec<f64> =
             t.queries[row * dim..][..dim].iter().map(|&number| number as f64 * self.softmax_scale() as f64).collect();
         // (weight before division, page, token)
@@ -162,9 +168,11 @@ impl Case {
             }
             let exps: Vec<f64> =
                 page.k.chunks(dim).map(|k| k.iter().zip(&query).map(|(k, q)| k * q).sum::<f64>().exp()).collect();
-            let inner = &exps[..if normalisation == Normalisation::Plain { tokens } else { tokens - 1 }];
+            let has_landmark = exps.len() == self.block_tokens && normalisation != Normalisation::Plain;
+            let inner = &exps[..exps.len() - has_landmark as usize];
             let inner_sum: f64 = inner.iter().sum();
-            let mass = if normalisation == Normalisation::Grouped { exps[tokens - 1] } else { inner_sum };
+            let is_grouped = has_landmark && normalisation == Normalisation::Grouped;
+            let mass = if is_grouped { exps[exps.len() - 1] } else { inner_sum };
             sum += mass;
             weights.extend(inner.iter().enumerate().map(|(token, e)| (mass * e / inner_sum, page, token)));
         }
@@ -209,7 +217,12 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let zeros = [f16::ZERO; 8];
     let page = |layout, values: &[f16]| Page::upload(runner, layout, &[Piece::F16 { k: values, v: values }]);
     let pages = Page::upload(runner, layout, &[Piece::F16 { k: &zeros, v: &zeros }; 2]).unwrap();
-    assert!(page(layout, &zeros[..7]).is_err(), "part of a page");
+    assert!(page(layout, &zeros[..7]).is_err(), "part of a token");
+    assert!(page(layout, &zeros[..4]).is_ok(), "a shorter block");
+    assert!(
+        page(layout, &[]).is_err() && page(layout, &[f16::ZERO; 12]).is_err(),
+        "no token, and more than a block has"
+    );
     assert!(page(PageLayout { dtype: DType::Int8, ..layout }, &zeros).is_err(), "a page of another dtype");
     assert!(page(PageLayout { dtype: DType::F32, ..layout }, &zeros).is_err(), "numbers that no kernel reads");
     assert!(page(PageLayout { head_dim: 257, ..layout }, &[f16::ZERO; 2 * 257]).is_err(), "too large a head dim");

@@ -35,8 +35,15 @@ struct Case {
 
 /// Keys of all documents, for the kernels and for the definition.
 struct Stored<M> {
-    keys: Vec<Keys<M>>,
+    keys: Vec<StoredKeys<M>>,
     scope: Vec<Scoped>,
+}
+
+/// Keys of one document.
+struct StoredKeys<M> {
+    of_full: Keys<M>,
+    /// With their number.
+    of_tail: Option<(Keys<M>, u32)>,
 }
 
 fn gaussian(rng: &mut ChaCha8Rng) -> f32 {
@@ -50,65 +57,93 @@ impl Case {
     }
 
     fn store<R: Runner<Error: std::fmt::Debug>>(&self, runner: &R, rng: &mut ChaCha8Rng) -> Stored<R::Memory> {
-        let (layout, dim, m) = (self.layout(), self.head_dim, self.keys_per_block);
+        let layout = self.layout();
         let mut stored = Stored { keys: vec![], scope: vec![] };
         for &wanted in &self.documents {
-            // Blocks before and after the range make sure that only the range counts.
-            let (before, after) = (rng.random_range(0..40), rng.random_range(0..3));
-            let blocks = before + wanted + after;
-            let piece_panels = (blocks * m).div_ceil(PANEL);
-            let panels = layout.pieces() * piece_panels;
-            let mut halves = vec![f16::NAN; panels * dim * PANEL];
-            let (mut bytes, mut all_scales) = (vec![i8::MAX; panels * dim * PANEL], vec![f32::NAN; panels * PANEL]);
-            let mut chunk = Chunk::zeroed(layout, blocks);
-            for piece in 0..layout.pieces() {
-                for block in 0..blocks {
-                    let place = |key: usize| {
-                        let key = block * m + key;
-                        let panel = piece * piece_panels + key / PANEL;
-                        (panel * dim * PANEL + key % PANEL, panel * PANEL + key % PANEL)
-                    };
-                    if self.dtype == DType::Int8 {
-                        let values: Vec<i8> = (0..m * dim).map(|_| rng.random_range(-127i8..=127)).collect();
-                        let scales: Vec<f32> = (0..m).map(|_| rng.random_range(0.002..0.02)).collect();
-                        for key in 0..m {
-                            let (at, scale_at) = place(key);
-                            (0..dim).for_each(|d| bytes[at + d * PANEL] = values[key * dim + d]);
-                            all_scales[scale_at] = scales[key];
-                        }
-                        chunk.put(block, piece, ExactKeys::Int8 { values: &values, scales: &scales });
-                    } else {
-                        let values: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
-                        for key in 0..m {
-                            let (at, _) = place(key);
-                            (0..dim).for_each(|d| halves[at + d * PANEL] = values[key * dim + d]);
-                        }
-                        chunk.put(block, piece, ExactKeys::F16(&values));
-                    }
-                }
+            // Blocks before and after the range make sure that only the range counts. The last may be a tail, of fewer keys.
+            let (before, tail) = (rng.random_range(0..40), wanted > 0 && rng.random_bool(0.5));
+            let after = if tail { 0 } else { rng.random_range(0..3) };
+            let (chunk, of_full) = self.keys(runner, rng, layout, before + wanted + after - tail as usize);
+            let mut keys = DocumentKeys::empty(layout).extended((chunk.blocks() > 0).then_some(chunk));
+            let mut of_tail = None;
+            if tail {
+                let layout = layout.of_tail(rng.random_range(1..=self.keys_per_block));
+                let (chunk, on_gpu) = self.keys(runner, rng, layout, 1);
+                keys = keys.with_tail(chunk);
+                of_tail = Some((on_gpu, layout.keys_per_block as u32));
             }
-            let panels = match self.dtype {
-                DType::Int8 => HostKeys::Int8 { values: &bytes, scales: &all_scales },
-                _ => HostKeys::F16(&halves),
-            };
-            stored.keys.push(Keys::upload(runner, panels, dim, layout.pieces()).unwrap());
-            let keys = Arc::new(DocumentKeys::empty(layout).extended([chunk]));
-            stored.scope.push(Scoped { keys, blocks: before as u32..(before + wanted) as u32, indexes: None });
+            stored.keys.push(StoredKeys { of_full, of_tail });
+            let blocks = before as u32..(before + wanted) as u32;
+            stored.scope.push(Scoped { keys: Arc::new(keys), blocks, indexes: None });
         }
         stored
     }
 
-    /// Recent blocks are spans of one block, each with queries of its own.
+    /// Random keys of some blocks.
+    fn keys<R: Runner<Error: std::fmt::Debug>>(
+        &self,
+        runner: &R,
+        rng: &mut ChaCha8Rng,
+        layout: KeyLayout,
+        blocks: usize,
+    ) -> (Chunk, Keys<R::Memory>) {
+        let (dim, m) = (self.head_dim, layout.keys_per_block);
+        let piece_panels = (blocks * m).div_ceil(PANEL);
+        let panels = layout.pieces() * piece_panels;
+        let mut halves = vec![f16::NAN; panels * dim * PANEL];
+        let (mut bytes, mut all_scales) = (vec![i8::MAX; panels * dim * PANEL], vec![f32::NAN; panels * PANEL]);
+        let mut chunk = Chunk::zeroed(layout, blocks);
+        for piece in 0..layout.pieces() {
+            for block in 0..blocks {
+                let place = |key: usize| {
+                    let key = block * m + key;
+                    let panel = piece * piece_panels + key / PANEL;
+                    (panel * dim * PANEL + key % PANEL, panel * PANEL + key % PANEL)
+                };
+                if self.dtype == DType::Int8 {
+                    let values: Vec<i8> = (0..m * dim).map(|_| rng.random_range(-127i8..=127)).collect();
+                    let scales: Vec<f32> = (0..m).map(|_| rng.random_range(0.002..0.02)).collect();
+                    for key in 0..m {
+                        let (at, scale_at) = place(key);
+                        (0..dim).for_each(|d| bytes[at + d * PANEL] = values[key * dim + d]);
+                        all_scales[scale_at] = scales[key];
+                    }
+                    chunk.put(block, piece, ExactKeys::Int8 { values: &values, scales: &scales });
+                } else {
+                    let values: Vec<f16> = (0..m * dim).map(|_| f16::from_f32(gaussian(rng))).collect();
+                    for key in 0..m {
+                        let (at, _) = place(key);
+                        (0..dim).for_each(|d| halves[at + d * PANEL] = values[key * dim + d]);
+                    }
+                    chunk.put(block, piece, ExactKeys::F16(&values));
+                }
+            }
+        }
+        let panels = match self.dtype {
+            DType::Int8 => HostKeys::Int8 { values: &bytes, scales: &all_scales },
+            _ => HostKeys::F16(&halves),
+        };
+        (chunk, Keys::upload(runner, panels, dim, layout.pieces()).unwrap())
+    }
+
+    /// Recent blocks are spans of one block, each with queries of its own; so is a tail, with keys of its own.
     fn spans<'a, M>(&self, stored: &'a Stored<M>) -> Vec<Span<'a, M>> {
         let older = self.documents.iter().sum::<usize>() - self.recent;
         let mut spans = Vec::new();
         let mut position = 0;
-        for (scoped, keys) in stored.scope.iter().zip(&stored.keys) {
-            let first_recent = scoped.blocks.end.min(scoped.blocks.start + older.saturating_sub(position) as u32);
-            spans.push(Span { keys, blocks: scoped.blocks.start..first_recent, set: 0 });
+        for (scoped, StoredKeys { of_full, of_tail }) in stored.scope.iter().zip(&stored.keys) {
+            let keys_per_block = self.keys_per_block as u32;
+            let full_end = scoped.blocks.end - of_tail.is_some() as u32;
+            let first_recent = full_end.min(scoped.blocks.start + older.saturating_sub(position) as u32);
+            spans.push(Span { keys: of_full, keys_per_block, blocks: scoped.blocks.start..first_recent, set: 0 });
             position += first_recent as usize - scoped.blocks.start as usize;
-            for block in first_recent..scoped.blocks.end {
-                spans.push(Span { keys, blocks: block..block + 1, set: (1 + position - older) as u32 });
+            let set_at = |position: usize| if position < older { 0 } else { (1 + position - older) as u32 };
+            for block in first_recent..full_end {
+                spans.push(Span { keys: of_full, keys_per_block, blocks: block..block + 1, set: set_at(position) });
+                position += 1;
+            }
+            if let Some((keys, keys_per_block)) = of_tail {
+                spans.push(Span { keys, keys_per_block: *keys_per_block, blocks: 0..1, set: set_at(position) });
                 position += 1;
             }
         }
@@ -130,7 +165,6 @@ impl Case {
                     tokens: self.tokens as u32,
                     query_heads: query_heads as u32,
                     kv_heads: self.kv_heads as u32,
-                    keys_per_block: self.keys_per_block as u32,
                     head_dim: self.head_dim,
                     dtype: self.dtype,
                     queries: &queries,
@@ -253,7 +287,6 @@ fn plain<'a, M>(queries: &'a [f32], spans: &'a [Span<'a, M>], top_k: u32) -> Cho
         tokens: 1,
         query_heads: 1,
         kv_heads: 1,
-        keys_per_block: 1,
         head_dim: 4,
         dtype: DType::F16,
         queries,
@@ -270,7 +303,7 @@ pub fn ties<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let blocks = 3000usize;
     let values = vec![f16::ONE; blocks.next_multiple_of(PANEL) * 4];
     let keys = Keys::upload(runner, HostKeys::F16(&values), 4, 1).unwrap();
-    let spans = [Span { keys: &keys, blocks: 10..blocks as u32, set: 0 }];
+    let spans = [Span { keys: &keys, keys_per_block: 1, blocks: 10..blocks as u32, set: 0 }];
     let chosen = choose(runner, &plain(&[1.0; 4], &spans, 3)).unwrap();
     assert_eq!(chosen.positions, [0, 1, 2]);
     assert!(chosen.scores.iter().all(|score| (score - (1.0f32 / 2990.0).ln()).abs() < 1e-5));
@@ -284,7 +317,7 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     let (values, scales) = (&[1; 2 * PANEL * 4], &[1.0; 2 * PANEL]);
     let bytes = Keys::upload(runner, HostKeys::Int8 { values, scales }, 4, 1).unwrap();
     let refused = |keys: &Keys<R::Memory>, blocks, set, query_len: usize, layer: u32, top_k: u32| {
-        let (queries, spans) = (vec![1.0; query_len], [Span { keys, blocks, set }]);
+        let (queries, spans) = (vec![1.0; query_len], [Span { keys, keys_per_block: 1, blocks, set }]);
         choose(runner, &Choice { layer, ..plain(&queries, &spans, top_k) }).is_err()
     };
     assert!(!refused(&keys, 0..128, 0, 4, 0, 5));
@@ -293,6 +326,12 @@ pub fn refusals<R: Runner<Error: std::fmt::Debug>>(runner: &R) {
     assert!(refused(&keys, 0..128, 0, 4, 0, 1025), "more than can be chosen");
     assert!(refused(&keys, 100..129, 0, 4, 0, 5), "keys beyond the piece");
     assert!(refused(&keys, 0..128, 1, 4, 0, 5), "queries that are not there");
+    let of_two = |blocks, keys_per_block| {
+        let spans = [Span { keys: &keys, keys_per_block, blocks, set: 0 }];
+        choose(runner, &plain(&[1.0; 4], &spans, 5)).is_err()
+    };
+    assert!(!of_two(0..64, 2) && of_two(0..65, 2), "keys of a block beyond the piece");
+    assert!(of_two(0..64, 0) && of_two(0..1, 1025), "a number of keys that no block has");
     assert!(refused(&wider, 0..128, 0, 4, 0, 5), "keys of another head dim");
     assert!(refused(&bytes, 0..128, 0, 4, 0, 5), "keys of another dtype");
     assert!(Keys::upload(runner, HostKeys::F16(&[f16::ONE; 70]), 1, 1).is_err(), "part of a panel");

@@ -54,8 +54,12 @@ impl World {
 
     /// Random blocks, one append.
     fn blocks(&mut self, document: DocumentId, blocks: Range<u32>) -> AppendRequest {
+        let tokens = self.spec.shape.block_tokens;
+        self.blocks_of(document, blocks, tokens)
+    }
+
+    fn blocks_of(&mut self, document: DocumentId, blocks: Range<u32>, tokens: u32) -> AppendRequest {
         let shape = self.spec.shape.clone();
-        let tokens = shape.block_tokens;
         let blocks = blocks
             .map(|index| {
                 let sizes = vec![shape.layers, shape.kv_heads, tokens, shape.head_dim];
@@ -80,6 +84,18 @@ impl World {
     fn document(&mut self, name: &str, blocks: u32) -> DocumentId {
         let document = self.memory.open_document(self.collection, name).unwrap().id;
         self.append(document, 0..blocks);
+        document
+    }
+
+    /// A sealed document with a tail.
+    fn with_tail(&mut self, name: &str, blocks: u32, tail_tokens: u32) -> DocumentId {
+        let document = self.memory.open_document(self.collection, name).unwrap().id;
+        if blocks > 0 {
+            self.append(document, 0..blocks);
+        }
+        let tail = self.blocks_of(document, blocks..blocks + 1, tail_tokens);
+        self.memory.append(tail).unwrap();
+        self.memory.seal(document).unwrap();
         document
     }
 
@@ -145,12 +161,17 @@ where
         spec.shape.head_dim = 10;
         let mut world = World::new(open.clone(), spec, LARGE_CACHE);
         let (a, b) = (world.document("a", 9), world.document("b", 6));
+        let (c, d) = (world.with_tail("c", 2, 3), world.with_tail("d", 0, 1));
+        // A tail has no landmark.
+        let tails = key_rule.covers_tails() as u32;
         let mut requests = Vec::new();
         for (i, granularity) in GRANULARITIES.into_iter().enumerate() {
             for (distances, scope, top_k) in [
                 (vec![2], vec![range(a, 0..9)], 3),
                 (vec![0, 1, 30], vec![range(b, 1..4), range(a, 3..8)], 2),
                 (vec![1, 9], vec![range(a, 2..4), range(b, 6..6)], 20),
+                (vec![0, 5], vec![range(d, 0..tails), range(b, 1..4), range(c, 1..2 + tails)], 4),
+                (vec![3], vec![range(c, 0..2 + tails), range(d, 0..tails), range(a, 7..9)], 20),
                 (vec![0], vec![], 4),
             ] {
                 let mut request = world.request(&distances, scope);

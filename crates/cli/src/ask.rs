@@ -36,7 +36,8 @@ const MAX_TOKENS: &str = "max_tokens";
 /// The documents are not read again: at every layer the model looks up the stored blocks that suit the question (--blocks) and
 /// attends to them, beside the end of the last document. The question stands in the turns of the model's own chat template if it
 /// has one. The answer is followed by the blocks that were read: retrieved ones, those that stood out first, then those that are
-/// always at hand (the first block of the first document, the ends of all, and the window).
+/// always at hand (the first block of the first document, and the window). The end of an earlier document, too short for a block, is
+/// retrieved like one if the document is whole, and at hand else.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -133,7 +134,7 @@ struct BlockRead {
     document: String,
     block: u32,
     /// retrieved; or at hand for every layer and head: sink (the first block of the first document), tail (an earlier
-    /// document's tokens after its last full block) or window (the end of the last document).
+    /// document's tokens after its last full block, which cannot be retrieved) or window (the end of the last document).
     from: String,
     /// Share of all attention of question and answer; of retrieved blocks an estimate.
     share: f64,

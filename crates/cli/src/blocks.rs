@@ -21,7 +21,7 @@ const EXCERPT_CHARS: usize = 64;
 
 /// List the blocks of a document: tokens, text, bytes on disk.
 ///
-/// The last block may be the tail: tokens that do not fill a block yet and cannot be looked up.
+/// The last block may be the tail: tokens that do not fill a block. Lookups find it once the document is whole.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -138,8 +138,8 @@ fn what_cannot_be_encoded_or_asked_says_why() {
     assert!(answer.stdout.contains("nothing was retrieved"), "{}", answer.stdout);
 }
 
-/// What follows a document's last full block cannot be looked up, and was read of the last document only: asked of two short
-/// texts, the model made up an answer or took the other text's.
+/// What follows a document's last full block was read of the last document only: asked of two short texts, the model made up an answer
+/// or took the other text's.
 #[test]
 fn the_end_of_every_document_is_read_whichever_is_named_last() {
     let Some(sandbox) = sandbox() else { return };
@@ -152,9 +152,10 @@ fn the_end_of_every_document_is_read_whichever_is_named_last() {
         sandbox.write_file(&format!("{name}.txt"), text);
         sandbox.run(&["encode", &format!("{name}.txt"), "--data", "d"]).exits(0);
     }
-    for (question, found, other, answer) in [
-        ("The code word of the north gate is", "gate", "museum", "saffron"),
-        ("The secret name of the oldest pear tree is", "orchard", "letter", "balthasar"),
+    // The first block of the first document is the sink, if it is shorter than others too.
+    for (question, found, other, answer, place_of_first) in [
+        ("The code word of the north gate is", "gate", "museum", "saffron", "sink"),
+        ("The secret name of the oldest pear tree is", "orchard", "letter", "balthasar", "retrieved"),
     ] {
         for [first, last] in [[found, other], [other, found]] {
             let docs = ["--doc", first, "--doc", last, "--doc", first];
@@ -163,7 +164,7 @@ fn the_end_of_every_document_is_read_whichever_is_named_last() {
             assert!(json["answer"].as_str().unwrap().to_lowercase().contains(answer), "{first}, {last}: {json}");
             let blocks = json["blocks"].as_array().unwrap();
             let holding = blocks.iter().find(|block| block["text"].as_str().unwrap().to_lowercase().contains(answer));
-            let place = if last == found { "window" } else { "tail" };
+            let place = if last == found { "window" } else { place_of_first };
             assert_eq!((&holding.unwrap()["document"], &holding.unwrap()["from"]), (&found.into(), &place.into()));
         }
     }

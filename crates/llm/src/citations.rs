@@ -34,7 +34,7 @@ pub enum ReadFrom {
     Retrieved,
     /// At hand: the first block of the first document.
     Sink,
-    /// At hand: tokens after the last full block of an earlier document.
+    /// At hand: tokens after the last full block of an earlier document, if they cannot be retrieved.
     Tail,
     /// At hand: the end of the last document.
     Window,

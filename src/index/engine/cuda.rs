@@ -34,6 +34,7 @@ impl SearchEngine for Cuda {
 /// Some blocks of a chunk whose keys are on the GPU.
 struct Resident<M> {
     keys: Arc<Keys<M>>,
+    keys_per_block: u32,
     /// In the chunk.
     blocks: Range<u32>,
     /// The document's place among those of the scope that have keys.
@@ -63,6 +64,7 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
         for (chunk, blocks) in scoped.keys.parts(scoped.blocks.clone()) {
             residents.push(Resident {
                 keys: on_gpu(runner, chunk)?,
+                keys_per_block: chunk.keys_per_block() as u32,
                 blocks: blocks.start as u32..blocks.end as u32,
                 document,
             });
@@ -75,7 +77,6 @@ pub fn search<R: Runner>(runner: &R, query: &Query<'_>) -> Result<Found, R::Erro
             tokens: query.tokens as u32,
             query_heads: query.query_heads as u32,
             kv_heads: query.layout.kv_heads as u32,
-            keys_per_block: query.layout.keys_per_block as u32,
             head_dim: chunks(query).next().map_or(query.layout.head_dim, Chunk::width),
             dtype: query.layout.dtype,
             queries: &projected(query),
@@ -111,12 +112,13 @@ fn spans<'a, M>(query: &Query<'_>, residents: &'a [Resident<M>]) -> Vec<Span<'a,
     let mut older = query.eligible() - query.recent();
     let mut recent_sets = chunks(query).count() as u32..;
     let mut spans = Vec::new();
-    for Resident { keys, blocks, document } in residents {
+    for Resident { keys, keys_per_block, blocks, document } in residents {
+        let span = |blocks, set| Span { keys: &**keys, keys_per_block: *keys_per_block, blocks, set };
         let end_of_older = blocks.start + blocks.len().min(older) as u32;
         older -= (end_of_older - blocks.start) as usize;
-        spans.push(Span { keys, blocks: blocks.start..end_of_older, set: *document });
+        spans.push(span(blocks.start..end_of_older, *document));
         let recent = (end_of_older..blocks.end).zip(recent_sets.by_ref());
-        spans.extend(recent.map(|(block, set)| Span { keys, blocks: block..block + 1, set }));
+        spans.extend(recent.map(|(block, set)| span(block..block + 1, set)));
     }
     spans
 }

@@ -84,8 +84,8 @@ impl Tables {
             for head in (0..heads).step_by(sharing) {
                 let chosen = found.row(request.granularity.row(token, head, heads, kv_heads));
                 for (&position, reach) in chosen.iter().zip(plan.reaches(distance, chosen)) {
-                    let piece = first_piece + head / plan.group;
-                    tables.pieces.push((plan.lookup.block(position as usize), piece));
+                    let (block, tokens) = plan.lookup.block_and_tokens(position as usize);
+                    tables.pieces.push(PieceId { block, tokens, number: first_piece + head / plan.group });
                     let next = rotation_by_reach.len() as u32;
                     let rotation = *rotation_by_reach.entry(reach).or_insert_with(|| {
                         tables.rotations.extend(plan.rotations.by(reach).values());
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn runs_read_a_bounded_number_of_pieces_and_leave_out_no_token() {
-        let piece = |index| (BlockId { document: DocumentId(1), index }, 0);
+        let piece = |index| PieceId { block: BlockId { document: DocumentId(1), index }, tokens: 5, number: 0 };
         let pieces = [0, 1, 1, 2, 0, 1, 5, 6, 5, 6].map(piece);
         assert_eq!(runs(&pieces, 5, 3), [0..3, 3..5]);
         assert_eq!(runs(&pieces, 5, 1), [0..1, 1..2, 2..3, 3..4, 4..5]);

@@ -13,8 +13,15 @@ use crate::store::piece::{PieceData, PieceLayout, PieceView};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 
-/// One piece: `layer * Hkv + kv_head` of a full block, which never changes.
-pub(super) type PieceId = (BlockId, usize);
+/// One piece of a block that does not change any more: a full one, or the tail of a sealed document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PieceId {
+    pub(super) block: BlockId,
+    /// Tokens of the block.
+    pub(super) tokens: usize,
+    /// `layer * Hkv + kv_head`
+    pub(super) number: usize,
+}
 
 /// Bytes of the pages that should be asked for at once: bounds what is loaded together, beside what is kept.
 const ONCE_BYTES_MAX: u64 = 256 << 20;
@@ -65,7 +72,7 @@ impl<M> Pages<M> {
 
     /// Drops what is kept of some documents.
     pub(super) fn forget(&self, documents: &HashSet<DocumentId>) {
-        self.kept().retain(|(block, _)| !documents.contains(&block.document));
+        self.kept().retain(|piece| !documents.contains(&piece.block.document));
     }
 
     fn kept(&self) -> MutexGuard<'_, LruCache<PieceId, Arc<Page<M>>>> {
@@ -80,13 +87,15 @@ fn load<R: Runner>(
     layout: PageLayout,
     pieces: &[PieceId],
 ) -> Result<Vec<Page<R::Memory>>, Failure> {
-    let read = |&(block, piece): &PieceId| {
+    let of_piece = |tokens| PieceLayout { dtype: layout.dtype, tokens, head_dim: layout.head_dim };
+    let read = |&PieceId { block, tokens, number }: &PieceId| {
         let mut bytes = Vec::new();
-        store.read_piece(block, piece, &mut bytes).map(|()| bytes)
+        store.read_piece(block, number, &mut bytes)?;
+        of_piece(tokens).check(block, &bytes).map(|()| bytes)
     };
     let stored = pieces.par_iter().map(read).collect::<Result<Vec<_>, StoreError>>()?;
-    let of_block = PieceLayout { dtype: layout.dtype, tokens: layout.block_tokens, head_dim: layout.head_dim };
-    let views: Vec<PieceView<'_>> = stored.iter().map(|bytes| of_block.view(bytes)).collect();
+    let stored = pieces.iter().zip(&stored);
+    let views: Vec<PieceView<'_>> = stored.map(|(piece, bytes)| of_piece(piece.tokens).view(bytes)).collect();
     let pieces = views.iter().map(|view| match (&view.k, &view.v) {
         (PieceData::F16(k), PieceData::F16(v)) => Ok(Piece::F16 { k, v }),
         (&PieceData::Int8(k), &PieceData::Int8(v)) => {

@@ -1,15 +1,17 @@
 //! Which landmark keys are in memory? Those of the documents that were looked up last, as many as a budget holds.
 //!
-//! A snapshot holds the keys of a document's first blocks, however many. Full blocks never change, so every such prefix is right. It
-//! is loaded by the first lookup that wants it, while others that want the same wait for that one; appends make it longer if there
+//! A snapshot holds the keys of a document's first blocks, however many, and of its tail once that is final. Full blocks never change,
+//! so every such prefix is right. It is loaded by the first lookup that wants it, while others that want the same wait for that one; appends make it longer if there
 //! is room. What a running request reads stays until it ends; of the rest those used longest ago go. A request that wants more than
 //! there is room for reads the keys of its layer alone, in passing, from a quarter of the budget that is kept for that: one that
 //! needs more than the quarter does so alone.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use rayon::prelude::*;
 
 use super::load::{Loader, quantizers_bytes};
 use super::passing::{LOOK, Passing};
@@ -17,6 +19,7 @@ use crate::api::Result;
 use crate::index::{DocumentIndexes, DocumentKeys, KeyLayout};
 use crate::limits;
 use crate::lock::IgnorePoison;
+use crate::memory::collection::Extent;
 use crate::types::{DocumentId, FaissIndex};
 use crate::until::Until;
 
@@ -117,22 +120,29 @@ impl KeyCache {
         &self.passing
     }
 
-    /// The keys of at least so many first blocks, which must be durable, of each of some documents, of which none is named twice;
+    /// The keys of at least these first blocks, which must be durable, of each of some documents, of which none is named twice;
     /// read from the store where they are not here yet. Nothing if there is no room for them beside what other requests read.
     pub(in crate::memory) fn hold(
         self: &Arc<Self>,
         loader: Loader<'_>,
-        wanted: &[(DocumentId, u32)],
+        wanted: &[(DocumentId, Extent)],
         until: &Until,
     ) -> Result<Option<Held>> {
         let layout = loader.collection.layout;
         let Some(mut held) = self.enter(layout, wanted, until)? else { return Ok(None) };
-        for &(document, blocks) in wanted.iter().filter(|(document, _)| held.loading.contains(document)) {
+        let load = |&(document, extent): &(DocumentId, Extent)| {
             let here = held.keys.get(&document).filter(|keys| keys.layout() == layout).cloned();
             let here = here.unwrap_or_else(|| Arc::new(DocumentKeys::empty(layout)));
-            let keys = Arc::new(loader.load(&here, 0, document, blocks, until)?);
+            let keys = loader.load(&here, 0, document, extent, until)?;
             self.loads.fetch_add(1, Ordering::Relaxed);
-            held.keys.insert(document, keys);
+            Ok((document, Arc::new(keys)))
+        };
+        if !held.loading.is_empty() {
+            let loading: HashSet<DocumentId> = held.loading.iter().copied().collect();
+            // Side by side: of many short documents each has too little to share out.
+            let short = wanted.par_iter().filter(|(document, _)| loading.contains(document));
+            let loaded = short.map(load).collect::<Result<Vec<_>>>()?;
+            held.keys.extend(loaded);
         }
         held.publish();
         Ok(Some(held))
@@ -140,7 +150,12 @@ impl KeyCache {
 
     /// Makes room, and enters what is wanted as read by one request more and, where it is not here, as being loaded. The lock is
     /// not held while anything is read.
-    fn enter(self: &Arc<Self>, layout: KeyLayout, wanted: &[(DocumentId, u32)], until: &Until) -> Result<Option<Held>> {
+    fn enter(
+        self: &Arc<Self>,
+        layout: KeyLayout,
+        wanted: &[(DocumentId, Extent)],
+        until: &Until,
+    ) -> Result<Option<Held>> {
         let mut state = self.state();
         // What another request loads is waited for, with nothing in hand that it could wait for.
         while wanted.iter().any(|(document, _)| state.documents.get(document).is_some_and(|entry| entry.loading)) {
@@ -150,17 +165,18 @@ impl KeyCache {
         }
         let mut more = 0;
         let mut read_bytes = state.held_bytes - state.idle_bytes;
-        for &(document, blocks) in wanted {
+        for &(document, extent) in wanted {
             let entry = state.documents.get(&document);
             read_bytes += entry.filter(|entry| entry.readers == 0).map_or(0, |entry| entry.bytes);
-            more += entry.map_or_else(|| overhead(&layout) + layout.bytes(blocks), |entry| entry.more(&layout, blocks));
+            let all = || overhead(&layout) + extent.more_key_bytes(&layout, 0, false);
+            more += entry.map_or_else(all, |entry| entry.more(&layout, extent));
         }
         if read_bytes.saturating_add(more) > self.kept_max() {
             return Ok(None);
         }
         let mut held = Held { cache: self.clone(), documents: Vec::new(), loading: Vec::new(), keys: HashMap::new() };
-        for &(document, blocks) in wanted {
-            let (keys, born, is_short) = state.pin(document, &layout, blocks);
+        for &(document, extent) in wanted {
+            let (keys, born, is_short) = state.pin(document, &layout, extent);
             held.documents.push((document, born));
             held.keys.insert(document, keys);
             if is_short {
@@ -233,7 +249,7 @@ impl KeyCache {
 
 impl State {
     /// Enters a document as read by one request more. Returns its keys, its birth, and whether they are too few.
-    fn pin(&mut self, document: DocumentId, layout: &KeyLayout, blocks: u32) -> (Arc<DocumentKeys>, u64, bool) {
+    fn pin(&mut self, document: DocumentId, layout: &KeyLayout, extent: Extent) -> (Arc<DocumentKeys>, u64, bool) {
         self.last_use += 1;
         let now = self.last_use;
         let new = || Entry {
@@ -256,8 +272,8 @@ impl State {
             entry.readers += 1;
             entry.number = now;
         }
-        let more = entry.more(layout, blocks) + if is_new { overhead(layout) } else { 0 };
-        let is_short = !entry.has(layout, blocks);
+        let more = entry.more(layout, extent) + if is_new { overhead(layout) } else { 0 };
+        let is_short = !entry.has(layout, extent);
         entry.loading = is_short;
         let (keys, born, bytes) = (entry.keys.clone(), entry.born, entry.bytes + more);
         self.count(document, bytes);
@@ -287,18 +303,20 @@ impl State {
 }
 
 impl Entry {
-    fn has(&self, layout: &KeyLayout, blocks: u32) -> bool {
-        self.keys.layout() == *layout && self.keys.blocks() >= blocks
+    fn has(&self, layout: &KeyLayout, extent: Extent) -> bool {
+        let has_tail = extent.tail_tokens == 0 || self.keys.has_tail();
+        self.keys.layout() == *layout && self.keys.blocks() >= extent.full && has_tail
     }
 
-    /// Bytes that come to it when the keys of so many blocks are loaded.
-    fn more(&self, layout: &KeyLayout, blocks: u32) -> u64 {
-        if self.has(layout, blocks) {
+    /// Bytes that come to it when the keys of these blocks are loaded.
+    fn more(&self, layout: &KeyLayout, extent: Extent) -> u64 {
+        if self.has(layout, extent) {
             return 0;
         }
         // Keys of another layout, from before the collection's engine was changed or after, give way when the others are there.
-        let here = if self.keys.layout() == *layout { self.keys.blocks() } else { 0 };
-        layout.bytes(blocks - here)
+        let is_same = self.keys.layout() == *layout;
+        let full = if is_same { self.keys.blocks() } else { 0 };
+        extent.more_key_bytes(layout, full, is_same && self.keys.has_tail())
     }
 
     fn bytes_now(&self) -> u64 {

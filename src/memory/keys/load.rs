@@ -9,8 +9,8 @@ use crate::api::{MemoryError, Result};
 use crate::index::{Chunk, DocumentKeys, KeyLayout, Keys};
 use crate::lock::IgnorePoison;
 use crate::lru::LruCache;
-use crate::memory::collection::Collection;
-use crate::store::piece::{KeyData, KeysLayout};
+use crate::memory::collection::{Collection, Extent};
+use crate::store::piece::{KeyData, KeysLayout, PieceLayout};
 use crate::store::{Store, StoreError};
 use crate::types::{BlockId, DocumentId};
 use crate::until::Until;
@@ -62,19 +62,22 @@ impl Loader<'_> {
         Ok(quantizers)
     }
 
-    /// The keys of the first `blocks` blocks, which must be durable, of those layers that `here` has, the first of which is
+    /// The keys of some first blocks, which must be durable, of those layers that `here` has, the first of which is
     /// `first_layer`. `here` are those of the first blocks that need not be read.
     pub(in crate::memory) fn load(
         &self,
         here: &DocumentKeys,
         first_layer: usize,
         document: DocumentId,
-        blocks: u32,
+        extent: Extent,
         until: &Until,
     ) -> Result<DocumentKeys> {
         let layout = here.layout();
         let pieces = first_layer * layout.kv_heads..first_layer * layout.kv_heads + layout.pieces();
-        let quantizers = if blocks > here.blocks() { self.quantizers(document)? } else { Arc::default() };
+        let blocks = extent.full;
+        let lacks_tail = extent.tail_tokens > 0 && !here.has_tail();
+        let is_asked = blocks > here.blocks() || (lacks_tail && blocks > 0);
+        let quantizers = if is_asked { self.quantizers(document)? } else { Arc::default() };
         let quantizers: Arc<[ChannelQuantizer]> = match quantizers.len() > layout.pieces() {
             true => quantizers[pieces.clone()].into(),
             false => quantizers,
@@ -94,7 +97,51 @@ impl Loader<'_> {
             Ok(chunk)
         };
         let chunks = parts.into_par_iter().map(chunk).collect::<Result<Vec<Chunk>>>()?;
-        Ok(here.extended(chunks))
+        let keys = here.extended(chunks);
+        if !lacks_tail {
+            return Ok(keys);
+        }
+        until.check()?;
+        let tail = BlockId { document, index: blocks };
+        Ok(keys.with_tail(self.tail(layout, &pieces, tail, extent.tail_tokens as usize, quantizers)?))
+    }
+
+    /// The keys of a sealed document's tail. The store keeps none, because a tail may be replaced until then: they are made of its K as
+    /// it is stored, so that they are the same whenever they are made. Without a full block the document has quantizers of these.
+    fn tail(
+        &self,
+        layout: KeyLayout,
+        pieces: &Range<usize>,
+        block: BlockId,
+        tokens: usize,
+        quantizers: Arc<[ChannelQuantizer]>,
+    ) -> Result<Chunk> {
+        let (spec, dim) = (&self.collection.spec, layout.head_dim);
+        let stored = PieceLayout { dtype: spec.payload_dtype, tokens, head_dim: dim };
+        let mut bytes = Vec::new();
+        let read = |piece: usize| {
+            self.store.read_piece(block, piece, &mut bytes)?;
+            stored.check(block, &bytes)?;
+            let mut k = vec![0.0; tokens * dim];
+            stored.decode_k(&bytes, &mut k);
+            Ok(k)
+        };
+        let k = pieces.clone().map(read).collect::<Result<Vec<Vec<f32>>>>()?;
+        let of_spec = KeysLayout::of(spec);
+        let quantizers = match block.index == 0 && of_spec.has_quantizers() {
+            true => k.iter().map(|k| ChannelQuantizer::fit(k, dim)).collect(),
+            false => quantizers,
+        };
+        let layout = layout.of_tail(tokens);
+        let of_tail = KeysLayout { keys: layout.keys_per_block, pieces: k.len(), ..of_spec };
+        let mut encoded = Vec::with_capacity(of_tail.bytes(!quantizers.is_empty()));
+        for (piece, k) in k.iter().enumerate() {
+            of_tail.encode(&self.collection.landmark_keys(k), quantizers.get(piece), &mut encoded);
+        }
+        let mut chunk = Chunk::with_quantizers(layout, quantizers, 1);
+        let decoded = of_tail.decode(chunk.has_quantizers(), &encoded).map_err(data_loss(block))?;
+        put_pieces(&mut chunk, 0, decoded);
+        Ok(chunk)
     }
 
     /// `here` with the keys of blocks that just became durable behind it, each as the store keeps them.
@@ -117,14 +164,19 @@ impl Loader<'_> {
         let layout = KeysLayout::of(&self.collection.spec);
         let bytes = if block.index == 0 { layout.split_quantizers(bytes).map_err(data_loss(block))?.1 } else { bytes };
         let decoded = layout.decode(chunk.has_quantizers(), bytes).map_err(data_loss(block))?;
-        for (piece, values) in decoded.skip(pieces.start).take(pieces.len()).enumerate() {
-            let keys = match &values {
-                KeyData::F16(values) => Keys::F16(values),
-                KeyData::Int8 { values, scales } => Keys::Int8 { values, scales },
-            };
-            chunk.put(at, piece, keys);
-        }
+        put_pieces(chunk, at, decoded.skip(pieces.start).take(pieces.len()));
         Ok(())
+    }
+}
+
+/// Sets the keys of one block, those of one piece after the other.
+fn put_pieces<'a>(chunk: &mut Chunk, at: usize, pieces: impl Iterator<Item = KeyData<'a>>) {
+    for (piece, values) in pieces.enumerate() {
+        let keys = match &values {
+            KeyData::F16(values) => Keys::F16(values),
+            KeyData::Int8 { values, scales } => Keys::Int8 { values, scales },
+        };
+        chunk.put(at, piece, keys);
     }
 }
 

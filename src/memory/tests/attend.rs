@@ -17,9 +17,9 @@ fn reference(
     let (lookup, dim, block_tokens) = (&request.lookup, shape.head_dim as usize, shape.block_tokens as i64);
     let q = &lookup.queries[(token * shape.query_heads as usize + head) * dim..][..dim];
     let q = at_position(shape.rope_of(lookup.layer), q, 0);
-    // (log weight, value) of every token that takes part.
+    // (log weight, value) of every token that takes part, and what competes.
     let mut weighed: Vec<(f64, Vec<f32>)> = Vec::new();
-    let mut landmarks = Vec::new();
+    let mut competing = Vec::new();
     for &(id, reach) in placed {
         let stored = fetch(&world.memory, id.document, vec![id.index]).remove(0);
         let (k, v) = (stored.k.to_f32().unwrap(), stored.v.to_f32().unwrap());
@@ -29,23 +29,24 @@ fn reference(
             .map(|key| dot(&q, &at_position(shape.rope_of(lookup.layer), key, -reach)) * shape.softmax_scale as f64)
             .collect();
         let values = head_rows(&v, shape, layer, kv_head).into_iter().map(<[f32]>::to_vec);
+        // A tail has no landmark, whatever the others have.
+        let is_tail = scores.len() < block_tokens as usize;
         match request.normalisation {
-            Normalisation::Plain => weighed.extend(scores.into_iter().zip(values)),
-            Normalisation::Hidden => weighed.extend(scores.into_iter().zip(values).take(block_tokens as usize - 1)),
-            Normalisation::Grouped => {
+            Normalisation::Grouped if !is_tail => {
                 let (&landmark, inner) = scores.split_last().unwrap();
                 let inside = log_sum_exp(inner);
-                landmarks.push(landmark);
+                competing.push(landmark);
                 weighed.extend(inner.iter().map(|score| landmark + score - inside).zip(values));
+            }
+            how => {
+                let has_landmark = how == Normalisation::Hidden && !is_tail;
+                let tokens = &scores[..scores.len() - has_landmark as usize];
+                competing.extend(tokens);
+                weighed.extend(tokens.iter().copied().zip(values));
             }
         }
     }
-    let lse = match request.normalisation {
-        Normalisation::Plain | Normalisation::Hidden => {
-            log_sum_exp(&weighed.iter().map(|(score, _)| *score).collect::<Vec<_>>())
-        }
-        Normalisation::Grouped => log_sum_exp(&landmarks),
-    };
+    let lse = log_sum_exp(&competing);
     let mut out = vec![0.0; dim];
     for (score, value) in &weighed {
         out.iter_mut().zip(value).for_each(|(out, value)| *out += (score - lse).exp() * *value as f64);
@@ -90,7 +91,7 @@ fn close(got: &[f32], lse: f32, want: &(Vec<f64>, f64), what: &str) {
     }
 }
 
-fn check(world: &World, request: &AttendRequest) {
+pub(super) fn check(world: &World, request: &AttendRequest) {
     let shape = &world.spec.shape;
     let (heads, kv_heads, dim) = (shape.query_heads as usize, shape.kv_heads as usize, shape.head_dim as usize);
     let attended = world.memory.attend(request).unwrap();

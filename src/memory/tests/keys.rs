@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::*;
+use crate::memory::collection::Extent;
 
 impl World {
     /// The same directory with so many bytes for keys, and none in memory.
@@ -185,8 +186,13 @@ fn a_failed_load_leaves_nothing_behind_and_is_tried_again() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 9);
     let collection = world.memory.collection_of(world.collection).unwrap();
+    let extent = Extent { full: 9, tail_tokens: 0 };
     let hold = |document, until: &Until| {
-        world.memory.keys.hold(world.memory.loader(&collection), &[(document, 9)], until).map(|held| held.is_some())
+        world
+            .memory
+            .keys
+            .hold(world.memory.loader(&collection), &[(document, extent)], until)
+            .map(|held| held.is_some())
     };
     // Deleted between the check and the load (finding 26).
     let gone = hold(DocumentId(77), &Until::FOREVER);

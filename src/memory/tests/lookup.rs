@@ -26,7 +26,11 @@ fn shares(world: &World, request: &LookupRequest, token: usize, head: usize) -> 
                 .map(|key| at_position(shape.rope_of(request.layer), key, slot * block_tokens))
                 .map(|key| dot(&q, &key) * shape.softmax_scale as f64)
                 .collect();
-            scores.push((stored.id, log_sum_exp(&keys)));
+            let score = match request.block_score {
+                BlockScore::Max => keys.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+                BlockScore::LogSumExp => log_sum_exp(&keys),
+            };
+            scores.push((stored.id, score));
         }
     }
     let total = log_sum_exp(&scores.iter().map(|(_, score)| *score).collect::<Vec<_>>());
@@ -45,7 +49,7 @@ fn keys_of(rule: KeyRule, rows: &[&[f32]]) -> Vec<Vec<f32>> {
     }
 }
 
-fn check(world: &World, request: &LookupRequest, tolerance: f64) {
+pub(super) fn check(world: &World, request: &LookupRequest, tolerance: f64) {
     let hits = world.memory.lookup(request).unwrap();
     let heads = world.spec.shape.query_heads as usize;
     assert_eq!(hits.rows as usize, request.distances.len() * heads);

@@ -5,6 +5,7 @@ mod finite;
 mod ingest;
 mod keys;
 mod lookup;
+mod tails;
 mod tune;
 mod work;
 

@@ -29,6 +29,17 @@ impl Activations {
         Activations { tokens, layers: (0..2).map(|_| [values(32), values(16), values(16)]).collect() }
     }
 
+    /// One layer's query `(Hq, D)` of a token.
+    pub fn query(&self, layer: usize, token: usize) -> &[f32] {
+        &self.layers[layer][0][token * 32..(token + 1) * 32]
+    }
+
+    /// One layer's key and value `(Hkv, D)` of a token.
+    pub fn key_and_value(&self, layer: usize, token: usize) -> [&[f32]; 2] {
+        let row = token * 16..(token + 1) * 16;
+        [&self.layers[layer][1][row.clone()], &self.layers[layer][2][row]]
+    }
+
     /// Feeds tokens `from..to` to a session in groups of `group` and commits each: the outputs `(L, T, Hq, D)`.
     pub fn feed(&self, session: &mut BlockAttention, from: usize, to: usize, group: usize) -> Vec<Vec<f32>> {
         let mut outs = vec![Vec::new(); 2];

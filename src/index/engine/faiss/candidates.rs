@@ -147,7 +147,6 @@ impl Candidates<'_> {
     /// Replaces `scores` by `(members, positions)`, for members of one KV head and ascending positions.
     fn score(&self, members: &[Member], positions: &[u32], scores: &mut Vec<f32>) {
         let query = self.query;
-        let m = query.layout.keys_per_block;
         let form = Form::of(query.layout.scanned(), members.len());
         let piece = query.layer * query.layout.kv_heads + members[0].head;
         scores.clear();
@@ -169,6 +168,7 @@ impl Candidates<'_> {
                 projected_for = Some((tile.set, tile.entry));
             }
             let Some(queries) = &queries else { continue };
+            let m = tile.chunk.keys_per_block();
             let first_key = |i: usize| (positions[i] as usize - tile.start + tile.blocks.start) * m;
             let panels_of = |i: usize| first_key(i) / PANEL..(first_key(i) + m).div_ceil(PANEL);
             let mut at = inside.start;
