@@ -2,9 +2,9 @@
 
 use landmarkdb_grpc::wire::v1;
 use rand::RngExt;
-use v1::{BlockScore, Engine, Granularity, Normalisation};
+use v1::{BlockScore, Engine, Granularity, KeyRule, Normalisation};
 
-use crate::data::{Model, World, bytes_of, seeded, values_of};
+use crate::data::{Model, Text, World, bytes_of, seeded, values_of};
 use crate::definition::{Block, Blocks, rotated};
 use crate::harness::{Named, cases};
 use crate::judge::{SUMS, close, same_reply};
@@ -14,6 +14,7 @@ cases! {
     every_choice_follows_the_definition;
     every_normalisation_follows_the_definition;
     other_documents_count_as_older_blocks;
+    the_tail_of_a_sealed_document_is_a_shorter_block;
     nothing_eligible_is_nothing_read;
     everything_retrieved_is_full_attention;
     equal_scores_go_to_the_lower_block;
@@ -105,6 +106,55 @@ fn every_normalisation_follows_the_definition(suite: &Suite) {
                         let request = v1::AttendRequest { lookup, normalisation, original_within_tokens };
                         world.judge_attend(&request, &sent);
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Documents that end in tails, two of them without a full block, looked up and attended to with others that have none.
+fn the_tail_of_a_sealed_document_is_a_shorter_block(suite: &Suite) {
+    let shared = suite.shared();
+    for (name, model) in Model::all() {
+        let _named = Named(name);
+        let world = World::new(suite, &shared.client(), &model);
+        let size = model.block_tokens;
+        let mut sent = Blocks::new();
+        let mut scope = Vec::new();
+        let lengths = [3 * size + 1, size - 1, 2 * size, 1, 5 * size - 1];
+        for (seed, tokens) in (40..).zip(lengths) {
+            let text = Text::random(&model, tokens, seed);
+            let document = world.store(&format!("text {seed}"), &text);
+            let info = world.client.seal(document).expect("a seal");
+            let blocks = info.blocks + u32::from(info.tail_tokens > 0);
+            sent.extend(Block::sealed(document, &text.all()));
+            scope.push(range(document, 0, blocks));
+            let beyond = world.question(1, &[0], vec![range(document, 0, blocks + 1)]);
+            let refusal = world.client.lookup(beyond).expect_err("a block behind the tail");
+            assert_eq!(refusal.code, tonic::Code::InvalidArgument, "{refusal:?}");
+            if model.rule == KeyRule::Landmark && info.tail_tokens > 0 {
+                let tail = world.question(1, &[0], vec![range(document, 0, blocks)]);
+                let refusal = world.client.lookup(tail).expect_err("a tail has no landmark");
+                assert_eq!(refusal.code, tonic::Code::InvalidArgument, "{refusal:?}");
+            }
+        }
+        if model.rule == KeyRule::Landmark {
+            continue;
+        }
+        let mut seed = 0;
+        for granularity in GRANULARITIES {
+            for (normalisation, block_score) in
+                NORMALISATIONS.into_iter().zip([BlockScore::LogSumExp, BlockScore::Max, BlockScore::LogSumExp])
+            {
+                for scope in [scope.clone(), scope[..2].to_vec(), vec![scope[3].clone()]] {
+                    seed += 1;
+                    let mut lookup = world.question(seed, &[0, 5], scope);
+                    lookup.top_k = [1, 4, 30][seed as usize % 3];
+                    lookup.set_granularity(granularity);
+                    lookup.set_block_score(block_score);
+                    world.judge_lookup(&lookup, &sent);
+                    let request = v1::AttendRequest { lookup: Some(lookup), normalisation: normalisation.into() };
+                    world.judge_attend(&request, &sent);
                 }
             }
         }

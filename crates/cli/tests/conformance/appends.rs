@@ -108,10 +108,10 @@ fn a_tail_is_replaced_by_what_comes_later(suite: &Suite) {
         assert_eq!((info.blocks, info.tail_tokens), if tokens == 12 { (3, 0) } else { (2, tokens as u32 - 8) });
         world.judge_document(document, &longer.cut(0..tokens));
     }
-    // A tail has no landmark, so it is no candidate.
+    // Until the document is sealed its tail may be replaced, so it is no candidate.
     let info = world.client.append(document, longer.cut(12..14)).expect("a tail");
     let beyond = world.question(1, &[0], vec![range(document, 0, info.blocks + 1)]);
-    let refusal = world.client.lookup(beyond).expect_err("a tail cannot be looked up");
+    let refusal = world.client.lookup(beyond).expect_err("the tail of an open document cannot be looked up");
     assert!(matches!(refused(refusal, Code::InvalidArgument), Kind::Invalid(_)));
 }
 

@@ -9,7 +9,7 @@ use v1::{BlockScore, Granularity, KeyRule, Normalisation};
 
 use crate::data::{Model, values_of};
 
-/// K and V of a full block: (L, Hkv, B, D).
+/// K and V of a block: (L, Hkv, B, D), of a tail with fewer tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Block {
     pub(crate) k: Vec<f64>,
@@ -46,11 +46,16 @@ impl Block {
         Block { k: values(k), v: values(v) }
     }
 
-    /// The blocks of a text as they are sent, but for its tail.
-    pub(crate) fn sent(document: u64, blocks: &[v1::NewBlock], block_tokens: usize) -> Blocks {
-        let full = blocks.iter().filter(|block| block.token_ids.len() == block_tokens);
+    /// The blocks of a text as they are sent, its tail included: what may be looked up once it is sealed.
+    pub(crate) fn sealed(document: u64, blocks: &[v1::NewBlock]) -> Blocks {
         let of = |block: &v1::NewBlock| Some(Block::of(block.k.as_ref()?, block.v.as_ref()?));
-        full.filter_map(|block| Some(((document, block.index), of(block)?))).collect()
+        blocks.iter().filter_map(|block| Some(((document, block.index), of(block)?))).collect()
+    }
+
+    /// The same without the tail.
+    pub(crate) fn sent(document: u64, blocks: &[v1::NewBlock], block_tokens: usize) -> Blocks {
+        let is_full = |block: &v1::NewBlock| block.token_ids.len() == block_tokens;
+        Self::sealed(document, &blocks.iter().filter(|block| is_full(block)).cloned().collect::<Vec<_>>())
     }
 }
 
@@ -131,11 +136,11 @@ impl<'a> Definition<'a> {
         (self.ends[&document] - index as usize).min(farthest - rank)
     }
 
-    /// One layer and KV head of a block's K or V: (B, D).
+    /// One layer and KV head of a block's K or V: (B, D), of a tail with fewer tokens.
     fn piece<'b>(&self, data: &'b [f64], head: usize) -> Vec<&'b [f64]> {
         let model = self.model;
         let kv_head = head / (model.query_heads / model.kv_heads);
-        let size = model.block_tokens * model.head_dim;
+        let size = data.len() / (model.layers * model.kv_heads);
         data[(self.layer * model.kv_heads + kv_head) * size..][..size].chunks_exact(model.head_dim).collect()
     }
 
@@ -227,7 +232,9 @@ impl<'a> Definition<'a> {
                 self.piece(&block.k, head).iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
             let values = self.piece(&block.v, head);
             let inner = scores.len() - 1;
-            match request.normalisation() {
+            // A tail has no landmark: its tokens compete themselves.
+            let is_tail = scores.len() < self.model.block_tokens;
+            match if is_tail { Normalisation::Plain } else { request.normalisation() } {
                 Normalisation::Grouped => {
                     let total = log_sum_exp(&scores[..inner]);
                     let of_token = |(score, value): (&f64, _)| (score - total + scores[inner], value);

@@ -7,7 +7,7 @@ use landmarkdb_grpc::wire::v1;
 use rand::RngExt;
 use v1::{Dtype, KeyRule};
 
-use crate::answers::any_question;
+use crate::answers::{any_question, range};
 use crate::data::{Model, Text, World, seeded};
 use crate::definition::Block;
 use crate::harness::{Named, cases};
@@ -71,7 +71,9 @@ fn tails_and_seals_survive_kill_and_rebuild(suite: &Suite) {
     world.client.append(tail, text.cut(12..13)).expect("a shorter tail is what came last, or is there already");
     let last = world.client.info(tail).expect("the document").tokens as usize;
     assert!([13, 15].contains(&last), "{last} tokens");
-    world.client.seal(sealed).expect("a seal");
+    let info = world.client.seal(sealed).expect("a seal");
+    let scope = vec![range(sealed, 1, info.blocks + 1)];
+    let (question, blocks) = (world.attend_question(3, scope), Block::sealed(sealed, &text.all()));
     for rebuild in [false, true] {
         service.kill();
         if rebuild {
@@ -82,6 +84,7 @@ fn tails_and_seals_survive_kill_and_rebuild(suite: &Suite) {
         world.judge_document(tail, &text.cut(0..last));
         world.judge_document(sealed, &text.all());
         assert!(world.client.info(sealed).expect("the document").sealed);
+        world.judge_attend(&question, &blocks);
         let longer = Text::random(&world.model, 16, 2);
         world.client.append(sealed, longer.cut(12..16)).expect_err("a sealed document takes nothing");
     }
