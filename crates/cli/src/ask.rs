@@ -1,11 +1,11 @@
 //! `landmarkdb ask`: questions about documents.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::{self, Write};
 
 use serde::Serialize;
 
-use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo, Window};
+use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo, Window, limits};
 use landmarkdb_llm::{
     self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, LoadedModel, Question, ReadFrom,
     RememberError,
@@ -51,7 +51,7 @@ pub(super) struct Args {
     /// The question.
     question: String,
 
-    /// A document: NAME, or COLLECTION/NAME; repeat for several. All must be of one collection.
+    /// A document: NAME, or COLLECTION/NAME; repeat for several, up to 1024. All must be of one collection.
     #[arg(long = "doc", value_name = "DOC", required_unless_present = "follow_up")]
     docs: Vec<String>,
 
@@ -230,20 +230,24 @@ fn answer(args: &Args, context: &Context, last: Option<Conversation>) -> Result<
     context.output.print(&answered)
 }
 
-/// The documents that are named, each once, and their collection.
+/// The documents that are named, each once, and their collection. More than one lookup takes are refused before anything is read.
 fn find(
     docs: &[String],
     context: &Context,
     memory: &dyn BlockMemory,
 ) -> Result<(CollectionInfo, Vec<DocumentInfo>), CliError> {
-    let mut found: Vec<(CollectionInfo, DocumentInfo)> = Vec::new();
-    for doc in docs {
-        let (collection, document) = DocumentName::new(doc, &context.config).find(memory)?;
-        // Named twice, it would be read as two texts.
-        if found.iter().all(|(_, other)| other.id != document.id) {
-            found.push((collection, document));
+    // Named twice, it would be read as two texts.
+    let mut names: Vec<DocumentName> = Vec::new();
+    let mut named = HashSet::new();
+    for name in docs.iter().map(|doc| DocumentName::new(doc, &context.config)) {
+        if named.insert(name.to_string()) {
+            names.push(name);
         }
     }
+    if names.len() > limits::SCOPE_DOCUMENTS_MAX {
+        return Err(CliError::TooManyDocuments { limit: limits::SCOPE_DOCUMENTS_MAX, found: names.len() });
+    }
+    let found = DocumentName::find_all(&names, memory)?;
     let Some((collection, _)) = found.first().cloned() else { return Err(CliError::NoConversation) };
     if let Some((other, _)) = found.iter().find(|(other, _)| other.id != collection.id) {
         let (first, second) = (collection.spec.name, other.spec.name.clone());

@@ -128,6 +128,10 @@ pub(super) enum CliError {
     NameNeeded,
     #[error("documents of one collection can be asked together, found {first:?} and {second:?}: ask twice")]
     SeveralCollections { first: String, second: String },
+    #[error(
+        "at most {limit} documents can be asked together, found {found}: ask about some of them, or put them into fewer documents"
+    )]
+    TooManyDocuments { limit: usize, found: usize },
     #[error(transparent)]
     Train(#[from] TrainError),
     #[error("stopped after {done} of {steps} steps: the same command goes on from there")]
@@ -242,6 +246,7 @@ impl CliError {
             | CliError::Flag { .. }
             | CliError::EmptyQuestion
             | CliError::SeveralCollections { .. }
+            | CliError::TooManyDocuments { .. }
             | CliError::ConversationElsewhere { .. }
             | CliError::RepairNeedsData { .. }
             | CliError::CollectionSpec { .. }

@@ -1,9 +1,11 @@
 //! Opens the memory that a command works on, and finds the documents that it names there.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry::{Occupied, Vacant};
 use std::path::Path;
 use std::sync::Arc;
 
-use landmarkdb::{BlockMemory, CollectionInfo, DocumentInfo, Entity, LocalMemory, MemoryError};
+use landmarkdb::{BlockMemory, CollectionId, CollectionInfo, DocumentInfo, Entity, LocalMemory, MemoryError};
 use landmarkdb_grpc::client::{ClientOptions, RemoteMemory};
 
 use super::Context;
@@ -91,18 +93,45 @@ impl DocumentName {
 
     /// The document and its collection.
     pub(super) fn find(&self, memory: &dyn BlockMemory) -> Result<(CollectionInfo, DocumentInfo), CliError> {
+        Listings::of(memory)?.find(self)
+    }
+
+    /// The same of many, in their order: each collection is listed once.
+    pub(super) fn find_all(
+        names: &[DocumentName],
+        memory: &dyn BlockMemory,
+    ) -> Result<Vec<(CollectionInfo, DocumentInfo)>, CliError> {
+        let mut listings = Listings::of(memory)?;
+        names.iter().map(|name| listings.find(name)).collect()
+    }
+}
+
+/// What a memory has, listed as far as it was asked.
+struct Listings<'a> {
+    memory: &'a dyn BlockMemory,
+    collections: Vec<CollectionInfo>,
+    /// By collection and name.
+    documents: HashMap<CollectionId, HashMap<String, DocumentInfo>>,
+}
+
+impl<'a> Listings<'a> {
+    fn of(memory: &'a dyn BlockMemory) -> Result<Self, CliError> {
+        Ok(Listings { memory, collections: memory.collections()?, documents: HashMap::new() })
+    }
+
+    fn find(&mut self, name: &DocumentName) -> Result<(CollectionInfo, DocumentInfo), CliError> {
         let missing = |entity, id: String| CliError::Memory(MemoryError::NotFound { entity, id });
-        let collection = memory
-            .collections()?
-            .into_iter()
-            .find(|collection| collection.spec.name == self.collection)
-            .ok_or_else(|| missing(Entity::Collection, self.collection.clone()))?;
-        let document = memory
-            .documents(collection.id)?
-            .into_iter()
-            .find(|document| document.name == self.name)
-            .ok_or_else(|| missing(Entity::Document, self.to_string()))?;
-        Ok((collection, document))
+        let collection = self.collections.iter().find(|collection| collection.spec.name == name.collection);
+        let collection = collection.ok_or_else(|| missing(Entity::Collection, name.collection.clone()))?;
+        let documents = match self.documents.entry(collection.id) {
+            Occupied(listed) => listed.into_mut(),
+            Vacant(place) => {
+                let listed = self.memory.documents(collection.id)?;
+                place.insert(listed.into_iter().map(|document| (document.name.clone(), document)).collect())
+            }
+        };
+        let document = documents.get(&name.name).ok_or_else(|| missing(Entity::Document, name.to_string()))?;
+        Ok((collection.clone(), document.clone()))
     }
 }
 

@@ -328,6 +328,24 @@ fn an_error_is_one_line_whatever_the_environment_asks_for() {
     }
 }
 
+/// A question about more documents than a lookup takes failed in the first layer, after the model had been loaded.
+#[test]
+fn too_many_documents_are_a_usage_error() {
+    let sandbox = Sandbox::new();
+    sandbox.write_document("data", "books", "emma");
+    let names: Vec<String> = (0..1025).map(|note| format!("books/note-{note}")).collect();
+    let ask = |names: &[String]| {
+        let docs = names.iter().flat_map(|name| ["--doc", name]);
+        let typed = ["ask", "hi", "--data", "data", "--model", "none.gguf"].into_iter().chain(docs);
+        sandbox.run(&typed.collect::<Vec<&str>>())
+    };
+    let error = ask(&names).exits(2).stderr;
+    assert!(error.contains("at most 1024") && error.contains("found 1025"), "{error}");
+    // So many are looked for; one that is named again is one.
+    let error = ask(&[&names[..1024], &names[..1]].concat()).exits(3).stderr;
+    assert!(error.contains("books/note-0"), "{error}");
+}
+
 /// `landmarkdb ls` was advised where `--data` had been typed, and listed another directory.
 #[test]
 fn an_advised_command_works_where_the_user_does() {
