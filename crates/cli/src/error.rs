@@ -181,6 +181,8 @@ pub(super) enum CliError {
     RepairNeedsData { connect: String },
     #[error("{}: {problem}", .path.display())]
     CollectionSpec { path: PathBuf, problem: String },
+    #[error("{}: {problem}", .path.display())]
+    Questions { path: PathBuf, problem: String },
     #[error("{document} was not deleted")]
     NotConfirmed { document: String },
     #[error(
@@ -250,6 +252,7 @@ impl CliError {
             | CliError::ConversationElsewhere { .. }
             | CliError::RepairNeedsData { .. }
             | CliError::CollectionSpec { .. }
+            | CliError::Questions { .. }
             | CliError::NeedsYes { .. } => Exit::Usage,
             CliError::Pull(PullError::UnknownSpec { .. }) => Exit::Usage,
             CliError::Model(FindError::NotFound { .. } | FindError::NotPulled { .. }) => Exit::NotFound,

@@ -344,3 +344,37 @@ fn with_everything_retrieved_the_model_says_what_it_says_with_full_attention() {
     assert!(difference(&remembered) < 2e-3, "{}", difference(&remembered));
     assert!(difference(&windowed) > 0.5, "the window alone differs: {}", difference(&windowed));
 }
+
+#[test]
+fn questions_of_a_file_are_counted() {
+    let Some(sandbox) = sandbox() else { return };
+    std::fs::create_dir(sandbox.path("texts")).unwrap();
+    for (name, text) in [("ship.txt", ALBATROSS), ("orchard.txt", ORCHARD)] {
+        sandbox.write_file(&format!("texts/{name}"), text);
+    }
+    let question = "Who is the captain of the Albatross?";
+    let cases = serde_json::json!([
+        { "documents": ["ship.txt"], "question": question, "answers": ["Nobody else", "ines MOREAU"], "group": "alone" },
+        { "documents": ["orchard.txt", "ship.txt"], "question": question, "answers": ["Ines Moreau"], "group": "two" },
+        { "documents": ["ship.txt"], "question": question, "answers": ["Captain Ahab"], "group": "two" },
+    ]);
+    sandbox.write_file("texts/cases.json", &cases.to_string());
+    for baseline in [&["--blocks", "2,4"][..], &["--full-attention"]] {
+        let typed = [&["eval", "questions", "texts/cases.json", "--max-tokens", "24"], baseline].concat();
+        let report = sandbox.run(&[&typed[..], &["--json"]].concat()).exits(0).json();
+        let ks = if baseline.len() == 1 { vec![serde_json::Value::Null] } else { vec![2.into(), 4.into()] };
+        let mut results = report["results"].as_array().unwrap().iter();
+        for k in &ks {
+            for (group, correct, asked) in [("alone", 1, 1), ("two", 1, 2), ("", 2, 3)] {
+                let result = results.next().unwrap();
+                assert_eq!(result["group"].as_str().unwrap_or_default(), group, "{report}");
+                assert_eq!((&result["top_k"], &result["too_long"]), (k, &0.into()));
+                assert_eq!((&result["correct"], &result["asked"]), (&correct.into(), &asked.into()), "{report}");
+            }
+        }
+        assert!(results.next().is_none());
+        let shown = sandbox.run(&typed).exits(0).stdout;
+        assert!(shown.contains("wrong: Who is the captain of the Albatross? ("), "{shown}");
+        assert!(shown.contains("expected Captain Ahab, answered"), "{shown}");
+    }
+}

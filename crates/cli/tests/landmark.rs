@@ -174,6 +174,42 @@ fn what_cannot_be_measured_is_refused() {
 }
 
 #[test]
+fn questions_that_cannot_be_asked_are_refused_and_those_that_do_not_fit_are_said() {
+    let sandbox = Sandbox::new();
+    sandbox.write_file("short.txt", "The captain is Ines Moreau.");
+    sandbox.write_file("empty.txt", " \n");
+    sandbox.write_file("long.txt", &BOOK[..20_000]);
+    let case = |document: &str, question: &str, answer: &str| {
+        serde_json::json!([{ "documents": [document], "question": question, "answers": [answer] }]).to_string()
+    };
+    for (file, exit, expected) in [
+        ("no JSON", 2, "expected value at line 1"),
+        ("[]", 2, "expected at least one question, found none"),
+        ("[{\"documents\": [\"short.txt\"], \"question\": \"Who?\"}]", 2, "missing field `answers`"),
+        ("[{\"documents\": [], \"question\": \"Who?\", \"answers\": [\"a\"]}]", 2, "question 1: documents: expected a file"),
+        (&case("short.txt", " ", "a"), 2, "question 1: question: expected words"),
+        (&case("short.txt", "Who?", ""), 2, "question 1: answers: expected words"),
+        (&case("missing.txt", "Who?", "a"), 1, "missing.txt"),
+        (&case("empty.txt", "Who?", "a"), 1, "empty.txt: expected a text"),
+    ] {
+        sandbox.write_file("cases.json", file);
+        let error = sandbox.run(&["eval", "questions", "cases.json"]).exits(exit).stderr;
+        assert!(error.contains(expected), "{expected} in {error}");
+    }
+    let model = shipped();
+    sandbox.write_file("cases.json", &case("long.txt", "Who?", "nobody would say this"));
+    let typed = ["eval", "questions", "cases.json", "--max-tokens", "4", "--model", model.to_str().unwrap()];
+    let report = sandbox.run(&[&typed[..], &["--json"]].concat()).exits(0).json();
+    assert_eq!(report["results"][0]["asked"], 1, "{report}");
+    assert_eq!(report["cases"][0]["correct"], false);
+    let full = [&typed[..], &["--full-attention"]].concat();
+    let report = sandbox.run(&[&full[..], &["--json"]].concat()).exits(0).json();
+    assert_eq!((&report["results"][0]["asked"], &report["results"][0]["too_long"]), (&0.into(), &1.into()), "{report}");
+    let shown = sandbox.run(&full).exits(0).stdout;
+    assert!(shown.contains("not asked, longer than the model's context: Who?"), "{shown}");
+}
+
+#[test]
 fn an_evaluation_does_not_read_what_another_left() {
     let model = LoadedModel::open(&shipped()).unwrap();
     let config = model.config();

@@ -10,6 +10,7 @@ use super::error::CliError;
 mod golden;
 mod passkey;
 mod perplexity;
+mod questions;
 mod report;
 
 /// Evaluate a model with its memory.
@@ -17,6 +18,7 @@ mod report;
 pub(super) enum Command {
     Passkey(passkey::Args),
     Perplexity(perplexity::Args),
+    Questions(questions::Args),
     Golden(golden::Args),
     Report(report::Args),
 }
@@ -25,6 +27,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), CliError> 
     match command {
         Command::Passkey(args) => passkey::run(args, context),
         Command::Perplexity(args) => perplexity::run(args, context),
+        Command::Questions(args) => questions::run(args, context),
         Command::Golden(args) => golden::run(args, context),
         Command::Report(args) => report::run(args, context),
     }

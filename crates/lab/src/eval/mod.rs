@@ -7,6 +7,7 @@ mod golden;
 mod haystack;
 mod passkey;
 mod perplexity;
+mod questions;
 mod report;
 
 use landmarkdb::MemoryError;
@@ -20,6 +21,7 @@ pub use passkey::{
     passkey_scores,
 };
 pub use perplexity::{Perplexity, PerplexityMode, PerplexitySettings, perplexity, repetitions, segments};
+pub use questions::{Answered, QuestionAnswer, QuestionCase, QuestionSettings, questions, questions_full};
 pub use report::{
     GranularityRow, Method, PasskeyRow, PerplexityRow, RepetitionRow, Report, ReportSettings, Subject, report,
     write_report,
