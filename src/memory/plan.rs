@@ -273,6 +273,13 @@ impl<'a> AttendPlan<'a> {
         })
     }
 
+    /// How the scores inside of a block of so many tokens become weights. A tail has no landmark: its tokens compete
+    /// themselves, as those do that a window has behind its last landmark.
+    pub(super) fn normalisation_of(&self, tokens: usize) -> Normalisation {
+        let is_tail = tokens < self.lookup.collection.spec.shape.block_tokens as usize;
+        if is_tail { Normalisation::Plain } else { self.normalisation }
+    }
+
     /// Those of all query tokens and heads; query heads that choose together are taken once.
     fn all_reaches<'p>(&'p self, found: &'p Found) -> impl Iterator<Item = i64> + 'p {
         let (request, shape) = (self.lookup.request, &self.lookup.collection.spec.shape);
@@ -303,13 +310,6 @@ pub(super) fn check_placement(request: &AttendRequest) -> Result<()> {
     match request.placement {
         Placement::Original { within_tokens: 0 } => Err(invalid("original_within_tokens", "at least 1", 0)),
         Placement::Original { .. } | Placement::Slots => Ok(()),
-    }
-
-    /// How the scores inside of a block of so many tokens become weights. A tail has no landmark: its tokens compete
-    /// themselves, as those do that a window has behind its last landmark.
-    pub(super) fn normalisation_of(&self, tokens: usize) -> Normalisation {
-        let is_tail = tokens < self.lookup.collection.spec.shape.block_tokens as usize;
-        if is_tail { Normalisation::Plain } else { self.normalisation }
     }
 }
 

@@ -186,7 +186,11 @@ fn questions_that_cannot_be_asked_are_refused_and_those_that_do_not_fit_are_said
         ("no JSON", 2, "expected value at line 1"),
         ("[]", 2, "expected at least one question, found none"),
         ("[{\"documents\": [\"short.txt\"], \"question\": \"Who?\"}]", 2, "missing field `answers`"),
-        ("[{\"documents\": [], \"question\": \"Who?\", \"answers\": [\"a\"]}]", 2, "question 1: documents: expected a file"),
+        (
+            "[{\"documents\": [], \"question\": \"Who?\", \"answers\": [\"a\"]}]",
+            2,
+            "question 1: documents: expected a file",
+        ),
         (&case("short.txt", " ", "a"), 2, "question 1: question: expected words"),
         (&case("short.txt", "Who?", ""), 2, "question 1: answers: expected words"),
         (&case("missing.txt", "Who?", "a"), 1, "missing.txt"),

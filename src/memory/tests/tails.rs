@@ -128,8 +128,10 @@ fn attention_over_tails_is_that_of_the_definition() {
             for normalisation in [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden] {
                 // Few rows read a piece as it is stored, many widen it first.
                 for (distances, top_k) in [(vec![2], 3), ((0..40).collect::<Vec<u32>>(), 3), (vec![1, 9], 30)] {
-                    let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope.clone()) };
-                    check_attention(&world, &AttendRequest { lookup, normalisation });
+                    for placement in [Placement::Slots, Placement::Original { within_tokens: 60 }] {
+                        let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope.clone()) };
+                        check_attention(&world, &AttendRequest { lookup, normalisation, placement });
+                    }
                 }
             }
         }
@@ -320,5 +322,5 @@ fn best_of(hits: &Hits) -> Vec<BlockId> {
 }
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain }
+    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
 }

@@ -153,8 +153,11 @@ fn the_tail_of_a_sealed_document_is_a_shorter_block(suite: &Suite) {
                     lookup.set_granularity(granularity);
                     lookup.set_block_score(block_score);
                     world.judge_lookup(&lookup, &sent);
-                    let request = v1::AttendRequest { lookup: Some(lookup), normalisation: normalisation.into() };
-                    world.judge_attend(&request, &sent);
+                    for original_within_tokens in [None, Some(1 << 20)] {
+                        let (lookup, normalisation) = (Some(lookup.clone()), normalisation.into());
+                        let request = v1::AttendRequest { lookup, normalisation, original_within_tokens };
+                        world.judge_attend(&request, &sent);
+                    }
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Questions about texts of one's own, and whether the answers hold what they have to.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -88,6 +88,7 @@ pub fn questions(
             text,
             window: settings.window,
             retrieval: settings.encode_retrieval.clone(),
+            stays_open: false,
         };
         let document = encode(model, memory, collection, &encoding, &mut |step| progress(file, step))?;
         documents.insert(file, document);
@@ -161,11 +162,7 @@ pub fn questions_full(
 }
 
 /// The question behind the last text.
-fn frame(
-    model: &LoadedModel,
-    case: &QuestionCase,
-    texts: &BTreeMap<PathBuf, String>,
-) -> Result<Frame, RememberError> {
+fn frame(model: &LoadedModel, case: &QuestionCase, texts: &BTreeMap<PathBuf, String>) -> Result<Frame, RememberError> {
     let Some(last) = case.documents.last() else { return Err(invalid("documents", "at least one file", "none")) };
     let text_end = texts.get(last).ok_or_else(|| missing(last))?;
     frame_question(model, &Asked { question: &case.question, ..Asked::default() }, text_end)
@@ -175,7 +172,7 @@ fn options(frame: &Frame, max_tokens: usize) -> GenerateOptions {
     GenerateOptions { max_tokens, stop: frame.stop.clone(), may_be_empty: false, ..GenerateOptions::default() }
 }
 
-fn missing(file: &PathBuf) -> RememberError {
+fn missing(file: &Path) -> RememberError {
     invalid("documents", "a file with a text", file.display())
 }
 
