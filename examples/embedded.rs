@@ -64,8 +64,12 @@ pub fn tour(memory: &dyn BlockMemory) -> Result<()> {
     println!("looked up  blocks {:?}, shares {shares:.3?}", hits.blocks.iter().map(|id| id.index).collect::<Vec<_>>());
 
     // The same choice, and the attention over it: `out (T, Hq, D)`, and `lse (T, Hq)` to merge it with other attention.
-    let attended =
-        memory.attend(&AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots })?;
+    let attended = memory.attend(&AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    })?;
     println!("attended   values near {:.2}, log-sum-exp {:.2}", attended.out[0], attended.lse[0]);
 
     let best = hits.blocks.iter().zip(&shares).max_by(|a, b| a.1.total_cmp(b.1)).ok_or("nothing was found")?.0;

@@ -66,9 +66,11 @@ pub enum DType {
 pub enum KeyRule {
     /// m = 1: the key of the block's last token, a landmark that was trained to represent it.
     Landmark,
-    /// m = B: every token key of the block, for models without landmarks.
+    /// m = B: every token key of the block, for models without landmarks. A document's first token has the key of the second here:
+    /// models that are not trained with landmarks attend to the first whatever they look for (Xiao et al. 2023), and every document
+    /// would be chosen for it.
     Tokens,
-    /// m = 1: the mean of the block's token keys. Cheap and weak.
+    /// m = 1: the mean of the block's token keys, without that of the document's first token. Cheap and weak.
     Mean,
 }
 

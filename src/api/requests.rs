@@ -190,6 +190,10 @@ pub struct AttendRequest {
     pub normalisation: Normalisation,
     /// Where the chosen blocks stand.
     pub placement: Placement,
+    /// Leaves out the first token of every document, unless it is the only one: for models that rest their attention on the first
+    /// token (attention sinks, Xiao et al. 2023) where the caller has a sink of its own. Each further one would take as much of the attention
+    /// as the first, and all else would be read too faintly. With [`Normalisation::Plain`] only.
+    pub without_first_tokens: bool,
 }
 
 /// The chosen blocks.

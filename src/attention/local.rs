@@ -144,6 +144,8 @@ pub(crate) struct AtHand<'a> {
     pub(crate) lead: HeadKv<'a>,
     pub(crate) sink: HeadKv<'a>,
     pub(crate) window: HeadKv<'a>,
+    /// Tokens at the begin of the window that nothing sees.
+    pub(crate) hidden: usize,
 }
 
 /// Attends to the window, of which the run's first token sees `visible` rows and each further token one more, and to all
@@ -157,7 +159,7 @@ pub(crate) fn attend(
     segments: &[usize],
 ) -> LocalAttention {
     let HeadQueries { group, head_dim, .. } = *queries;
-    let AtHand { lead, sink, window } = at_hand;
+    let AtHand { lead, sink, window, hidden } = at_hand;
     let rows = queries.window.len() / head_dim;
     let (lead_rows, sink_rows) = (lead.k.len() / head_dim, sink.k.len() / head_dim);
     let window_rows = visible + rows / group - 1;
@@ -185,6 +187,9 @@ pub(crate) fn attend(
         let mut shares = Vec::with_capacity(rows * segments.len());
         for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
             let (seen, future) = scores.split_at_mut(before + visible + row / group);
+            // A token sees itself in any case.
+            let hidden = hidden.min(seen.len() - before - 1);
+            seen[before..before + hidden].fill(f32::NEG_INFINITY);
             let (log_sum_exp, sum) = rule.weigh(lead_rows, seen);
             future.fill(0.0);
             let mut rest = &*seen;
@@ -301,14 +306,17 @@ mod tests {
             let (k, v) = (values(rows * d, 4), values(rows * d, 5));
             let sink_kv = HeadKv { k: &sink_k, v: &sink_v };
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
-            let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v } };
+            // Where another text's sink is at hand, the window's first token is hidden, but for itself.
+            let hidden = (sink > 0 && rule.normalisation == Normalisation::Plain) as usize;
+            let at_hand = AtHand { lead: NONE, sink: sink_kv, window: HeadKv { k: &k, v: &v }, hidden };
             // The sink in two segments where it can be cut, and the window's tokens that every query sees.
             let segments = [sink / 2, sink - sink / 2, visible - 1];
             let LocalAttention { out, lse, shares } = attend(&queries, at_hand, visible, rule, &segments);
             for row in 0..tokens * group {
                 let seen = (visible + row / group) * d;
-                let (want, want_lse) =
-                    defined(rule, &q[row * d..][..d], &[&sink_k, &k[..seen]].concat(), &[&sink_v, &v[..seen]].concat());
+                let from = hidden.min(visible + row / group - 1) * d;
+                let (keys, values) = ([&sink_k, &k[from..seen]].concat(), [&sink_v, &v[from..seen]].concat());
+                let (want, want_lse) = defined(rule, &q[row * d..][..d], &keys, &values);
                 assert!((lse[row] as f64 - want_lse).abs() < 1e-5);
                 if rule.normalisation == Normalisation::Plain {
                     let keys = [&sink_k[..], &k].concat();
@@ -316,7 +324,8 @@ mod tests {
                         let score: f64 = q[row * d..][..d].iter().zip(key).map(|(a, b)| *a as f64 * *b as f64).sum();
                         (score - want_lse).exp()
                     });
-                    let weights: Vec<f64> = weights.collect();
+                    let mut weights: Vec<f64> = weights.collect();
+                    weights[sink..][..from / d].fill(0.0);
                     let mut from = 0;
                     for (&tokens, share) in segments.iter().zip(&shares[row * 3..]) {
                         let want: f64 = weights[from..from + tokens].iter().sum();
@@ -344,9 +353,9 @@ mod tests {
             let queries = HeadQueries { window: &q, sink: &q, group, head_dim: d };
             let (lead, sink) = (HeadKv { k: &lead_k, v: &lead_v }, HeadKv { k: &sink_k, v: &sink_v });
             let window = HeadKv { k: &k, v: &v };
-            let found = attend(&queries, AtHand { lead, sink, window }, visible, rule, &[]);
+            let found = attend(&queries, AtHand { lead, sink, window, hidden: 0 }, visible, rule, &[]);
 
-            let mut want = attend(&queries, AtHand { lead: NONE, sink, window }, visible, rule, &[]);
+            let mut want = attend(&queries, AtHand { lead: NONE, sink, window, hidden: 0 }, visible, rule, &[]);
             let plain: Vec<_> = q.chunks(d).map(|q| defined(PLAIN, q, &lead_k, &lead_v)).collect();
             let is_landmark = |row: usize| {
                 normalisation == Normalisation::Hidden && (visible + row / group).is_multiple_of(rule.block_tokens)
@@ -372,7 +381,7 @@ mod tests {
         let part = |range: std::ops::Range<usize>| {
             let kv = HeadKv { k: &k[range.start * d..range.end * d], v: &v[range.start * d..range.end * d] };
             let queries = HeadQueries { window: &q, sink: &[], group: 1, head_dim: d };
-            attend(&queries, AtHand { lead: NONE, sink: NONE, window: kv }, range.len(), PLAIN, &[])
+            attend(&queries, AtHand { lead: NONE, sink: NONE, window: kv, hidden: 0 }, range.len(), PLAIN, &[])
         };
         let mut merged = part(0..13);
         let other = part(13..40);

@@ -395,6 +395,7 @@ impl BlockAttention {
             },
             normalisation: self.normalisation,
             placement: link.retrieval.placement,
+            without_first_tokens: self.has_the_sink(),
         })
     }
 
@@ -434,12 +435,19 @@ impl BlockAttention {
         let queries = HeadQueries { window: &queries, sink: &sink_queries, group, head_dim: d };
         let rule = local::Rule { normalisation: self.normalisation, block_tokens };
         let lead = self.lead.head(layer * shape.kv_heads as usize + kv_head);
-        local::attend(&queries, AtHand { lead, sink, window }, visible, rule, &self.segments)
+        // One sink is enough: that of another text is at hand.
+        let hidden = (run.start == 0 && self.has_the_sink()) as usize;
+        local::attend(&queries, AtHand { lead, sink, window, hidden }, visible, rule, &self.segments)
     }
 
     /// Tokens from the first position at hand to a query.
     fn distance(&self, run: &Run, token: usize) -> usize {
         self.position + token - run.start + self.overhang
+    }
+
+    /// Whether first tokens of other texts are left out: the sink is here, and no landmark stands for them.
+    fn has_the_sink(&self) -> bool {
+        self.has_sink() && self.normalisation == Normalisation::Plain
     }
 
     /// Whether the sink is another text than the window begins with.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::error::{not_finite, query_place};
 use super::local::LocalMemory;
 use super::lookup::Prepared;
-use super::plan::{AttendPlan, Need, Plan, Then, check_placement};
+use super::plan::{AttendPlan, Need, Plan, Then, check_attend};
 use super::work;
 use crate::api::{AttendRequest, Attended, LookupRequest, Result, check_together};
 use crate::cuda::PartialAttention;
@@ -72,7 +72,7 @@ impl LocalMemory {
     /// The plan of a request's lookup, if all of it is as it should be.
     fn attend_plan<'a>(&self, request: &'a AttendRequest, until: &'a Until) -> Result<Plan<'a>> {
         let plan = self.plan(&request.lookup, until)?;
-        check_placement(request).map(|()| plan)
+        check_attend(request).map(|()| plan)
     }
 
     pub(super) fn attend_blocks(&self, request: &AttendRequest, until: &Until) -> Result<Attended> {
@@ -148,7 +148,9 @@ impl LocalMemory {
         let of_slots = prepared.plan.rotations();
         let found = prepared.search(&of_slots, gpu)?;
         let plan = AttendPlan::new(&prepared.plan, request, of_slots, &found);
-        let of_gpu = gpu.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
+        // The kernels read all tokens of a block.
+        let attends = gpu.filter(|_| !plan.may_leave_out_first());
+        let of_gpu = attends.map(|gpu| gpu.attend(&self.store, &plan, &found)).transpose()?.flatten();
         let attention = CpuAttention { store: &self.store, plan: &plan, is_cold: AtomicBool::new(false) };
         let PartialAttention { out, lse } = of_gpu.map_or_else(|| attention.all(&found), Ok)?;
         if let Some(at) = out.iter().position(|number| !number.is_finite()) {
@@ -261,6 +263,9 @@ impl CpuAttention<'_> {
             uses.iter().for_each(|block_use| self.push_query(head, block_use, &mut queries));
             scores.resize(uses.len() * tokens, 0.0);
             stored.score(&mut queries, &mut scores, &mut wide);
+            if self.plan.leaves_out_first(block, tokens) {
+                scores.chunks_exact_mut(tokens).for_each(|scores| scores[0] = f32::NEG_INFINITY);
+            }
             for (block_use, scores) in uses.iter().zip(scores.chunks_exact_mut(tokens)) {
                 partial.weigh(block_use.row as usize, normalisation, scores);
             }

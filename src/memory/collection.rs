@@ -7,6 +7,7 @@ use crate::index::{self, KeyLayout, SearchEngine};
 use crate::shape::CollectionSpec;
 use crate::store::{CollectionEntry, Manifest};
 use crate::types::{Engine, KeyRule};
+use linalg::ChannelQuantizer;
 
 /// Some first blocks of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,23 +47,39 @@ impl Collection {
 
     /// The blocks of a document that can be looked up. A tail is final, and in the index, once its document is sealed.
     pub(super) fn eligible(&self, manifest: &Manifest) -> Extent {
-        let has_tail = manifest.sealed && self.spec.key_rule.covers_tails();
+        // A manifest on a disk may say anything.
+        let is_short = manifest.tail_tokens < self.spec.shape.block_tokens;
+        let has_tail = manifest.sealed && is_short && self.spec.key_rule.covers_tails();
         Extent { full: manifest.blocks, tail_tokens: if has_tail { manifest.tail_tokens } else { 0 } }
     }
 
-    /// What stands for a block of one layer and KV head with token keys `k (T, D)`: `(m, D)`, of a tail `(T, D)` at most.
-    pub(super) fn landmark_keys(&self, k: &[f32]) -> Vec<f32> {
+    /// What stands for block `index` of one layer and KV head with token keys `k (T, D)`: `(m, D)`, of a tail `(T, D)` at most.
+    pub(super) fn landmark_keys(&self, index: u32, k: &[f32]) -> Vec<f32> {
         let dim = self.layout.head_dim;
         match self.spec.key_rule {
-            KeyRule::Tokens => k.to_vec(),
+            KeyRule::Tokens => {
+                let mut keys = k.to_vec();
+                if index == 0 && k.len() > dim {
+                    keys.copy_within(dim..2 * dim, 0);
+                }
+                keys
+            }
             KeyRule::Landmark => k[k.len() - dim..].to_vec(),
             KeyRule::Mean => {
+                let k = if index == 0 && k.len() > dim { &k[dim..] } else { k };
                 let mut mean = vec![0.0; dim];
                 let share = dim as f32 / k.len() as f32;
                 k.chunks_exact(dim).for_each(|key| linalg::add_scaled(&mut mean, share, key));
                 mean
             }
         }
+    }
+
+    /// The quantizer of a document that begins with these token keys `(T, D)` of one layer and KV head. The first, which no key rule
+    /// keeps and which is often many times as large as all others, does not count.
+    pub(super) fn quantizer(&self, k: &[f32]) -> ChannelQuantizer {
+        let dim = self.layout.head_dim;
+        ChannelQuantizer::fit(if k.len() > dim { &k[dim..] } else { k }, dim)
     }
 
     /// Tokens of a document.

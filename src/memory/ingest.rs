@@ -298,7 +298,7 @@ fn first_quantizers(collection: &Collection, block: &NewBlock, i: usize) -> Resu
         return Ok(Arc::default());
     }
     let (k, dim) = (k_values(spec, block, i)?, collection.layout.head_dim);
-    Ok(k.chunks_exact(tokens * dim).map(|k| ChannelQuantizer::fit(k, dim)).collect())
+    Ok(k.chunks_exact(tokens * dim).map(|k| collection.quantizer(k)).collect())
 }
 
 /// One checked block as the store keeps it, by its document's quantizers. `i` is its place in the request.
@@ -324,7 +324,7 @@ pub(super) fn encode(
     for (piece, (k, v)) in k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)).enumerate() {
         layout.encode(k, v, &mut pieces);
         if is_full {
-            keys_layout.encode(&collection.landmark_keys(k), quantizers.get(piece), &mut keys);
+            keys_layout.encode(&collection.landmark_keys(block.index, k), quantizers.get(piece), &mut keys);
         }
     }
     let meta = BlockMeta {

@@ -58,6 +58,7 @@ pub(super) struct AttendPlan<'a> {
     /// By entry of the scope, where its document ends: the block behind the last one that may be chosen.
     document_ends: Vec<u32>,
     pub(super) normalisation: Normalisation,
+    without_first_tokens: bool,
     /// G
     pub(super) group: usize,
     /// D
@@ -244,6 +245,7 @@ impl<'a> AttendPlan<'a> {
             placement: request.placement,
             document_ends: document_ends(&lookup.request.scope),
             normalisation: request.normalisation,
+            without_first_tokens: request.without_first_tokens,
             group: shape.group(),
             dim: shape.head_dim as usize,
         };
@@ -280,6 +282,17 @@ impl<'a> AttendPlan<'a> {
         if is_tail { Normalisation::Plain } else { self.normalisation }
     }
 
+    /// Whether a block of so many tokens is read without its first one.
+    pub(super) fn leaves_out_first(&self, block: BlockId, tokens: usize) -> bool {
+        self.without_first_tokens && block.index == 0 && tokens > 1
+    }
+
+    /// Whether any block that may be chosen is.
+    pub(super) fn may_leave_out_first(&self) -> bool {
+        let begins = |range: &BlockRange| range.blocks.start == 0 && !range.blocks.is_empty();
+        self.without_first_tokens && self.lookup.request.scope.iter().any(begins)
+    }
+
     /// Those of all query tokens and heads; query heads that choose together are taken once.
     fn all_reaches<'p>(&'p self, found: &'p Found) -> impl Iterator<Item = i64> + 'p {
         let (request, shape) = (self.lookup.request, &self.lookup.collection.spec.shape);
@@ -305,8 +318,12 @@ fn document_ends(scope: &[BlockRange]) -> Vec<u32> {
 /// Checks what a request to attend says besides its lookup.
 ///
 /// # Errors
-/// `Invalid` for a place that no block can have.
-pub(super) fn check_placement(request: &AttendRequest) -> Result<()> {
+/// `Invalid` for a place that no block can have, and for first tokens left out beside landmarks, which would stand for them.
+pub(super) fn check_attend(request: &AttendRequest) -> Result<()> {
+    if request.without_first_tokens && request.normalisation != Normalisation::Plain {
+        let expected = format!("false with normalisation {}", request.normalisation);
+        return Err(invalid("without_first_tokens", expected, true));
+    }
     match request.placement {
         Placement::Original { within_tokens: 0 } => Err(invalid("original_within_tokens", "at least 1", 0)),
         Placement::Original { .. } | Placement::Slots => Ok(()),

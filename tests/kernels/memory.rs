@@ -113,7 +113,12 @@ impl World {
             block_score: BlockScore::LogSumExp,
             granularity: Granularity::TokenHead,
         };
-        AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
+        AttendRequest {
+            lookup,
+            normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
+            without_first_tokens: false,
+        }
     }
 
     fn engine(&self, engine: Engine) {

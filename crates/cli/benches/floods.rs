@@ -199,7 +199,12 @@ fn lookup(rng: &mut ChaCha8Rng, flooded: &Flooded<'_>, tokens: u32, times: usize
 }
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
+    AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    }
 }
 
 impl Flooded<'_> {

@@ -151,6 +151,7 @@ fn requests() -> Vec<Vec<u8>> {
             Normalisation::Hidden => Placement::Original { within_tokens: 9 },
             _ => Placement::Slots,
         },
+        without_first_tokens: normalisation == Normalisation::Plain,
     };
     let more = |document, blocks, expected_tokens| AppendRequest { document, blocks, expected_tokens };
     let mut spec = targets::spec("new", KeyRule::Mean, DType::BF16);

@@ -183,7 +183,7 @@ fn questions_that_cannot_be_asked_are_refused_and_those_that_do_not_fit_are_said
         serde_json::json!([{ "documents": [document], "question": question, "answers": [answer] }]).to_string()
     };
     for (file, exit, expected) in [
-        ("no JSON", 2, "expected value at line 1"),
+        ("words", 2, "expected value at line 1"),
         ("[]", 2, "expected at least one question, found none"),
         ("[{\"documents\": [\"short.txt\"], \"question\": \"Who?\"}]", 2, "missing field `answers`"),
         (

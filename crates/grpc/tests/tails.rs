@@ -155,9 +155,11 @@ fn with_everything_retrieved_attention_over_sealed_documents_is_full_attention()
         tokens.clone().map(move |token| (token, first - (token - tokens.start) as i64)).collect::<Vec<_>>()
     };
     let places = [(a, at(51, 0..5)), (b, at(43, 0..8)), (b, at(35, 8..13)), (c, at(27, 0..3)), (d, at(11, 0..11))];
+    // One sink is enough: the first tokens of the other documents are left out.
     let seen: Vec<Seen> = places
         .iter()
         .flat_map(|(text, places)| places.iter().map(move |&(token, before)| (*text, token, before)))
+        .filter(|&(text, token, _)| token > 0 || std::ptr::eq(text, a))
         .collect();
     let (outs, reads) = read_one(&memory, &documents, 9);
     let want = [attention(0, &seen), attention(1, &seen)];

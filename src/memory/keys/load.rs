@@ -129,14 +129,14 @@ impl Loader<'_> {
         let k = pieces.clone().map(read).collect::<Result<Vec<Vec<f32>>>>()?;
         let of_spec = KeysLayout::of(spec);
         let quantizers = match block.index == 0 && of_spec.has_quantizers() {
-            true => k.iter().map(|k| ChannelQuantizer::fit(k, dim)).collect(),
+            true => k.iter().map(|k| self.collection.quantizer(k)).collect(),
             false => quantizers,
         };
         let layout = layout.of_tail(tokens);
         let of_tail = KeysLayout { keys: layout.keys_per_block, pieces: k.len(), ..of_spec };
         let mut encoded = Vec::with_capacity(of_tail.bytes(!quantizers.is_empty()));
         for (piece, k) in k.iter().enumerate() {
-            of_tail.encode(&self.collection.landmark_keys(k), quantizers.get(piece), &mut encoded);
+            of_tail.encode(&self.collection.landmark_keys(block.index, k), quantizers.get(piece), &mut encoded);
         }
         let mut chunk = Chunk::with_quantizers(layout, quantizers, 1);
         let decoded = of_tail.decode(chunk.has_quantizers(), &encoded).map_err(data_loss(block))?;

@@ -24,10 +24,13 @@ fn reference(
         let stored = fetch(&world.memory, id.document, vec![id.index]).remove(0);
         let (k, v) = (stored.k.to_f32().unwrap(), stored.v.to_f32().unwrap());
         let (layer, kv_head) = (lookup.layer as usize, head / shape.group());
-        let scores: Vec<f64> = head_rows(&k, shape, layer, kv_head)
+        let mut scores: Vec<f64> = head_rows(&k, shape, layer, kv_head)
             .iter()
             .map(|key| dot(&q, &at_position(shape.rope_of(lookup.layer), key, -reach)) * shape.softmax_scale as f64)
             .collect();
+        if request.without_first_tokens && id.index == 0 && scores.len() > 1 {
+            scores[0] = f64::NEG_INFINITY;
+        }
         let values = head_rows(&v, shape, layer, kv_head).into_iter().map(<[f32]>::to_vec);
         // A tail has no landmark, whatever the others have.
         let is_tail = scores.len() < block_tokens as usize;
@@ -122,7 +125,10 @@ fn attention_equals_double_precision_for_every_choice() {
                 for (distances, top_k) in [(vec![2], 3), (vec![0, 1, 2, 3, 30], 3), (vec![1, 9], 20)] {
                     for scope in [vec![range(a, 0..7)], vec![range(b, 1..4), range(a, 3..5)]] {
                         let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope) };
-                        check(&world, &AttendRequest { lookup, normalisation, placement: Placement::Slots });
+                        for without_first_tokens in [false, normalisation == Normalisation::Plain] {
+                            let (lookup, placement) = (lookup.clone(), Placement::Slots);
+                            check(&world, &AttendRequest { lookup, normalisation, placement, without_first_tokens });
+                        }
                     }
                 }
             }
@@ -154,7 +160,12 @@ fn attention_at_original_distances_equals_double_precision_on_random_shapes() {
             let granularity = GRANULARITIES[case % 5];
             let lookup = LookupRequest { granularity, top_k, ..world.request(&distances, scope) };
             let normalisation = [Normalisation::Plain, Normalisation::Grouped, Normalisation::Hidden][case % 3];
-            let request = AttendRequest { lookup, normalisation, placement: Placement::Original { within_tokens } };
+            let request = AttendRequest {
+                lookup,
+                normalisation,
+                placement: Placement::Original { within_tokens },
+                without_first_tokens: false,
+            };
             check(&world, &request);
             let out = |placement| world.memory.attend(&AttendRequest { placement, ..request.clone() }).unwrap().out;
             farther_than_slots += (out(Placement::Slots) != out(request.placement)) as u32;
@@ -169,7 +180,7 @@ fn a_placement_where_nothing_may_stand_is_refused() {
     let document = world.document("a", 3);
     let lookup = world.request(&[0], vec![range(document, 0..3)]);
     let placement = Placement::Original { within_tokens: 0 };
-    let nowhere = AttendRequest { lookup, normalisation: Normalisation::Plain, placement };
+    let nowhere = AttendRequest { lookup, normalisation: Normalisation::Plain, placement, without_first_tokens: false };
     let within = |within_tokens| AttendRequest { placement: Placement::Original { within_tokens }, ..nowhere.clone() };
     let requests = [within(1), nowhere.clone(), within(u32::MAX)];
     for outcomes in [world.memory.attend_all(&requests), requests.iter().map(|one| world.memory.attend(one)).collect()]
@@ -193,7 +204,10 @@ fn layers_without_rotation_are_attended_to_where_nothing_has_a_place() {
     for layer in [1, 0, 1, 0] {
         for placement in [Placement::Slots, Placement::Original { within_tokens: 60 }] {
             let lookup = LookupRequest { layer, ..lookup.clone() };
-            check(&world, &AttendRequest { lookup, normalisation: Normalisation::Plain, placement });
+            check(
+                &world,
+                &AttendRequest { lookup, normalisation: Normalisation::Plain, placement, without_first_tokens: false },
+            );
         }
     }
 }
@@ -203,7 +217,12 @@ fn with_all_blocks_retrieved_it_is_full_attention_at_true_positions() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 6);
     let lookup = LookupRequest { top_k: 9, ..world.request(&[0, 4], vec![range(document, 0..6)]) };
-    let request = AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots };
+    let request = AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    };
     let attended = world.memory.attend(&request).unwrap();
     for row in 0..8 {
         let distance = |index| (6 - index as i64) * 5 + request.lookup.distances[row / 4] as i64;
@@ -228,7 +247,12 @@ fn many_tokens_over_many_blocks_agree_too() {
         for granularity in [Granularity::KvGroup, Granularity::Shared] {
             let lookup = world.request(&distances, vec![range(document, 0..60)]);
             let lookup = LookupRequest { granularity, top_k: 8, ..lookup };
-            let request = AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots };
+            let request = AttendRequest {
+                lookup,
+                normalisation: Normalisation::Plain,
+                placement: Placement::Slots,
+                without_first_tokens: false,
+            };
             check(&world, &request);
             check(&world, &AttendRequest { placement: Placement::Original { within_tokens: 250 }, ..request });
         }
@@ -242,7 +266,12 @@ fn requests_asked_together_are_answered_as_if_alone() {
     let mut request = |tokens: u32, layer: u32, end: u32| {
         let distances: Vec<u32> = (0..tokens).collect();
         let lookup = LookupRequest { layer, ..world.request(&distances, vec![range(document, 0..end)]) };
-        AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
+        AttendRequest {
+            lookup,
+            normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
+            without_first_tokens: false,
+        }
     };
     let refused = request(1, 9, 66);
     let small = [request(1, 0, 66), refused.clone(), request(3, 1, 66), request(1, 1, 0)];
@@ -264,7 +293,12 @@ fn attention_is_the_same_from_a_cold_disk() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 40);
     let lookup = world.request(&[0, 1], vec![range(document, 0..40)]);
-    let request = AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots };
+    let request = AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    };
     let warm = world.memory.attend(&request).unwrap();
     for segment in std::fs::read_dir(world.dir.path().join("segments")).unwrap() {
         let file = std::fs::File::open(segment.unwrap().path()).unwrap();
@@ -280,7 +314,12 @@ fn nothing_eligible_gives_zeros_and_no_mass() {
     let lookup = world.request(&[0, 1], vec![range(document, 0..0)]);
     let attended = world
         .memory
-        .attend(&AttendRequest { lookup, normalisation: Normalisation::Grouped, placement: Placement::Slots })
+        .attend(&AttendRequest {
+            lookup,
+            normalisation: Normalisation::Grouped,
+            placement: Placement::Slots,
+            without_first_tokens: false,
+        })
         .unwrap();
     assert_eq!(attended.out, vec![0.0; 2 * 4 * 8]);
     assert_eq!(attended.lse, vec![f32::NEG_INFINITY; 2 * 4]);

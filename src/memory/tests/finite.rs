@@ -39,8 +39,12 @@ fn queries_whose_scores_would_overflow_are_refused_by_token_and_head() {
         let mut request = world.request(&[0, 1, 2], vec![range(document, 0..9)]);
         // Token 2, head 1 of (3, 4, 8).
         request.queries[(2 * 4 + 1) * 8 + 7] = bad;
-        let attend =
-            AttendRequest { lookup: request.clone(), normalisation: Normalisation::Plain, placement: Placement::Slots };
+        let attend = AttendRequest {
+            lookup: request.clone(),
+            normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
+            without_first_tokens: false,
+        };
         for refused in [
             world.memory.lookup(&request).unwrap_err(),
             world.memory.attend(&attend).unwrap_err(),
@@ -98,8 +102,12 @@ fn the_largest_numbers_that_enter_give_finite_answers() {
                     let mut lookup = world.request(&[0, 9], vec![range(document, 0..12)]);
                     lookup.granularity = granularity;
                     (0..lookup.queries.len()).for_each(|i| lookup.queries[i] = sign(i) * limits::NUMBER_MAX);
-                    let attended =
-                        world.memory.attend(&AttendRequest { lookup, normalisation, placement: Placement::Slots });
+                    let attended = world.memory.attend(&AttendRequest {
+                        lookup,
+                        normalisation,
+                        placement: Placement::Slots,
+                        without_first_tokens: false,
+                    });
                     let attended = attended.unwrap_or_else(|error| panic!("{specified}: {error}"));
                     let mut all = attended.out.iter().chain(&attended.lse).chain(&attended.hits.scores);
                     assert!(all.all(|number| number.is_finite()), "{specified}: {attended:?}");

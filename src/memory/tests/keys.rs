@@ -32,7 +32,12 @@ impl World {
 }
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
+    AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    }
 }
 
 /// Sums are taken chunk by chunk, and what appends left is cut otherwise than what was loaded.

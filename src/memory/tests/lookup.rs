@@ -21,7 +21,7 @@ fn shares(world: &World, request: &LookupRequest, token: usize, head: usize) -> 
                 at_position(shape.rope_of(request.layer), q, slots * block_tokens + request.distances[token] as i64);
             let k = stored.k.to_f32().unwrap();
             let rows = head_rows(&k, shape, request.layer as usize, head / shape.group());
-            let keys: Vec<f64> = keys_of(world.spec.key_rule, &rows)
+            let keys: Vec<f64> = keys_of(world.spec.key_rule, stored.id.index, &rows)
                 .iter()
                 .map(|key| at_position(shape.rope_of(request.layer), key, slot * block_tokens))
                 .map(|key| dot(&q, &key) * shape.softmax_scale as f64)
@@ -38,11 +38,15 @@ fn shares(world: &World, request: &LookupRequest, token: usize, head: usize) -> 
 }
 
 /// What stands for a block of these token keys.
-fn keys_of(rule: KeyRule, rows: &[&[f32]]) -> Vec<Vec<f32>> {
+fn keys_of(rule: KeyRule, index: u32, rows: &[&[f32]]) -> Vec<Vec<f32>> {
+    // Of a document's first token there is no key, where there is another.
+    let first = (index == 0 && rows.len() > 1) as usize;
     match rule {
+        KeyRule::Tokens if first > 0 => rows[1..2].iter().chain(&rows[1..]).map(|row| row.to_vec()).collect(),
         KeyRule::Tokens => rows.iter().map(|row| row.to_vec()).collect(),
         KeyRule::Landmark => vec![rows[rows.len() - 1].to_vec()],
         KeyRule::Mean => {
+            let rows = &rows[first..];
             let mean = |d: usize| rows.iter().map(|row| row[d]).sum::<f32>() / rows.len() as f32;
             vec![(0..rows[0].len()).map(mean).collect()]
         }
@@ -212,7 +216,12 @@ fn the_engine_cuda_keeps_no_collection_out_of_reach() {
     let mut world = World::new(spec("c"));
     let document = world.document("a", 30);
     let lookup = world.request(&[0, 9], vec![range(document, 0..30)]);
-    let request = AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots };
+    let request = AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    };
     let flat = world.memory.attend(&request).unwrap();
     let here = world.memory.set_engine(world.collection, Engine::Cuda);
     if let Err(error) = &here {

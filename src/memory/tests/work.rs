@@ -10,7 +10,12 @@ const GRANULARITIES: [Granularity; 5] =
     [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
 
 fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest { lookup, normalisation: Normalisation::Plain, placement: Placement::Slots }
+    AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    }
 }
 
 /// Forever, but for a caller that may hang up.

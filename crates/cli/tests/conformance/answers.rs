@@ -51,7 +51,7 @@ impl World {
 
     pub(crate) fn attend_question(&self, seed: u64, scope: Vec<v1::BlockRange>) -> v1::AttendRequest {
         let lookup = Some(self.question(seed, &[0, 3], scope));
-        v1::AttendRequest { lookup, normalisation: Normalisation::Plain.into(), original_within_tokens: None }
+        v1::AttendRequest { lookup, normalisation: Normalisation::Plain.into(), ..Default::default() }
     }
 }
 
@@ -103,8 +103,12 @@ fn every_normalisation_follows_the_definition(suite: &Suite) {
                     lookup.set_granularity(granularity);
                     for original_within_tokens in [None, Some(4 * model.block_tokens as u32), Some(1 << 20)] {
                         let (lookup, normalisation) = (Some(lookup.clone()), normalisation.into());
-                        let request = v1::AttendRequest { lookup, normalisation, original_within_tokens };
-                        world.judge_attend(&request, &sent);
+                        let mut request = v1::AttendRequest { lookup, normalisation, ..Default::default() };
+                        request.original_within_tokens = original_within_tokens;
+                        for without_first_tokens in [false, request.normalisation() == Normalisation::Plain] {
+                            request.without_first_tokens = without_first_tokens;
+                            world.judge_attend(&request, &sent);
+                        }
                     }
                 }
             }
@@ -146,7 +150,7 @@ fn the_tail_of_a_sealed_document_is_a_shorter_block(suite: &Suite) {
             for (normalisation, block_score) in
                 NORMALISATIONS.into_iter().zip([BlockScore::LogSumExp, BlockScore::Max, BlockScore::LogSumExp])
             {
-                for scope in [scope.clone(), scope[..2].to_vec(), vec![scope[3].clone()]] {
+                for scope in [scope.clone(), scope[..2].to_vec(), vec![scope[3]]] {
                     seed += 1;
                     let mut lookup = world.question(seed, &[0, 5], scope);
                     lookup.top_k = [1, 4, 30][seed as usize % 3];
@@ -155,8 +159,12 @@ fn the_tail_of_a_sealed_document_is_a_shorter_block(suite: &Suite) {
                     world.judge_lookup(&lookup, &sent);
                     for original_within_tokens in [None, Some(1 << 20)] {
                         let (lookup, normalisation) = (Some(lookup.clone()), normalisation.into());
-                        let request = v1::AttendRequest { lookup, normalisation, original_within_tokens };
-                        world.judge_attend(&request, &sent);
+                        let mut request = v1::AttendRequest { lookup, normalisation, ..Default::default() };
+                        request.original_within_tokens = original_within_tokens;
+                        for without_first_tokens in [false, request.normalisation() == Normalisation::Plain] {
+                            request.without_first_tokens = without_first_tokens;
+                            world.judge_attend(&request, &sent);
+                        }
                     }
                 }
             }

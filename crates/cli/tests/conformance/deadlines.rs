@@ -22,7 +22,7 @@ fn a_deadline_is_kept_and_work_behind_it_goes_on(suite: &Suite) {
     let mut large = world.question(1, &vec![0; 4096], vec![range(document, 0, 1000)]);
     large.top_k = 50;
     let normalisation = v1::Normalisation::Plain.into();
-    let large = v1::AttendRequest { lookup: Some(large), normalisation, original_within_tokens: None };
+    let large = v1::AttendRequest { lookup: Some(large), normalisation, ..Default::default() };
     let small = any_question(&world, document, 3);
     let requests: Vec<_> = (0..12)
         .map(|id| {

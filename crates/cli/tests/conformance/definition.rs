@@ -144,16 +144,23 @@ impl<'a> Definition<'a> {
         data[(self.layer * model.kv_heads + kv_head) * size..][..size].chunks_exact(model.head_dim).collect()
     }
 
-    /// The keys that stand for a block: (m, D).
-    fn landmark_keys(&self, block: &Block, head: usize) -> Vec<Vec<f64>> {
-        let rows = self.piece(&block.k, head);
+    /// The keys that stand for a block: (m, D). Of a document's first token there is none, where it has others.
+    fn landmark_keys(&self, position: usize, head: usize) -> Vec<Vec<f64>> {
+        let mut rows = self.piece(&self.blocks[position].k, head);
+        let has_first = self.eligible[position].1 == 0 && rows.len() > 1;
         match self.model.rule {
             KeyRule::Landmark => vec![rows[rows.len() - 1].to_vec()],
             KeyRule::Mean => {
+                let rows = &rows[has_first as usize..];
                 let sum = |d: usize| rows.iter().map(|row| row[d]).sum::<f64>() / rows.len() as f64;
                 vec![(0..self.model.head_dim).map(sum).collect()]
             }
-            _ => rows.into_iter().map(<[f64]>::to_vec).collect(),
+            _ => {
+                if has_first {
+                    rows[0] = rows[1];
+                }
+                rows.into_iter().map(<[f64]>::to_vec).collect()
+            }
         }
     }
 
@@ -162,7 +169,7 @@ impl<'a> Definition<'a> {
         let score = |position: usize| {
             let before = if self.is_recent(position) { self.eligible.len() - position } else { self.slots };
             let query = self.rotated_query(token, head, before);
-            let keys = self.landmark_keys(self.blocks[position], head);
+            let keys = self.landmark_keys(position, head);
             let scores: Vec<f64> = keys.iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
             match self.score {
                 BlockScore::Max => scores.iter().copied().fold(f64::NEG_INFINITY, f64::max),
@@ -228,8 +235,11 @@ impl<'a> Definition<'a> {
             let before = self.blocks_before(token, row, rank, request.original_within_tokens);
             let query = self.rotated_query(token, head, before);
             let block = self.blocks[position];
-            let scores: Vec<f64> =
+            let mut scores: Vec<f64> =
                 self.piece(&block.k, head).iter().map(|key| dot(&query, key) * self.model.scale as f64).collect();
+            if request.without_first_tokens && self.eligible[position].1 == 0 && scores.len() > 1 {
+                scores[0] = f64::NEG_INFINITY;
+            }
             let values = self.piece(&block.v, head);
             let inner = scores.len() - 1;
             // A tail has no landmark: its tokens compete themselves.

@@ -310,6 +310,7 @@ mod tests {
             },
             normalisation: Normalisation::Plain,
             placement: Placement::Slots,
+            without_first_tokens: false,
         };
         const LEN_MAX: usize = BATCH_QUERIES_BYTES_MAX / 4;
         let requests = |sizes: &[usize]| sizes.iter().map(|&len| request(len)).collect::<Vec<_>>();

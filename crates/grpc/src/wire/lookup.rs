@@ -49,6 +49,7 @@ impl From<&AttendRequest> for v1::AttendRequest {
                 Placement::Original { within_tokens } => Some(within_tokens),
                 _ => None,
             },
+            without_first_tokens: request.without_first_tokens,
         }
     }
 }
@@ -64,6 +65,7 @@ impl TryFrom<v1::AttendRequest> for AttendRequest {
                 Some(within_tokens) => Placement::Original { within_tokens },
                 None => Placement::Slots,
             },
+            without_first_tokens: wire.without_first_tokens,
         })
     }
 }

@@ -44,7 +44,12 @@ fn heavy() -> LookupRequest {
 }
 
 fn attend_heavily() -> AttendRequest {
-    AttendRequest { lookup: heavy(), normalisation: Normalisation::Plain, placement: Placement::Slots }
+    AttendRequest {
+        lookup: heavy(),
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    }
 }
 
 /// Bytes of the address space that this process has.

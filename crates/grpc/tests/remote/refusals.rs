@@ -40,8 +40,12 @@ fn both_transports_refuse_the_same_requests_with_the_same_error() {
     let attend = |change: &dyn Fn(&mut LookupRequest)| -> [Ask; 3] {
         let mut lookup = good.clone();
         change(&mut lookup);
-        let request =
-            AttendRequest { lookup: lookup.clone(), normalisation: Normalisation::Plain, placement: Placement::Slots };
+        let request = AttendRequest {
+            lookup: lookup.clone(),
+            normalisation: Normalisation::Plain,
+            placement: Placement::Slots,
+            without_first_tokens: false,
+        };
         let all = vec![request.clone()];
         [
             Box::new(move |memory| memory.lookup(&lookup).err()),
@@ -93,6 +97,7 @@ fn both_transports_refuse_the_same_requests_with_the_same_error() {
         lookup: LookupRequest { scope: Vec::new(), ..good.clone() },
         normalisation: Normalisation::Plain,
         placement: Placement::Slots,
+        without_first_tokens: false,
     };
     let nowhere = AttendRequest { placement: Placement::Original { within_tokens: 0 }, ..nothing.clone() };
     asks.push(Box::new(move |memory| memory.attend(&nowhere).err()));

@@ -59,6 +59,7 @@ pub(crate) fn attend(tokens: u32) -> AttendRequest {
         lookup: lookup(tokens, Granularity::TokenHead),
         normalisation: Normalisation::Grouped,
         placement: Placement::Original { within_tokens: 19 },
+        without_first_tokens: false,
     }
 }
 

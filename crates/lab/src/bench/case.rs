@@ -162,6 +162,17 @@ impl Case {
             keys: keys.collect(),
             asked: (0..ASKED.div_ceil(query_tokens).max(LAYERS)).map(asked).collect(),
         }
+        .stored()
+    }
+
+    /// With the keys that a memory keeps: see [`KeyRule::Tokens`] for the document's first.
+    fn stored(mut self) -> Self {
+        if self.key_rule == KeyRule::Tokens {
+            let (dim, per_head) = (self.shape.head_dim as usize, self.blocks * self.keys_per_block());
+            let heads = self.keys.iter_mut().flat_map(|keys| keys.chunks_exact_mut(per_head * dim));
+            heads.for_each(|keys| keys.copy_within(dim..2 * dim, 0));
+        }
+        self
     }
 
     /// What a [`Capture`] holds. Queries of consecutive tokens go together.
@@ -207,7 +218,8 @@ impl Case {
             keys: keys.collect(),
             asked: asked.collect(),
             shape,
-        })
+        }
+        .stored())
     }
 
     /// m

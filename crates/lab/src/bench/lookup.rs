@@ -285,6 +285,7 @@ impl Bench<'_> {
             lookup: self.case.request(document, index, self.asking),
             normalisation: Normalisation::Plain,
             placement: Placement::Slots,
+            without_first_tokens: false,
         };
         let attend = |index| Ok(memory.attend(&attended(index)).map(drop)?);
         let layers = self.settings.together.unwrap_or(0) as usize;
