@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use landmarkdb::{BlockMemory, BlockRange, CollectionInfo, DocumentInfo, Window, limits};
 use landmarkdb_llm::{
-    self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, LoadedModel, Question, ReadFrom,
+    self as model, Answer, Asked, Citation, Finish, Frame, GenerateOptions, Lift, LoadedModel, Question, ReadFrom,
     RememberError,
 };
 
@@ -111,6 +111,11 @@ pub(super) struct Answered {
     finish: &'static str,
     /// Documents that are open: their encoding was interrupted, or goes on, or they are left to grow.
     incomplete: Vec<Incomplete>,
+    /// How much likelier the documents made the answer, in nats: of its tokens' `ln p` with them, less that without, the mean of the
+    /// three largest. Null where there is no answer, and where question and answer are longer than the model's context.
+    lift: Option<f32>,
+    /// Whether the answer seems to come from the documents, by its lift.
+    from_documents: Option<bool>,
     /// From the question to the first piece of the answer, with the model loaded.
     pub(super) first_token_s: f64,
     total_s: f64,
@@ -217,7 +222,9 @@ fn answer(args: &Args, context: &Context, last: Option<Conversation>) -> Result<
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece));
     let answer = answer.map_err(|error| named(error.into(), memory.as_ref()))?;
     context.output.stream_end();
-    let answered = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, args.show);
+    // The answer is there to be read by now.
+    let lift = model::lift(&model, &ids, &answer.generated)?;
+    let answered = Answered::new(&args.question, &answer, lift, memory.as_ref(), &collection, &documents, args.show);
     let answered = answered.map_err(|error| named(error, memory.as_ref()))?;
     let (hints, earlier_questions) = (context.hints.clone(), conversation.turns.len());
     let answered = Answered { hints, earlier_questions, ..answered };
@@ -290,6 +297,7 @@ impl Answered {
     pub(super) fn new(
         question: &str,
         answer: &Answer,
+        lift: Option<Lift>,
         memory: &dyn BlockMemory,
         collection: &CollectionInfo,
         documents: &[DocumentInfo],
@@ -317,6 +325,8 @@ impl Answered {
                     tokens: document.tokens,
                 })
                 .collect(),
+            lift: lift.as_ref().map(Lift::peak),
+            from_documents: lift.as_ref().map(Lift::is_from_documents),
             first_token_s: answer.first_token.as_secs_f64(),
             total_s: answer.total.as_secs_f64(),
             own_share: (1.0 - read).max(0.0),
@@ -371,6 +381,14 @@ impl Report for Answered {
             writeln!(to, "no answer: {}", self.why_empty())?;
         } else if self.finish == MAX_TOKENS {
             writeln!(to, "the answer is cut after {} tokens: --max-tokens gives it more room", self.answer_tokens)?;
+        }
+        if self.from_documents == Some(false) {
+            let before = if self.earlier_questions > 0 { ", after what was said before," } else { "" };
+            writeln!(
+                to,
+                "the answer does not seem to come from the documents: without them{before} the model finds its words \
+                 about as likely"
+            )?;
         }
         writeln!(to)?;
         let (retrieved, at_hand): (Vec<_>, Vec<_>) = self.blocks.iter().partition(|block| block.is_retrieved());

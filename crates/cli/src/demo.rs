@@ -151,7 +151,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<(), CliError> {
     context.output.stream("answer   ");
     let answer = model::ask(&model, &memory, &collection, &question, &mut |piece| context.output.stream(piece))?;
     context.output.stream_end();
-    let answer = Answered::new(&args.question, &answer, memory.as_ref(), &collection, &documents, 6)?;
+    let lift = model::lift(&model, &ids, &answer.generated)?;
+    let answer = Answered::new(&args.question, &answer, lift, memory.as_ref(), &collection, &documents, 6)?;
     context.output.print(&Demo {
         model: model.name.clone(),
         model_context_tokens: model.config().context_tokens as u64,

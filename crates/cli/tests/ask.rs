@@ -191,6 +191,27 @@ fn a_question_is_answered_and_the_answer_says_how_it_ended() {
     assert!(stopped["answer"].as_str().unwrap().trim_end().ends_with("Ines"), "{stopped}");
 }
 
+/// What the model knew by itself was answered above a list of blocks of a ship's log, as if it stood there.
+#[test]
+fn an_answer_that_is_not_from_the_documents_says_so() {
+    let Some(sandbox) = sandbox() else { return };
+    sandbox.write_file("albatross.txt", ALBATROSS);
+    sandbox.run(&["encode", "albatross.txt", "--data", "d"]).exits(0);
+    let line = "the answer does not seem to come from the documents";
+    for (flag, question, from_documents) in [
+        ("--quiet", "Who is the captain of the Albatross?", true),
+        ("--quiet", "What is the capital of France?", false),
+        ("--raw", "The captain of the Albatross is", true),
+    ] {
+        let typed = ["ask", question, flag, "--doc", "albatross", "--data", "d", "--max-tokens", "32"];
+        let json = sandbox.run(&[&typed[..], &["--json"]].concat()).exits(0).json();
+        assert_eq!(json["from_documents"], from_documents, "{question}: {json}");
+        assert!(json["lift"].is_f64(), "{json}");
+        let said = sandbox.run(&typed).exits(0).stdout;
+        assert_eq!(said.contains(line), !from_documents, "{question}: {said}");
+    }
+}
+
 /// How many newlines a file ends in is nothing that anybody sees.
 #[test]
 fn the_last_newlines_of_a_text_do_not_decide_the_answer() {
@@ -262,7 +283,17 @@ fn a_model_without_a_template_is_asked_too() {
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
     let follow_up = ["ask", "--continue", "And Elizabeth?", "--max-tokens", "4", "--json"];
-    assert_eq!(sandbox.run(&follow_up).exits(0).json()["earlier_questions"], 1);
+    let follow_up = sandbox.run(&follow_up).exits(0).json();
+    assert_eq!(follow_up["earlier_questions"], 1);
+    assert!(follow_up["lift"].is_f64() && follow_up["from_documents"].is_boolean(), "{follow_up}");
+
+    // A question that the model could not read without a memory: nobody can say what it would have answered.
+    let long = BOOK[2_000..5_000].trim();
+    let typed = ["ask", long, "--raw", "--doc", "novel", "--data", "d", "--model", austen, "--max-tokens", "4"];
+    let json = sandbox.run(&[&typed[..], &["--json"]].concat()).exits(0).json();
+    assert!(json["lift"].is_null() && json["from_documents"].is_null(), "{json}");
+    let said = sandbox.run(&typed).exits(0).stdout;
+    assert!(!said.contains("seem to come from the documents"), "{said}");
 }
 
 /// The block with the answer stood in the window, and the blocks that the answer named were others.

@@ -1,6 +1,9 @@
 //! Prefill in chunks, then one token at a time, with the text handed on as it becomes certain.
 
+use std::ops::Range;
+
 use super::LoadedModel;
+use super::config::ModelConfig;
 use super::error::{ForwardError, GenerateError};
 use super::llama::{Llama, Logits};
 use super::sample::{Sampler, Sampling};
@@ -37,11 +40,15 @@ pub enum Finish {
 }
 
 /// What was generated.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generated {
     /// The tokens chosen, without the one that ended the text. The sequence's attention holds the prompt and these,
     /// except perhaps the last.
     pub ids: Vec<u32>,
+    /// `ln p` of each of `ids`, as the model gave it: at temperature 1, before penalties and filters.
+    pub log_probs: Vec<f32>,
+    /// Which of `ids` `text` is made of: not those of white space before it, nor of a stop text.
+    pub text_ids: Range<usize>,
     /// The answer, without white space before it, up to a stop text.
     pub text: String,
     /// Why no token follows.
@@ -95,11 +102,20 @@ fn read(
     if !closing.is_empty() {
         model.llama.forward(closing, attention, Logits::None)?;
     }
+    forbid_landmark(config, &mut logits);
+    Ok(logits)
+}
+
+/// Takes the landmark out of `logits (vocab)`: its place is given, so the model is never asked for it.
+pub(super) fn forbid_landmark(config: &ModelConfig, logits: &mut [f32]) {
     if let Some(landmark) = config.landmark {
-        // Its place is given, so the model is never asked for it.
         logits[landmark.id as usize] = f32::NEG_INFINITY;
     }
-    Ok(logits)
+}
+
+/// `ln p` of a token by its `logits (vocab)`.
+pub(super) fn log_prob(logits: &[f32], id: u32) -> f32 {
+    logits[id as usize] - linalg::log_sum_exp(logits)
 }
 
 /// Continues a sequence: `prompt` follows what `attention` already holds, then tokens are generated. `on_text` gets
@@ -119,23 +135,33 @@ pub fn generate(
     let mut logits = read(model, attention, prompt, options.chunk_tokens)?;
     let mut stream = TextStream::default();
     let mut answer = Answer::new(&options.stop);
-    let mut ids = Vec::new();
+    let (mut ids, mut log_probs) = (Vec::new(), Vec::new());
+    // Bytes of the text before each token, and the first token of it.
+    let (mut starts, mut first) = (Vec::new(), 0);
+    // Logits that the choice may change.
+    let mut left = Vec::new();
     let finish = loop {
         let most = options.max_tokens + if stream.is_open() { UNFINISHED_TOKENS } else { 0 };
         if ids.len() >= most {
             break Finish::MaxTokens;
         }
+        left.clone_from(&logits);
         if !options.may_be_empty && answer.text.trim().is_empty() {
             let ends = ends.iter().map(|&id| id as usize);
-            ends.for_each(|id| logits.iter_mut().skip(id).take(1).for_each(|logit| *logit = f32::NEG_INFINITY));
+            ends.for_each(|id| left.iter_mut().skip(id).take(1).for_each(|logit| *logit = f32::NEG_INFINITY));
         }
-        let id = sampler.choose(&mut logits, &ids)?;
+        let id = sampler.choose(&mut left, &ids)?;
         if ends.contains(&id) {
             break Finish::EndOfText;
         }
         ids.push(id);
+        log_probs.push(log_prob(&logits, id));
+        starts.push(answer.text.len());
         if answer.push(&stream.push(model.tokenizer.token_bytes(id)), on_text) {
             break Finish::Stop;
+        }
+        if answer.text.is_empty() && !stream.is_open() {
+            first = ids.len();
         }
         if ids.len() < options.max_tokens || stream.is_open() {
             logits = read(model, attention, &[id], options.chunk_tokens)?;
@@ -145,7 +171,8 @@ pub fn generate(
         answer.push(&stream.finish(), on_text);
         answer.finish(on_text);
     }
-    Ok(Generated { ids, text: answer.text, finish })
+    let end = starts.partition_point(|&start| start < answer.text.len());
+    Ok(Generated { ids, log_probs, text_ids: first.min(end)..end, text: answer.text, finish })
 }
 
 /// The text so far, of which the end is held back while it may be the beginning of a stop text.

@@ -33,7 +33,7 @@
 //! models there are), `gguf`, `gguf_header`, `huggingface`, `safetensors`,
 //! `weights`, `tensors` and `adapter` (what), `tokenizer`, `gguf_vocabulary`, `tokenizer_gguf`, `pre_tokenizers` and `sentencepiece`,
 //! `landmarks`, `llama`, `sliding`, `low_rank`, `packing` and `kernels` (the mathematics), `sample` and `generate`, then `model_attention`,
-//! `encode`, `template`, `ask` and `citations`.
+//! `encode`, `template`, `ask`, `citations` and `lift`.
 
 #![warn(missing_docs, unreachable_pub)]
 
@@ -56,6 +56,7 @@ mod gguf_vocabulary;
 mod huggingface;
 mod kernels;
 mod landmarks;
+mod lift;
 mod llama;
 mod low_rank;
 mod model_attention;
@@ -113,6 +114,7 @@ pub use error::{
 pub use files::replace_file;
 pub use generate::{Finish, GenerateOptions, Generated, generate, prefill};
 pub use landmarks::Reading;
+pub use lift::{Lift, lift};
 pub use llama::{Llama, Logits};
 pub use model_attention::ModelAttention;
 #[cfg(feature = "pull")]

@@ -195,7 +195,7 @@ fn token_offsets_are_bytes_that_cover_the_text() {
 }
 
 /// A tiny Hugging Face folder with random weights, in `shards` files.
-fn write_folder(folder: &Path, dtype: DType, shards: usize) {
+pub(super) fn write_folder(folder: &Path, dtype: DType, shards: usize) {
     let config = r#"{"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "hidden_size": 16, "intermediate_size": 24, "vocab_size": 300, "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5, "eos_token_id": 0}"#;

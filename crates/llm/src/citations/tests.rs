@@ -104,7 +104,13 @@ fn spec() -> CollectionSpec {
 
 fn answer(retrieved: Vec<BlockReads>, at_hand: Vec<AtHandReads>) -> Answer {
     Answer {
-        generated: Generated { ids: Vec::new(), text: String::new(), finish: Finish::Stop },
+        generated: Generated {
+            ids: Vec::new(),
+            log_probs: Vec::new(),
+            text_ids: 0..0,
+            text: String::new(),
+            finish: Finish::Stop,
+        },
         reads: Reads { retrieved, at_hand, own_mass: 4.0 },
         prompt_tokens: 1,
         first_token: Duration::ZERO,
