@@ -7,7 +7,6 @@ use crate::index::{self, KeyLayout, SearchEngine};
 use crate::shape::CollectionSpec;
 use crate::store::{CollectionEntry, Manifest};
 use crate::types::{Engine, KeyRule};
-use linalg::ChannelQuantizer;
 
 /// Some first blocks of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,13 +72,6 @@ impl Collection {
                 mean
             }
         }
-    }
-
-    /// The quantizer of a document that begins with these token keys `(T, D)` of one layer and KV head. The first, which no key rule
-    /// keeps and which is often many times as large as all others, does not count.
-    pub(super) fn quantizer(&self, k: &[f32]) -> ChannelQuantizer {
-        let dim = self.layout.head_dim;
-        ChannelQuantizer::fit(if k.len() > dim { &k[dim..] } else { k }, dim)
     }
 
     /// Tokens of a document.

@@ -298,7 +298,7 @@ fn first_quantizers(collection: &Collection, block: &NewBlock, i: usize) -> Resu
         return Ok(Arc::default());
     }
     let (k, dim) = (k_values(spec, block, i)?, collection.layout.head_dim);
-    Ok(k.chunks_exact(tokens * dim).map(|k| collection.quantizer(k)).collect())
+    Ok(k.chunks_exact(tokens * dim).map(|k| ChannelQuantizer::fit(k, dim)).collect())
 }
 
 /// One checked block as the store keeps it, by its document's quantizers. `i` is its place in the request.

@@ -129,7 +129,7 @@ impl Loader<'_> {
         let k = pieces.clone().map(read).collect::<Result<Vec<Vec<f32>>>>()?;
         let of_spec = KeysLayout::of(spec);
         let quantizers = match block.index == 0 && of_spec.has_quantizers() {
-            true => k.iter().map(|k| self.collection.quantizer(k)).collect(),
+            true => k.iter().map(|k| ChannelQuantizer::fit(k, dim)).collect(),
             false => quantizers,
         };
         let layout = layout.of_tail(tokens);
