@@ -31,15 +31,6 @@ impl World {
     }
 }
 
-fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest {
-        lookup,
-        normalisation: Normalisation::Plain,
-        placement: Placement::Slots,
-        without_first_tokens: false,
-    }
-}
-
 /// Sums are taken chunk by chunk, and what appends left is cut otherwise than what was loaded.
 fn agree(found: &Attended, right: &Attended) {
     assert_eq!((&found.hits.blocks, &found.out), (&right.hits.blocks, &right.out));

@@ -42,6 +42,16 @@ fn spec(name: &str) -> CollectionSpec {
     }
 }
 
+/// Attention over what a lookup chooses, in its simplest kind.
+fn attend(lookup: LookupRequest) -> AttendRequest {
+    AttendRequest {
+        lookup,
+        normalisation: Normalisation::Plain,
+        placement: Placement::Slots,
+        without_first_tokens: false,
+    }
+}
+
 /// A memory with one collection, in a directory that goes away with it.
 struct World {
     dir: tempfile::TempDir,

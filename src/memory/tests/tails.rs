@@ -323,12 +323,3 @@ fn best_of(hits: &Hits) -> Vec<BlockId> {
     })
     .collect()
 }
-
-fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest {
-        lookup,
-        normalisation: Normalisation::Plain,
-        placement: Placement::Slots,
-        without_first_tokens: false,
-    }
-}

@@ -9,15 +9,6 @@ use super::*;
 const GRANULARITIES: [Granularity; 5] =
     [Granularity::TokenHead, Granularity::Head, Granularity::Token, Granularity::KvGroup, Granularity::Shared];
 
-fn attend(lookup: LookupRequest) -> AttendRequest {
-    AttendRequest {
-        lookup,
-        normalisation: Normalisation::Plain,
-        placement: Placement::Slots,
-        without_first_tokens: false,
-    }
-}
-
 /// Forever, but for a caller that may hang up.
 fn remote() -> (Until, Arc<AtomicBool>) {
     let flag = Arc::new(AtomicBool::new(false));
